@@ -1,0 +1,38 @@
+"""Update functions of LAMB (tritopt/optimizers/lamb.py), two phases.
+
+The direction is computed in both phases rather than written out between them: it needs no memory, and reading the
+moments again moves fewer bytes than writing and reading a direction in fp32.
+"""
+
+from __future__ import annotations
+
+from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import div, sqrt
+
+
+@triton.jit
+def _direction(w, mean, var, s):
+    return div(mean * s.mean_correction, sqrt(var * s.var_correction) + s.epsilon) + s.wd * w
+
+
+@triton.jit
+def lamb_moments(w, g, state, s):
+    """Phase 1: the moments, and the sums of squares of the weight and of the direction."""
+    mean, var = state
+    mean = s.beta1 * mean + s.one_minus_beta1 * g
+    var = s.beta2 * var + s.one_minus_beta2 * (g * g)
+    direction = _direction(w, mean, var, s)
+    return w, (mean, var), (w * w, direction * direction)
+
+
+@triton.jit
+def lamb_update(w, g, state, s, sums):
+    """Phase 2: the weight, along the direction scaled by the trust ratio |w| / |direction|."""
+    mean, var = state
+    weight_norm = sqrt(sums[0])
+    weight_norm = tl.where(weight_norm < s.lower_bound, s.lower_bound, weight_norm)
+    weight_norm = tl.where(weight_norm > s.upper_bound, s.upper_bound, weight_norm)
+    direction_norm = sqrt(sums[1])
+    is_zero = (weight_norm == 0) | (direction_norm == 0)
+    trust_ratio = tl.where(is_zero, 1.0, weight_norm / tl.where(is_zero, 1.0, direction_norm)).to(w.dtype)
+    return w - s.lr * trust_ratio * _direction(w, mean, var, s), state

@@ -1,0 +1,39 @@
+"""Triton, or a stand-in under which kernel files still import where Triton has no build (macOS, Windows)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MISSING_TRITON = (
+    "the fused path needs Triton, which is not installed: `pip install 'triton>=3.6'` (Linux; on Windows "
+    "`pip install triton-windows`), or pass use_fused_step=False to run the reference step"
+)
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _MissingTriton:
+        """Takes the place of decorators, annotations and kernels; only a launch (`kernel[grid]`) fails."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return self
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self
+
+        def __getitem__(self, grid: Any) -> Any:
+            raise ImportError(MISSING_TRITON)
+
+    triton = tl = _MissingTriton()
+    HAS_TRITON = False
+    INTERPRETED = False
+else:
+    HAS_TRITON = True
+    # Triton reads TRITON_INTERPRET when @triton.jit runs, that is while kernel files are imported.
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+__all__ = ["HAS_TRITON", "INTERPRETED", "MISSING_TRITON", "tl", "triton"]

@@ -1,0 +1,182 @@
+"""The driver: one launch applies an update function to every tensor of a list.
+
+Tables, all in device memory, that the host half (tritopt/fused.py) builds:
+
+    tensor_ptr   int64 [n_tensors, 2]                 number of elements, index of the tensor's first chunk
+    chunk_ptr    int32 [n_chunks]                     the tensor a chunk belongs to; one program per chunk
+    table_ptr    int64 [n_tensors, n_pointers + 1]    addresses (weight planes, gradient, states), index of the scalar row
+                 fp64  [n_rows, n_scalars]            behind it, in the same buffer: rescale, clip, wd, then the optimizer's
+    partial_ptr  fp64  [n_chunks, N_SUMS]             sums that this phase emits, per chunk
+    sum_ptr      fp64  [n_tensors, n_earlier]         sums that an earlier phase emitted, per tensor
+
+The update function is pure arithmetic on blocks of the compute dtype. It returns the new weight and states, and a phase
+with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
+
+    UPDATE_FN(w, g, state, s)  or, after a phase that emitted sums,  UPDATE_FN(w, g, state, s, sums)
+"""
+
+from __future__ import annotations
+
+from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import clip, is_finite
+
+N_COMMON_SCALARS = tl.constexpr(3)
+
+
+@triton.jit
+def decay_in_gradient(w, g, rescale, bound, wd):
+    """clip(rescale g) + wd w: coupled (L2) decay, which is never clipped. Most optimizers."""
+    return clip(rescale * g, bound) + wd * w
+
+
+@triton.jit
+def decay_in_update(w, g, rescale, bound, wd):
+    """clip(rescale g): the update function itself applies the decay, or there is none."""
+    return clip(rescale * g, bound)
+
+
+@triton.jit
+def _load_row(ptr, N: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
+    row = ()
+    for i in tl.static_range(N):
+        row = row + (tl.load(ptr + i).to(COMPUTE_DTYPE),)
+    return row
+
+
+@triton.jit
+def _apply_block(
+    ptrs,
+    offsets,
+    mask,
+    common,
+    s,
+    sums,
+    totals,
+    UPDATE_FN: tl.constexpr,
+    GRADIENT_FN: tl.constexpr,
+    FORMATS: tl.constexpr,
+    READS: tl.constexpr,
+    WRITES: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr,
+):
+    """One block of one tensor.
+
+    FORMATS: (first pointer, last + 1, load, store) of the weight, then of each state. READS and WRITES: what this phase
+    moves of the weight, the gradient and each state.
+    """
+    w = None
+    if READS[0]:
+        w = FORMATS[0][2](ptrs[: FORMATS[0][1]], offsets, mask, COMPUTE_DTYPE)
+    g = None
+    if READS[1]:
+        g = tl.load(ptrs[FORMATS[0][1]] + offsets, mask=mask).to(COMPUTE_DTYPE)
+        g = GRADIENT_FN(w, g, common[0], common[1], common[2])
+    state = ()
+    for i in tl.static_range(1, len(FORMATS)):
+        if READS[i + 1]:
+            planes = ptrs[FORMATS[i][0] : FORMATS[i][1]]
+            state = state + (FORMATS[i][2](planes, offsets, mask, COMPUTE_DTYPE),)
+
+    if len(sums) > 0:
+        new = UPDATE_FN(w, g, state, s, sums)
+    else:
+        new = UPDATE_FN(w, g, state, s)
+
+    if WRITES[0]:
+        FORMATS[0][3](ptrs[: FORMATS[0][1]], offsets, mask, new[0])
+    for i in tl.static_range(1, len(FORMATS)):
+        if WRITES[i + 1]:
+            FORMATS[i][3](ptrs[FORMATS[i][0] : FORMATS[i][1]], offsets, mask, new[1][i - 1])
+    for i in tl.static_range(N_SUMS):
+        term = new[2][i]
+        totals = totals[:i] + (totals[i] + (term if mask is None else tl.where(mask, term, 0.0)),) + totals[i + 1 :]
+    return totals
+
+
+@triton.jit(repr=lambda spec: f"multi_tensor_{spec.constants['UPDATE_FN'].__name__}")
+def multi_tensor_apply(
+    table_ptr,
+    tensor_ptr,
+    chunk_ptr,
+    rescale_ptr,
+    noop_ptr,
+    partial_ptr,
+    sum_ptr,
+    n_tensors,
+    UPDATE_FN: tl.constexpr,
+    GRADIENT_FN: tl.constexpr,
+    SCALARS: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+    FORMATS: tl.constexpr,
+    DTYPES: tl.constexpr,
+    READS: tl.constexpr,
+    WRITES: tl.constexpr,
+    N_EARLIER_SUMS: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    SKIP_ZERO_RESCALE: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SOURCE_HASH: tl.constexpr,
+):
+    """Apply UPDATE_FN to chunk `program_id(0)`.
+
+    rescale_ptr, a device scalar, multiplies the table's rescale: NaN or Inf skips the update, so does 0 where
+    SKIP_ZERO_RESCALE. noop_ptr: a device flag; not 0 skips. SOURCE_HASH is not read: Triton's disk cache does not see the
+    source of functions inside tuples nor the fields of SCALARS, so a change of those must change the key.
+    """
+    chunk = tl.program_id(0)
+    tensor = tl.load(chunk_ptr + chunk).to(tl.int64)
+    n_elements = tl.load(tensor_ptr + 2 * tensor)
+    start = (chunk - tl.load(tensor_ptr + 2 * tensor + 1)).to(tl.int64) * CHUNK_SIZE
+
+    ptrs = ()
+    aligned_ptrs = ()
+    address_bits = tl.zeros([], dtype=tl.int64)
+    row_ptr = table_ptr + tensor * (len(DTYPES) + 1)
+    for i in tl.static_range(len(DTYPES)):
+        address = tl.load(row_ptr + i)
+        address_bits = address_bits | address
+        ptrs = ptrs + (address.to(tl.pointer_type(DTYPES[i])),)
+        # A pointer out of a table has unknown alignment, which keeps its accesses scalar; clearing the low bits shows it.
+        aligned_ptrs = aligned_ptrs + (tl.multiple_of(address.to(tl.pointer_type(DTYPES[i])), 16),)
+
+    row = tl.load(row_ptr + len(DTYPES))
+    scalar_ptr = (table_ptr + n_tensors * (len(DTYPES) + 1) + row * N_SCALARS).to(tl.pointer_type(tl.float64))
+    common = _load_row(scalar_ptr, N_COMMON_SCALARS, COMPUTE_DTYPE)
+    s = SCALARS(*_load_row(scalar_ptr + N_COMMON_SCALARS, N_SCALARS - N_COMMON_SCALARS, COMPUTE_DTYPE))
+    sums = ()
+    if N_EARLIER_SUMS > 0:
+        sums = _load_row(sum_ptr + tensor * N_EARLIER_SUMS, N_EARLIER_SUMS, tl.float64)
+
+    n_here = tl.minimum(n_elements - start, CHUNK_SIZE)
+    if rescale_ptr is not None:
+        scale = tl.load(rescale_ptr).to(COMPUTE_DTYPE)
+        common = (common[0] * scale, common[1], common[2])
+        n_here = tl.where(is_finite(scale), n_here, 0)
+        if SKIP_ZERO_RESCALE:
+            n_here = tl.where(scale == 0, 0, n_here)
+    if noop_ptr is not None:
+        n_here = tl.where(tl.load(noop_ptr) == 0, n_here, 0)
+
+    # 128-bit accesses need 16-byte aligned planes and no mask, so a tensor's full blocks take a branch of their own; its
+    # tail, and all of a tensor that is not aligned (a view, a shard), take the masked one. Nobody else is slowed down.
+    n_full = tl.where(address_bits % 16 == 0, n_here // BLOCK_SIZE, 0)
+    totals = ()
+    for _ in tl.static_range(N_SUMS):
+        totals = totals + (tl.zeros([BLOCK_SIZE], dtype=COMPUTE_DTYPE),)
+    for block in tl.range(0, n_full, num_stages=1):
+        offsets = start + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        totals = _apply_block(
+            aligned_ptrs, offsets, None, common, s, sums, totals,
+            UPDATE_FN, GRADIENT_FN, FORMATS, READS, WRITES, N_SUMS, COMPUTE_DTYPE,
+        )  # fmt: skip
+    for block in tl.range(n_full, tl.cdiv(n_here, BLOCK_SIZE), num_stages=1):
+        offsets = start + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        totals = _apply_block(
+            ptrs, offsets, offsets < n_elements, common, s, sums, totals,
+            UPDATE_FN, GRADIENT_FN, FORMATS, READS, WRITES, N_SUMS, COMPUTE_DTYPE,
+        )  # fmt: skip
+    for i in tl.static_range(N_SUMS):
+        tl.store(partial_ptr + chunk * N_SUMS + i, tl.sum(totals[i]).to(tl.float64))

@@ -1,0 +1,29 @@
+"""Per-tensor reductions in two stages, bit-identical from run to run: no atomics, and an order that is always the same.
+
+Stage 1 is a phase of the driver that emits sums per chunk. Stage 2, here, adds a tensor's chunks in fp64.
+"""
+
+from __future__ import annotations
+
+from tritopt.kernels.language import tl, triton
+
+
+@triton.jit
+def square_update(w, g, state, s):
+    """Emits sum(w^2), writes nothing: a norm over a list is the driver with this update function."""
+    return w, state, (w * w,)
+
+
+@triton.jit
+def sum_partials(partial_ptr, tensor_ptr, sum_ptr, n_chunks, n_tensors, N_SUMS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """sum_ptr[tensor, i] = sum of partial_ptr[chunk, i] over the tensor's chunks; one program per tensor."""
+    tensor = tl.program_id(0).to(tl.int64)
+    first = tl.load(tensor_ptr + 2 * tensor + 1)
+    is_last = tensor + 1 == n_tensors
+    end = tl.where(is_last, n_chunks, tl.load(tensor_ptr + 2 * tensor + 3, mask=~is_last, other=0))
+    for i in tl.static_range(N_SUMS):
+        total = tl.zeros([BLOCK_SIZE], dtype=tl.float64)
+        for start in tl.range(first, end, BLOCK_SIZE, num_stages=1):
+            chunks = start + tl.arange(0, BLOCK_SIZE)
+            total += tl.load(partial_ptr + chunks * N_SUMS + i, mask=chunks < end, other=0.0)
+        tl.store(sum_ptr + tensor * N_SUMS + i, tl.sum(total))

@@ -1,0 +1,52 @@
+"""Exact arithmetic: the only place that names Triton's inexact defaults."""
+
+from __future__ import annotations
+
+from tritopt.kernels.language import INTERPRETED, tl, triton
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def div(x, y):
+    """x / y, rounded to nearest; Triton's fp32 `/` is approximate on NVIDIA."""
+    if x.dtype == tl.float64 or y.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def sqrt(x):
+    """Square root, rounded to nearest; Triton's fp32 `tl.sqrt` is approximate on NVIDIA."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def clip(x, bound):
+    """Clamp to [-bound, bound]. NaN stays NaN (min and max would drop it); an infinite bound changes nothing."""
+    x = tl.where(x > bound, bound, x)
+    return tl.where(x < -bound, -bound, x)
+
+
+@triton.jit
+def is_finite(x):
+    """True unless x is NaN or infinite."""
+    return x - x == 0
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """Convert, rounded to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter truncates where a GPU rounds, so the bits are rounded here first; NaN has no room to round.
+        narrow = x.to(tl.float32)
+        bits = narrow.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        rounded = (rounded & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.where(narrow == narrow, rounded, narrow).to(tl.bfloat16)
+    else:
+        return x.to(dtype)

@@ -1,0 +1,15 @@
+"""Torch twins of kernels/ops.py: operations whose torch default on CPU is not rounded to nearest."""
+
+from __future__ import annotations
+
+import torch
+
+
+def sqrt(x: torch.Tensor) -> torch.Tensor:
+    """Square root; in fp32 rounded to nearest, which `torch.sqrt` on CPU is not (it is off by one ulp in places)."""
+    return x.double().sqrt().to(x.dtype)
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of the whole tensor, fp64 [], as the kernels form it: squares in x's dtype, summed in fp64."""
+    return (x * x).sum(dtype=torch.float64).sqrt()

@@ -1,0 +1,42 @@
+"""From an `nn.Module` to the lists that an Optimizer takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class ModuleParameters(NamedTuple):
+    """The trainable parameters of a module, in `named_parameters()` order; a shared one appears once.
+
+    >>> model = torch.nn.Linear(3, 2)
+    >>> model.bias.wd_mult = 0.0
+    >>> params = module_parameters(model)
+    >>> opt = tritopt.create("sgd", wd=0.1, param_idx2name=params.idx2name, param_dict=params.param_dict)
+    >>> params.idx2name, opt._get_wds(params.indices)
+    ({0: 'weight', 1: 'bias'}, [0.1, 0.0])
+    """
+
+    indices: list[int]
+    weights: list[nn.Parameter]
+    idx2name: dict[int, str]
+    """For `param_idx2name`: multipliers by name."""
+    param_dict: dict[int, nn.Parameter]
+    """For `param_dict`: `lr_mult` and `wd_mult` attributes set on the parameters."""
+
+    def grads(self) -> list[torch.Tensor | None]:
+        """The gradients as they are now, None where there is none."""
+        return [weight.grad for weight in self.weights]
+
+
+def module_parameters(module: nn.Module) -> ModuleParameters:
+    """Indices, weights, names and multipliers of all parameters that require a gradient."""
+    named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+    return ModuleParameters(
+        list(range(len(named))),
+        [weight for _, weight in named],
+        {i: name for i, (name, _) in enumerate(named)},
+        {i: weight for i, (_, weight) in enumerate(named)},
+    )

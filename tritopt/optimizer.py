@@ -1,0 +1,462 @@
+"""Optimizer: learning rate, weight decay, multipliers, update counts, rescale, clip, master weights, step or fused step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+
+from tritopt import registry, validate
+from tritopt.fused import Apply, Launch, Planner, Task, compute_dtype, is_low_precision, unavailable
+from tritopt.kernels.formats import MASTER_FP32, PLAIN
+from tritopt.sparse import Rows
+
+if TYPE_CHECKING:
+    from tritopt.lr_scheduler import LRScheduler
+
+State: TypeAlias = "torch.Tensor | tuple[Any, ...] | None"
+Values: TypeAlias = tuple[torch.Tensor, ...]
+
+
+class Optimizer:
+    """Base of all optimizers: the API of `mxnet.optimizer.Optimizer` 2.0 for PyTorch tensors.
+
+    The gradient that an update sees is ``g = clip(rescale_grad * grad, +-clip_gradient)``, plus ``wd * weight`` where
+    `decay` is "gradient". Gradients are never written to.
+
+    A new optimizer declares `phases`, `state_names`, `decay`, and defines `scalars` and `reference`; one that is ported
+    from MXNet may instead override `create_state` and `step` (and `fused_step`) with MXNet's list signatures.
+
+    Args:
+        rescale_grad: multiplies every gradient (torch's `grad_scale` divides). A number, or a 0-d tensor on the weights'
+            device. NaN or Inf skips the update: weights and states stay, counts advance.
+        param_idx2name: names by index, for multipliers by name.
+        wd: weight decay, a factor of the weight per unit of learning rate.
+        clip_gradient: bound on each *element* of the rescaled gradient (not on a norm). None or <= 0: off.
+        learning_rate: per update. None: the scheduler's own base, or 0.01 without a scheduler.
+        lr_scheduler: called with `num_update`; `learning_rate`, if given, becomes its `base_lr`.
+        sym: anything with MXNet's `attr_dict()` and `list_arguments()`; its `__lr_mult__`/`__wd_mult__` are read.
+        begin_num_update: count that every parameter starts from.
+        multi_precision: keep an fp32 master for fp16 and bf16 weights.
+        param_dict: objects by index, such as `nn.Parameter`, whose `lr_mult`/`wd_mult` attributes are read live.
+        aggregate_num: tensors per call that an Updater makes. None: all at once.
+        use_fused_step: True: fused or an error. False: the reference `step`. None: fused where it can run.
+
+    Raises:
+        ValueError: a hyperparameter out of its range. TypeError: one of the wrong type, or an unknown keyword.
+    """
+
+    opt_registry: ClassVar[dict[str, type[Optimizer]]] = registry.OPTIMIZERS
+    register = staticmethod(registry.register)
+    create_optimizer = staticmethod(registry.create)
+
+    decay: ClassVar[str] = "gradient"
+    """Where weight decay goes: "gradient" adds wd * w to the clipped gradient; "update" leaves it to the update."""
+    clips: ClassVar[bool] = True
+    """Whether `clip_gradient` applies."""
+    skips_zero_rescale: ClassVar[bool] = False
+    """Whether rescale_grad = 0 skips the update as NaN and Inf do."""
+    state_dtype: ClassVar[torch.dtype | None] = None
+    """None: states have the (master) weight's dtype. float32: at least that."""
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Constructor arguments that reach every branch of the formula: what the checker and the tests run."""
+
+    def __init__(
+        self,
+        rescale_grad: float | torch.Tensor = 1.0,
+        param_idx2name: dict[Any, str] | None = None,
+        wd: float = 0.0,
+        clip_gradient: float | None = None,
+        learning_rate: float | None = None,
+        lr_scheduler: LRScheduler | None = None,
+        sym: Any = None,
+        begin_num_update: int = 0,
+        multi_precision: bool = False,
+        param_dict: Mapping[Any, Any] | None = None,
+        aggregate_num: float | None = None,
+        use_fused_step: bool | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise TypeError(_unknown_keywords(type(self), unknown))
+        if param_idx2name is not None and not isinstance(param_idx2name, dict):
+            raise TypeError(f"param_idx2name={param_idx2name!r} must be a dict of names by index")
+        self.rescale_grad = rescale_grad
+        self.clip_gradient = validate.positive_or_none("clip_gradient", clip_gradient)
+        self.wd = validate.number("wd", wd)
+        self.lr_scheduler = lr_scheduler
+        self.lr = _initial_lr(learning_rate, lr_scheduler)
+        self.begin_num_update = begin_num_update
+        self.num_update = begin_num_update
+        self._all_index_update_counts: dict[Hashable, dict[Hashable, int]] = {0: {}}
+        self._index_update_count = self._all_index_update_counts[0]
+        self.multi_precision = multi_precision
+        self.aggregate_num = math.inf if aggregate_num is None else validate.nonnegative_count("aggregate_num", aggregate_num)
+        self.use_fused_step = use_fused_step
+        self.idx2name = dict(param_idx2name or {})
+        self.param_dict: Mapping[Any, Any] = param_dict or {}
+        self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
+        self.lr_mult: dict[Any, float] = {}
+        self.wd_mult: dict[Any, float] = {}
+        self.set_lr_mult({})
+        self.set_wd_mult({})
+        self._planner = Planner()
+
+    # What an optimizer defines.
+
+    @property
+    def phases(self) -> tuple[Apply, ...]:
+        """The launches of a fused step, in order."""
+        return ()
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the state tensors, in the order of `create_state`."""
+        return ()
+
+    def scalars(self, lr: float, wd: float, count: int) -> tuple[float, ...]:
+        """The NamedTuple that `reference` and the kernel read, computed in double.
+
+        lr, wd: of this parameter at this step, multipliers included. count: its updates, this one included.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no scalars()")
+
+    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any) -> tuple[torch.Tensor, Values]:
+        """One parameter's update in PyTorch: the new weight and states. What this says is right."""
+        raise NotImplementedError(f"{type(self).__name__} defines no reference()")
+
+    # Learning rate and multipliers.
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate before multipliers, per update; asks the scheduler if there is one."""
+        return self.lr if self.lr_scheduler is None else self.lr_scheduler(self.num_update)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate. Raises UserWarning, as MXNet does, if a scheduler decides it."""
+        if self.lr_scheduler is not None:
+            raise UserWarning(f"learning_rate={lr} has no effect beside an lr_scheduler; set lr_scheduler.base_lr")
+        self.lr = validate.nonnegative("learning_rate", lr)
+
+    def set_lr_mult(self, args_lr_mult: Mapping[Any, float]) -> None:
+        """Replace the multipliers of the learning rate, by index or name."""
+        self.lr_mult = {**self._symbol_multipliers("__lr_mult__"), **args_lr_mult}
+
+    def set_wd_mult(self, args_wd_mult: Mapping[Any, float]) -> None:
+        """Replace the multipliers of the weight decay, by index or name."""
+        self.wd_mult = {**self._symbol_multipliers("__wd_mult__"), **args_wd_mult}
+
+    def _symbol_multipliers(self, attribute: str) -> dict[str, float]:
+        if not self.sym_info:
+            return {}
+        attributes, arguments = self.sym_info
+        return {name: float(attributes[name][attribute]) for name in arguments if attribute in attributes.get(name, {})}
+
+    def _multiplied(self, value: float, indices: Sequence[Hashable], kind: str) -> list[float]:
+        multipliers: dict[Any, float] = getattr(self, kind)
+        if not (self.param_dict or multipliers):
+            return [value] * len(indices)
+        return [value * self._multiplier(index, kind, multipliers) for index in indices]
+
+    def _multiplier(self, index: Hashable, kind: str, multipliers: Mapping[Any, float]) -> float:
+        if index in self.param_dict:
+            return float(getattr(self.param_dict[index], kind, 1.0))
+        if index in multipliers:
+            return multipliers[index]
+        return multipliers.get(self.idx2name.get(index), 1.0)
+
+    def _get_lrs(self, indices: Sequence[Hashable]) -> list[float]:
+        """Learning rates of the parameters: one evaluation of the schedule, times their multipliers."""
+        lr = self.learning_rate
+        if not math.isfinite(lr):
+            raise ValueError(
+                f"learning rate is {lr!r} at num_update={self.num_update}"
+                + (f", from {self.lr_scheduler!r}" if self.lr_scheduler is not None else "")
+                + "; nothing was updated"
+            )
+        return self._multiplied(lr, indices, "lr_mult")
+
+    def _get_lr(self, index: Hashable) -> float:
+        return self._get_lrs([index])[0]
+
+    def _get_wds(self, indices: Sequence[Hashable]) -> list[float]:
+        """Weight decays of the parameters, multipliers included."""
+        return self._multiplied(self.wd, indices, "wd_mult")
+
+    def _get_wd(self, index: Hashable) -> float:
+        return self._get_wds([index])[0]
+
+    # Update counts.
+
+    def _set_current_device(self, device_id: Hashable) -> None:
+        """Select the counts of a device; `num_update` is shared by all."""
+        self._index_update_count = self._all_index_update_counts.setdefault(device_id, {})
+
+    def _set_current_context(self, device_id: Hashable) -> None:
+        warnings.warn("_set_current_context is now _set_current_device", DeprecationWarning, stacklevel=2)
+        self._set_current_device(device_id)
+
+    def _update_count(self, index: Hashable | list[Hashable] | tuple[Hashable, ...]) -> None:
+        """Count one update of each index; one that is new starts from begin_num_update."""
+        counts = self._index_update_count
+        for i in index if isinstance(index, list | tuple) else (index,):
+            counts[i] = counts.get(i, self.begin_num_update) + 1
+            self.num_update = max(self.num_update, counts[i])
+
+    # States.
+
+    def create_state(self, index: Hashable, weight: torch.Tensor) -> State:
+        """Fresh state for a weight: zeros of its shape and layout. None, a tensor, or a tuple if there are several."""
+        dtype = weight.dtype if self.state_dtype is None else torch.promote_types(self.state_dtype, weight.dtype)
+        zeros = tuple(torch.zeros_like(weight, dtype=dtype, requires_grad=False) for _ in self.state_names)
+        return zeros if len(zeros) > 1 else next(iter(zeros), None)
+
+    def create_state_multi_precision(self, index: Hashable, weight: torch.Tensor) -> State:
+        """`create_state`, or (fp32 master, its state) for an fp16 or bf16 weight under multi_precision."""
+        if self.multi_precision and is_low_precision(weight.dtype):
+            master = weight.detach().to(torch.float32, copy=True)
+            return master, self.create_state(index, master)
+        if is_low_precision(weight.dtype):
+            warnings.warn(
+                f"{type(self).__name__} accumulates in {weight.dtype} for parameter {index!r}, which loses small updates; "
+                "multi_precision=True keeps an fp32 master",
+                stacklevel=2,
+            )
+        return self.create_state(index, weight.detach())
+
+    # Updating.
+
+    def update(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """Update weights and states in place: fused or by `step`, as `use_fused_step` says.
+
+        Lists of equal length, or one of each. A parameter whose gradient is None is left alone and not counted. Shapes
+        and devices of a weight, its gradient and its states agree; gradients may have another floating dtype.
+
+        Raises:
+            ValueError, TypeError: bad input. Weights, states and counts are then as they were.
+        """
+        self._dispatch(*_with_gradients(indices, weights, grads, states))
+
+    def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """`update` with states from `create_state_multi_precision`."""
+        indices, weights, grads, states = _with_gradients(indices, weights, grads, states)
+        if not self._overrides_step():
+            return self._dispatch(indices, weights, grads, states)
+        # MXNet's way, for optimizers that bring their own step: it sees fp32 masters and fp32 gradients.
+        low = [self.multi_precision and is_low_precision(weight.dtype) for weight in weights]
+        masters = [state[0] if is_low else weight for weight, state, is_low in zip(weights, states, low, strict=True)]
+        self._dispatch(
+            indices,
+            masters,
+            [grad.to(torch.float32) if is_low else grad for grad, is_low in zip(grads, low, strict=True)],
+            [state[1] if is_low else state for state, is_low in zip(states, low, strict=True)],
+        )
+        with torch.no_grad():
+            for weight, master, is_low in zip(weights, masters, low, strict=True):
+                if is_low:
+                    weight.copy_(master)
+        return None
+
+    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """The reference: each parameter in turn, in PyTorch operations."""
+        self._run(indices, weights, grads, states, fused=False)
+
+    def fused_step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """All parameters in one launch per phase, device and list of dtypes."""
+        self._run(indices, weights, grads, states, fused=True)
+
+    def _overrides_step(self) -> bool:
+        return type(self).step is not Optimizer.step or type(self).fused_step is not Optimizer.fused_step
+
+    def _dispatch(self, *lists: list[Any]) -> None:
+        if self._overrides_step():
+            has_kernel = type(self).fused_step is not Optimizer.fused_step
+            fused = has_kernel if self.use_fused_step is None else self.use_fused_step
+            return self.fused_step(*lists) if fused else self.step(*lists)
+        return self._run(*lists, fused=self.use_fused_step)
+
+    @torch.no_grad()
+    def _run(
+        self,
+        indices: Sequence[Hashable],
+        weights: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        states: Sequence[State],
+        fused: bool | None,
+    ) -> None:
+        tasks, rows = [], []
+        for index, weight, grad, state in zip(indices, weights, grads, states, strict=True):
+            validate.weight_and_grad(index, weight, grad)
+            task = self._task(index, weight, grad, state)
+            if grad.layout != torch.strided:
+                rows.append(Rows(task, grad, lazy=getattr(self, "lazy_update", False)))
+                task = rows[-1].task
+            tasks.append(task)
+        on_kernel = [self._runs_fused(index, weight, fused) for index, weight in zip(indices, weights, strict=True)]
+        self._planner.check_aliases(tuple(indices), indices, tasks)
+        counts_before = self.num_update, dict(self._index_update_count)
+        try:
+            scalars = self._advance(indices)
+            self._apply(indices, tasks, scalars, on_kernel)
+        except BaseException:
+            self.num_update = counts_before[0]
+            self._index_update_count.clear()
+            self._index_update_count.update(counts_before[1])
+            raise
+        for present in rows:
+            present.write_back()
+
+    def _runs_fused(self, index: Hashable, weight: torch.Tensor, wanted: bool | None) -> bool:
+        if wanted is False:
+            return False
+        reason = unavailable(weight) if self.phases else f"{type(self).__name__} has no kernel; pass use_fused_step=False"
+        if reason and wanted:
+            raise ValueError(f"parameter {index!r}, use_fused_step=True: {reason}")
+        return reason is None
+
+    def _task(self, index: Hashable, weight: torch.Tensor, grad: torch.Tensor, state: State) -> Task:
+        """The parameter's tensors, checked. A (master, state) pair is told from a plain state by its structure."""
+        n_states = len(self.state_names)
+        planes: Values = (weight.detach(),)
+        inner, has_master = state, False
+        if self.multi_precision and is_low_precision(weight.dtype) and isinstance(state, tuple) and len(state) == 2:
+            has_master = n_states < 2 or not isinstance(state[1], torch.Tensor)
+        if has_master and isinstance(state, tuple):
+            if not isinstance(state[0], torch.Tensor) or state[0].dtype != torch.float32:
+                raise TypeError(f"parameter {index!r}: the master weight must be a float32 tensor, got {state[0]!r:.60}")
+            planes, inner = (*planes, state[0].detach()), state[1]
+        values = inner if isinstance(inner, tuple) else () if inner is None else (inner,)
+        if len(values) != n_states or not all(isinstance(value, torch.Tensor) for value in values):
+            raise ValueError(
+                f"parameter {index!r}: {type(self).__name__} keeps states ({', '.join(self.state_names)}) per weight, got "
+                f"{_structure(state)}; create them with create_state_multi_precision(index, weight)"
+            )
+        for tensor in (*planes[1:], *values):
+            validate.state_tensor(index, tensor, weight)
+        return Task(planes, MASTER_FP32 if has_master else PLAIN, grad.detach(), values)
+
+    def _advance(self, indices: Sequence[Hashable]) -> list[tuple[float, ...]]:
+        """Count the updates, all of them first, then compute each parameter's scalars."""
+        self._update_count(list(indices))
+        lrs, wds = self._get_lrs(indices), self._get_wds(indices)
+        known: dict[tuple[float, float, int], tuple[float, ...]] = {}
+        scalars = []
+        for index, lr, wd in zip(indices, lrs, wds, strict=True):
+            key = (lr, wd, self._index_update_count[index])
+            if key not in known:
+                known[key] = self.scalars(*key)
+            scalars.append(known[key])
+        return scalars
+
+    def _apply(
+        self,
+        indices: Sequence[Hashable],
+        tasks: Sequence[Task],
+        scalars: Sequence[tuple[float, ...]],
+        on_kernel: Sequence[bool],
+    ) -> None:
+        if not tasks:
+            return
+        rescale, device_rescale = self._rescale()
+        if not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale):
+            return
+        bound = self.clip_gradient if self.clips and self.clip_gradient is not None else math.inf
+        commons = [(rescale, bound, wd) for wd in self._get_wds(indices)]
+        kernel = [i for i, on in enumerate(on_kernel) if on]
+        if kernel:
+            launch = Launch(
+                self.phases, type(scalars[0]), self.decay, device_rescale, skip_zero_rescale=self.skips_zero_rescale
+            )
+            self._planner.apply(
+                tuple(indices[i] for i in kernel),
+                [tasks[i] for i in kernel],
+                [(*commons[i], *scalars[i]) for i in kernel],
+                launch,
+            )
+        for i, on in enumerate(on_kernel):
+            if not on:
+                self._reference_step(tasks[i], commons[i], scalars[i], device_rescale)
+
+    def _rescale(self) -> tuple[float, torch.Tensor | None]:
+        """rescale_grad as a number, and as a device scalar if it lives on a GPU (then the number is 1)."""
+        value = self.rescale_grad
+        if not isinstance(value, torch.Tensor):
+            return float(value), None
+        if value.numel() != 1:
+            raise ValueError(f"rescale_grad of shape {tuple(value.shape)} must be a number or a tensor of one element")
+        return (float(value), None) if value.device.type == "cpu" else (1.0, value)
+
+    def _reference_step(
+        self, task: Task, common: tuple[float, ...], s: tuple[float, ...], device_rescale: torch.Tensor | None
+    ) -> None:
+        rescale, bound, wd = common
+        if device_rescale is not None:
+            rescale = float(device_rescale)
+            if not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale):
+                return
+        dtype = compute_dtype(task.weight[0])
+        w = task.format.decode(task.weight, dtype)
+        g = (rescale * task.grad.to(dtype)).clamp(-bound, bound)
+        if self.decay == "gradient":
+            g = g + wd * w
+        new_weight, new_state = self.reference(w, g, tuple(value.to(dtype) for value in task.state), s)
+        task.format.encode(task.weight, new_weight)
+        for value, new in zip(task.state, new_state, strict=True):
+            value.copy_(new)
+
+    # Pickling.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes but param_dict, whose objects belong to the model."""
+        return {name: value for name, value in self.__dict__.items() if name != "param_dict"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.param_dict = {}
+
+
+def _initial_lr(learning_rate: float | None, lr_scheduler: LRScheduler | None) -> Any:
+    if learning_rate is not None:
+        validate.nonnegative("learning_rate", learning_rate)
+    if lr_scheduler is None:
+        return 0.01 if learning_rate is None else learning_rate
+    if learning_rate is not None and lr_scheduler.base_lr != learning_rate:
+        warnings.warn(
+            f"learning_rate={learning_rate} replaces base_lr={lr_scheduler.base_lr} of {type(lr_scheduler).__name__}; pass "
+            "learning_rate=None to keep the schedule's own base",
+            stacklevel=4,
+        )
+        lr_scheduler.base_lr = learning_rate
+    return learning_rate
+
+
+def _unknown_keywords(cls: type, unknown: Iterable[str]) -> str:
+    known = sorted({name for base in cls.__mro__[:-1] for name in _parameters(base.__init__)})
+    found = [f"{name!r}{registry.did_you_mean(name, known)}" for name in unknown]
+    return f"{cls.__name__}() has no argument {' '.join(found)} known: {', '.join(known)}"
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    skipped = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [name for name, p in inspect.signature(function).parameters.items() if p.kind not in skipped and name != "self"]
+
+
+def _with_gradients(indices: Any, weights: Any, grads: Any, states: Any) -> tuple[list[Any], ...]:
+    """The four lists without the parameters whose gradient is None; a single parameter becomes lists of one."""
+    if not isinstance(indices, list | tuple):
+        indices, weights, grads, states = [indices], [weights], [grads], [states]
+    validate.same_length(indices=indices, weights=weights, gradients=grads, states=states)
+    keep = [i for i, grad in enumerate(grads) if grad is not None]
+    return tuple([items[i] for i in keep] for items in (indices, weights, grads, states))
+
+
+def _structure(state: Any) -> str:
+    if isinstance(state, torch.Tensor):
+        return f"a tensor of shape {tuple(state.shape)}"
+    if isinstance(state, tuple | list):
+        return f"a {type(state).__name__} of [{', '.join(map(_structure, state))}]"
+    return repr(state)

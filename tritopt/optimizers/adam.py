@@ -1,0 +1,87 @@
+"""Adam."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.exact import sqrt
+from tritopt.fused import Apply
+from tritopt.kernels.adam import adam_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.registry import register
+
+
+class AdamScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+    """Times both bias corrections."""
+    beta1: float
+    one_minus_beta1: float
+    """Formed in double: 1 - 0.999 in fp32 is 1.3e-5 off."""
+    beta2: float
+    one_minus_beta2: float
+    epsilon: float
+
+
+def bias_corrected(lr: float, beta1: float, beta2: float, count: int) -> float:
+    """lr sqrt(1 - beta2^count) / (1 - beta1^count)."""
+    return lr * math.sqrt(1 - beta2**count) / (1 - beta1**count)
+
+
+@register
+class Adam(Optimizer):
+    """Adaptive moments (Kingma & Ba 2014, arXiv:1412.6980, the efficient form at the end of section 2).
+
+        m_t = beta1 m_{t-1} + (1 - beta1) g_t
+        v_t = beta2 v_{t-1} + (1 - beta2) g_t^2
+        w_t = w_{t-1} - lr sqrt(1 - beta2^t) / (1 - beta1^t) * m_t / (sqrt(v_t) + epsilon)
+
+    g_t is the gradient after rescaling, clipping and adding wd w_{t-1} (L2, not decoupled: see AdamW). States: m and v,
+    the (master) weight's shape and dtype, zero at first. Unlike torch's, epsilon is added to the uncorrected root.
+
+    Args:
+        learning_rate: per update.
+        beta1, beta2: decay rates of the moments, in [0, 1).
+        epsilon: added to the root, >= 0.
+        lazy_update: with a row-sparse gradient, update only the rows present.
+        kwargs: see `Optimizer`.
+
+    Raises:
+        ValueError: a beta or epsilon out of range, or lazy_update with use_fused_step=False.
+    """
+
+    phases = (Apply(adam_update),)
+    state_names = ("mean", "var")
+    variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3})
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.001,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        lazy_update: bool = False,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        validate.lazy_update(lazy_update, use_fused_step, False)
+        self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
+        self.lazy_update = lazy_update
+
+    def scalars(self, lr: float, wd: float, count: int) -> AdamScalars:
+        """Bias corrections folded into the learning rate."""
+        lr = bias_corrected(lr, self.beta1, self.beta2, count)
+        return AdamScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon)
+
+    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamScalars) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        mean, var = state
+        mean = s.beta1 * mean + s.one_minus_beta1 * g
+        var = s.beta2 * var + s.one_minus_beta2 * (g * g)
+        return w - s.lr * (mean / (sqrt(var) + s.epsilon)), (mean, var)

@@ -1,0 +1,114 @@
+"""LAMB."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.exact import norm, sqrt
+from tritopt.fused import Apply
+from tritopt.kernels.lamb import lamb_moments, lamb_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.registry import register
+
+
+class LAMBScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+    wd: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    epsilon: float
+    mean_correction: float
+    """1 / (1 - beta1^t), or 1 without bias_correction."""
+    var_correction: float
+    """1 / (1 - beta2^t), likewise."""
+    lower_bound: float
+    """On the weight's norm; 0 if there is none."""
+    upper_bound: float
+    """On the weight's norm; infinity if there is none."""
+
+
+@register
+class LAMB(Optimizer):
+    """Layer-wise adaptive moments (You et al. 2019, arXiv:1904.00962, algorithm 2).
+
+        m_t = beta1 m_{t-1} + (1 - beta1) g_t
+        v_t = beta2 v_{t-1} + (1 - beta2) g_t^2
+        u_t = (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + epsilon) + wd w_{t-1}
+        r_t = min(max(|w_{t-1}|, lower_bound), upper_bound) / |u_t|, or 1 where a norm is 0
+        w_t = w_{t-1} - lr r_t u_t
+
+    g_t is the gradient after rescaling and clipping; |.| is the Euclidean norm of a whole tensor, of the master if there
+    is one. States: m and v, the weight's shape, at least fp32, zero at first. Two launches.
+
+    Args:
+        learning_rate: per update, relative to the weight's norm.
+        beta1, beta2: decay rates of the moments, in [0, 1).
+        epsilon: added to the root, >= 0.
+        lower_bound, upper_bound: of the weight's norm. None or <= 0: unbounded.
+        bias_correction: whether to correct the moments for their zero start.
+        kwargs: see `Optimizer`.
+
+    Raises:
+        ValueError: a beta or epsilon out of range.
+    """
+
+    phases = (
+        Apply(lamb_moments, writes_weight=False, n_sums=2),
+        Apply(lamb_update, reads_grad=False, writes_states=False),
+    )
+    state_names = ("mean", "var")
+    state_dtype = torch.float32
+    decay = "update"
+    variants = ({}, {"beta1": 0.5, "beta2": 0.8, "lower_bound": 1e-3, "upper_bound": 1.5, "bias_correction": False})
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.001,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-6,
+        lower_bound: float | None = None,
+        upper_bound: float | None = None,
+        bias_correction: bool = True,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
+        self.lower_bound = validate.positive_or_none("lower_bound", lower_bound)
+        self.upper_bound = validate.positive_or_none("upper_bound", upper_bound)
+        self.bias_correction = bias_correction
+
+    def scalars(self, lr: float, wd: float, count: int) -> LAMBScalars:
+        """Bias corrections as factors."""
+        return LAMBScalars(
+            lr=lr,
+            wd=wd,
+            beta1=self.beta1,
+            one_minus_beta1=1 - self.beta1,
+            beta2=self.beta2,
+            one_minus_beta2=1 - self.beta2,
+            epsilon=self.epsilon,
+            mean_correction=1 / (1 - self.beta1**count) if self.bias_correction else 1.0,
+            var_correction=1 / (1 - self.beta2**count) if self.bias_correction else 1.0,
+            lower_bound=self.lower_bound or 0.0,
+            upper_bound=self.upper_bound or math.inf,
+        )
+
+    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LAMBScalars) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        mean, var = state
+        mean = s.beta1 * mean + s.one_minus_beta1 * g
+        var = s.beta2 * var + s.one_minus_beta2 * (g * g)
+        u = mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon) + s.wd * w
+        weight_norm, u_norm = norm(w).clamp(s.lower_bound, s.upper_bound), norm(u)
+        trust_ratio = torch.where((weight_norm == 0) | (u_norm == 0), 1.0, weight_norm / u_norm)
+        return w - s.lr * trust_ratio.to(w.dtype) * u, (mean, var)

@@ -1,0 +1,83 @@
+"""SGD, with or without momentum."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.fused import Apply
+from tritopt.kernels.sgd import sgd_momentum_update, sgd_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.registry import register
+
+
+class SGDScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+    momentum: float
+
+
+@register
+class SGD(Optimizer):
+    """Stochastic gradient descent with heavy-ball momentum (Polyak 1964; MXNet's `sgd_mom_update`).
+
+        momentum == 0:  w_t = w_{t-1} - lr g_t
+        otherwise:      m_t = momentum m_{t-1} - lr g_t
+                        w_t = w_{t-1} + m_t
+
+    g_t is the gradient after rescaling, clipping and adding wd w_{t-1}. State: m, the (master) weight's shape and dtype,
+    zero at first; none without momentum. Unlike torch's, the buffer holds the learning rate: a new lr leaves the past as
+    it was.
+
+    Args:
+        learning_rate: per update.
+        momentum: share of the last update that is kept, >= 0.
+        lazy_update: with a row-sparse gradient, update only the rows present.
+        use_fused_step, kwargs: see `Optimizer`.
+
+    Raises:
+        ValueError: momentum < 0, or lazy_update with use_fused_step=False or multi_precision=True.
+    """
+
+    variants = ({}, {"momentum": 0.9})
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.1,
+        momentum: float = 0.0,
+        lazy_update: bool = False,
+        multi_precision: bool = False,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate=learning_rate, multi_precision=multi_precision, use_fused_step=use_fused_step, **kwargs
+        )
+        validate.lazy_update(lazy_update, use_fused_step, multi_precision)
+        self.momentum = validate.nonnegative("momentum", momentum)
+        self.lazy_update = lazy_update
+
+    @property
+    def phases(self) -> tuple[Apply, ...]:
+        """One launch."""
+        return (Apply(sgd_momentum_update if self.momentum else sgd_update),)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The momentum buffer, if there is momentum."""
+        return ("momentum",) if self.momentum else ()
+
+    def scalars(self, lr: float, wd: float, count: int) -> SGDScalars:
+        """Constant but for the learning rate."""
+        return SGDScalars(lr, self.momentum)
+
+    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SGDScalars) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        if not self.momentum:
+            return w - s.lr * g, ()
+        (momentum,) = state
+        momentum = s.momentum * momentum - s.lr * g
+        return w + momentum, (momentum,)

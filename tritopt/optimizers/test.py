@@ -1,0 +1,41 @@
+"""Test: the simplest optimizer there is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from tritopt.fused import Apply
+from tritopt.kernels.test import test_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.registry import register
+
+
+class TestScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+
+
+@register
+class Test(Optimizer):
+    """Gradient descent without clipping, MXNet's `Test`: for testing what surrounds an optimizer.
+
+        w_t = w_{t-1} - lr (rescale_grad grad_t + wd w_{t-1})
+
+    State: zeros of the weight's shape, at least fp32, never read nor written. Arguments: see `Optimizer`.
+    """
+
+    phases = (Apply(test_update, reads_states=False, writes_states=False),)
+    state_names = ("unused",)
+    state_dtype = torch.float32
+    clips = False
+
+    def scalars(self, lr: float, wd: float, count: int) -> TestScalars:
+        """The learning rate."""
+        return TestScalars(lr)
+
+    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TestScalars) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        return w - s.lr * g, state

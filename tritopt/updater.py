@@ -1,0 +1,189 @@
+"""Updater: keeps the states of an optimizer and applies it to lists of parameters."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Hashable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from tritopt import lr_scheduler, registry
+from tritopt.optimizer import Optimizer
+
+_OPTIMIZER = "optimizer"
+_SCHEDULER = "lr_scheduler"
+
+
+class Updater:
+    """Callable `updater(index, grad, weight)`, in MXNet's order, with the states in `states`.
+
+    A state is created when its index is first seen. With `aggregate_num` > 1 a list is grouped by weight dtype and
+    updated `aggregate_num` tensors at a time (infinity: the whole list at once), otherwise one tensor at a time.
+
+    Args:
+        optimizer: what to apply.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.states: dict[Hashable, Any] = {}
+        self.states_synced: dict[Hashable, bool] = {}
+
+    @property
+    def aggregate_updates(self) -> bool:
+        """Whether a list is updated several tensors at a time."""
+        return self.optimizer.aggregate_num > 1
+
+    def __call__(self, index: Any, grad: Any, weight: Any) -> None:
+        """Update one parameter, or parallel lists of them; errors as `Optimizer.update` has them.
+
+        Byte strings in a list of indices are decoded in place.
+        """
+        if not isinstance(index, list | tuple):
+            index, grad, weight = [index], [grad], [weight]
+        if isinstance(index, list):
+            index[:] = [_decoded(i) for i in index]
+        indices = [_decoded(i) for i in index]
+        if not (len(indices) == len(grad) == len(weight)):
+            raise ValueError(f"one of each per parameter, got {len(indices)} indices, {len(grad)} grads, {len(weight)} weights")
+        if not indices:
+            return
+        self.optimizer._set_current_device(_device_id(weight[0]))
+        created = [i for i, w in zip(indices, weight, strict=True) if self._ready(i, w)]
+        try:
+            for chunk in self._chunks(weight):
+                self.optimizer.update_multi_precision(
+                    *([items[i] for i in chunk] for items in (indices, weight, grad)),
+                    [self.states[indices[i]] for i in chunk],
+                )
+        except (TypeError, ValueError):
+            for i in created:
+                if i not in self.optimizer._index_update_count:
+                    del self.states[i], self.states_synced[i]
+            raise
+
+    def _ready(self, index: Hashable, weight: torch.Tensor) -> bool:
+        """Create the state, or move a loaded one to the weight's device. True if it was created."""
+        if index not in self.states:
+            self.states[index] = self.optimizer.create_state_multi_precision(index, weight)
+            self.states_synced[index] = True
+            return True
+        if not self.states_synced[index]:
+            self.states[index] = self.sync_state_context(self.states[index], weight.device)
+            self.states_synced[index] = True
+        return False
+
+    def _chunks(self, weights: Sequence[torch.Tensor]) -> list[list[int]]:
+        positions = list(range(len(weights)))
+        size = self.optimizer.aggregate_num
+        if not self.aggregate_updates:
+            return [[i] for i in positions]
+        if size == float("inf"):
+            return [positions]
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i in positions:
+            by_dtype.setdefault(weights[i].dtype, []).append(i)
+        chunks = []
+        for group in by_dtype.values():
+            rest = iter(group)
+            while chunk := list(islice(rest, int(size))):
+                chunks.append(chunk)
+        return chunks
+
+    def sync_state_context(self, state: Any, device: torch.device) -> Any:
+        """`state` on `device`; tuples and lists keep their type."""
+        if isinstance(state, torch.Tensor):
+            return state.to(device)
+        if isinstance(state, tuple | list):
+            return type(state)(self.sync_state_context(item, device) for item in state)
+        return state
+
+    def get_states(self, dump_optimizer: bool = False) -> bytes:
+        """The states, and on demand the optimizer, as bytes of `torch.save` that hold plain data only.
+
+        Raises TypeError if the optimizer has attributes that are not numbers, strings, tensors or containers of these.
+        """
+        content: dict[str, Any] = {"states": self.states}
+        if dump_optimizer:
+            content[_OPTIMIZER] = _pack_optimizer(self.optimizer)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    def set_states(self, states: bytes) -> None:
+        """Take over what `get_states` gave; a dumped optimizer replaces this one, with an empty `param_dict`.
+
+        The bytes are read with `weights_only=True`: they cannot run code. Raises ValueError if they hold anything else.
+        """
+        try:
+            content = torch.load(io.BytesIO(states), weights_only=True, map_location="cpu")
+            loaded = dict(content["states"])
+        except Exception as error:
+            raise ValueError(f"these bytes do not come from Updater.get_states(): {error}") from error
+        if _OPTIMIZER in content:
+            self.optimizer = _unpack_optimizer(content[_OPTIMIZER])
+        self.states = loaded
+        self.states_synced = dict.fromkeys(loaded, False)
+
+
+def get_updater(optimizer: Optimizer) -> Updater:
+    """An Updater of `optimizer`."""
+    return Updater(optimizer)
+
+
+def _decoded(index: Any) -> Any:
+    return index.decode("utf-8") if isinstance(index, bytes) else index
+
+
+def _device_id(weight: torch.Tensor) -> int:
+    return weight.device.index or 0
+
+
+def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    attributes = optimizer.__getstate__()
+    del attributes["_planner"], attributes["_index_update_count"]
+    device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)
+    schedule = attributes.pop(_SCHEDULER)
+    packed: dict[str, Any] = {"name": type(optimizer).__name__.lower(), "attributes": attributes, "device": device}
+    if schedule is not None:
+        packed[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}
+    _require_plain(packed, type(optimizer).__name__)
+    return packed
+
+
+def _unpack_optimizer(packed: dict[str, Any]) -> Optimizer:
+    optimizer = object.__new__(registry.find(packed["name"]))
+    Optimizer.__init__(optimizer)
+    optimizer.__setstate__(packed["attributes"])
+    optimizer._set_current_device(packed["device"])
+    optimizer.lr_scheduler = None
+    if _SCHEDULER in packed:
+        cls = _scheduler_class(packed[_SCHEDULER]["class"])
+        schedule = optimizer.lr_scheduler = object.__new__(cls)
+        schedule.__dict__.update(packed[_SCHEDULER]["attributes"])
+    return optimizer
+
+
+def _scheduler_class(name: str) -> type[lr_scheduler.LRScheduler]:
+    pending = [lr_scheduler.LRScheduler]
+    while pending:
+        cls = pending.pop()
+        if cls.__name__ == name:
+            return cls
+        pending.extend(cls.__subclasses__())
+    raise ValueError(f"the dumped optimizer has an lr_scheduler of class {name!r}; import or define that class first")
+
+
+def _require_plain(value: Any, path: str) -> None:
+    """TypeError unless `torch.load(weights_only=True)` reads the value back."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_plain(key, f"{path}, a key")
+            _require_plain(item, f"{path}.{key}")
+    elif type(value) in (list, tuple):
+        for item in value:
+            _require_plain(item, path)
+    elif not (value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor)):
+        raise TypeError(f"{path} is {value!r:.80}, which cannot be saved as plain data; call get_states(dump_optimizer=False)")

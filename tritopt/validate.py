@@ -1,0 +1,147 @@
+"""Checks of what users pass. Every message carries the value and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as it is; TypeError unless it is a real number, ValueError if it is NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name}={value!r} must be a number")
+    if math.isnan(value):
+        raise ValueError(f"{name}={value!r} must not be NaN")
+    return value  # type: ignore[return-value]
+
+
+def nonnegative(name: str, value: Any) -> float:
+    """`value` as it is; ValueError unless value >= 0 and finite."""
+    if not 0 <= number(name, value) < math.inf:
+        raise ValueError(f"{name}={value!r} must be >= 0 and finite")
+    return value  # type: ignore[no-any-return]
+
+
+def fraction(name: str, value: Any) -> float:
+    """`value` as it is; ValueError unless 0 <= value < 1."""
+    if not 0 <= number(name, value) < 1:
+        raise ValueError(f"{name}={value!r} must be in [0, 1)")
+    return value  # type: ignore[no-any-return]
+
+
+def nonnegative_count(name: str, value: Any) -> float:
+    """`value` as it is; ValueError unless value >= 0 (infinity is a count too)."""
+    if number(name, value) < 0:
+        raise ValueError(f"{name}={value!r} must be >= 0")
+    return value  # type: ignore[no-any-return]
+
+
+def positive_or_none(name: str, value: Any) -> float | None:
+    """`value` as a bound: None and values <= 0 mean that there is none."""
+    return None if value is None or number(name, value) <= 0 else value
+
+
+def moments(beta1: Any, beta2: Any, epsilon: Any) -> tuple[float, float, float]:
+    """The three as they are; ValueError unless both betas are in [0, 1) and epsilon >= 0."""
+    return fraction("beta1", beta1), fraction("beta2", beta2), nonnegative("epsilon", epsilon)
+
+
+def lazy_update(lazy: bool, use_fused_step: bool | None, multi_precision: bool) -> None:
+    """ValueError if lazy_update is asked for beside something that it does not go with."""
+    if lazy and use_fused_step is False:
+        raise ValueError("lazy_update=True needs a fused step: drop use_fused_step=False")
+    if lazy and multi_precision:
+        raise ValueError("lazy_update=True keeps no fp32 master: drop multi_precision=True")
+
+
+def same_length(**lists: Sequence[Any]) -> None:
+    """ValueError unless all are equally long."""
+    if len({len(items) for items in lists.values()}) > 1:
+        found = ", ".join(f"{len(items)} {name}" for name, items in lists.items())
+        raise ValueError(f"one of each per parameter, got {found}")
+
+
+def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
+    """TypeError or ValueError unless `grad` is a gradient that can update `weight`."""
+    for name, tensor in (("weight", weight), ("gradient", grad)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"parameter {index!r}: the {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise TypeError(
+                f"parameter {index!r}: the {name} is {tensor.dtype}; supported are float16, bfloat16, float32, float64"
+                + (" (optimize torch.view_as_real(weight))" if tensor.is_complex() else "")
+            )
+    if weight.layout != torch.strided:
+        raise TypeError(f"parameter {index!r}: the weight has layout {weight.layout}; call .to_dense()")
+    if grad.shape != weight.shape:
+        raise ValueError(
+            f"parameter {index!r}: gradient of shape {tuple(grad.shape)} for a weight of shape {tuple(weight.shape)}"
+        )
+    if grad.device != weight.device:
+        raise ValueError(f"parameter {index!r}: gradient on {grad.device}, weight on {weight.device}; move one")
+    if grad.dtype == torch.float64 != weight.dtype:
+        raise TypeError(f"parameter {index!r}: a float64 gradient needs a float64 weight, not {weight.dtype}")
+
+
+def state_tensor(index: Hashable, state: torch.Tensor, weight: torch.Tensor) -> None:
+    """ValueError unless the state can stand beside the weight."""
+    if state.shape != weight.shape or state.device != weight.device:
+        raise ValueError(
+            f"parameter {index!r}: state of shape {tuple(state.shape)} on {state.device} for a weight of shape "
+            f"{tuple(weight.shape)} on {weight.device}; create it with create_state_multi_precision(index, weight)"
+        )
+
+
+def no_aliases(owners: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> None:
+    """ValueError if two of the tensors, or two elements of one, share memory: a step writes each of them.
+
+    `owners[i]` is the parameter that `tensors[i]` belongs to.
+    """
+    extents = [_extent(tensor) for tensor in tensors]
+    starts = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+    order = np.argsort(starts, kind="stable")
+    ends = np.maximum.accumulate((starts + np.array(extents, dtype=np.int64))[order]) if len(tensors) else starts
+    suspects = np.flatnonzero(ends[:-1] > starts[order][1:])
+    for position in suspects:
+        first = _earlier_overlap(order, int(position) + 1, starts, extents)
+        second = int(order[position + 1])
+        for candidate in first:
+            if _share_memory(tensors[candidate], tensors[second]):
+                raise ValueError(
+                    f"parameters {owners[candidate]!r} and {owners[second]!r} share memory, and one call would update "
+                    "both: pass a shared (tied) weight once, and give each parameter states of its own"
+                )
+    for owner, tensor, extent in zip(owners, tensors, extents, strict=True):
+        if extent < tensor.numel() * tensor.element_size():
+            raise ValueError(f"parameter {owner!r}: elements share memory (an expanded tensor); call .contiguous()")
+
+
+def _earlier_overlap(order: Any, position: int, starts: Any, extents: Sequence[int]) -> list[int]:
+    start = starts[order[position]]
+    return [int(i) for i in order[:position] if starts[i] + extents[i] > start]
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int((last + 1) * tensor.element_size())
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether any element is in both; their extents are known to overlap."""
+    if a.element_size() != b.element_size() or a.numel() == 0 or b.numel() == 0:
+        return a.numel() > 0 and b.numel() > 0
+    base, size = min(a.data_ptr(), b.data_ptr()), a.element_size()
+    end = max(t.data_ptr() + _extent(t) for t in (a, b))
+    seen = torch.zeros(-(-(end - base) // size), dtype=torch.bool)
+    views = [seen.as_strided(t.shape, t.stride(), (t.data_ptr() - base) // size) for t in (a, b)]
+    views[0].fill_(True)
+    return bool(views[1].any())
