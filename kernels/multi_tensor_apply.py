@@ -2,12 +2,12 @@
 
 Tables, all in device memory, that the host half (tritopt/fused.py) builds:
 
-    tensor_ptr   int64 [n_tensors, 2]                 number of elements, index of the tensor's first chunk
-    chunk_ptr    int32 [n_chunks]                     the tensor a chunk belongs to; one program per chunk
-    table_ptr    int64 [n_tensors, n_pointers + 1]    addresses (weight planes, gradient, states), index of the scalar row
-                 fp64  [n_rows, n_scalars]            behind it, in the same buffer: rescale, clip, wd, then the optimizer's
-    partial_ptr  fp64  [n_chunks, N_SUMS]             sums that this phase emits, per chunk
-    sum_ptr      fp64  [n_tensors, n_earlier]         sums that an earlier phase emitted, per tensor
+    tensor_ptr   int64 [n_tensors, 2]               number of elements, index of the tensor's first chunk
+    chunk_ptr    int32 [n_chunks]                   the tensor a chunk belongs to; one program per chunk
+    table_ptr    int64 [n_tensors, n_pointers + 1]  addresses (weight planes, gradient, states), index of its scalars
+                 fp64  [n_rows, n_scalars]          behind it, in the same buffer: rescale, clip, wd, the optimizer's
+    partial_ptr  fp64  [n_chunks, N_SUMS]           sums that this phase emits, per chunk
+    sum_ptr      fp64  [n_tensors, n_earlier]       sums that an earlier phase emitted, per tensor
 
 The update function is pure arithmetic on blocks of the compute dtype. It returns the new weight and states, and a phase
 with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
@@ -94,7 +94,10 @@ def _apply_block(
     return totals
 
 
-@triton.jit(repr=lambda spec: f"multi_tensor_{spec.constants['UPDATE_FN'].__name__}")
+@triton.jit(
+    repr=lambda spec: f"multi_tensor_{spec.constants['UPDATE_FN'].__name__}",
+    do_not_specialize=["n_tensors"],  # a list of another length runs the same code
+)
 def multi_tensor_apply(
     table_ptr,
     tensor_ptr,
@@ -123,8 +126,8 @@ def multi_tensor_apply(
     """Apply UPDATE_FN to chunk `program_id(0)`.
 
     rescale_ptr, a device scalar, multiplies the table's rescale: NaN or Inf skips the update, so does 0 where
-    SKIP_ZERO_RESCALE. noop_ptr: a device flag; not 0 skips. SOURCE_HASH is not read: Triton's disk cache does not see the
-    source of functions inside tuples nor the fields of SCALARS, so a change of those must change the key.
+    SKIP_ZERO_RESCALE. noop_ptr: a device flag; not 0 skips. SOURCE_HASH is not read: Triton's disk cache sees neither
+    the source of functions inside tuples nor the fields of SCALARS, so a change of those must change the key.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunk_ptr + chunk).to(tl.int64)
@@ -139,7 +142,7 @@ def multi_tensor_apply(
         address = tl.load(row_ptr + i)
         address_bits = address_bits | address
         ptrs = ptrs + (address.to(tl.pointer_type(DTYPES[i])),)
-        # A pointer out of a table has unknown alignment, which keeps its accesses scalar; clearing the low bits shows it.
+        # A pointer out of a table has unknown alignment, which keeps its accesses scalar; the hint widens them.
         aligned_ptrs = aligned_ptrs + (tl.multiple_of(address.to(tl.pointer_type(DTYPES[i])), 16),)
 
     row = tl.load(row_ptr + len(DTYPES))
@@ -160,8 +163,8 @@ def multi_tensor_apply(
     if noop_ptr is not None:
         n_here = tl.where(tl.load(noop_ptr) == 0, n_here, 0)
 
-    # 128-bit accesses need 16-byte aligned planes and no mask, so a tensor's full blocks take a branch of their own; its
-    # tail, and all of a tensor that is not aligned (a view, a shard), take the masked one. Nobody else is slowed down.
+    # 128-bit accesses need 16-byte aligned planes and no mask, so a tensor's full blocks take a branch of their own.
+    # Its tail, and all of a tensor that is not aligned (a view, a shard), take the masked one; nobody else is slowed.
     n_full = tl.where(address_bits % 16 == 0, n_here // BLOCK_SIZE, 0)
     totals = ()
     for _ in tl.static_range(N_SUMS):

@@ -14,7 +14,7 @@ def square_update(w, g, state, s):
     return w, state, (w * w,)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_chunks", "n_tensors"])
 def sum_partials(partial_ptr, tensor_ptr, sum_ptr, n_chunks, n_tensors, N_SUMS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """sum_ptr[tensor, i] = sum of partial_ptr[chunk, i] over the tensor's chunks; one program per tensor."""
     tensor = tl.program_id(0).to(tl.int64)

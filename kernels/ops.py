@@ -35,7 +35,7 @@ def clip(x, bound):
 @triton.jit
 def is_finite(x):
     """True unless x is NaN or infinite."""
-    return x - x == 0
+    return tl.abs(x) < float("inf")
 
 
 @triton.jit

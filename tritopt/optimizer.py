@@ -1,4 +1,4 @@
-"""Optimizer: learning rate, weight decay, multipliers, update counts, rescale, clip, master weights, step or fused step."""
+"""Optimizer: learning rate, decay, multipliers, update counts, rescale, clip, master weights, step or fused step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tritopt.sparse import Rows
 if TYPE_CHECKING:
     from tritopt.lr_scheduler import LRScheduler
 
-State: TypeAlias = "torch.Tensor | tuple[Any, ...] | None"
+State: TypeAlias = Any  # None, a tensor or a tuple; under multi_precision (fp32 master, one of these)
 Values: TypeAlias = tuple[torch.Tensor, ...]
 
 
@@ -32,8 +32,8 @@ class Optimizer:
     from MXNet may instead override `create_state` and `step` (and `fused_step`) with MXNet's list signatures.
 
     Args:
-        rescale_grad: multiplies every gradient (torch's `grad_scale` divides). A number, or a 0-d tensor on the weights'
-            device. NaN or Inf skips the update: weights and states stay, counts advance.
+        rescale_grad: multiplies every gradient (torch's `grad_scale` divides). A number, or a 0-d tensor on the
+            weights' device. NaN or Inf skips the update: weights and states stay, counts advance.
         param_idx2name: names by index, for multipliers by name.
         wd: weight decay, a factor of the weight per unit of learning rate.
         clip_gradient: bound on each *element* of the rescaled gradient (not on a norm). None or <= 0: off.
@@ -95,7 +95,9 @@ class Optimizer:
         self._all_index_update_counts: dict[Hashable, dict[Hashable, int]] = {0: {}}
         self._index_update_count = self._all_index_update_counts[0]
         self.multi_precision = multi_precision
-        self.aggregate_num = math.inf if aggregate_num is None else validate.nonnegative_count("aggregate_num", aggregate_num)
+        self.aggregate_num = (
+            math.inf if aggregate_num is None else validate.nonnegative_count("aggregate_num", aggregate_num)
+        )
         self.use_fused_step = use_fused_step
         self.idx2name = dict(param_idx2name or {})
         self.param_dict: Mapping[Any, Any] = param_dict or {}
@@ -222,7 +224,7 @@ class Optimizer:
             return master, self.create_state(index, master)
         if is_low_precision(weight.dtype):
             warnings.warn(
-                f"{type(self).__name__} accumulates in {weight.dtype} for parameter {index!r}, which loses small updates; "
+                f"{type(self).__name__} accumulates in {weight.dtype} for parameter {index!r} and loses small updates; "
                 "multi_precision=True keeps an fp32 master",
                 stacklevel=2,
             )
@@ -272,12 +274,12 @@ class Optimizer:
     def _overrides_step(self) -> bool:
         return type(self).step is not Optimizer.step or type(self).fused_step is not Optimizer.fused_step
 
-    def _dispatch(self, *lists: list[Any]) -> None:
-        if self._overrides_step():
-            has_kernel = type(self).fused_step is not Optimizer.fused_step
-            fused = has_kernel if self.use_fused_step is None else self.use_fused_step
-            return self.fused_step(*lists) if fused else self.step(*lists)
-        return self._run(*lists, fused=self.use_fused_step)
+    def _dispatch(self, indices: list[Any], weights: list[Any], grads: list[Any], states: list[Any]) -> None:
+        if not self._overrides_step():
+            return self._run(indices, weights, grads, states, fused=self.use_fused_step)
+        has_kernel = type(self).fused_step is not Optimizer.fused_step
+        fused = has_kernel if self.use_fused_step is None else self.use_fused_step
+        return (self.fused_step if fused else self.step)(indices, weights, grads, states)
 
     @torch.no_grad()
     def _run(
@@ -313,7 +315,9 @@ class Optimizer:
     def _runs_fused(self, index: Hashable, weight: torch.Tensor, wanted: bool | None) -> bool:
         if wanted is False:
             return False
-        reason = unavailable(weight) if self.phases else f"{type(self).__name__} has no kernel; pass use_fused_step=False"
+        reason = (
+            unavailable(weight) if self.phases else f"{type(self).__name__} has no kernel; pass use_fused_step=False"
+        )
         if reason and wanted:
             raise ValueError(f"parameter {index!r}, use_fused_step=True: {reason}")
         return reason is None
@@ -327,13 +331,15 @@ class Optimizer:
             has_master = n_states < 2 or not isinstance(state[1], torch.Tensor)
         if has_master and isinstance(state, tuple):
             if not isinstance(state[0], torch.Tensor) or state[0].dtype != torch.float32:
-                raise TypeError(f"parameter {index!r}: the master weight must be a float32 tensor, got {state[0]!r:.60}")
+                raise TypeError(
+                    f"parameter {index!r}: the master weight must be a float32 tensor, got {state[0]!r:.60}"
+                )
             planes, inner = (*planes, state[0].detach()), state[1]
         values = inner if isinstance(inner, tuple) else () if inner is None else (inner,)
         if len(values) != n_states or not all(isinstance(value, torch.Tensor) for value in values):
             raise ValueError(
-                f"parameter {index!r}: {type(self).__name__} keeps states ({', '.join(self.state_names)}) per weight, got "
-                f"{_structure(state)}; create them with create_state_multi_precision(index, weight)"
+                f"parameter {index!r}: {type(self).__name__} keeps states ({', '.join(self.state_names)}) per weight, "
+                f"got {_structure(state)}; create them with create_state_multi_precision(index, weight)"
             )
         for tensor in (*planes[1:], *values):
             validate.state_tensor(index, tensor, weight)
@@ -426,8 +432,8 @@ def _initial_lr(learning_rate: float | None, lr_scheduler: LRScheduler | None) -
         return 0.01 if learning_rate is None else learning_rate
     if learning_rate is not None and lr_scheduler.base_lr != learning_rate:
         warnings.warn(
-            f"learning_rate={learning_rate} replaces base_lr={lr_scheduler.base_lr} of {type(lr_scheduler).__name__}; pass "
-            "learning_rate=None to keep the schedule's own base",
+            f"learning_rate={learning_rate} replaces base_lr={lr_scheduler.base_lr} of {type(lr_scheduler).__name__}; "
+            "pass learning_rate=None to keep the schedule's own base",
             stacklevel=4,
         )
         lr_scheduler.base_lr = learning_rate
@@ -435,23 +441,30 @@ def _initial_lr(learning_rate: float | None, lr_scheduler: LRScheduler | None) -
 
 
 def _unknown_keywords(cls: type, unknown: Iterable[str]) -> str:
-    known = sorted({name for base in cls.__mro__[:-1] for name in _parameters(base.__init__)})
+    known = sorted({name for base in cls.__mro__[:-1] for name in _parameters(vars(base).get("__init__"))})
     found = [f"{name!r}{registry.did_you_mean(name, known)}" for name in unknown]
     return f"{cls.__name__}() has no argument {' '.join(found)} known: {', '.join(known)}"
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
+def _parameters(function: Callable[..., Any] | None) -> list[str]:
+    if function is None:
+        return []
     skipped = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [name for name, p in inspect.signature(function).parameters.items() if p.kind not in skipped and name != "self"]
+    return [
+        name for name, p in inspect.signature(function).parameters.items() if p.kind not in skipped and name != "self"
+    ]
 
 
-def _with_gradients(indices: Any, weights: Any, grads: Any, states: Any) -> tuple[list[Any], ...]:
+def _with_gradients(
+    indices: Any, weights: Any, grads: Any, states: Any
+) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     """The four lists without the parameters whose gradient is None; a single parameter becomes lists of one."""
     if not isinstance(indices, list | tuple):
         indices, weights, grads, states = [indices], [weights], [grads], [states]
     validate.same_length(indices=indices, weights=weights, gradients=grads, states=states)
     keep = [i for i, grad in enumerate(grads) if grad is not None]
-    return tuple([items[i] for i in keep] for items in (indices, weights, grads, states))
+    kept = [[items[i] for i in keep] for items in (indices, weights, grads, states)]
+    return kept[0], kept[1], kept[2], kept[3]
 
 
 def _structure(state: Any) -> str:

@@ -47,7 +47,9 @@ class Updater:
             index[:] = [_decoded(i) for i in index]
         indices = [_decoded(i) for i in index]
         if not (len(indices) == len(grad) == len(weight)):
-            raise ValueError(f"one of each per parameter, got {len(indices)} indices, {len(grad)} grads, {len(weight)} weights")
+            raise ValueError(
+                f"one of each per parameter, got {len(indices)} indices, {len(grad)} grads, {len(weight)} weights"
+            )
         if not indices:
             return
         self.optimizer._set_current_device(_device_id(weight[0]))
@@ -55,7 +57,9 @@ class Updater:
         try:
             for chunk in self._chunks(weight):
                 self.optimizer.update_multi_precision(
-                    *([items[i] for i in chunk] for items in (indices, weight, grad)),
+                    [indices[i] for i in chunk],
+                    [weight[i] for i in chunk],
+                    [grad[i] for i in chunk],
                     [self.states[indices[i]] for i in chunk],
                 )
         except (TypeError, ValueError):
@@ -186,4 +190,6 @@ def _require_plain(value: Any, path: str) -> None:
         for item in value:
             _require_plain(item, path)
     elif not (value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor)):
-        raise TypeError(f"{path} is {value!r:.80}, which cannot be saved as plain data; call get_states(dump_optimizer=False)")
+        raise TypeError(
+            f"{path} is {value!r:.80}, which cannot be saved as plain data; call get_states(dump_optimizer=False)"
+        )

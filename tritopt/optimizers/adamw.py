@@ -31,7 +31,7 @@ class AdamWScalars(NamedTuple):
 
 @register
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2; MXNet's `adamw_update`).
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2).
 
         m_t = beta1 m_{t-1} + (1 - beta1) g_t
         v_t = beta2 v_{t-1} + (1 - beta2) g_t^2
@@ -79,7 +79,9 @@ class AdamW(Optimizer):
             lr = bias_corrected(lr, self.beta1, self.beta2, count)
         return AdamWScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon, lr * wd)
 
-    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamWScalars) -> tuple[torch.Tensor, Values]:
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamWScalars
+    ) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g

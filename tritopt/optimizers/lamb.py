@@ -45,8 +45,8 @@ class LAMB(Optimizer):
         r_t = min(max(|w_{t-1}|, lower_bound), upper_bound) / |u_t|, or 1 where a norm is 0
         w_t = w_{t-1} - lr r_t u_t
 
-    g_t is the gradient after rescaling and clipping; |.| is the Euclidean norm of a whole tensor, of the master if there
-    is one. States: m and v, the weight's shape, at least fp32, zero at first. Two launches.
+    g_t is the gradient after rescaling and clipping; |.| is the Euclidean norm of a whole tensor, of the master if
+    there is one. States: m and v, the weight's shape, at least fp32, zero at first. Two launches.
 
     Args:
         learning_rate: per update, relative to the weight's norm.

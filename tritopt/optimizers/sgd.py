@@ -28,9 +28,9 @@ class SGD(Optimizer):
         otherwise:      m_t = momentum m_{t-1} - lr g_t
                         w_t = w_{t-1} + m_t
 
-    g_t is the gradient after rescaling, clipping and adding wd w_{t-1}. State: m, the (master) weight's shape and dtype,
-    zero at first; none without momentum. Unlike torch's, the buffer holds the learning rate: a new lr leaves the past as
-    it was.
+    g_t is the gradient after rescaling, clipping and adding wd w_{t-1}. State: m, the (master) weight's shape and
+    dtype, zero at first; none without momentum. Unlike torch's, the buffer holds the learning rate: a new lr leaves the
+    past as it was.
 
     Args:
         learning_rate: per update.

@@ -1,0 +1,17 @@
+"""Where tests run: on the GPU if there is one, otherwise in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if torch.cuda.is_available():
+    torch.set_default_device("cuda")
+else:
+    # Read when kernels are imported, so before any test imports tritopt.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Fills what torch.empty returns with NaN: a value that nobody wrote shows.
+torch.use_deterministic_algorithms(True)
+torch.sparse.check_sparse_tensor_invariants.enable()

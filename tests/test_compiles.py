@@ -1,0 +1,55 @@
+"""Every optimizer and variant through Triton's compiler for sm_90, without a GPU: wide accesses, no spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("compiles")  # one worker compiles, once
+
+PROGRAM = """
+import json, torch, tritopt
+from tritopt.compiled import compile_phases, compile_sum_partials
+from tritopt.kernels.formats import MASTER_FP32, PLAIN
+from tritopt.registry import OPTIMIZERS
+f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+combinations = [(bf16, bf16, MASTER_FP32), (f16, f32, MASTER_FP32), (f32, f32, PLAIN), (f32, bf16, PLAIN),
+                (bf16, bf16, PLAIN), (f64, f64, PLAIN)]
+rows = []
+for name in tritopt.names():
+    for variant in OPTIMIZERS[name].variants:
+        for weight, grad, fmt in combinations:
+            for phase in compile_phases(OPTIMIZERS[name](**variant), weight, grad, fmt):
+                rows.append({"case": f"{name} {variant} {weight} {grad} {fmt.name}", **phase._asdict()})
+rows.append({"case": "sum_partials", **compile_sum_partials(2)._asdict()})
+print(json.dumps(rows))
+"""
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """In a process of its own: this one interprets kernels."""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    assert not [row for row in rows if row["spilled_bytes"]]
+
+
+def test_full_blocks_move_128_bits_at_a_time(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        found = row["wide_loads"], row["wide_stores"]
+        assert found == (row["expected_wide_loads"], row["expected_wide_stores"]), row["case"]
+
+
+def test_kernels_say_their_name(rows: list[dict[str, Any]]) -> None:
+    assert {"multi_tensor_adamw_update", "multi_tensor_lamb_moments", "sum_partials"} <= {row["kernel"] for row in rows}

@@ -1,0 +1,177 @@
+"""The command line: `tritopt list`, `tritopt check`. Arguments and tables; cost.py and check.py do the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import tritopt
+from tritopt import cost
+from tritopt.check import Row, cases, environment, load_optimizer, registered, run_checks
+from tritopt.kernels.language import HAS_TRITON
+
+MAX_FAILURES = 20
+
+app = typer.Typer(
+    help="Triton fused optimizers for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tritopt {tritopt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Triton fused optimizers for PyTorch."""
+
+
+@app.command("list")
+def list_optimizers(as_json: AsJson = False) -> None:
+    """List the optimizers: their launches, states, and bytes that a step moves per parameter."""
+    listings = list(cost.listings())
+    if as_json:
+        typer.echo(json.dumps([listing.to_json() for listing in listings], indent=2))
+        return
+    table = Table("optimizer", "launches", "states", caption="bytes per parameter that a step reads and writes")
+    for precision in cost.PRECISIONS:
+        table.add_column(precision, justify="right")
+    for listing in listings:
+        moved = [str(listing.moved[name].total) if name in listing.moved else "?" for name in cost.PRECISIONS]
+        launches = f"{len(listing.kernels)}: {', '.join(listing.kernels)}" if listing.kernels else "no kernel"
+        table.add_row(_call(listing.optimizer, listing.arguments), launches, ", ".join(listing.states), *moved)
+    _console().print(table)
+
+
+@app.command()
+def check(
+    target: Annotated[str | None, typer.Argument(metavar="[MODULE:CLASS]", help="An optimizer of your own.")] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer combinations, fewer steps.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check optimizers on this machine: fused against reference, both against a float64 truth.
+
+    Exits with 1 if a check fails. Without a GPU the kernels run in Triton's interpreter.
+    """
+    _interpret_without_gpu()
+    try:
+        # A target alone stands for itself, not for everybody.
+        classes = registered(optimizer if optimizer or target else None)
+        if target:
+            classes.append(load_optimizer(target))
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    machine = environment()
+    console = _console()
+    if not as_json:
+        console.print(_where(machine), soft_wrap=True)
+    rows = list(_with_progress(run_checks(classes, quick), len(cases(classes, quick)), shown=not as_json))
+    passed = all(row.passed for row in rows)
+    if as_json:
+        typer.echo(
+            json.dumps({**machine, "quick": quick, "passed": passed, "rows": [asdict(row) for row in rows]}, indent=2)
+        )
+    else:
+        console.print(_summary(rows))
+        _print_failures(console, [row for row in rows if not row.passed], len(rows))
+    raise typer.Exit(0 if passed else 1)
+
+
+def _interpret_without_gpu() -> None:
+    """Start over with TRITON_INTERPRET=1 where there is no GPU: Triton has read it when the kernels were imported."""
+    if HAS_TRITON and not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+        arguments = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, arguments, {**os.environ, "TRITON_INTERPRET": "1"})
+
+
+def _console() -> Console:
+    # Rich takes 80 columns where the width is unknown, too few for the tables.
+    console = Console(markup=False, highlight=False)
+    return console if console.is_terminal else Console(markup=False, highlight=False, width=120)
+
+
+def _with_progress(rows: Iterable[Row], total: int, shown: bool) -> Iterable[Row]:
+    console = Console(stderr=True)
+    return track(rows, "checking", total, console=console, transient=True, disable=not (shown and console.is_terminal))
+
+
+def _where(machine: dict[str, Any]) -> str:
+    versions = (
+        f"tritopt {machine['tritopt']}, torch {machine['torch']}, triton {machine['triton']}, {machine['machine']}"
+    )
+    if machine["fused_unavailable"]:
+        return f"Reference against truth only: {machine['fused_unavailable']}\n{versions}"
+    if machine["interpreter"]:
+        return f"No GPU in use: the kernels run in Triton's interpreter, on the CPU.\n{versions}"
+    return f"The kernels run on {machine['device']}.\n{versions}"
+
+
+def _summary(rows: Sequence[Row]) -> Table:
+    """The worst of each optimizer and kind of weights."""
+    table = Table(
+        "optimizer",
+        "weights",
+        caption="largest error in ulp of the weights' dtype; of states and masters, in ulp of their own",
+    )
+    for name in ("cases", "fused - reference", "fused - truth", "reference - truth", "states"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.optimizer, _weights(row)), []).append(row)
+    for key, members in groups.items():
+        columns = ("fused_vs_reference", "fused_vs_truth", "reference_vs_truth", "states")
+        worst = [_worst([getattr(row, column) for row in members]) for column in columns]
+        n_failed = sum(not row.passed for row in members)
+        table.add_row(
+            *key, str(len(members)), *worst, f"{n_failed} FAILED" if n_failed else "ok", style="red" * bool(n_failed)
+        )
+    return table
+
+
+def _worst(errors: Sequence[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{max(known):.3g}" if known else "-"
+
+
+def _weights(row: Row) -> str:
+    return row.weight_dtype + (" + float32 master" if row.master else "")
+
+
+def _print_failures(console: Console, failures: Sequence[Row], n_cases: int) -> None:
+    for row in failures[:MAX_FAILURES]:
+        call = _call("tritopt.create", {"": row.optimizer, **row.arguments})
+        console.print(f"\n{call}, weights {_weights(row)}, gradients {row.grad_dtype}:\n  {row.reason}", soft_wrap=True)
+    if len(failures) > MAX_FAILURES:
+        console.print(f"\nand {len(failures) - MAX_FAILURES} more, which --json lists")
+    console.print(f"\n{len(failures)} of {n_cases} checks failed" if failures else f"all {n_cases} checks passed")
+
+
+def _call(name: str, arguments: dict[str, Any]) -> str:
+    written = [f"{key}={value!r}" if key else repr(value) for key, value in arguments.items()]
+    return f"{name}({', '.join(written)})" if written else name
+
+
+if __name__ == "__main__":
+    app(prog_name="tritopt")

@@ -1,0 +1,399 @@
+"""Check optimizers on this machine: fused against reference, and both against a float64 truth.
+
+Every step starts all of them from the same tensors, so an error is that of one step. It is compared with what rounding
+can do and with the distance that the step moved: weights barely move, so any formula is close to the old weight.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import tritopt
+from tritopt import fused, registry
+from tritopt.cost import fresh_state, tensors_of
+from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
+from tritopt.optimizer import Optimizer
+
+
+class Tolerance(NamedTuple):
+    """How far two results may lie apart: the sum of three allowances."""
+
+    stored: float
+    """Ulp of the dtype that the tensor is stored in."""
+    computed: float
+    """Ulp of the dtype of the arithmetic."""
+    moved: float
+    """Share of the tensor's largest movement in this step, in epsilons of the dtype of the arithmetic."""
+    reason: str
+
+
+# The only tolerances there are. An ulp is that of the larger of an element's old and expected new value.
+TOLERANCES = {
+    "identical": Tolerance(0, 0, 0, "both do the same operations in the same order, each rounded to nearest"),
+    "reordered": Tolerance(
+        1,
+        1,
+        8,
+        "sums over a tensor add in another order, torch's fp64 root is an ulp off, a user's kernel may round otherwise",
+    ),
+    "truth": Tolerance(0.5, 2, 16, "the store rounds once, w twice, and up to 16 operations make the movement"),
+}
+
+LEARNING_RATE = 0.1
+"""A tenth of the weights' size for optimizers that normalise: movement stands out from rounding in every dtype."""
+LR_MULT = {2: 0.5}
+"""One parameter has its own rate, so the table of scalars has two rows."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    # A third of the gradients is clipped, and wd * w is too small to cancel any of them.
+    "wd, clip, rescale": {"wd": 0.05, "clip_gradient": 1.5, "rescale_grad": 2.0},
+}
+FORMATS: tuple[tuple[torch.dtype, bool, tuple[torch.dtype, ...]], ...] = (
+    (torch.float32, False, (torch.float32, torch.bfloat16)),
+    (torch.float64, False, (torch.float64,)),
+    (torch.float16, False, (torch.float16,)),
+    (torch.float16, True, (torch.float16, torch.float32)),
+    (torch.bfloat16, False, (torch.bfloat16,)),
+    (torch.bfloat16, True, (torch.bfloat16, torch.float32)),
+)
+"""Dtype of the weights, whether they have an fp32 master, and dtypes of their gradients."""
+
+SMALL = fused.Config(block_size=32, chunk_size=64)
+"""For the interpreter, which takes about a millisecond per function call and block, however long the block is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer with one set of arguments on one kind of tensors."""
+
+    cls: type[Optimizer]
+    variant: dict[str, Any]
+    weight_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    master: bool
+    option: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the optimizer is constructed with."""
+        master = {"multi_precision": True} if self.master else {}
+        return {"learning_rate": LEARNING_RATE, **self.variant, **OPTIONS[self.option], **master}
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the optimizer, left alone, takes a fused step where it can."""
+        if self.cls.fused_step is not Optimizer.fused_step:
+            return True
+        return self.cls.step is Optimizer.step and bool(self.cls(**self.arguments).phases)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the arithmetic. A step of the user's own works in the weights' dtype."""
+        if self.cls.step is not Optimizer.step and not self.master:
+            return self.weight_dtype
+        return torch.float64 if self.weight_dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Row:
+    """The outcome of a case. Errors are the largest of all steps and elements, in ulp of the dtype of storage."""
+
+    optimizer: str
+    arguments: dict[str, Any]
+    """To construct it with."""
+    variant: dict[str, Any]
+    """Those of the arguments that are a variant of the optimizer."""
+    option: str
+    """Key of OPTIONS."""
+    weight_dtype: str
+    grad_dtype: str
+    master: bool
+    """Whether the weights have an fp32 master."""
+    fused_vs_reference: float | None = None
+    """Of the weights, as the two below. None: not compared."""
+    fused_vs_truth: float | None = None
+    reference_vs_truth: float | None = None
+    states: float | None = None
+    """The largest of the three for states and masters."""
+    passed: bool = True
+    reason: str = ""
+    """Why it failed, or why something was not compared."""
+
+    def enter(self, column: str, error: float) -> None:
+        """Keep the larger error. Infinity becomes the largest number, which JSON can say."""
+        self.__dict__[column] = max(self.__dict__[column] or 0.0, min(error, sys.float_info.max))
+
+    def fail(self, reason: str) -> None:
+        """Mark as failed; the first reason stays."""
+        if self.passed:
+            self.passed, self.reason = False, reason
+
+
+@dataclass
+class Contender:
+    """An optimizer and the tensors that it updates."""
+
+    optimizer: Optimizer
+    weights: list[torch.Tensor]
+    master: bool
+    """Whether masters are compared. The truth has none: its weights stand for both."""
+
+    def __post_init__(self) -> None:
+        self.optimizer.set_lr_mult(LR_MULT)
+        self.states = [fresh_state(self.optimizer, i, weight) for i, weight in enumerate(self.weights)]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By name: the weight, the master if there is one, and the states of each parameter."""
+        found = {}
+        for i, (weight, state) in enumerate(zip(self.weights, self.states, strict=True)):
+            values = tensors_of(state)
+            found[f"weight {i}"] = weight
+            if self.master:
+                found[f"master {i}"] = values.pop(0) if fused.is_low_precision(weight.dtype) else weight
+            found.update((f"state {at} of weight {i}", value) for at, value in enumerate(values))
+        return found
+
+    def start_from(self, other: Contender) -> None:
+        """Take over all values. The truth's weights come from the masters, which stand behind the weights."""
+        values = other.tensors()
+        for name, tensor in self.tensors().items():
+            tensor.copy_(values[name])
+
+    def step(self, grads: Sequence[torch.Tensor]) -> None:
+        """One update of all parameters."""
+        self.optimizer.update_multi_precision(list(range(len(grads))), self.weights, list(grads), self.states)
+
+
+def cases(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> list[Case]:
+    """All cases of the optimizers (None: of all that are registered); `quick` leaves out most combinations."""
+    found = []
+    for cls in registered() if classes is None else classes:
+        for variant, (weight_dtype, master, grad_dtypes), option in product(cls.variants, FORMATS, OPTIONS):
+            if quick and option == "plain" and weight_dtype != torch.float32:
+                continue
+            for grad_dtype in (weight_dtype,) if quick else grad_dtypes:
+                found.append(Case(cls, dict(variant), weight_dtype, grad_dtype, master, option))
+    return found
+
+
+def run_checks(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> Iterator[Row]:
+    """A row for each of `cases(classes, quick)`, as soon as it is known. Nothing is raised: what raises has failed.
+
+    >>> import tritopt
+    >>> all(row.passed for row in run_checks([tritopt.SGD], quick=True))
+    True
+    """
+    for case in cases(classes, quick):
+        yield check(case, n_steps=2 if quick else 3)
+
+
+def registered(names: Sequence[str] | None = None) -> list[type[Optimizer]]:
+    """The optimizers registered under these names (None: all); ValueError for an unknown one."""
+    return [registry.find(name) for name in (registry.names() if names is None else names)]
+
+
+def device() -> torch.device:
+    """Where the checks run: the GPU, unless there is none or TRITON_INTERPRET=1."""
+    return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+
+def fused_unavailable() -> str | None:
+    """Why no kernel can run here and what to do about it, or None."""
+    return fused.unavailable(torch.empty(0, device=device()))
+
+
+def environment() -> dict[str, Any]:
+    """What the outcome may depend on."""
+    on_gpu = device().type == "cuda"
+    return {
+        "tritopt": tritopt.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__ if HAS_TRITON else None,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name() if on_gpu else "Triton's interpreter" if INTERPRETED else "cpu",
+        "interpreter": INTERPRETED,
+        "fused_unavailable": fused_unavailable(),
+    }
+
+
+def load_optimizer(target: str) -> type[Optimizer]:
+    """Import and register the optimizer class that `target`, "package.module:Class", names; modules here come first.
+
+    Raises:
+        ValueError: the target cannot be imported. TypeError: it is no subclass of `Optimizer`.
+    """
+    module_name, colon, name = target.partition(":")
+    if not (module_name and colon and name):
+        raise ValueError(f"{target!r} must name a module and a class in it, as in my_module:MyOptimizer")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(f"cannot import module {module_name!r}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        known = [
+            key for key, value in vars(module).items() if _is_optimizer(value) and value.__module__ == module.__name__
+        ]
+        raise ValueError(
+            f"module {module_name!r} has no {name!r}{registry.did_you_mean(name, known)} "
+            f"its optimizers: {', '.join(known) or 'none'}"
+        )
+    cls: type[Optimizer] = getattr(module, name)
+    if not _is_optimizer(cls):
+        raise TypeError(f"{target} is {cls!r:.80}, not a subclass of tritopt.Optimizer")
+    return registry.register(cls)
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Optimizer)
+
+
+def check(case: Case, n_steps: int = 3) -> Row:
+    """Run one case. Whatever an optimizer raises makes a failed row."""
+    row = Row(
+        case.cls.__name__.lower(),
+        case.arguments,
+        case.variant,
+        case.option,
+        str(case.weight_dtype).removeprefix("torch."),
+        str(case.grad_dtype).removeprefix("torch."),
+        case.master,
+    )
+    try:
+        with _launch_config(SMALL if INTERPRETED else fused.CONFIG):
+            _run(case, n_steps, row)
+    except Exception as error:
+        row.fail(f"{type(error).__name__}: {error}")
+    return row
+
+
+@contextmanager
+def _launch_config(config: fused.Config) -> Iterator[None]:
+    before = fused.CONFIG
+    fused.CONFIG = config
+    try:
+        yield
+    finally:
+        fused.CONFIG = before
+
+
+def _run(case: Case, n_steps: int, row: Row) -> None:
+    random = torch.Generator().manual_seed(0)
+    weights = _weights(case.weight_dtype, random)
+    runs = {"reference": _contender(case, weights, use_fused_step=False)}
+    if not case.has_kernel:
+        row.reason = "no kernel: reference only"
+    elif reason := fused_unavailable():
+        row.reason = f"reference only: {reason}"
+    else:
+        runs = {"fused": _contender(case, weights, use_fused_step=True), **runs}
+    runs["truth"] = _contender(case, [weight.double() for weight in weights], use_fused_step=False)
+    first, *others = runs.values()
+    for step in range(n_steps):
+        for other in others:
+            other.start_from(first)
+        start = {name: tensor.clone() for name, tensor in runs["truth"].tensors().items()}
+        grads = [_random_like(weight, case.grad_dtype, random) for weight in weights]
+        if step == 0:
+            grads[-1].zero_()
+        for name, run in runs.items():
+            given = [_copy(grad) for grad in grads]
+            run.step(given)
+            if not all(map(torch.equal, given, grads)):
+                row.fail(f"step {step}: {name} wrote to a gradient")
+        _compare(case, step, start, runs, row)
+
+
+def _contender(case: Case, weights: Sequence[torch.Tensor], use_fused_step: bool) -> Contender:
+    arguments = {**case.arguments, "use_fused_step": use_fused_step}
+    return Contender(case.cls(**arguments), [_copy(weight) for weight in weights], case.master)
+
+
+def _compare(case: Case, step: int, start: dict[str, torch.Tensor], runs: dict[str, Contender], row: Row) -> None:
+    """Enter the differences between all runs into the row."""
+    for one, other in combinations(runs, 2):
+        tolerance = TOLERANCES["truth" if other == "truth" else _fused_tolerance(case, runs["fused"].optimizer)]
+        expected = runs[other].tensors()
+        for name, tensor in runs[one].tensors().items():
+            error, is_within = _error(tensor, expected[name], start[name], tolerance, case.compute_dtype)
+            row.enter(f"{one}_vs_{other}" if name.startswith("weight") else "states", error)
+            if not is_within:
+                row.fail(
+                    f"step {step}, {name} of shape {tuple(tensor.shape)}: {one} and {other} differ by {error:.3g} ulp, "
+                    f"more than rounding explains ({tolerance.reason})"
+                )
+
+
+def _fused_tolerance(case: Case, optimizer: Optimizer) -> str:
+    is_ours = case.cls.__module__.partition(".")[0] == tritopt.__name__
+    sums = any(phase.n_sums for phase in optimizer.phases)
+    return "identical" if is_ours and not sums and case.compute_dtype == torch.float32 else "reordered"
+
+
+def _error(
+    value: torch.Tensor, expected: torch.Tensor, start: torch.Tensor, tolerance: Tolerance, compute: torch.dtype
+) -> tuple[float, bool]:
+    """Largest difference in ulp of the value's dtype, and whether every element is within the tolerance."""
+    if value.numel() == 0:
+        return 0.0, True
+    ours, expected = value.double(), expected.double()
+    is_same = (ours == expected) | (ours.isnan() & expected.isnan())
+    difference = torch.where(is_same, 0.0, (ours - expected).abs().nan_to_num(nan=torch.inf))
+    size = torch.maximum(expected.abs(), start.abs())
+    moved = (expected - start).abs().max()
+    stored_ulp = _ulp(size, value.dtype)
+    allowed = (
+        tolerance.stored * stored_ulp
+        + tolerance.computed * _ulp(size, compute)
+        + tolerance.moved * torch.finfo(compute).eps * moved
+    )
+    in_ulp = torch.where(is_same, 0.0, difference / stored_ulp).nan_to_num(nan=torch.inf)
+    return float(in_ulp.max()), bool((is_same | (difference <= allowed)).all())
+
+
+def _ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Distance between neighbouring numbers of the dtype around each element of `size`; 1 for integers."""
+    if not dtype.is_floating_point:
+        return torch.ones_like(size)
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(size.clamp(min=info.tiny)).exponent
+    return torch.ldexp(torch.full_like(size, info.eps), exponent - 1)
+
+
+def _weights(dtype: torch.dtype, random: torch.Generator) -> list[torch.Tensor]:
+    """One of each kind: tiny 0-d, empty, several chunks and a tail, unaligned and zero, transposed."""
+    block, chunk = fused.CONFIG.block_size, fused.CONFIG.chunk_size
+    new = partial(torch.zeros, dtype=dtype, device=device())
+    weights = [new(()), new((3, 0)), new(chunk + block + block // 4 + 1), new(block // 2 + 1)[1:], new((6, 5)).t()]
+    weights[0].fill_(2.0**-12)
+    for i in (2, 4):
+        weights[i].copy_(_random_like(weights[i], dtype, random))
+    return weights
+
+
+def _random_like(tensor: torch.Tensor, dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:
+    """Values of either sign between 1/8 and 2, as many in each octave, laid out like the tensor."""
+    size = torch.empty(tensor.shape, dtype=torch.float64).uniform_(-3, 1, generator=random).exp2()
+    sign = torch.randint(0, 2, tensor.shape, generator=random) * 2 - 1
+    return torch.empty_like(tensor, dtype=dtype).copy_(sign * size)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy at the same address modulo 16 bytes, which `clone` would align."""
+    room = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=tensor.device)
+    skip = (tensor.data_ptr() - room.data_ptr()) % 16 // tensor.element_size()
+    return room[skip:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)

@@ -1,0 +1,143 @@
+"""What an optimizer costs: bytes per parameter that a step moves, and that stay in memory."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import registry
+from tritopt.fused import is_low_precision
+from tritopt.kernels.formats import MASTER_FP32, PLAIN, Format
+from tritopt.optimizer import Optimizer, State
+
+PRECISIONS: dict[str, tuple[torch.dtype, Format]] = {
+    "fp32": (torch.float32, PLAIN),
+    "bf16 + fp32 master": (torch.bfloat16, MASTER_FP32),
+    "bf16": (torch.bfloat16, PLAIN),
+}
+"""Dtype of weights and gradients, and storage format, that `tritopt list` shows."""
+
+
+class Traffic(NamedTuple):
+    """Bytes per parameter that one step must move."""
+
+    read: int
+    written: int
+
+    @property
+    def total(self) -> int:
+        """Both directions."""
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A row of `tritopt list`: an optimizer with constructor arguments that change its launches or states."""
+
+    optimizer: str
+    arguments: dict[str, Any]
+    kernels: tuple[str, ...]
+    """Update functions, one per launch; "?" where Triton is missing. Empty: no kernel."""
+    states: tuple[str, ...]
+    moved: dict[str, Traffic]
+    """By name of PRECISIONS. Empty: no kernel."""
+    resident: dict[str, int]
+    """Bytes per parameter in memory, likewise, without gradients."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**vars(self), "moved": {name: traffic._asdict() for name, traffic in self.moved.items()}}
+
+
+def bytes_per_parameter(
+    opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN
+) -> Traffic:
+    """Bytes per parameter that the phases of a fused step read and write; tables and sums per tensor do not count.
+
+    >>> import tritopt
+    >>> bytes_per_parameter(tritopt.create("adam"), torch.bfloat16, torch.bfloat16, MASTER_FP32)
+    Traffic(read=14, written=14)
+
+    Raises:
+        ValueError: the optimizer has no kernel, or the format does not go with the dtype.
+    """
+    if not opt.phases:
+        raise ValueError(f"{type(opt).__name__} declares no phases, so the bytes its step moves are not known")
+    planes, states = _stored(opt, weight_dtype, fmt)
+    weight_read = sum(size for size, is_read in zip(planes, fmt.plane_reads, strict=True) if is_read)
+    read = written = 0
+    for phase in opt.phases:
+        read += (
+            weight_read * phase.reads_weight + grad_dtype.itemsize * phase.reads_grad + sum(states) * phase.reads_states
+        )
+        written += sum(planes) * phase.writes_weight + sum(states) * phase.writes_states
+    return Traffic(read, written)
+
+
+def resident_bytes(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format = PLAIN) -> int:
+    """Bytes per parameter of the weight's planes and the states, gradients not included."""
+    planes, states = _stored(opt, weight_dtype, fmt)
+    return sum(planes) + sum(states)
+
+
+def fresh_state(opt: Optimizer, index: Hashable, weight: torch.Tensor) -> State:
+    """`create_state_multi_precision` without its warning about accumulating in 16 bits."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*accumulates in", UserWarning)
+        return opt.create_state_multi_precision(index, weight)
+
+
+def listings(classes: Sequence[type[Optimizer]] | None = None) -> Iterator[Listing]:
+    """A row for each variant of the optimizers (None: all registered) that has launches or states of its own."""
+    for cls in [registry.find(name) for name in registry.names()] if classes is None else classes:
+        seen = set()
+        for arguments in cls.variants:
+            listing = _listing(cls, arguments)
+            if (listing.kernels, listing.states) not in seen:
+                seen.add((listing.kernels, listing.states))
+                yield listing
+
+
+def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
+    opt = cls(**arguments)
+    return Listing(
+        optimizer=cls.__name__.lower(),
+        arguments=arguments,
+        kernels=tuple(getattr(phase.update, "__name__", "?") for phase in opt.phases),
+        states=tuple(opt.state_names),
+        moved={
+            name: bytes_per_parameter(opt, dtype, dtype, fmt) for name, (dtype, fmt) in PRECISIONS.items() if opt.phases
+        },
+        resident={name: resident_bytes(opt, dtype, fmt) for name, (dtype, fmt) in PRECISIONS.items()},
+    )
+
+
+def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], list[int]]:
+    """Bytes per parameter of each plane of the weight, and of each state."""
+    if fmt.n_planes > 1 and not is_low_precision(weight_dtype):
+        raise ValueError(f"format {fmt.name!r} stores float16 or bfloat16 weights, not {weight_dtype}; pass PLAIN")
+    opt = copy.copy(opt)
+    opt.multi_precision = fmt is MASTER_FP32
+    weight = torch.empty(1, dtype=weight_dtype)
+    state: Any = fresh_state(opt, 0, weight)
+    planes = [weight.element_size()]
+    if fmt is MASTER_FP32:
+        master, state = state
+        planes.append(master.element_size())
+    return planes, [tensor.element_size() for tensor in tensors_of(state)]
+
+
+def tensors_of(state: Any) -> list[torch.Tensor]:
+    """The tensors of a state in order; TypeError if it holds anything else."""
+    if state is None:
+        return []
+    if isinstance(state, torch.Tensor):
+        return [state]
+    if isinstance(state, tuple | list):
+        return [tensor for item in state for tensor in tensors_of(item)]
+    raise TypeError(f"a state must be None, a tensor or a tuple of such, got {state!r:.60}")
