@@ -12,8 +12,8 @@ All four runs see the same data in the same order and start from the same weight
 
 AdamW moves a weight by about the learning rate, here 1e-4. Between 1/16 and 1/8 the next bf16 number is 5e-4 away, so
 the sum rounds back to the old weight: without a master, only weights below 1/32 learn. A master collects such updates
-until they show in the 16-bit weight. With `--learning-rate 1e-3` updates are large enough for bf16, and all runs reach
-the same accuracy.
+until they show in the 16-bit weight. With `--learning-rate 1e-3` most updates are large enough for bf16, and all runs
+reach the same accuracy, though not the same loss.
 
 Takes seconds on a CPU, where the reference step runs; on a GPU each step is one fused launch.
 """
@@ -50,29 +50,18 @@ class Recipe(NamedTuple):
 
     name: str
     dtype: torch.dtype
-    multi_precision: bool
-    scales_loss: bool
-    color: str
-    line_style: str
+    line: str
+    """Colour and dashes in the plot, as matplotlib abbreviates them."""
+    multi_precision: bool = False
+    scales_loss: bool = False
 
 
 RECIPES = (
-    # The three curves that should coincide: a broad line below a dashed and a dotted one, so that all can be seen.
-    Recipe("fp32", torch.float32, multi_precision=False, scales_loss=False, color="#bbbbbb", line_style="solid"),
-    Recipe(
-        "bf16, fp32 master",
-        torch.bfloat16,
-        multi_precision=True,
-        scales_loss=False,
-        color="#0060b0",
-        line_style="dashed",
-    ),
-    Recipe(
-        "bf16, no master", torch.bfloat16, multi_precision=False, scales_loss=False, color="#c03020", line_style="solid"
-    ),
-    Recipe(
-        "fp16, fp32 master", torch.float16, multi_precision=True, scales_loss=True, color="#000000", line_style="dotted"
-    ),
+    # Three curves coincide: a broad one below a dashed and a dotted one lets all be seen.
+    Recipe("fp32", torch.float32, "C7-"),
+    Recipe("bf16, fp32 master", torch.bfloat16, "C0--", multi_precision=True),
+    Recipe("bf16, no master", torch.bfloat16, "C3-"),
+    Recipe("fp16, fp32 master", torch.float16, "k:", multi_precision=True, scales_loss=True),
 )
 
 
@@ -89,7 +78,7 @@ class LossScale:
     """A factor of the loss that keeps small fp16 gradients from underflowing; halved whenever one overflows.
 
     It starts far too large and only shrinks, which is enough for a short run. All of it stays on the device: the host
-    never waits to hear whether a gradient is finite.
+    never waits to hear whether a gradient is finite. A skipped update still counts, for Adam's bias correction say.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -206,7 +195,7 @@ def save_plot(runs: Sequence[Run], title: str, path: Path) -> None:
     axes = figure.add_subplot()
     for run in runs:
         width = 5 if run.recipe.dtype == torch.float32 else 2
-        axes.plot(run.losses, label=run.label, color=run.recipe.color, ls=run.recipe.line_style, lw=width)
+        axes.plot(run.losses, run.recipe.line, label=run.label, linewidth=width)
     axes.set(title=title, xlabel="epoch", ylabel="training loss: cross-entropy (nats, log scale)", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(which="both", alpha=0.3)

@@ -169,7 +169,7 @@ def test_hyperparameter_defaults(name: str, defaults: dict[str, Any]) -> None:
 def test_lazy_update_needs_the_fused_step(name: str) -> None:
     with pytest.raises(ValueError, match=r"lazy_update=True .*use_fused_step=False"):
         tritopt.create(name, lazy_update=True, use_fused_step=False)
-    assert tritopt.create(name, lazy_update=True).lazy_update is True  # type: ignore[attr-defined]
+    assert tritopt.create(name, lazy_update=True).lazy_update is True
 
 
 def test_lazy_update_and_multi_precision() -> None:

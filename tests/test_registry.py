@@ -166,5 +166,5 @@ def test_keywords_of_a_custom_optimizer_are_suggested_too() -> None:
             super().__init__(**kwargs)
             self.temperature = temperature
 
-    with pytest.raises(TypeError, match="'temprature'.*did you mean 'temperature'"):
+    with pytest.raises(TypeError, match=r"'temprature'.*did you mean 'temperature'"):
         tritopt.create("custom", temprature=2.0)

@@ -47,25 +47,38 @@ def main(
 
 
 @app.command("list")
-def list_optimizers(as_json: AsJson = False) -> None:
-    """List the optimizers: their launches, states, and bytes that a step moves per parameter."""
+def list_optimizers(
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """List the optimizers: their launches, states, and bytes that a step reads and writes per parameter."""
     listings = list(cost.listings())
     if as_json:
         typer.echo(json.dumps([listing.to_json() for listing in listings], indent=2))
         return
-    table = Table("optimizer", "launches", "states", caption="bytes per parameter that a step reads and writes")
-    for precision in cost.PRECISIONS:
-        table.add_column(precision, justify="right")
-    for listing in listings:
-        moved = [str(listing.moved[name].total) if name in listing.moved else "?" for name in cost.PRECISIONS]
-        launches = f"{len(listing.kernels)}: {', '.join(listing.kernels)}" if listing.kernels else "no kernel"
-        table.add_row(_call(listing.optimizer, listing.arguments), launches, ", ".join(listing.states), *moved)
+    header = ["optimizer", "launches", "states", *(f"bytes, {name}" for name in cost.PRECISIONS)]
+    rows = [_listed(listing) for listing in listings]
+    if markdown:
+        lines = [header, ["---"] * 3 + ["---:"] * len(cost.PRECISIONS), *rows]
+        typer.echo("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return
+    table = Table(caption="bytes: read and written by a step, per parameter; gradients have the weights' dtype")
+    for name in header:
+        table.add_column(name, justify="right" if name.startswith("bytes") else "left")
+    for row in rows:
+        table.add_row(*row)
     _console().print(table)
+
+
+def _listed(listing: cost.Listing) -> list[str]:
+    moved = [str(listing.moved[name].total) if name in listing.moved else "?" for name in cost.PRECISIONS]
+    launches = f"{len(listing.kernels)}: {', '.join(listing.kernels)}" if listing.kernels else "no kernel"
+    return [_call(listing.optimizer, listing.arguments), launches, ", ".join(listing.states) or "none", *moved]
 
 
 @app.command()
 def check(
-    target: Annotated[str | None, typer.Argument(metavar="[MODULE:CLASS]", help="An optimizer of your own.")] = None,
+    target: Annotated[str | None, typer.Argument(metavar="MODULE:CLASS", help="An optimizer of your own.")] = None,
     optimizer: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer combinations, fewer steps.")] = False,
     as_json: AsJson = False,
@@ -77,7 +90,7 @@ def check(
     _interpret_without_gpu()
     try:
         # A target alone stands for itself, not for everybody.
-        classes = registered(optimizer if optimizer or target else None)
+        classes = registered(optimizer or ([] if target else None))
         if target:
             classes.append(load_optimizer(target))
     except (TypeError, ValueError) as error:
@@ -87,13 +100,15 @@ def check(
     if not as_json:
         console.print(_where(machine), soft_wrap=True)
     rows = list(_with_progress(run_checks(classes, quick), len(cases(classes, quick)), shown=not as_json))
-    passed = all(row.passed for row in rows)
+    passed = _all_passed(rows)
     if as_json:
         typer.echo(
             json.dumps({**machine, "quick": quick, "passed": passed, "rows": [asdict(row) for row in rows]}, indent=2)
         )
     else:
         console.print(_summary(rows))
+        for note in [] if machine["fused_unavailable"] else _notes(rows):
+            console.print(note)
         _print_failures(console, [row for row in rows if not row.passed], len(rows))
     raise typer.Exit(0 if passed else 1)
 
@@ -143,11 +158,22 @@ def _summary(rows: Sequence[Row]) -> Table:
     for key, members in groups.items():
         columns = ("fused_vs_reference", "fused_vs_truth", "reference_vs_truth", "states")
         worst = [_worst([getattr(row, column) for row in members]) for column in columns]
-        n_failed = sum(not row.passed for row in members)
-        table.add_row(
-            *key, str(len(members)), *worst, f"{n_failed} FAILED" if n_failed else "ok", style="red" * bool(n_failed)
-        )
+        style = "" if _all_passed(members) else "red"
+        table.add_row(*key, str(len(members)), *worst, _verdict(members), style=style)
     return table
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    return "ok" if _all_passed(rows) else f"{sum(not row.passed for row in rows)} FAILED"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Why kernels of rows that passed were not compared."""
+    return sorted({f"{row.optimizer}: {row.reason}" for row in rows if row.passed and row.reason})
+
+
+def _all_passed(rows: Sequence[Row]) -> bool:
+    return all(row.passed for row in rows)
 
 
 def _worst(errors: Sequence[float | None]) -> str:
@@ -156,7 +182,7 @@ def _worst(errors: Sequence[float | None]) -> str:
 
 
 def _weights(row: Row) -> str:
-    return row.weight_dtype + (" + float32 master" if row.master else "")
+    return row.weight_dtype + (" + fp32 master" if row.master else "")
 
 
 def _print_failures(console: Console, failures: Sequence[Row], n_cases: int) -> None:

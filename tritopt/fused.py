@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from tritopt.kernels.multi_tensor_norm import square_update, sum_partials
 
 GRADIENT_FNS = {"gradient": decay_in_gradient, "update": decay_in_update}
 MAX_PLANS = 4096
+Value = TypeVar("Value")
 
 
 class Apply(NamedTuple):
@@ -75,7 +76,7 @@ def unavailable(tensor: torch.Tensor) -> str | None:
     """Why the fused path cannot take this tensor and what to do about it, or None if it can."""
     if not HAS_TRITON:
         return MISSING_TRITON
-    if tensor.is_cuda == INTERPRETED:
+    if tensor.device.type != ("cpu" if INTERPRETED else "cuda"):
         return (
             f"the fused path cannot update a tensor on {tensor.device}"
             + (
@@ -134,7 +135,7 @@ class Planner:
 
     def __init__(self) -> None:
         self._plans: OrderedDict[Hashable, tuple[Hashable, list[Group]]] = OrderedDict()
-        self._unaliased: dict[Hashable, list[int]] = {}
+        self._places: OrderedDict[Hashable, list[Any]] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         """Plans hold addresses of this process: a copy starts without any."""
@@ -149,15 +150,18 @@ class Planner:
                 _run_phases(group, launch, len(rows[0]))
         for original, copy in copied_back:
             original.copy_(copy)
+        # Autograd must learn of writes that it did not make, as it does of torch's own in-place operations.
+        written = [t for task in tasks for t in task.written() if not t.is_inference()]
+        torch.autograd.graph.increment_version(written)
 
     def check_aliases(self, key: Hashable, owners: Sequence[Hashable], tasks: Sequence[Task]) -> None:
-        """ValueError if the step would write an element twice; looked at again only when an address has changed."""
-        addresses = [tensor.data_ptr() for task in tasks for tensor in task.written()]
-        if self._unaliased.get(key) == addresses:
+        """ValueError if the step would write an element twice; looked at again only when a tensor has moved."""
+        places = [(t.data_ptr(), t.shape, t.stride()) for task in tasks for t in task.written()]
+        if self._places.get(key) == places:
             return
         owner_of = [owner for owner, task in zip(owners, tasks, strict=True) for _ in task.written()]
         validate.no_aliases(owner_of, [tensor for task in tasks for tensor in task.written()])
-        self._unaliased[key] = addresses
+        _remember(self._places, key, places)
 
     def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[Group]:
         signature = tuple(
@@ -166,10 +170,15 @@ class Planner:
         )
         found = self._plans.get(key)
         if found is None or found[0] != signature:
-            found = self._plans[key] = (signature, _build_groups(tasks))
-            if len(self._plans) > MAX_PLANS:
-                self._plans.popitem(last=False)
+            found = (signature, _build_groups(tasks))
+            _remember(self._plans, key, found)
         return found[1]
+
+
+def _remember(cache: OrderedDict[Hashable, Value], key: Hashable, value: Value) -> None:
+    cache[key] = value
+    if len(cache) > MAX_PLANS:
+        cache.popitem(last=False)
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

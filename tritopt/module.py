@@ -11,6 +11,7 @@ from torch import nn
 class ModuleParameters(NamedTuple):
     """The trainable parameters of a module, in `named_parameters()` order; a shared one appears once.
 
+    >>> import tritopt
     >>> model = torch.nn.Linear(3, 2)
     >>> model.bias.wd_mult = 0.0
     >>> params = module_parameters(model)

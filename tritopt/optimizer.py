@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ from tritopt import registry, validate
 from tritopt.fused import Apply, Launch, Planner, Task, compute_dtype, is_low_precision, unavailable
 from tritopt.kernels.formats import MASTER_FP32, PLAIN
 from tritopt.sparse import Rows
+from tritopt.warning import warn
 
 if TYPE_CHECKING:
     from tritopt.lr_scheduler import LRScheduler
@@ -45,6 +46,7 @@ class Optimizer:
         param_dict: objects by index, such as `nn.Parameter`, whose `lr_mult`/`wd_mult` attributes are read live.
         aggregate_num: tensors per call that an Updater makes. None: all at once.
         use_fused_step: True: fused or an error. False: the reference `step`. None: fused where it can run.
+        lazy_update: with a row-sparse gradient, update only the rows present; for optimizers that support it.
 
     Raises:
         ValueError: a hyperparameter out of its range. TypeError: one of the wrong type, or an unknown keyword.
@@ -58,6 +60,7 @@ class Optimizer:
     """Where weight decay goes: "gradient" adds wd * w to the clipped gradient; "update" leaves it to the update."""
     clips: ClassVar[bool] = True
     """Whether `clip_gradient` applies."""
+    supports_lazy_update: ClassVar[bool] = False
     skips_zero_rescale: ClassVar[bool] = False
     """Whether rescale_grad = 0 skips the update as NaN and Inf do."""
     state_dtype: ClassVar[torch.dtype | None] = None
@@ -79,10 +82,20 @@ class Optimizer:
         param_dict: Mapping[Any, Any] | None = None,
         aggregate_num: float | None = None,
         use_fused_step: bool | None = None,
+        lazy_update: bool = False,
         **unknown: Any,
     ) -> None:
+        if lazy_update and not self.supports_lazy_update:
+            unknown["lazy_update"] = lazy_update
         if unknown:
             raise TypeError(_unknown_keywords(type(self), unknown))
+        if lazy_update and use_fused_step is False:
+            raise ValueError("lazy_update=True needs a fused step: drop use_fused_step=False")
+        validate.rescale(rescale_grad)
+        if param_dict is not None and not isinstance(param_dict, Mapping):
+            raise TypeError(f"param_dict={param_dict!r} must be a dict of parameters by index")
+        if lr_scheduler is not None and not callable(lr_scheduler):
+            raise TypeError(f"lr_scheduler={lr_scheduler!r} must be an LRScheduler, or any callable with a base_lr")
         if param_idx2name is not None and not isinstance(param_idx2name, dict):
             raise TypeError(f"param_idx2name={param_idx2name!r} must be a dict of names by index")
         self.rescale_grad = rescale_grad
@@ -90,15 +103,16 @@ class Optimizer:
         self.wd = validate.number("wd", wd)
         self.lr_scheduler = lr_scheduler
         self.lr = _initial_lr(learning_rate, lr_scheduler)
-        self.begin_num_update = begin_num_update
-        self.num_update = begin_num_update
+        self.begin_num_update = validate.count("begin_num_update", begin_num_update)
+        self.num_update = self.begin_num_update
         self._all_index_update_counts: dict[Hashable, dict[Hashable, int]] = {0: {}}
         self._index_update_count = self._all_index_update_counts[0]
-        self.multi_precision = multi_precision
+        self.multi_precision = validate.boolean("multi_precision", multi_precision)
         self.aggregate_num = (
             math.inf if aggregate_num is None else validate.nonnegative_count("aggregate_num", aggregate_num)
         )
-        self.use_fused_step = use_fused_step
+        self.use_fused_step = None if use_fused_step is None else validate.boolean("use_fused_step", use_fused_step)
+        self.lazy_update = validate.boolean("lazy_update", lazy_update)
         self.idx2name = dict(param_idx2name or {})
         self.param_dict: Mapping[Any, Any] = param_dict or {}
         self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
@@ -162,11 +176,16 @@ class Optimizer:
         multipliers: dict[Any, float] = getattr(self, kind)
         if not (self.param_dict or multipliers):
             return [value] * len(indices)
-        return [value * self._multiplier(index, kind, multipliers) for index in indices]
+        products = [value * self._multiplier(index, kind, multipliers) for index in indices]
+        if not all(map(math.isfinite, products)):
+            index, product = next((i, p) for i, p in zip(indices, products, strict=True) if not math.isfinite(p))
+            raise ValueError(f"parameter {index!r}: {kind} makes {value!r} into {product!r}; give a finite multiplier")
+        return products
 
     def _multiplier(self, index: Hashable, kind: str, multipliers: Mapping[Any, float]) -> float:
-        if index in self.param_dict:
-            return float(getattr(self.param_dict[index], kind, 1.0))
+        carried = getattr(self.param_dict.get(index), kind, None)  # an nn.Parameter may carry none
+        if carried is not None:
+            return float(carried)
         if index in multipliers:
             return multipliers[index]
         return multipliers.get(self.idx2name.get(index), 1.0)
@@ -174,12 +193,8 @@ class Optimizer:
     def _get_lrs(self, indices: Sequence[Hashable]) -> list[float]:
         """Learning rates of the parameters: one evaluation of the schedule, times their multipliers."""
         lr = self.learning_rate
-        if not math.isfinite(lr):
-            raise ValueError(
-                f"learning rate is {lr!r} at num_update={self.num_update}"
-                + (f", from {self.lr_scheduler!r}" if self.lr_scheduler is not None else "")
-                + "; nothing was updated"
-            )
+        source = "" if self.lr_scheduler is None else f" from {self.lr_scheduler!r} at num_update={self.num_update}"
+        validate.nonnegative(f"learning rate{source}", lr)
         return self._multiplied(lr, indices, "lr_mult")
 
     def _get_lr(self, index: Hashable) -> float:
@@ -199,7 +214,7 @@ class Optimizer:
         self._index_update_count = self._all_index_update_counts.setdefault(device_id, {})
 
     def _set_current_context(self, device_id: Hashable) -> None:
-        warnings.warn("_set_current_context is now _set_current_device", DeprecationWarning, stacklevel=2)
+        warn("_set_current_context is now _set_current_device", DeprecationWarning)
         self._set_current_device(device_id)
 
     def _update_count(self, index: Hashable | list[Hashable] | tuple[Hashable, ...]) -> None:
@@ -223,10 +238,10 @@ class Optimizer:
             master = weight.detach().to(torch.float32, copy=True)
             return master, self.create_state(index, master)
         if is_low_precision(weight.dtype):
-            warnings.warn(
-                f"{type(self).__name__} accumulates in {weight.dtype} for parameter {index!r} and loses small updates; "
-                "multi_precision=True keeps an fp32 master",
-                stacklevel=2,
+            # The same text for every parameter, so that Python shows it once.
+            warn(
+                f"{type(self).__name__} accumulates in {weight.dtype} and loses small updates; multi_precision=True "
+                "keeps an fp32 master"
             )
         return self.create_state(index, weight.detach())
 
@@ -246,22 +261,34 @@ class Optimizer:
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """`update` with states from `create_state_multi_precision`."""
         indices, weights, grads, states = _with_gradients(indices, weights, grads, states)
+        masters = [self._keeps_master(weight) for weight in weights]
+        for index, state, has_master in zip(indices, states, masters, strict=True):
+            if has_master and not self._has_master(state):
+                raise ValueError(
+                    f"parameter {index!r}: multi_precision needs a state (float32 master weight, state), got "
+                    f"{_structure(state)}; create it with create_state_multi_precision(index, weight)"
+                )
         if not self._overrides_step():
             return self._dispatch(indices, weights, grads, states)
         # MXNet's way, for optimizers that bring their own step: it sees fp32 masters and fp32 gradients.
-        low = [self.multi_precision and is_low_precision(weight.dtype) for weight in weights]
-        masters = [state[0] if is_low else weight for weight, state, is_low in zip(weights, states, low, strict=True)]
-        self._dispatch(
-            indices,
-            masters,
-            [grad.to(torch.float32) if is_low else grad for grad, is_low in zip(grads, low, strict=True)],
-            [state[1] if is_low else state for state, is_low in zip(states, low, strict=True)],
-        )
         with torch.no_grad():
-            for weight, master, is_low in zip(weights, masters, low, strict=True):
-                if is_low:
-                    weight.copy_(master)
+            self._dispatch(
+                indices,
+                [state[0] if m else weight for weight, state, m in zip(weights, states, masters, strict=True)],
+                [grad.to(torch.float32) if m else grad for grad, m in zip(grads, masters, strict=True)],
+                [state[1] if m else state for state, m in zip(states, masters, strict=True)],
+            )
+            for weight, state, m in zip(weights, states, masters, strict=True):
+                if m:
+                    weight.copy_(state[0])
         return None
+
+    def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """Raise what `update_multi_precision` would raise about these tensors; update and count nothing."""
+        indices, weights, grads, states = _with_gradients(indices, weights, grads, states)
+        if not self._overrides_step():
+            tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
+            self._planner.check_aliases(tuple(indices), indices, tasks)
 
     def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """The reference: each parameter in turn, in PyTorch operations."""
@@ -271,6 +298,15 @@ class Optimizer:
         """All parameters in one launch per phase, device and list of dtypes."""
         self._run(indices, weights, grads, states, fused=True)
 
+    def _keeps_master(self, weight: torch.Tensor) -> bool:
+        return self.multi_precision and is_low_precision(weight.dtype)
+
+    def _has_master(self, state: State) -> bool:
+        """Whether this is (fp32 master, state) by its structure, and not a plain pair of states."""
+        if not (isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], torch.Tensor)):
+            return False
+        return state[0].dtype == torch.float32 and (len(self.state_names) < 2 or not isinstance(state[1], torch.Tensor))
+
     def _overrides_step(self) -> bool:
         return type(self).step is not Optimizer.step or type(self).fused_step is not Optimizer.fused_step
 
@@ -279,7 +315,19 @@ class Optimizer:
             return self._run(indices, weights, grads, states, fused=self.use_fused_step)
         has_kernel = type(self).fused_step is not Optimizer.fused_step
         fused = has_kernel if self.use_fused_step is None else self.use_fused_step
-        return (self.fused_step if fused else self.step)(indices, weights, grads, states)
+        with torch.no_grad(), self._counts_restored_on_error():
+            return (self.fused_step if fused else self.step)(indices, weights, grads, states)
+
+    @contextmanager
+    def _counts_restored_on_error(self) -> Iterator[None]:
+        num_update, counts = self.num_update, dict(self._index_update_count)
+        try:
+            yield
+        except BaseException:
+            self.num_update = num_update
+            self._index_update_count.clear()
+            self._index_update_count.update(counts)
+            raise
 
     @torch.no_grad()
     def _run(
@@ -290,27 +338,16 @@ class Optimizer:
         states: Sequence[State],
         fused: bool | None,
     ) -> None:
-        tasks, rows = [], []
-        for index, weight, grad, state in zip(indices, weights, grads, states, strict=True):
-            validate.weight_and_grad(index, weight, grad)
-            task = self._task(index, weight, grad, state)
-            if grad.layout != torch.strided:
-                rows.append(Rows(task, grad, lazy=getattr(self, "lazy_update", False)))
-                task = rows[-1].task
-            tasks.append(task)
+        validate.rescale(self.rescale_grad)
+        tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
         on_kernel = [self._runs_fused(index, weight, fused) for index, weight in zip(indices, weights, strict=True)]
         self._planner.check_aliases(tuple(indices), indices, tasks)
-        counts_before = self.num_update, dict(self._index_update_count)
-        try:
-            scalars = self._advance(indices)
-            self._apply(indices, tasks, scalars, on_kernel)
-        except BaseException:
-            self.num_update = counts_before[0]
-            self._index_update_count.clear()
-            self._index_update_count.update(counts_before[1])
-            raise
-        for present in rows:
-            present.write_back()
+        sparse = {i: Rows(task, self.lazy_update) for i, task in enumerate(tasks) if task.grad.layout != torch.strided}
+        tasks = [sparse[i].task if i in sparse else task for i, task in enumerate(tasks)]
+        with self._counts_restored_on_error():
+            self._apply(indices, tasks, self._advance(indices), on_kernel)
+        for rows in sparse.values():
+            rows.write_back()
 
     def _runs_fused(self, index: Hashable, weight: torch.Tensor, wanted: bool | None) -> bool:
         if wanted is False:
@@ -323,17 +360,11 @@ class Optimizer:
         return reason is None
 
     def _task(self, index: Hashable, weight: torch.Tensor, grad: torch.Tensor, state: State) -> Task:
-        """The parameter's tensors, checked. A (master, state) pair is told from a plain state by its structure."""
+        """The parameter's tensors, checked."""
         n_states = len(self.state_names)
         planes: Values = (weight.detach(),)
-        inner, has_master = state, False
-        if self.multi_precision and is_low_precision(weight.dtype) and isinstance(state, tuple) and len(state) == 2:
-            has_master = n_states < 2 or not isinstance(state[1], torch.Tensor)
-        if has_master and isinstance(state, tuple):
-            if not isinstance(state[0], torch.Tensor) or state[0].dtype != torch.float32:
-                raise TypeError(
-                    f"parameter {index!r}: the master weight must be a float32 tensor, got {state[0]!r:.60}"
-                )
+        inner, has_master = state, self._keeps_master(weight) and self._has_master(state)
+        if has_master:
             planes, inner = (*planes, state[0].detach()), state[1]
         values = inner if isinstance(inner, tuple) else () if inner is None else (inner,)
         if len(values) != n_states or not all(isinstance(value, torch.Tensor) for value in values):
@@ -370,7 +401,7 @@ class Optimizer:
         rescale, device_rescale = self._rescale()
         if not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale):
             return
-        bound = self.clip_gradient if self.clips and self.clip_gradient is not None else math.inf
+        bound = validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
         commons = [(rescale, bound, wd) for wd in self._get_wds(indices)]
         kernel = [i for i, on in enumerate(on_kernel) if on]
         if kernel:
@@ -390,11 +421,8 @@ class Optimizer:
     def _rescale(self) -> tuple[float, torch.Tensor | None]:
         """rescale_grad as a number, and as a device scalar if it lives on a GPU (then the number is 1)."""
         value = self.rescale_grad
-        if not isinstance(value, torch.Tensor):
-            return float(value), None
-        if value.numel() != 1:
-            raise ValueError(f"rescale_grad of shape {tuple(value.shape)} must be a number or a tensor of one element")
-        return (float(value), None) if value.device.type == "cpu" else (1.0, value)
+        on_device = isinstance(value, torch.Tensor) and value.device.type != "cpu"
+        return (1.0, value) if on_device else (float(value), None)  # type: ignore[return-value]
 
     def _reference_step(
         self, task: Task, common: tuple[float, ...], s: tuple[float, ...], device_rescale: torch.Tensor | None
@@ -406,6 +434,7 @@ class Optimizer:
                 return
         dtype = compute_dtype(task.weight[0])
         w = task.format.decode(task.weight, dtype)
+        bound = bound if bound <= torch.finfo(dtype).max else math.inf
         g = (rescale * task.grad.to(dtype)).clamp(-bound, bound)
         if self.decay == "gradient":
             g = g + wd * w
@@ -427,14 +456,13 @@ class Optimizer:
 
 def _initial_lr(learning_rate: float | None, lr_scheduler: LRScheduler | None) -> Any:
     if learning_rate is not None:
-        validate.nonnegative("learning_rate", learning_rate)
+        learning_rate = validate.nonnegative("learning_rate", learning_rate)
     if lr_scheduler is None:
         return 0.01 if learning_rate is None else learning_rate
-    if learning_rate is not None and lr_scheduler.base_lr != learning_rate:
-        warnings.warn(
+    if learning_rate is not None and getattr(lr_scheduler, "base_lr", learning_rate) != learning_rate:
+        warn(
             f"learning_rate={learning_rate} replaces base_lr={lr_scheduler.base_lr} of {type(lr_scheduler).__name__}; "
-            "pass learning_rate=None to keep the schedule's own base",
-            stacklevel=4,
+            "pass learning_rate=None to keep the schedule's own base"
         )
         lr_scheduler.base_lr = learning_rate
     return learning_rate
@@ -464,12 +492,14 @@ def _with_gradients(
     validate.same_length(indices=indices, weights=weights, gradients=grads, states=states)
     keep = [i for i, grad in enumerate(grads) if grad is not None]
     kept = [[items[i] for i in keep] for items in (indices, weights, grads, states)]
+    for index, weight, grad in zip(*kept[:3], strict=True):
+        validate.weight_and_grad(index, weight, grad)
     return kept[0], kept[1], kept[2], kept[3]
 
 
 def _structure(state: Any) -> str:
     if isinstance(state, torch.Tensor):
-        return f"a tensor of shape {tuple(state.shape)}"
+        return f"a {str(state.dtype).removeprefix('torch.')} tensor of shape {tuple(state.shape)}"
     if isinstance(state, tuple | list):
         return f"a {type(state).__name__} of [{', '.join(map(_structure, state))}]"
     return repr(state)

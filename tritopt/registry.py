@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from tritopt.warning import warn
 
 if TYPE_CHECKING:
     from tritopt.optimizer import Optimizer
@@ -18,17 +19,16 @@ OptimizerClass = TypeVar("OptimizerClass", bound="type[Optimizer]")
 def register(cls: OptimizerClass) -> OptimizerClass:
     """Class decorator: make `cls` known to `create` under its lower-cased name.
 
-    A name that is taken is given to the new class, with a UserWarning. Raises TypeError for anything but a class.
+    A name that is taken is given to the new class, with a UserWarning. Raises TypeError for anything but a subclass.
     """
-    if not isinstance(cls, type):
+    from tritopt.optimizer import Optimizer
+
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"register() takes an Optimizer subclass, got {cls!r}")
     name = cls.__name__.lower()
     old = OPTIMIZERS.get(name)
     if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
-        warnings.warn(
-            f"optimizer {name!r}: {cls.__module__}.{cls.__qualname__} replaces {old.__module__}.{old.__qualname__}",
-            stacklevel=2,
-        )
+        warn(f"optimizer {name!r}: {cls.__module__}.{cls.__qualname__} replaces {old.__module__}.{old.__qualname__}")
     OPTIMIZERS[name] = cls
     return cls
 
@@ -41,10 +41,10 @@ def create(name: str, **kwargs: Any) -> Optimizer:
     >>> import tritopt
     >>> tritopt.create("sgd", learning_rate=0.5).learning_rate
     0.5
-    >>> tritopt.create("adma")
+    >>> tritopt.create("adma")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: unknown optimizer 'adma'; did you mean 'adam'? known: adam, adamw, lamb, nag, sgd, test
+    ValueError: unknown optimizer 'adma'; did you mean 'adam'...? known: ...
     """
     return find(name)(**kwargs)
 

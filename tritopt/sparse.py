@@ -14,12 +14,12 @@ class Rows:
     updated, at a cost proportional to them. Otherwise the dense gradient, whose absent rows are zero.
 
     Args:
-        task: the parameter's tensors.
-        grad: its gradient, any sparse layout.
+        task: the parameter's tensors, the gradient in any sparse layout.
         lazy: whether to touch only the rows present, which needs a gradient that is sparse in dimension 0 alone.
     """
 
-    def __init__(self, task: Task, grad: torch.Tensor, lazy: bool) -> None:
+    def __init__(self, task: Task, lazy: bool) -> None:
+        grad = task.grad
         self._written = task.written()
         if not lazy or grad.layout != torch.sparse_coo or grad.sparse_dim() != 1:
             self._rows: torch.Tensor | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tritopt import lr_scheduler, registry
+from tritopt import lr_scheduler, registry, validate
 from tritopt.optimizer import Optimizer
 
 _OPTIMIZER = "optimizer"
@@ -43,26 +43,25 @@ class Updater:
         """
         if not isinstance(index, list | tuple):
             index, grad, weight = [index], [grad], [weight]
-        if isinstance(index, list):
-            index[:] = [_decoded(i) for i in index]
+        validate.same_length(indices=index, gradients=grad, weights=weight)
         indices = [_decoded(i) for i in index]
-        if not (len(indices) == len(grad) == len(weight)):
-            raise ValueError(
-                f"one of each per parameter, got {len(indices)} indices, {len(grad)} grads, {len(weight)} weights"
-            )
-        if not indices:
+        if isinstance(index, list):
+            index[:] = indices
+        active = [i for i, g in enumerate(grad) if g is not None]
+        for i in active:
+            validate.weight_and_grad(indices[i], weight[i], grad[i])
+        if not active:
             return
-        self.optimizer._set_current_device(_device_id(weight[0]))
-        created = [i for i, w in zip(indices, weight, strict=True) if self._ready(i, w)]
+        self.optimizer._set_current_device(_device_id(weight[active[0]]))
+        created = [indices[i] for i in active if self._ready(indices[i], weight[i])]
+        lists = [[items[i] for i in active] for items in (indices, weight, grad)]
+        lists.append([self.states[i] for i in lists[0]])
         try:
-            for chunk in self._chunks(weight):
-                self.optimizer.update_multi_precision(
-                    [indices[i] for i in chunk],
-                    [weight[i] for i in chunk],
-                    [grad[i] for i in chunk],
-                    [self.states[indices[i]] for i in chunk],
-                )
-        except (TypeError, ValueError):
+            # All of the call before any of its chunks, so that it is refused as a whole.
+            self.optimizer.check(*lists)
+            for chunk in self._chunks(lists[1]):
+                self.optimizer.update_multi_precision(*([items[i] for i in chunk] for items in lists))
+        except BaseException:
             for i in created:
                 if i not in self.optimizer._index_update_count:
                     del self.states[i], self.states_synced[i]
@@ -107,8 +106,10 @@ class Updater:
     def get_states(self, dump_optimizer: bool = False) -> bytes:
         """The states, and on demand the optimizer, as bytes of `torch.save` that hold plain data only.
 
-        Raises TypeError if the optimizer has attributes that are not numbers, strings, tensors or containers of these.
+        Raises TypeError if a state, an index or an attribute of the optimizer is not a number, a string, a tensor or a
+        dict, list or tuple of these.
         """
+        _require_plain(self.states, "the states")
         content: dict[str, Any] = {"states": self.states}
         if dump_optimizer:
             content[_OPTIMIZER] = _pack_optimizer(self.optimizer)
@@ -124,10 +125,12 @@ class Updater:
         try:
             content = torch.load(io.BytesIO(states), weights_only=True, map_location="cpu")
             loaded = dict(content["states"])
+            optimizer = _unpack_optimizer(content[_OPTIMIZER]) if _OPTIMIZER in content else self.optimizer
         except Exception as error:
-            raise ValueError(f"these bytes do not come from Updater.get_states(): {error}") from error
-        if _OPTIMIZER in content:
-            self.optimizer = _unpack_optimizer(content[_OPTIMIZER])
+            raise ValueError(
+                f"these bytes do not come from Updater.get_states(): {error}; pass what it gave"
+            ) from error
+        self.optimizer = optimizer
         self.states = loaded
         self.states_synced = dict.fromkeys(loaded, False)
 
@@ -158,6 +161,8 @@ def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _unpack_optimizer(packed: dict[str, Any]) -> Optimizer:
+    if not isinstance(packed["attributes"], dict):
+        raise TypeError(f"its attributes are {packed['attributes']!r:.60}")
     optimizer = object.__new__(registry.find(packed["name"]))
     Optimizer.__init__(optimizer)
     optimizer.__setstate__(packed["attributes"])

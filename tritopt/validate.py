@@ -13,38 +13,71 @@ WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def number(name: str, value: Any) -> float:
-    """`value` as it is; TypeError unless it is a real number, ValueError if it is NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    """`value` as a plain number; TypeError unless it is a real one, ValueError if it is NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name}={value!r} must be a number")
     if math.isnan(value):
         raise ValueError(f"{name}={value!r} must not be NaN")
-    return value  # type: ignore[return-value]
+    return value if isinstance(value, int) else float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """`value` as it is; TypeError unless it is a bool: a configuration file's "False" is true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False")
+    return value
+
+
+def count(name: str, value: Any) -> int:
+    """`value` as it is; TypeError unless it is an int, ValueError unless it is >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}={value!r} must be an int")
+    if value < 0:
+        raise ValueError(f"{name}={value!r} must be >= 0")
+    return int(value)
+
+
+def rescale(value: Any) -> None:
+    """TypeError or ValueError unless `value` can be rescale_grad; NaN and infinity can, they skip the update."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(
+                f"rescale_grad of shape {tuple(value.shape)} and {value.dtype} must be a number or a real tensor of "
+                "one element"
+            )
+    elif isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"rescale_grad={value!r} must be a number or a tensor of one element")
 
 
 def nonnegative(name: str, value: Any) -> float:
     """`value` as it is; ValueError unless value >= 0 and finite."""
     if not 0 <= number(name, value) < math.inf:
         raise ValueError(f"{name}={value!r} must be >= 0 and finite")
-    return value  # type: ignore[no-any-return]
+    return number(name, value)
 
 
 def fraction(name: str, value: Any) -> float:
     """`value` as it is; ValueError unless 0 <= value < 1."""
     if not 0 <= number(name, value) < 1:
         raise ValueError(f"{name}={value!r} must be in [0, 1)")
-    return value  # type: ignore[no-any-return]
+    return number(name, value)
 
 
 def nonnegative_count(name: str, value: Any) -> float:
     """`value` as it is; ValueError unless value >= 0 (infinity is a count too)."""
     if number(name, value) < 0:
         raise ValueError(f"{name}={value!r} must be >= 0")
-    return value  # type: ignore[no-any-return]
+    return number(name, value)
 
 
 def positive_or_none(name: str, value: Any) -> float | None:
     """`value` as a bound: None and values <= 0 mean that there is none."""
-    return None if value is None or number(name, value) <= 0 else value
+    return None if value is None or number(name, value) <= 0 else number(name, value)
+
+
+def bound_or(bound: float | None, unbounded: float) -> float:
+    """The bound, or `unbounded` where there is none."""
+    return bound if bound is not None and bound > 0 else unbounded
 
 
 def moments(beta1: Any, beta2: Any, epsilon: Any) -> tuple[float, float, float]:
@@ -52,23 +85,22 @@ def moments(beta1: Any, beta2: Any, epsilon: Any) -> tuple[float, float, float]:
     return fraction("beta1", beta1), fraction("beta2", beta2), nonnegative("epsilon", epsilon)
 
 
-def lazy_update(lazy: bool, use_fused_step: bool | None, multi_precision: bool) -> None:
-    """ValueError if lazy_update is asked for beside something that it does not go with."""
-    if lazy and use_fused_step is False:
-        raise ValueError("lazy_update=True needs a fused step: drop use_fused_step=False")
-    if lazy and multi_precision:
-        raise ValueError("lazy_update=True keeps no fp32 master: drop multi_precision=True")
-
-
-def same_length(**lists: Sequence[Any]) -> None:
-    """ValueError unless all are equally long."""
+def same_length(**lists: Any) -> None:
+    """TypeError unless all are lists or tuples, ValueError unless all are equally long."""
+    for name, items in lists.items():
+        if not isinstance(items, list | tuple):
+            raise TypeError(f"{name} must be a list or a tuple beside a list of indices, got {items!r:.60}")
     if len({len(items) for items in lists.values()}) > 1:
         found = ", ".join(f"{len(items)} {name}" for name, items in lists.items())
         raise ValueError(f"one of each per parameter, got {found}")
 
 
 def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
-    """TypeError or ValueError unless `grad` is a gradient that can update `weight`."""
+    """TypeError or ValueError unless `grad` is a gradient that can update `weight`, under a hashable index."""
+    try:
+        hash(index)
+    except TypeError as error:
+        raise TypeError(f"parameter {index!r}: an index must be hashable, such as an int or a str") from error
     for name, tensor in (("weight", weight), ("gradient", grad)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"parameter {index!r}: the {name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -81,7 +113,8 @@ def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
         raise TypeError(f"parameter {index!r}: the weight has layout {weight.layout}; call .to_dense()")
     if grad.shape != weight.shape:
         raise ValueError(
-            f"parameter {index!r}: gradient of shape {tuple(grad.shape)} for a weight of shape {tuple(weight.shape)}"
+            f"parameter {index!r}: gradient of shape {tuple(grad.shape)} for a weight of shape {tuple(weight.shape)}; "
+            "pass each weight's own gradient, in the same order"
         )
     if grad.device != weight.device:
         raise ValueError(f"parameter {index!r}: gradient on {grad.device}, weight on {weight.device}; move one")
@@ -91,6 +124,10 @@ def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
 
 def state_tensor(index: Hashable, state: torch.Tensor, weight: torch.Tensor) -> None:
     """ValueError unless the state can stand beside the weight."""
+    if state.dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            f"parameter {index!r}: a state is {state.dtype}; create it with create_state_multi_precision(index, weight)"
+        )
     if state.shape != weight.shape or state.device != weight.device:
         raise ValueError(
             f"parameter {index!r}: state of shape {tuple(state.shape)} on {state.device} for a weight of shape "
@@ -117,8 +154,8 @@ def no_aliases(owners: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> N
                     f"parameters {owners[candidate]!r} and {owners[second]!r} share memory, and one call would update "
                     "both: pass a shared (tied) weight once, and give each parameter states of its own"
                 )
-    for owner, tensor, extent in zip(owners, tensors, extents, strict=True):
-        if extent < tensor.numel() * tensor.element_size():
+    for owner, tensor in zip(owners, tensors, strict=True):
+        if _overlaps_itself(tensor):
             raise ValueError(f"parameter {owner!r}: elements share memory (an expanded tensor); call .contiguous()")
 
 
@@ -135,13 +172,29 @@ def _extent(tensor: torch.Tensor) -> int:
     return int((last + 1) * tensor.element_size())
 
 
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements are at one address."""
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            break
+        reach += (size - 1) * stride
+    else:
+        return False
+    seen = torch.zeros(_extent(tensor) // tensor.element_size(), dtype=torch.bool, device="cpu")
+    seen.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return int(seen.sum()) < tensor.numel()
+
+
 def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether any element is in both; their extents are known to overlap."""
     if a.element_size() != b.element_size() or a.numel() == 0 or b.numel() == 0:
         return a.numel() > 0 and b.numel() > 0
     base, size = min(a.data_ptr(), b.data_ptr()), a.element_size()
     end = max(t.data_ptr() + _extent(t) for t in (a, b))
-    seen = torch.zeros(-(-(end - base) // size), dtype=torch.bool)
+    seen = torch.zeros(-(-(end - base) // size), dtype=torch.bool, device="cpu")
     views = [seen.as_strided(t.shape, t.stride(), (t.data_ptr() - base) // size) for t in (a, b)]
     views[0].fill_(True)
     return bool(views[1].any())

@@ -57,6 +57,7 @@ class Adam(Optimizer):
 
     phases = (Apply(adam_update),)
     state_names = ("mean", "var")
+    supports_lazy_update = True
     variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3})
 
     def __init__(
@@ -69,10 +70,8 @@ class Adam(Optimizer):
         use_fused_step: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
-        validate.lazy_update(lazy_update, use_fused_step, False)
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, lazy_update=lazy_update, **kwargs)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
-        self.lazy_update = lazy_update
 
     def scalars(self, lr: float, wd: float, count: int) -> AdamScalars:
         """Bias corrections folded into the learning rate."""

@@ -99,8 +99,8 @@ class LAMB(Optimizer):
             epsilon=self.epsilon,
             mean_correction=1 / (1 - self.beta1**count) if self.bias_correction else 1.0,
             var_correction=1 / (1 - self.beta2**count) if self.bias_correction else 1.0,
-            lower_bound=self.lower_bound or 0.0,
-            upper_bound=self.upper_bound or math.inf,
+            lower_bound=validate.bound_or(self.lower_bound, 0.0),
+            upper_bound=validate.bound_or(self.upper_bound, math.inf),
         )
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LAMBScalars) -> tuple[torch.Tensor, Values]:

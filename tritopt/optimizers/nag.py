@@ -30,6 +30,7 @@ class NAG(SGD):
         kwargs: see `Optimizer`.
     """
 
+    supports_lazy_update = False
     variants = ({}, {"momentum": 0.0})
 
     def __init__(
@@ -40,7 +41,9 @@ class NAG(SGD):
         use_fused_step: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(learning_rate, momentum, False, multi_precision, use_fused_step, **kwargs)
+        super().__init__(
+            learning_rate, momentum, multi_precision=multi_precision, use_fused_step=use_fused_step, **kwargs
+        )
 
     @property
     def phases(self) -> tuple[Apply, ...]:

@@ -42,6 +42,7 @@ class SGD(Optimizer):
         ValueError: momentum < 0, or lazy_update with use_fused_step=False or multi_precision=True.
     """
 
+    supports_lazy_update = True
     variants = ({}, {"momentum": 0.9})
 
     def __init__(
@@ -54,11 +55,15 @@ class SGD(Optimizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            learning_rate=learning_rate, multi_precision=multi_precision, use_fused_step=use_fused_step, **kwargs
+            learning_rate=learning_rate,
+            multi_precision=multi_precision,
+            use_fused_step=use_fused_step,
+            lazy_update=lazy_update,
+            **kwargs,
         )
-        validate.lazy_update(lazy_update, use_fused_step, multi_precision)
+        if lazy_update and multi_precision:
+            raise ValueError("lazy_update=True keeps no fp32 master: drop multi_precision=True")
         self.momentum = validate.nonnegative("momentum", momentum)
-        self.lazy_update = lazy_update
 
     @property
     def phases(self) -> tuple[Apply, ...]:
