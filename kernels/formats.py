@@ -79,5 +79,10 @@ def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor) -> None:
     planes[0].copy_(planes[1])
 
 
+def format_of(load: Any) -> Format:
+    """The format that `load` belongs to."""
+    return next(fmt for fmt in (PLAIN, MASTER_FP32) if fmt.load is load)
+
+
 PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,))
 MASTER_FP32 = Format("fp32 master", 2, load_master, store_master, decode_master, encode_master, (False, True))

@@ -12,27 +12,17 @@ Tables, all in device memory, that the host half (tritopt/fused.py) builds:
 The update function is pure arithmetic on blocks of the compute dtype. It returns the new weight and states, and a phase
 with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
 
-    UPDATE_FN(w, g, state, s)  or, after a phase that emitted sums,  UPDATE_FN(w, g, state, s, sums)
+    UPDATE_FN(w, g, state, s)           sums, where a phase before emitted some: fp64 scalars of this tensor
+    UPDATE_FN(w, g, state, s, sums)     offsets, where the phase asks for them: int64, of the elements in their tensor
+    UPDATE_FN(w, g, state, s, offsets)
 """
 
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import clip, is_finite
+from tritopt.kernels.ops import is_finite
 
 N_COMMON_SCALARS = tl.constexpr(3)
-
-
-@triton.jit
-def decay_in_gradient(w, g, rescale, bound, wd):
-    """clip(rescale g) + wd w: coupled (L2) decay, which is never clipped. Most optimizers."""
-    return clip(rescale * g, bound) + wd * w
-
-
-@triton.jit
-def decay_in_update(w, g, rescale, bound, wd):
-    """clip(rescale g): the update function itself applies the decay, or there is none."""
-    return clip(rescale * g, bound)
 
 
 @triton.jit
@@ -53,10 +43,11 @@ def _apply_block(
     sums,
     totals,
     UPDATE_FN: tl.constexpr,
-    GRADIENT_FN: tl.constexpr,
+    PREAMBLE_FN: tl.constexpr,
     FORMATS: tl.constexpr,
     READS: tl.constexpr,
     WRITES: tl.constexpr,
+    READS_OFFSETS: tl.constexpr,
     N_SUMS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
@@ -71,14 +62,16 @@ def _apply_block(
     g = None
     if READS[1]:
         g = tl.load(ptrs[FORMATS[0][1]] + offsets, mask=mask).to(COMPUTE_DTYPE)
-        g = GRADIENT_FN(w, g, common[0], common[1], common[2])
+        g = PREAMBLE_FN(w, g, common[0], common[1], common[2])
     state = ()
     for i in tl.static_range(1, len(FORMATS)):
         if READS[i + 1]:
             planes = ptrs[FORMATS[i][0] : FORMATS[i][1]]
             state = state + (FORMATS[i][2](planes, offsets, mask, COMPUTE_DTYPE),)
 
-    if len(sums) > 0:
+    if READS_OFFSETS:
+        new = UPDATE_FN(w, g, state, s, offsets)
+    elif len(sums) > 0:
         new = UPDATE_FN(w, g, state, s, sums)
     else:
         new = UPDATE_FN(w, g, state, s)
@@ -108,13 +101,14 @@ def multi_tensor_apply(
     sum_ptr,
     n_tensors,
     UPDATE_FN: tl.constexpr,
-    GRADIENT_FN: tl.constexpr,
+    PREAMBLE_FN: tl.constexpr,
     SCALARS: tl.constexpr,
     N_SCALARS: tl.constexpr,
     FORMATS: tl.constexpr,
     DTYPES: tl.constexpr,
     READS: tl.constexpr,
     WRITES: tl.constexpr,
+    READS_OFFSETS: tl.constexpr,
     N_EARLIER_SUMS: tl.constexpr,
     N_SUMS: tl.constexpr,
     SKIP_ZERO_RESCALE: tl.constexpr,
@@ -173,13 +167,13 @@ def multi_tensor_apply(
         offsets = start + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         totals = _apply_block(
             aligned_ptrs, offsets, None, common, s, sums, totals,
-            UPDATE_FN, GRADIENT_FN, FORMATS, READS, WRITES, N_SUMS, COMPUTE_DTYPE,
+            UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, N_SUMS, COMPUTE_DTYPE,
         )  # fmt: skip
     for block in tl.range(n_full, tl.cdiv(n_here, BLOCK_SIZE), num_stages=1):
         offsets = start + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         totals = _apply_block(
             ptrs, offsets, offsets < n_elements, common, s, sums, totals,
-            UPDATE_FN, GRADIENT_FN, FORMATS, READS, WRITES, N_SUMS, COMPUTE_DTYPE,
+            UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, N_SUMS, COMPUTE_DTYPE,
         )  # fmt: skip
     for i in tl.static_range(N_SUMS):
         tl.store(partial_ptr + chunk * N_SUMS + i, tl.sum(totals[i]).to(tl.float64))

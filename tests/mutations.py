@@ -326,7 +326,7 @@ FORMULAS: list[tuple[str, str, str, dict[str, str]]] = [
     # What all optimizers share; one of each kind looks.
     (
         "sgd",
-        "multi_tensor_apply.py",
+        "preambles.py",
         "clip(rescale * g, bound) + wd * w",
         {
             "no decay": "clip(rescale * g, bound)",
@@ -337,7 +337,7 @@ FORMULAS: list[tuple[str, str, str, dict[str, str]]] = [
     ),
     (
         "adamw",
-        "multi_tensor_apply.py",
+        "preambles.py",
         "return clip(rescale * g, bound)\n",
         {
             "never clips": "return rescale * g\n",

@@ -437,6 +437,42 @@ def test_update_refuses_what_update_multi_precision_refuses(fused: bool) -> None
 
 
 @BOTH_PATHS
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "super"])
+@pytest.mark.parametrize(
+    ("error", "weight", "grad"),
+    [
+        (ValueError, torch.zeros(3), torch.ones(40)),
+        (ValueError, torch.zeros(3), torch.ones(1)),
+        (ValueError, torch.zeros(2, 3), torch.ones(3)),
+        (TypeError, torch.zeros(3, dtype=torch.int64), torch.ones(3)),
+        (TypeError, torch.zeros(3), torch.ones(3, dtype=torch.int64)),
+        (TypeError, torch.zeros(3), np.ones(3, dtype=np.float32)),
+    ],
+    ids=["longer", "shorter", "broadcast", "integer weight", "integer gradient", "numpy"],
+)
+def test_steps_called_past_update(fused: bool, direct: bool, error: Any, weight: Any, grad: Any) -> None:
+    """`step` and `fused_step` are public, and what an override hands to super() is its own making."""
+
+    class Preprocessed(tritopt.SGD):
+        def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            super().step(indices, weights, [grad], states)
+
+        def fused_step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            super().fused_step(indices, weights, [grad], states)
+
+    opt = tritopt.SGD() if direct else Preprocessed(use_fused_step=fused)
+    # A weight in the middle of other memory, which a gradient of more elements than it has must not reach.
+    buffer = torch.zeros(100, dtype=weight.dtype)
+    weight = buffer[30 : 30 + weight.numel()].view(weight.shape)
+    given = grad if direct else torch.ones(weight.shape)
+    update = opt.update if not direct else opt.fused_step if fused else opt.step
+    with pytest.raises(error, match="parameter 0"):
+        update([0], [weight], [given], [None])
+    assert not buffer.any()
+    assert (opt.num_update, opt._index_update_count) == (0, {})
+
+
+@BOTH_PATHS
 def test_views_that_overlap_where_earlier_ones_did_not(fused: bool) -> None:
     """The same indices and the same addresses as in a good call, but longer views."""
     buffer, opt = torch.zeros(12), tritopt.SGD(learning_rate=1.0, use_fused_step=fused)
@@ -591,11 +627,12 @@ def test_rescale_that_is_no_number_constructed(rescale: Any, error: Any, part: s
 
 
 @BOTH_PATHS
-def test_learning_rate_assigned_past_the_check(fused: bool) -> None:
+@pytest.mark.parametrize("attribute", ["lr", "wd"])
+def test_nan_assigned_past_the_check(attribute: str, fused: bool) -> None:
     run = run_of("adam", fused)
     run.good_step()
     before, call = run.snapshot(), run.call()
-    run.opt.lr = NAN
+    setattr(run.opt, attribute, NAN)
     with pytest.raises(ValueError, match="nan"):
         run.opt.update_multi_precision(call.indices, call.weights, call.grads, call.states)
     run.assert_unchanged_since(before)
@@ -636,7 +673,7 @@ BASE_ARGUMENTS: dict[str, BadValues] = {
 }
 COMMON: dict[str, BadValues] = {
     "learning_rate": NONNEGATIVE,
-    "wd": [(NAN, ValueError), ("0.1", TypeError), (None, TypeError)],
+    "wd": [(NAN, ValueError), (INF, ValueError), ("0.1", TypeError), (None, TypeError)],
     "clip_gradient": BOUNDS,
 }
 MOMENTS: dict[str, BadValues] = {"beta1": BETAS, "beta2": BETAS, "epsilon": NONNEGATIVE}
@@ -743,6 +780,45 @@ def test_bad_updater_call(case: str, known: bool, aggregate_num: float | None) -
     assert opt._index_update_count == undisturbed.optimizer._index_update_count
 
 
+def spoil_multiplier(updater: tritopt.Updater) -> None:
+    updater.optimizer.set_lr_mult({1: NAN})
+
+
+def spoil_state(updater: tritopt.Updater) -> None:
+    # As in a checkpoint of a run without multi_precision.
+    updater.states[1] = updater.states[1][1]
+
+
+@pytest.mark.parametrize("aggregate_num", [None, 1])
+@pytest.mark.parametrize("spoil", [spoil_multiplier, spoil_state])
+def test_what_is_wrong_with_a_later_chunk(
+    spoil: Callable[[tritopt.Updater], None], aggregate_num: float | None
+) -> None:
+    updater = tritopt.get_updater(tritopt.Adam(aggregate_num=aggregate_num, multi_precision=True, use_fused_step=False))
+    weights, grads = [w(), w().half()], [g(), g().half()]
+    updater([0, 1], grads, weights)
+    spoil(updater)
+    tensors = [*weights, *flatten(list(updater.states.values()))]
+    before, counts = [t.clone() for t in tensors], dict(updater.optimizer._index_update_count)
+    with pytest.raises(ValueError, match=r"nan|create_state_multi_precision"):
+        updater([0, 1], grads, weights)
+    assert_same(tensors, before)
+    assert updater.optimizer._index_update_count == counts
+
+
+def test_create_state_that_fails_leaves_no_state_behind() -> None:
+    class Picky(tritopt.Adam):
+        def create_state(self, index: Any, weight: torch.Tensor) -> Any:
+            if index == 1:
+                raise ValueError("parameter 1 must be a matrix")
+            return super().create_state(index, weight)
+
+    updater = tritopt.get_updater(Picky())
+    with pytest.raises(ValueError, match="parameter 1"):
+        updater([0, 1], [g(), g()], [w(), w()])
+    assert (updater.states, updater.states_synced) == ({}, {})
+
+
 # Optimizers that bring their own step are protected from the same mistakes.
 
 
@@ -833,17 +909,19 @@ def test_tensors_without_memory_do_not_crash_the_interpreter() -> None:
     output = run_script(
         """
         import torch, tritopt
-        for fused in (True, None):
+        for fused in (True, None, False):
             opt = tritopt.SGD(use_fused_step=fused)
-            weight = torch.ones(3, device="meta")
+            weights = [torch.ones(3, device="meta") for _ in range(2)]
             try:
-                opt.update("w", weight, torch.ones_like(weight), None)
+                opt.update(["a", "b"], weights, weights, [None, None])
                 print("done")
             except (TypeError, ValueError) as error:
                 print(error)
         """,
         interpreter=True,
     )
-    wanted, default = output.splitlines()
+    wanted, default, step = output.splitlines()
     assert "meta" in wanted
+    # There is nothing to compute and nothing that could share memory, but it may be refused.
     assert default == "done" or "meta" in default
+    assert step == "done" or "meta" in step

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from tritopt import fused
-from tritopt.fused import Apply, Launch, Planner, Task
+from tritopt import fused, phases
+from tritopt.fused import Launch, Planner, Task
 from tritopt.kernels.formats import MASTER_FP32, PLAIN
 from tritopt.kernels.language import INTERPRETED, tl, triton
 from tritopt.kernels.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.multi_tensor_norm import square_update, sum_partials
+from tritopt.phases import Apply
 
 COMMON = (1.0, math.inf, 0.0)  # rescale, clip bound, wd
 
@@ -41,7 +42,7 @@ def divide_by_sums(w, g, state, s, sums):  # type: ignore[no-untyped-def]
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks and chunks out of a small tensor."""
-    monkeypatch.setattr(fused, "CONFIG", fused.Config(block_size=16, chunk_size=64, num_warps=1))
+    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=16, chunk_size=64, num_warps=1))
 
 
 def plain_task(weight: torch.Tensor, grad: torch.Tensor) -> Task:
@@ -49,7 +50,7 @@ def plain_task(weight: torch.Tensor, grad: torch.Tensor) -> Task:
 
 
 def add(tasks: list[Task], factors: list[float], **options: Any) -> None:
-    launch = Launch((Apply(add_scaled),), Scale, "update", **options)
+    launch = Launch((Apply(add_scaled),), Scale, "decoupled", **options)
     Planner().apply("key", tasks, [(*COMMON, factor) for factor in factors], launch)
 
 
@@ -114,7 +115,7 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 def test_sums_reach_the_next_phase(small_chunks: None) -> None:
     sizes = (3, 64, 131)
     weights = [torch.full((n,), 2.0) for n in sizes]
-    launch = Launch((Apply(emit_sums, writes_weight=False, n_sums=2), Apply(divide_by_sums)), Scale, "update")
+    launch = Launch((Apply(emit_sums, writes_weight=False, n_sums=2), Apply(divide_by_sums)), Scale, "decoupled")
     Planner().apply("key", [plain_task(w, torch.ones_like(w)) for w in weights], [(*COMMON, 0.0)] * 3, launch)
     for n, weight in zip(sizes, weights, strict=True):
         torch.testing.assert_close(weight, torch.full((n,), 2 / (3 * n)))
@@ -150,7 +151,7 @@ def test_ten_thousand_tensors_in_one_call(monkeypatch: pytest.MonkeyPatch) -> No
 
             return launch
 
-    monkeypatch.setattr(fused, "multi_tensor_apply", Recorder())
+    monkeypatch.setattr(phases, "multi_tensor_apply", Recorder())
     n = 10_000
     buffer, grad = torch.zeros(n, 4), torch.ones(n, 4)
     add([plain_task(w, g) for w, g in zip(buffer, grad, strict=True)], [float(i % 7) for i in range(n)])
@@ -185,11 +186,11 @@ def test_offsets_beyond_2_to_the_31(small_chunks: None) -> None:
     first_chunk = -(2**31 // chunk)
     tensors = torch.tensor([[size, first_chunk]], dtype=torch.int64)
     words = [weight.data_ptr(), grad.data_ptr(), 0, *np.array([*COMMON, 1.0]).view(np.int64).tolist()]
-    launch = Launch((Apply(add_scaled),), Scale, "update")
-    constants = fused.phase_constants(launch.phases[0], launch, (PLAIN,), (torch.float16, torch.float16), 4, 0)
+    launch = Launch((Apply(add_scaled),), Scale, "decoupled")
+    constants = phases.phase_constants(Apply(add_scaled), launch, (PLAIN,), (torch.float16, torch.float16), 0)
     multi_tensor_apply[(1,)](
         torch.tensor(words), tensors, torch.zeros(1, dtype=torch.int32), None, None, None, None, 1, **constants,
-        COMPUTE_DTYPE=tl.float32, CHUNK_SIZE=chunk, BLOCK_SIZE=16,
+        CHUNK_SIZE=chunk, BLOCK_SIZE=16,
     )  # fmt: skip
     assert weight[-40:].tolist() == [1.0] * 40
     assert weight[-60:-40].tolist() == [0.0] * 20
@@ -213,8 +214,8 @@ def test_source_of_nested_functions_is_in_the_cache_key() -> None:
         scale: float
 
     def key(update: Any, scalars: type) -> str:
-        launch = Launch((Apply(update),), scalars, "update")
-        return str(fused.phase_constants(launch.phases[0], launch, (PLAIN,), (torch.float32,) * 2, 4, 0)["SOURCE_HASH"])
+        launch = Launch((Apply(update),), scalars, "decoupled")
+        return str(phases.phase_constants(Apply(update), launch, (PLAIN,), (torch.float32,) * 2, 0)["SOURCE_HASH"])
 
     if hasattr(add_scaled, "cache_key"):
         assert key(add_scaled, Scale) != key(square_update, Scale)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tritopt
-from tritopt import fused
+from tritopt import phases
 from tritopt.optimizer import Optimizer
 from tritopt.registry import OPTIMIZERS
 
@@ -31,7 +31,7 @@ SHAPES = ((), (0,), (7,), (5, 6), (2, 3, 4), (4, 5, 2, 3))
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "CONFIG", fused.Config(block_size=16, chunk_size=32, num_warps=1))
+    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=16, chunk_size=32, num_warps=1))
 
 
 class Model:
@@ -164,7 +164,7 @@ def test_layout_of_memory_does_not_matter(name: str, variant: dict[str, Any]) ->
         grads = contiguous.grads()
         contiguous.step(grads)
         other.step([relaid(g, i + step) for i, g in enumerate(grads)])
-    if any(phase.n_sums for phase in contiguous.opt.phases):
+    if any(phase.emits_sums for phase in contiguous.opt.phases):
         for x, y in zip(contiguous.tensors(), other.tensors(), strict=True):
             torch.testing.assert_close(x, y)  # elements are summed in another order
     else:
@@ -208,10 +208,10 @@ def test_second_call_compiles_nothing(name: str, variant: dict[str, Any], monkey
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """(compile-time arguments, types of the others) of each launch of the driver from now on."""
     launches: list[tuple[Any, Any]] = []
-    kernel: Any = vars(fused)["multi_tensor_apply"]
+    kernel: Any = vars(phases)["multi_tensor_apply"]
     while isinstance(kernel, Recorder):
         kernel = kernel.kernel
-    monkeypatch.setattr(fused, "multi_tensor_apply", Recorder(kernel, launches))
+    monkeypatch.setattr(phases, "multi_tensor_apply", Recorder(kernel, launches))
     return launches
 
 

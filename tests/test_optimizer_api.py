@@ -733,6 +733,23 @@ def test_ported_optimizer_is_not_given_none_gradients(cls: type[Ported]) -> None
     assert torch.equal(weights[0], values(0, 4))
 
 
+@pytest.mark.parametrize("base", [tritopt.SGD, tritopt.Adam, tritopt.LAMB])
+def test_ported_states_need_not_be_those_of_the_base(base: type[Optimizer]) -> None:
+    class OneState(base):  # type: ignore[misc, valid-type]
+        create_state = Ported.create_state
+
+        def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            for index, weight, grad, total in zip(indices, weights, grads, states, strict=True):
+                self._update_count(index)
+                total += grad
+                weight -= self._get_lr(index) * total
+
+    opt, weight = OneState(learning_rate=0.5, multi_precision=True), torch.ones(3, dtype=torch.float16)
+    (state,) = states_of(opt, [weight])
+    opt.update_multi_precision([0], [weight], [torch.ones(3, dtype=torch.float16)], [state])
+    assert weight.tolist() == [0.5] * 3
+
+
 def test_ported_optimizer_trains_through_an_updater() -> None:
     updater = tritopt.get_updater(Ported())
     weight = values(0, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import os
@@ -442,6 +443,39 @@ def test_an_optimizer_that_is_not_registered_is_named() -> None:
     with pytest.raises(ValueError, match=r"(?i)unknown"):
         other.set_states(updater.get_states(dump_optimizer=True))
     assert other.optimizer is opt
+
+
+def test_a_namesake_of_a_registered_optimizer_is_not_confused_with_it() -> None:
+    namesake = type("SGD", (tritopt.SGD,), {"step": tritopt.SGD.step})
+    updater, other = tritopt.get_updater(namesake()), updater_of("adam")
+    try:
+        other.set_states(updater.get_states(dump_optimizer=True))
+    except (TypeError, ValueError) as error:
+        assert "SGD" in str(error)  # noqa: PT017
+    else:
+        assert type(other.optimizer) is namesake
+
+
+def test_a_namesake_of_a_schedule_is_not_confused_with_it(request: pytest.FixtureRequest) -> None:
+    # A class outlives its last reference until the collector comes, and would be found by later tests.
+    request.addfinalizer(gc.collect)
+    namesake = type("PolyScheduler", (PolyScheduler,), {})
+    for cls in (PolyScheduler, namesake):
+        updater = updater_of("sgd", learning_rate=None, lr_scheduler=cls(max_update=3))
+        other = updater_of("adam")
+        try:
+            other.set_states(updater.get_states(dump_optimizer=True))
+        except (TypeError, ValueError) as error:
+            assert "PolyScheduler" in str(error)  # noqa: PT017
+        else:
+            assert type(other.optimizer.lr_scheduler) is cls
+
+
+def test_a_schedule_that_could_not_be_loaded_is_not_saved() -> None:
+    updater = updater_of("sgd", learning_rate=None, lr_scheduler=lambda num_update: 0.5)
+    with pytest.raises(TypeError, match="lr_scheduler"):
+        updater.get_states(dump_optimizer=True)
+    assert updater.get_states()
 
 
 def test_sync_keeps_containers() -> None:

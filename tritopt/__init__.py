@@ -2,7 +2,6 @@
 
 from tritopt import lr_scheduler as lr_scheduler
 from tritopt import optimizers as optimizers
-from tritopt.fused import Apply as Apply
 from tritopt.module import ModuleParameters as ModuleParameters
 from tritopt.module import module_parameters as module_parameters
 from tritopt.optimizer import Optimizer as Optimizer
@@ -12,6 +11,7 @@ from tritopt.optimizers import SGD as SGD
 from tritopt.optimizers import Adam as Adam
 from tritopt.optimizers import AdamW as AdamW
 from tritopt.optimizers import Test as Test
+from tritopt.phases import Apply as Apply
 from tritopt.registry import create as create
 from tritopt.registry import names as names
 from tritopt.registry import register as register

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 import tritopt
-from tritopt import fused, registry
+from tritopt import fused, phases, registry
 from tritopt.cost import fresh_state, tensors_of
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
 from tritopt.optimizer import Optimizer
@@ -68,7 +68,7 @@ FORMATS: tuple[tuple[torch.dtype, bool, tuple[torch.dtype, ...]], ...] = (
 )
 """Dtype of the weights, whether they have an fp32 master, and dtypes of their gradients."""
 
-SMALL = fused.Config(block_size=32, chunk_size=64)
+SMALL = phases.Config(block_size=32, chunk_size=64)
 """For the interpreter, which takes about a millisecond per function call and block, however long the block is."""
 
 
@@ -273,7 +273,7 @@ def check_case(case: Case, n_steps: int = 3) -> Row:
         case.master,
     )
     try:
-        with _launch_config(SMALL if INTERPRETED else fused.CONFIG):
+        with _launch_config(SMALL if INTERPRETED else phases.CONFIG):
             _run(case, n_steps, row)
     except Exception as error:
         row.fail(f"{type(error).__name__}: {error}")
@@ -281,13 +281,13 @@ def check_case(case: Case, n_steps: int = 3) -> Row:
 
 
 @contextmanager
-def _launch_config(config: fused.Config) -> Iterator[None]:
-    before = fused.CONFIG
-    fused.CONFIG = config
+def _launch_config(config: phases.Config) -> Iterator[None]:
+    before = phases.CONFIG
+    phases.CONFIG = config
     try:
         yield
     finally:
-        fused.CONFIG = before
+        phases.CONFIG = before
 
 
 def _run(case: Case, n_steps: int, row: Row) -> None:
@@ -341,7 +341,7 @@ def _compare(case: Case, step: int, start: dict[str, torch.Tensor], runs: dict[s
 
 def _fused_tolerance(case: Case, optimizer: Optimizer) -> str:
     is_ours = case.cls.__module__.partition(".")[0] == tritopt.__name__
-    sums = any(phase.n_sums for phase in optimizer.phases)
+    sums = any(phase.emits_sums for phase in optimizer.phases)
     return "identical" if is_ours and not sums and case.compute_dtype == torch.float32 else "reordered"
 
 
@@ -377,7 +377,7 @@ def _ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _weights(dtype: torch.dtype, random: torch.Generator, smallest: tuple[int, ...]) -> list[torch.Tensor]:
     """One of each kind: a single tiny element, empty, several chunks and a tail, unaligned and zero, transposed."""
-    block, chunk = fused.CONFIG.block_size, fused.CONFIG.chunk_size
+    block, chunk = phases.CONFIG.block_size, phases.CONFIG.chunk_size
     new = partial(torch.zeros, dtype=dtype, device=device())
     weights = [
         new(smallest),

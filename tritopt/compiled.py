@@ -1,4 +1,4 @@
-"""What the compiler makes of a kernel, for any GPU and without one: registers, spills, access widths.
+"""What the compiler makes of the kernels, for any GPU and without one: registers, spills, access widths.
 
 Needs kernels that are not interpreted: run with TRITON_INTERPRET unset.
 """
@@ -9,23 +9,40 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
-from tritopt import fused
-from tritopt.kernels.formats import PLAIN, Format
+from tritopt import phases
+from tritopt.cost import fresh_state, tensors_of
+from tritopt.fused import Launch, Planner, Task
+from tritopt.kernels.formats import PLAIN, Format, format_of
 from tritopt.kernels.language import INTERPRETED, triton
-from tritopt.kernels.multi_tensor_apply import multi_tensor_apply
-from tritopt.kernels.multi_tensor_norm import sum_partials
 from tritopt.optimizer import Optimizer
 
 _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?\.(?:v(\d)\.)?[a-z](\d+)\b")
+_TYPES = {
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
 
 
-class CompiledPhase(NamedTuple):
+class Launched(NamedTuple):
+    """A launch that was recorded instead of made."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+class CompiledLaunch(NamedTuple):
     """One launch of an optimizer, compiled."""
 
     kernel: str
@@ -34,110 +51,112 @@ class CompiledPhase(NamedTuple):
     wide_loads: int
     """128-bit loads in the code, all of them in the branch of full blocks."""
     wide_stores: int
-    expected_wide_loads: int
-    """As many as that branch needs, if each of its accesses is 128 bits wide."""
-    expected_wide_stores: int
+    expected_wide_loads: int | None
+    """As many as that branch of the driver needs if each access is 128 bits wide; None for other kernels."""
+    expected_wide_stores: int | None
 
 
-def compile_phases(
-    opt: Optimizer,
-    weight_dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    fmt: Format = PLAIN,
-    capability: int = 90,
-    config: fused.Config = fused.CONFIG,
-) -> list[CompiledPhase]:
-    """Compile each phase of `opt` for an NVIDIA GPU of compute capability `capability` (90: sm_90, an H100 or H200).
+def compile_launches(
+    opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN, arch: int | str = 90
+) -> list[CompiledLaunch]:
+    """Compile every launch of a step of `opt`.
+
+    Args:
+        opt: the optimizer.
+        weight_dtype, grad_dtype, fmt: of the weights, gradients and the weights' storage.
+        arch: compute capability of an NVIDIA GPU (90: sm_90, an H100 or H200), or the name of an AMD one ("gfx942").
 
     Raises RuntimeError under TRITON_INTERPRET=1, which replaces kernels by Python.
     """
     if INTERPRETED:
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
-    planes = (weight_dtype, *[torch.float32] * (fmt.n_planes - 1))
-    states = [_state_dtype(opt, planes[-1])] * len(opt.state_names)
-    dtypes = (*planes, grad_dtype, *states)
-    scalars = opt.scalars(0.1, 0.1, 1)
-    launch = fused.Launch(opt.phases, type(scalars), opt.decay)
-    formats = (fmt, *[PLAIN] * len(states))
-    compiled: list[CompiledPhase] = []
-    n_earlier_sums = 0
-    for phase in opt.phases:
-        constants = fused.phase_constants(phase, launch, formats, dtypes, 3 + len(scalars), n_earlier_sums)
-        compute = torch.float64 if weight_dtype == torch.float64 else torch.float32
-        constants |= {
-            "COMPUTE_DTYPE": fused.TRITON_DTYPES[compute],
-            "CHUNK_SIZE": config.chunk_size,
-            "BLOCK_SIZE": config.block_size,
-        }
-        signature: dict[str, str | None] = {
-            "table_ptr": "*i64",
-            "tensor_ptr": "*i64",
-            "chunk_ptr": "*i32",
-            "rescale_ptr": "*fp32",
-            "noop_ptr": "*fp32",
-            "partial_ptr": "*fp64" if phase.n_sums else None,
-            "sum_ptr": "*fp64" if n_earlier_sums else None,
-            "n_tensors": "i32",
-        }
-        binary = compile_kernel(multi_tensor_apply, signature, constants, capability, config.num_warps)
-        loads, stores = _expected_accesses(phase, fmt, dtypes, config)
-        compiled.append(_describe(binary, loads, stores))
-        n_earlier_sums = phase.n_sums
-    return compiled
+    with mock.patch.object(phases, "CONFIG", phases.NVIDIA if isinstance(arch, int) else phases.AMD):
+        launches = recorded_launches(lambda: _step(opt, weight_dtype, grad_dtype, fmt))
+    return [_describe(launched, arch) for launched in launches]
 
 
-def compile_sum_partials(n_sums: int, capability: int = 90) -> CompiledPhase:
-    """Compile the second stage of a per-tensor reduction."""
-    pointers = {"partial_ptr": "*fp64", "tensor_ptr": "*i64", "sum_ptr": "*fp64"}
-    signature: dict[str, str | None] = {**pointers, "n_chunks": "i32", "n_tensors": "i32"}
-    binary = compile_kernel(sum_partials, signature, {"N_SUMS": n_sums, "BLOCK_SIZE": 1024}, capability, 4)
-    return _describe(binary, 0, 0)
+def recorded_launches(step: Callable[[], None]) -> list[Launched]:
+    """The launches that `step` makes, none of which happens."""
+    launches: list[Launched] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+        arguments |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+        launches.append(Launched(kernel, arguments, options))
+
+    with mock.patch.object(triton.runtime.jit.JITFunction, "run", record):
+        step()
+    return launches
 
 
-def compile_kernel(
-    kernel: Any, signature: dict[str, str | None], constants: dict[str, Any], capability: int, num_warps: int
-) -> Any:
-    """Triton's compiled kernel. Pointers are taken as 16-byte aligned, as a launch finds torch's allocations."""
+def compile_launch(launched: Launched, arch: int | str) -> Any:
+    """Triton's compiled kernel. Pointers are taken as 16-byte aligned, as torch allocates."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    absent = {name: None for name, kind in signature.items() if kind is None}
-    kinds = {name: kind for name, kind in signature.items() if kind} | dict.fromkeys(constants | absent, "constexpr")
+    kernel, kinds, constants = launched.kernel, {}, {}
+    for name, value in launched.arguments.items():
+        kinds[name] = _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        parameter = kernel.params[kernel.arg_names.index(name)]
+        if parameter.is_constexpr or value is None:
+            kinds[name], constants[name] = "constexpr", value
     position = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         kernel,
         {name: kinds[name] for name in kernel.arg_names},
-        constexprs={(position[name],): value for name, value in (constants | absent).items()},
-        attrs={(position[n],): [["tt.divisibility", 16]] for n, kind in kinds.items() if kind.startswith("*")},
+        constexprs={(position[name],): value for name, value in constants.items()},
+        attrs={(position[name],): [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.startswith("*")},
     )
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    is_nvidia = isinstance(arch, int)
+    target = GPUTarget("cuda", arch, 32) if is_nvidia else GPUTarget("hip", arch, 64)
+    return triton.compile(source, target=target, options=launched.options)
 
 
-def _state_dtype(opt: Optimizer, weight_dtype: torch.dtype) -> torch.dtype:
-    return weight_dtype if opt.state_dtype is None else torch.promote_types(opt.state_dtype, weight_dtype)
+def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
+    weight, grad = torch.zeros(64, 64, dtype=weight_dtype), torch.zeros(64, 64, dtype=grad_dtype)
+    planes = (weight, *[weight.float() for _ in range(fmt.n_planes - 1)])
+    opt.multi_precision = False
+    task = Task(planes, fmt, grad, tuple(tensors_of(fresh_state(opt, 0, planes[-1]))))
+    scalars = opt.scalars(0.1, 0.1, 1)
+    # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
+    launch = Launch(opt.phases, type(scalars), opt.preamble, torch.ones(()), torch.zeros(()))
+    Planner().apply("compile", [task], [(1.0, 1.0, 0.1, *scalars)], launch)
 
 
-def _expected_accesses(
-    phase: fused.Apply, fmt: Format, dtypes: Sequence[torch.dtype], config: fused.Config
-) -> tuple[int, int]:
-    """128-bit loads and stores that one thread needs for a full block."""
-    per_thread = config.block_size // (32 * config.num_warps)
-    accesses = [max(1, per_thread * dtype.itemsize // 16) for dtype in dtypes]
-    planes, (grad, *states) = accesses[: fmt.n_planes], accesses[fmt.n_planes :]
-    loads = sum(n for n, read in zip(planes, fmt.plane_reads, strict=True) if read and phase.reads_weight)
-    loads += grad * phase.reads_grad + sum(states) * phase.reads_states
-    return loads, sum(planes) * phase.writes_weight + sum(states) * phase.writes_states
-
-
-def _describe(binary: Any, expected_loads: int, expected_stores: int) -> CompiledPhase:
-    wide = Counter(
-        kind for kind, lanes, bits in _ACCESS.findall(binary.asm["ptx"]) if int(lanes or 1) * int(bits) == 128
+def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
+    binary = compile_launch(launched, arch)
+    expected = (
+        _expected_accesses(launched, 32 if isinstance(arch, int) else 64)
+        if "FORMATS" in launched.arguments
+        else (None, None)
     )
+    if not isinstance(arch, int):
+        assembly = binary.asm["amdgcn"]
+        loads, stores = (len(re.findall(f"global_{kind}_dwordx4", assembly)) for kind in ("load", "store"))
+        registers, spilled = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
+        return CompiledLaunch(binary.metadata.name, registers, spilled, loads, stores, *expected)
+    found = _ACCESS.findall(binary.asm["ptx"])
+    wide = Counter(kind for kind, lanes, bits in found if int(lanes or 1) * int(bits) == 128)
     registers, spilled = _resources(binary.asm["cubin"])
-    return CompiledPhase(
-        binary.metadata.name, registers, spilled, wide["ld"], wide["st"], expected_loads, expected_stores
-    )
+    return CompiledLaunch(binary.metadata.name, registers, spilled, wide["ld"], wide["st"], *expected)
+
+
+def _expected_accesses(launched: Launched, warp_size: int) -> tuple[int, int]:
+    """128-bit loads and stores that one thread of the driver needs for a full block."""
+    constants, warps = launched.arguments, launched.options["num_warps"]
+    per_thread = constants["BLOCK_SIZE"] // (warp_size * warps)
+    sizes = [dtype.primitive_bitwidth // 8 for dtype in constants["DTYPES"]]
+    accesses = [max(1, per_thread * size // 16) for size in sizes]
+    (_, weight_end, load, _), *states = constants["FORMATS"]
+    planes = zip(accesses[:weight_end], format_of(load).plane_reads, strict=True)
+    loads = sum(n for n, is_read in planes if is_read) * constants["READS"][0]
+    loads += accesses[weight_end] * constants["READS"][1]
+    stores = sum(accesses[:weight_end]) * constants["WRITES"][0]
+    for i, (first, end, _, _) in enumerate(states):
+        loads += sum(accesses[first:end]) * constants["READS"][i + 2]
+        stores += sum(accesses[first:end]) * constants["WRITES"][i + 2]
+    return loads, stores
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -70,13 +70,8 @@ def bytes_per_parameter(
         raise ValueError(f"{type(opt).__name__} declares no phases, so the bytes its step moves are not known")
     planes, states = _stored(opt, weight_dtype, fmt)
     weight_read = sum(size for size, is_read in zip(planes, fmt.plane_reads, strict=True) if is_read)
-    read = written = 0
-    for phase in opt.phases:
-        read += (
-            weight_read * phase.reads_weight + grad_dtype.itemsize * phase.reads_grad + sum(states) * phase.reads_states
-        )
-        written += sum(planes) * phase.writes_weight + sum(states) * phase.writes_states
-    return Traffic(read, written)
+    moved = [phase.traffic((weight_read, sum(planes)), grad_dtype.itemsize, sum(states)) for phase in opt.phases]
+    return Traffic(round(sum(read for read, _ in moved)), round(sum(written for _, written in moved)))
 
 
 def resident_bytes(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format = PLAIN) -> int:
@@ -108,7 +103,7 @@ def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
     return Listing(
         optimizer=cls.__name__.lower(),
         arguments=arguments,
-        kernels=tuple(getattr(phase.update, "__name__", "?") for phase in opt.phases),
+        kernels=tuple(name for phase in opt.phases for name in phase.kernels),
         states=tuple(opt.state_names),
         moved={
             name: bytes_per_parameter(opt, dtype, dtype, fmt) for name, (dtype, fmt) in PRECISIONS.items() if opt.phases

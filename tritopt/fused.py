@@ -7,8 +7,6 @@ a new gradient or a reloaded state is always seen.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -20,27 +18,12 @@ import torch
 
 from tritopt import validate
 from tritopt.kernels.formats import PLAIN, Format
-from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON, tl
-from tritopt.kernels.multi_tensor_apply import decay_in_gradient, decay_in_update, multi_tensor_apply
-from tritopt.kernels.multi_tensor_norm import square_update, sum_partials
+from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON
+from tritopt.kernels.multi_tensor_norm import square_update
+from tritopt.phases import Apply, Phase
 
-GRADIENT_FNS = {"gradient": decay_in_gradient, "update": decay_in_update}
 MAX_PLANS = 4096
 Value = TypeVar("Value")
-
-
-class Apply(NamedTuple):
-    """A phase: one launch that applies `update` to the whole list, moving only what it says."""
-
-    update: Any
-    """The @triton.jit update function."""
-    reads_weight: bool = True
-    reads_grad: bool = True
-    reads_states: bool = True
-    writes_weight: bool = True
-    writes_states: bool = True
-    n_sums: int = 0
-    """Sums per tensor that `update` emits; the next phase receives them."""
 
 
 class Task(NamedTuple):
@@ -59,17 +42,6 @@ class Task(NamedTuple):
     def written(self) -> tuple[torch.Tensor, ...]:
         """The tensors that a step may write."""
         return (*self.weight, *self.state)
-
-
-class Config(NamedTuple):
-    """Launch parameters. 1024 elements a block on 4 warps: 8 a thread, one 128-bit access per 16-bit plane."""
-
-    block_size: int = 1024
-    chunk_size: int = 8192
-    num_warps: int = 4
-
-
-CONFIG = Config()
 
 
 def unavailable(tensor: torch.Tensor) -> str | None:
@@ -103,15 +75,21 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
 class Launch:
     """What the tasks of one step have in common."""
 
-    phases: Sequence[Apply]
+    phases: Sequence[Phase]
     scalars: type
     """The NamedTuple of the optimizer's scalars."""
-    decay: str
+    preamble: str
+    """A key of kernels/preambles.py."""
     rescale: torch.Tensor | None = None
     """Device scalar that multiplies the rows' rescale; NaN or Inf skips the update."""
     noop: torch.Tensor | None = None
     """Device flag; anything but 0 skips the update."""
     skip_zero_rescale: bool = False
+
+    @property
+    def n_scalars(self) -> int:
+        """Length of a row: rescale, clip bound, wd, then the optimizer's."""
+        return 3 + len(self.scalars._fields)  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -122,12 +100,30 @@ class Group:
     device: torch.device
     format: Format
     dtypes: tuple[torch.dtype, ...]
-    n_chunks: int
-    tensor_table: torch.Tensor
-    chunk_table: torch.Tensor
+    """Of the pointer table's columns: the weight's planes, gradient, states."""
+    shapes: list[torch.Size]
+    """Of the members' weights."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
     device_table: torch.Tensor | None = None
     stream: int = 0
+    _tables: dict[Hashable, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Of the weight and of each state."""
+        return (self.format, *[PLAIN] * (len(self.dtypes) - self.format.n_planes - 1))
+
+    def tables(
+        self, name: Hashable, build: Callable[[Sequence[torch.Size]], tuple[Any, ...]]
+    ) -> tuple[torch.Tensor, ...]:
+        """The arrays that `build` makes of the shapes, on the device; made and uploaded once."""
+        if name not in self._tables:
+            self._tables[name] = tuple(_upload(array, self.device) for array in build(self.shapes))
+        return self._tables[name]
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Uninitialised fp64 scratch on the device."""
+        return torch.empty(shape, dtype=torch.float64, device=self.device)
 
 
 class Planner:
@@ -147,7 +143,7 @@ class Planner:
         for group in self._groups(key, dense):
             with _on_device(group.device):
                 _upload_table(group, dense, rows)
-                _run_phases(group, launch, len(rows[0]))
+                _run_phases(group, launch)
         for original, copy in copied_back:
             original.copy_(copy)
         # Autograd must learn of writes that it did not make, as it does of torch's own in-place operations.
@@ -165,7 +161,7 @@ class Planner:
 
     def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[Group]:
         signature = tuple(
-            (task.format.name, tuple(t.dtype for t in task.tensors()), task.grad.numel(), task.grad.device)
+            (task.format.name, tuple(t.dtype for t in task.tensors()), task.grad.shape, task.grad.device)
             for task in tasks
         )
         found = self._plans.get(key)
@@ -190,7 +186,7 @@ def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     for group in _build_groups(tasks):
         with _on_device(group.device):
             _upload_table(group, tasks, [(1.0, np.inf, 0.0)] * len(tasks))
-            total = _run_phases(group, Launch((phase,), _NoScalars, "update"), 3)
+            total = _run_phases(group, Launch((phase,), _NoScalars, "decoupled"))
             assert total is not None
             sums[group.members] = total[:, 0].to(sums.device)
     return sums.sqrt()
@@ -209,23 +205,9 @@ def _build_groups(tasks: Sequence[Task]) -> list[Group]:
     groups = []
     for positions in members.values():
         first = tasks[positions[0]]
-        sizes = np.array([tasks[i].grad.numel() for i in positions], dtype=np.int64)
-        chunks = -(-sizes // CONFIG.chunk_size)
-        tensor_table = np.stack([sizes, np.cumsum(chunks) - chunks], axis=1)
-        chunk_table = np.repeat(np.arange(len(positions), dtype=np.int32), chunks)
-        device = first.grad.device
-        with _on_device(device):
-            groups.append(
-                Group(
-                    positions,
-                    device,
-                    first.format,
-                    tuple(t.dtype for t in first.tensors()),
-                    len(chunk_table),
-                    _upload(tensor_table, device),
-                    _upload(chunk_table, device),
-                )
-            )
+        dtypes = tuple(t.dtype for t in first.tensors())
+        shapes = [tasks[i].grad.shape for i in positions]
+        groups.append(Group(positions, first.grad.device, first.format, dtypes, shapes))
     return groups
 
 
@@ -244,81 +226,12 @@ def _upload_table(group: Group, tasks: Sequence[Task], rows: Sequence[tuple[floa
         group.device_table = _upload(table, group.device)
 
 
-def _run_phases(group: Group, launch: Launch, n_scalars: int) -> torch.Tensor | None:
+def _run_phases(group: Group, launch: Launch) -> torch.Tensor | None:
     """Launch the phases one after the other; returns the sums that the last one emitted."""
-    compute = torch.float64 if group.dtypes[0] == torch.float64 else torch.float32
-    n_tensors = len(group.members)
-    formats = (group.format, *[PLAIN] * (len(group.dtypes) - group.format.n_planes - 1))
     sums: torch.Tensor | None = None
     for phase in launch.phases:
-        partials = _empty(group, group.n_chunks, phase.n_sums)
-        multi_tensor_apply[(group.n_chunks,)](
-            group.device_table,
-            group.tensor_table,
-            group.chunk_table,
-            launch.rescale,
-            launch.noop,
-            partials,
-            sums,
-            n_tensors,
-            **phase_constants(phase, launch, formats, group.dtypes, n_scalars, 0 if sums is None else sums.shape[1]),
-            COMPUTE_DTYPE=TRITON_DTYPES[compute],
-            CHUNK_SIZE=CONFIG.chunk_size,
-            BLOCK_SIZE=CONFIG.block_size,
-            num_warps=CONFIG.num_warps,
-            enable_fp_fusion=False,
-        )
-        sums = None
-        if partials is not None:
-            sums = _empty(group, n_tensors, phase.n_sums)
-            sum_partials[(n_tensors,)](
-                partials, group.tensor_table, sums, group.n_chunks, n_tensors, N_SUMS=phase.n_sums, BLOCK_SIZE=1024
-            )
+        sums = phase.launch(group, launch, sums)
     return sums
-
-
-def phase_constants(
-    phase: Apply,
-    launch: Launch,
-    formats: Sequence[Format],
-    dtypes: Sequence[torch.dtype],
-    n_scalars: int,
-    n_earlier_sums: int,
-) -> dict[str, Any]:
-    """The driver's compile-time arguments for one phase, but for the compute dtype and the launch's sizes."""
-    n_states = len(formats) - 1
-    # Behind the weight's planes stands the gradient, which is plain.
-    past_grad = itertools.accumulate((fmt.n_planes for fmt in formats[1:]), initial=formats[0].n_planes + 1)
-    ends = [formats[0].n_planes, *itertools.islice(past_grad, 1, None)]
-    functions = (phase.update, *[f for fmt in formats for f in (fmt.load, fmt.store)])
-    return {
-        "UPDATE_FN": phase.update,
-        "GRADIENT_FN": GRADIENT_FNS[launch.decay],
-        "SCALARS": launch.scalars,
-        "N_SCALARS": n_scalars,
-        "FORMATS": tuple(
-            (end - fmt.n_planes, end, fmt.load, fmt.store) for end, fmt in zip(ends, formats, strict=True)
-        ),
-        "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
-        "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states] * n_states),
-        "WRITES": (phase.writes_weight, False, *[phase.writes_states] * n_states),
-        "N_EARLIER_SUMS": n_earlier_sums,
-        "N_SUMS": phase.n_sums,
-        "SKIP_ZERO_RESCALE": launch.skip_zero_rescale,
-        "SOURCE_HASH": _source_hash(functions, launch.scalars),
-    }
-
-
-_HASHES: dict[Hashable, str] = {}
-
-
-def _source_hash(functions: tuple[Any, ...], scalars: type) -> str:
-    key = (functions, scalars)
-    if key not in _HASHES:
-        sources = [getattr(f, "cache_key", "") for f in functions]
-        text = repr((sources, getattr(scalars, "_fields", ())))
-        _HASHES[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return _HASHES[key]
 
 
 def _as_dense(tasks: Sequence[Task]) -> tuple[list[Task], list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -334,11 +247,13 @@ def _as_dense(tasks: Sequence[Task]) -> tuple[list[Task], list[tuple[torch.Tenso
             dense.append(task)
             continue
         weight = task.weight[0]
-        strides = weight.stride() if is_dense(weight) else torch.empty(weight.shape, device="meta").stride()
+        # States of another shape (a row's, a column's) are told apart by position, which only the usual order gives.
+        same_shape = all(t.shape == weight.shape for t in tensors)
+        flat = weight.stride() if same_shape and is_dense(weight) else _contiguous_strides(weight.shape)
         grad_at = len(task.weight)
         moved = []
         for i, tensor in enumerate(tensors):
-            copy = tensor
+            copy, strides = tensor, flat if tensor.shape == weight.shape else _contiguous_strides(tensor.shape)
             if not _strides_equal(tensor.shape, tensor.stride(), strides):
                 copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(
                     tensor
@@ -360,12 +275,12 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
 def _strides_equal(shape: Iterable[int], a: Iterable[int], b: Iterable[int]) -> bool:
     return all(x == y or n == 1 for n, x, y in zip(shape, a, b, strict=True))
-
-
-def _empty(group: Group, rows: int, columns: int) -> torch.Tensor | None:
-    return torch.empty((rows, columns), dtype=torch.float64, device=group.device) if columns else None
 
 
 def _upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
@@ -382,11 +297,3 @@ def _on_device(device: torch.device) -> AbstractContextManager[Any]:
         return make(device)
     # A GPU does not warn of 0 / 0 in lanes past the end; nor should NumPy, which the interpreter computes with.
     return np.errstate(all="ignore")
-
-
-TRITON_DTYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import torch
 
 from tritopt import registry, validate
-from tritopt.fused import Apply, Launch, Planner, Task, compute_dtype, is_low_precision, unavailable
+from tritopt.fused import Launch, Planner, Task, compute_dtype, is_low_precision, unavailable
 from tritopt.kernels.formats import MASTER_FP32, PLAIN
+from tritopt.kernels.preambles import PREAMBLES
+from tritopt.phases import Phase
 from tritopt.sparse import Rows
 from tritopt.warning import warn
 
@@ -27,10 +29,10 @@ class Optimizer:
     """Base of all optimizers: the API of `mxnet.optimizer.Optimizer` 2.0 for PyTorch tensors.
 
     The gradient that an update sees is ``g = clip(rescale_grad * grad, +-clip_gradient)``, plus ``wd * weight`` where
-    `decay` is "gradient". Gradients are never written to.
+    the `preamble` is "coupled". Gradients are never written to.
 
-    A new optimizer declares `phases`, `state_names`, `decay`, and defines `scalars` and `reference`; one that is ported
-    from MXNet may instead override `create_state` and `step` (and `fused_step`) with MXNet's list signatures.
+    A new optimizer declares `phases`, `state_names`, `preamble`, and defines `scalars` and `reference`; one that is
+    ported from MXNet may instead override `create_state` and `step` (and `fused_step`) with MXNet's list signatures.
 
     Args:
         rescale_grad: multiplies every gradient (torch's `grad_scale` divides). A number, or a 0-d tensor on the
@@ -56,13 +58,13 @@ class Optimizer:
     register = staticmethod(registry.register)
     create_optimizer = staticmethod(registry.create)
 
-    decay: ClassVar[str] = "gradient"
-    """Where weight decay goes: "gradient" adds wd * w to the clipped gradient; "update" leaves it to the update."""
     clips: ClassVar[bool] = True
     """Whether `clip_gradient` applies."""
     supports_lazy_update: ClassVar[bool] = False
     skips_zero_rescale: ClassVar[bool] = False
     """Whether rescale_grad = 0 skips the update as NaN and Inf do."""
+    skips_zero_lr: ClassVar[bool] = False
+    """Whether a learning rate of 0 leaves weight and states alone, because the formula divides by it."""
     state_dtype: ClassVar[torch.dtype | None] = None
     """None: states have the (master) weight's dtype. float32: at least that."""
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
@@ -121,11 +123,20 @@ class Optimizer:
         self.set_lr_mult({})
         self.set_wd_mult({})
         self._planner = Planner()
+        self._last_scalars: tuple[Any, tuple[float, ...]] | None = None
 
     # What an optimizer defines.
 
     @property
-    def phases(self) -> tuple[Apply, ...]:
+    def preamble(self) -> str:
+        """What is done to the gradient first, a key of kernels/preambles.py.
+
+        "coupled": clip(rescale g) + wd w. "decoupled": clip(rescale g), and wd is left to the update.
+        """
+        return "coupled"
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
         """The launches of a fused step, in order."""
         return ()
 
@@ -140,6 +151,13 @@ class Optimizer:
         lr, wd: of this parameter at this step, multipliers included. count: its updates, this one included.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no scalars()")
+
+    def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> tuple[float, ...]:
+        """`scalars`, for an optimizer whose parameters differ in more than these; computed once for equal arguments."""
+        key = (lr, wd, count)
+        if self._last_scalars is None or self._last_scalars[0] != key:
+            self._last_scalars = (key, self.scalars(*key))
+        return self._last_scalars[1]
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any) -> tuple[torch.Tensor, Values]:
         """One parameter's update in PyTorch: the new weight and states. What this says is right."""
@@ -226,10 +244,19 @@ class Optimizer:
 
     # States.
 
+    def state_shapes(self, shape: torch.Size) -> Sequence[tuple[int, ...]]:
+        """Shapes of the states of a weight of this shape: the weight's, unless the optimizer says otherwise."""
+        return [shape] * len(self.state_names)
+
     def create_state(self, index: Hashable, weight: torch.Tensor) -> State:
-        """Fresh state for a weight: zeros of its shape and layout. None, a tensor, or a tuple if there are several."""
+        """Fresh state for a weight: zeros, laid out like it. None, a tensor, or a tuple if there are several."""
         dtype = weight.dtype if self.state_dtype is None else torch.promote_types(self.state_dtype, weight.dtype)
-        zeros = tuple(torch.zeros_like(weight, dtype=dtype, requires_grad=False) for _ in self.state_names)
+        zeros = tuple(
+            torch.zeros_like(weight, dtype=dtype, requires_grad=False)
+            if shape == weight.shape
+            else torch.zeros(shape, dtype=dtype, device=weight.device)
+            for shape in self.state_shapes(weight.shape)
+        )
         return zeros if len(zeros) > 1 else next(iter(zeros), None)
 
     def create_state_multi_precision(self, index: Hashable, weight: torch.Tensor) -> State:
@@ -345,7 +372,8 @@ class Optimizer:
         sparse = {i: Rows(task, self.lazy_update) for i, task in enumerate(tasks) if task.grad.layout != torch.strided}
         tasks = [sparse[i].task if i in sparse else task for i, task in enumerate(tasks)]
         with self._counts_restored_on_error():
-            self._apply(indices, tasks, self._advance(indices), on_kernel)
+            self._update_count(list(indices))
+            self._apply(indices, tasks, on_kernel)
         for rows in sparse.values():
             rows.write_back()
 
@@ -372,51 +400,36 @@ class Optimizer:
                 f"parameter {index!r}: {type(self).__name__} keeps states ({', '.join(self.state_names)}) per weight, "
                 f"got {_structure(state)}; create them with create_state_multi_precision(index, weight)"
             )
-        for tensor in (*planes[1:], *values):
-            validate.state_tensor(index, tensor, weight)
+        for plane in planes[1:]:
+            validate.state_tensor(index, plane, weight, weight.shape)
+        for value, shape in zip(values, self.state_shapes(weight.shape), strict=True):
+            validate.state_tensor(index, value, weight, shape)
         return Task(planes, MASTER_FP32 if has_master else PLAIN, grad.detach(), values)
 
-    def _advance(self, indices: Sequence[Hashable]) -> list[tuple[float, ...]]:
-        """Count the updates, all of them first, then compute each parameter's scalars."""
-        self._update_count(list(indices))
+    def _apply(self, indices: Sequence[Hashable], tasks: Sequence[Task], on_kernel: Sequence[bool]) -> None:
+        """One update of each task, whose counts have been advanced, all of them first."""
         lrs, wds = self._get_lrs(indices), self._get_wds(indices)
-        known: dict[tuple[float, float, int], tuple[float, ...]] = {}
-        scalars = []
-        for index, lr, wd in zip(indices, lrs, wds, strict=True):
-            key = (lr, wd, self._index_update_count[index])
-            if key not in known:
-                known[key] = self.scalars(*key)
-            scalars.append(known[key])
-        return scalars
-
-    def _apply(
-        self,
-        indices: Sequence[Hashable],
-        tasks: Sequence[Task],
-        scalars: Sequence[tuple[float, ...]],
-        on_kernel: Sequence[bool],
-    ) -> None:
-        if not tasks:
-            return
+        counts = [self._index_update_count[index] for index in indices]
+        scalars = [self.scalars_of(*item) for item in zip(indices, lrs, wds, counts, strict=True)]
         rescale, device_rescale = self._rescale()
         if not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale):
             return
         bound = validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
-        commons = [(rescale, bound, wd) for wd in self._get_wds(indices)]
-        kernel = [i for i, on in enumerate(on_kernel) if on]
+        live = [i for i, lr in enumerate(lrs) if not (lr == 0 and self.skips_zero_lr)]
+        kernel = [i for i in live if on_kernel[i]]
         if kernel:
             launch = Launch(
-                self.phases, type(scalars[0]), self.decay, device_rescale, skip_zero_rescale=self.skips_zero_rescale
+                self.phases, type(scalars[0]), self.preamble, device_rescale, skip_zero_rescale=self.skips_zero_rescale
             )
             self._planner.apply(
                 tuple(indices[i] for i in kernel),
                 [tasks[i] for i in kernel],
-                [(*commons[i], *scalars[i]) for i in kernel],
+                [(rescale, bound, wds[i], *scalars[i]) for i in kernel],
                 launch,
             )
-        for i, on in enumerate(on_kernel):
-            if not on:
-                self._reference_step(tasks[i], commons[i], scalars[i], device_rescale)
+        for i in live:
+            if not on_kernel[i]:
+                self._reference_step(tasks[i], (rescale, bound, wds[i]), scalars[i], device_rescale)
 
     def _rescale(self) -> tuple[float, torch.Tensor | None]:
         """rescale_grad as a number, and as a device scalar if it lives on a GPU (then the number is 1)."""
@@ -435,9 +448,7 @@ class Optimizer:
         dtype = compute_dtype(task.weight[0])
         w = task.format.decode(task.weight, dtype)
         bound = bound if bound <= torch.finfo(dtype).max else math.inf
-        g = (rescale * task.grad.to(dtype)).clamp(-bound, bound)
-        if self.decay == "gradient":
-            g = g + wd * w
+        g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
         new_weight, new_state = self.reference(w, g, tuple(value.to(dtype) for value in task.state), s)
         task.format.encode(task.weight, new_weight)
         for value, new in zip(task.state, new_state, strict=True):
@@ -447,7 +458,7 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes but param_dict, whose objects belong to the model."""
-        return {name: value for name, value in self.__dict__.items() if name != "param_dict"}
+        return {**{name: value for name, value in self.__dict__.items() if name != "param_dict"}, "_last_scalars": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

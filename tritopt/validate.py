@@ -122,13 +122,13 @@ def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
         raise TypeError(f"parameter {index!r}: a float64 gradient needs a float64 weight, not {weight.dtype}")
 
 
-def state_tensor(index: Hashable, state: torch.Tensor, weight: torch.Tensor) -> None:
-    """ValueError unless the state can stand beside the weight."""
+def state_tensor(index: Hashable, state: torch.Tensor, weight: torch.Tensor, shape: Sequence[int]) -> None:
+    """ValueError unless the state has this shape and can stand beside the weight."""
     if state.dtype not in WEIGHT_DTYPES:
         raise ValueError(
             f"parameter {index!r}: a state is {state.dtype}; create it with create_state_multi_precision(index, weight)"
         )
-    if state.shape != weight.shape or state.device != weight.device:
+    if tuple(state.shape) != tuple(shape) or state.device != weight.device:
         raise ValueError(
             f"parameter {index!r}: state of shape {tuple(state.shape)} on {state.device} for a weight of shape "
             f"{tuple(weight.shape)} on {weight.device}; create it with create_state_multi_precision(index, weight)"

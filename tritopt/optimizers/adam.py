@@ -9,9 +9,9 @@ import torch
 
 from tritopt import validate
 from tritopt.exact import sqrt
-from tritopt.fused import Apply
 from tritopt.kernels.adam import adam_update
 from tritopt.optimizer import Optimizer, Values
+from tritopt.phases import Apply
 from tritopt.registry import register
 
 

@@ -8,10 +8,10 @@ import torch
 
 from tritopt import validate
 from tritopt.exact import sqrt
-from tritopt.fused import Apply
 from tritopt.kernels.adamw import adamw_update
 from tritopt.optimizer import Optimizer, Values
 from tritopt.optimizers.adam import bias_corrected
+from tritopt.phases import Apply
 from tritopt.registry import register
 
 
@@ -55,7 +55,7 @@ class AdamW(Optimizer):
 
     phases = (Apply(adamw_update),)
     state_names = ("mean", "var")
-    decay = "update"
+    preamble = "decoupled"
     skips_zero_rescale = True
     variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3, "correct_bias": False})
 

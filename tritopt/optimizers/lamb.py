@@ -9,9 +9,9 @@ import torch
 
 from tritopt import validate
 from tritopt.exact import norm, sqrt
-from tritopt.fused import Apply
 from tritopt.kernels.lamb import lamb_moments, lamb_update
 from tritopt.optimizer import Optimizer, Values
+from tritopt.phases import Apply
 from tritopt.registry import register
 
 
@@ -66,7 +66,7 @@ class LAMB(Optimizer):
     )
     state_names = ("mean", "var")
     state_dtype = torch.float32
-    decay = "update"
+    preamble = "decoupled"
     variants = ({}, {"beta1": 0.5, "beta2": 0.8, "lower_bound": 1e-3, "upper_bound": 1.5, "bias_correction": False})
 
     def __init__(

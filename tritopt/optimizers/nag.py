@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from tritopt.fused import Apply
 from tritopt.kernels.nag import nag_update
 from tritopt.kernels.sgd import sgd_update
 from tritopt.optimizer import Values
 from tritopt.optimizers.sgd import SGD, SGDScalars
+from tritopt.phases import Apply
 from tritopt.registry import register
 
 

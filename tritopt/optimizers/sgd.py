@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt import validate
-from tritopt.fused import Apply
 from tritopt.kernels.sgd import sgd_momentum_update, sgd_update
 from tritopt.optimizer import Optimizer, Values
+from tritopt.phases import Apply
 from tritopt.registry import register
 
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from tritopt.fused import Apply
 from tritopt.kernels.test import test_update
 from tritopt.optimizer import Optimizer, Values
+from tritopt.phases import Apply
 from tritopt.registry import register
 
 

@@ -1,0 +1,62 @@
+"""What happens to a gradient before the update function sees it.
+
+A preamble is a @triton.jit function for the driver and its twin in PyTorch; an optimizer names the one that it follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import clip
+
+
+@triton.jit
+def coupled(w, g, rescale, bound, wd):
+    """clip(rescale g) + wd w: coupled (L2) decay, which is never clipped. Most optimizers."""
+    return clip(rescale * g, bound) + wd * w
+
+
+@triton.jit
+def coupled_in_clip(w, g, rescale, bound, wd):
+    """clip(rescale g + wd w)."""
+    return clip(rescale * g + wd * w, bound)
+
+
+@triton.jit
+def decoupled(w, g, rescale, bound, wd):
+    """clip(rescale g): the update function itself applies the decay, or there is none."""
+    return clip(rescale * g, bound)
+
+
+@triton.jit
+def rescaled(w, g, rescale, bound, wd):
+    """rescale g: the update function itself clips, after it has formed a norm."""
+    return rescale * g
+
+
+@triton.jit
+def raw(w, g, rescale, bound, wd):
+    """The gradient as it is."""
+    return g
+
+
+class Preamble(NamedTuple):
+    """The pair: `kernel` and `reference` take (weight, gradient, rescale, clip bound, wd)."""
+
+    kernel: Any
+    reference: Callable[[torch.Tensor, torch.Tensor, float, float, float], torch.Tensor]
+
+
+PREAMBLES = {
+    "coupled": Preamble(coupled, lambda w, g, rescale, bound, wd: (rescale * g).clamp(-bound, bound) + wd * w),
+    "coupled_in_clip": Preamble(
+        coupled_in_clip, lambda w, g, rescale, bound, wd: (rescale * g + wd * w).clamp(-bound, bound)
+    ),
+    "decoupled": Preamble(decoupled, lambda w, g, rescale, bound, wd: (rescale * g).clamp(-bound, bound)),
+    "rescaled": Preamble(rescaled, lambda w, g, rescale, bound, wd: rescale * g),
+    "raw": Preamble(raw, lambda w, g, rescale, bound, wd: g),
+}

@@ -1,0 +1,171 @@
+"""The phases of a fused step: what each launch is, what it moves, and how the driver is called for it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from tritopt.kernels.formats import Format
+from tritopt.kernels.language import tl
+from tritopt.kernels.multi_tensor_apply import multi_tensor_apply
+from tritopt.kernels.multi_tensor_norm import sum_partials
+from tritopt.kernels.preambles import PREAMBLES
+
+if TYPE_CHECKING:
+    from tritopt.fused import Group, Launch
+
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+class Config(NamedTuple):
+    """Launch parameters. 8 elements a thread: one 128-bit access per 16-bit plane."""
+
+    block_size: int = 1024
+    chunk_size: int = 8192
+    num_warps: int = 4
+
+
+NVIDIA = Config()
+AMD = Config(block_size=2048)  # a warp has 64 threads there
+CONFIG = AMD if torch.version.hip else NVIDIA
+
+
+class Phase(Protocol):
+    """One launch over a group, or a few that belong together."""
+
+    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        """Run it. `sums`: what the phase before emitted, fp64 [tensors, sums]; returns what this one emits, or None."""
+        ...
+
+    def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
+        """Bytes per parameter (read, written). `weight`: what loading and storing it moves; the others: their size."""
+        ...
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of what is launched."""
+        ...
+
+    @property
+    def emits_sums(self) -> bool:
+        """Whether results depend on the order in which elements are summed."""
+        ...
+
+
+class Apply(NamedTuple):
+    """A phase of the driver: one launch applies `update` to the whole list, moving only what it says."""
+
+    update: Any
+    """The @triton.jit update function."""
+    reads_weight: bool = True
+    reads_grad: bool = True
+    reads_states: bool = True
+    writes_weight: bool = True
+    writes_states: bool = True
+    n_sums: int = 0
+    """Sums per tensor that `update` emits; the next phase receives them."""
+    reads_offsets: bool = False
+    """Whether `update` takes the elements' offsets in their tensor, int64 [BLOCK_SIZE]."""
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The update function's name."""
+        return (str(self.update.__name__),)
+
+    @property
+    def emits_sums(self) -> bool:
+        """Whether there are sums for the next phase."""
+        return self.n_sums > 0
+
+    def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
+        """Bytes per parameter (read, written), as `Phase` has it."""
+        read = weight[0] * self.reads_weight + grad * self.reads_grad + states * self.reads_states
+        return read, weight[1] * self.writes_weight + states * self.writes_states
+
+    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        """Launch the driver, and where sums are emitted the second stage of the reduction."""
+        tensor_table, chunk_table = group.tables(("chunks", CONFIG.chunk_size), chunk_tables)
+        n_chunks, n_tensors = len(chunk_table), len(group.members)
+        partials = group.empty(n_chunks, self.n_sums) if self.n_sums else None
+        multi_tensor_apply[(n_chunks,)](
+            group.device_table,
+            tensor_table,
+            chunk_table,
+            launch.rescale,
+            launch.noop,
+            partials,
+            sums,
+            n_tensors,
+            **phase_constants(self, launch, group.formats, group.dtypes, 0 if sums is None else sums.shape[1]),
+            CHUNK_SIZE=CONFIG.chunk_size,
+            BLOCK_SIZE=CONFIG.block_size,
+            num_warps=CONFIG.num_warps,
+            enable_fp_fusion=False,
+        )
+        if partials is None:
+            return None
+        sums = group.empty(n_tensors, self.n_sums)
+        sum_partials[(n_tensors,)](
+            partials, tensor_table, sums, n_chunks, n_tensors, N_SUMS=self.n_sums, BLOCK_SIZE=1024
+        )
+        return sums
+
+
+def chunk_tables(shapes: Sequence[torch.Size]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The driver's tables of tensors and of chunks."""
+    sizes = np.array([shape.numel() for shape in shapes], dtype=np.int64)
+    chunks = -(-sizes // CONFIG.chunk_size)
+    tensors = np.stack([sizes, np.cumsum(chunks) - chunks], axis=1)
+    return tensors, np.repeat(np.arange(len(sizes), dtype=np.int32), chunks)
+
+
+def phase_constants(
+    phase: Apply, launch: Launch, formats: Sequence[Format], dtypes: Sequence[torch.dtype], n_earlier_sums: int
+) -> dict[str, Any]:
+    """The driver's compile-time arguments for one phase, but for the launch's sizes."""
+    n_states = len(formats) - 1
+    # Behind the weight's planes stands the gradient, which is plain.
+    past_grad = itertools.accumulate((fmt.n_planes for fmt in formats[1:]), initial=formats[0].n_planes + 1)
+    ends = [formats[0].n_planes, *itertools.islice(past_grad, 1, None)]
+    functions = (phase.update, *[f for fmt in formats for f in (fmt.load, fmt.store)])
+    return {
+        "UPDATE_FN": phase.update,
+        "PREAMBLE_FN": PREAMBLES[launch.preamble].kernel,
+        "SCALARS": launch.scalars,
+        "N_SCALARS": launch.n_scalars,
+        "FORMATS": tuple(
+            (end - fmt.n_planes, end, fmt.load, fmt.store) for end, fmt in zip(ends, formats, strict=True)
+        ),
+        "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
+        "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states] * n_states),
+        "WRITES": (phase.writes_weight, False, *[phase.writes_states] * n_states),
+        "READS_OFFSETS": phase.reads_offsets,
+        "N_EARLIER_SUMS": n_earlier_sums,
+        "N_SUMS": phase.n_sums,
+        "SKIP_ZERO_RESCALE": launch.skip_zero_rescale,
+        "COMPUTE_DTYPE": tl.float64 if dtypes[0] == torch.float64 else tl.float32,
+        "SOURCE_HASH": source_hash(functions, launch.scalars),
+    }
+
+
+_HASHES: dict[Hashable, str] = {}
+
+
+def source_hash(functions: tuple[Any, ...], scalars: type) -> str:
+    """A key to what Triton's disk cache does not see: sources of functions inside tuples, fields of `scalars`."""
+    key = (functions, scalars)
+    if key not in _HASHES:
+        sources = [getattr(f, "cache_key", "") for f in functions]
+        text = repr((sources, getattr(scalars, "_fields", ())))
+        _HASHES[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _HASHES[key]
