@@ -102,7 +102,7 @@ class Optimizer:
             raise TypeError(f"param_idx2name={param_idx2name!r} must be a dict of names by index")
         self.rescale_grad = rescale_grad
         self.clip_gradient = validate.positive_or_none("clip_gradient", clip_gradient)
-        self.wd = validate.number("wd", wd)
+        self.wd = validate.finite("wd", wd)
         self.lr_scheduler = lr_scheduler
         self.lr = _initial_lr(learning_rate, lr_scheduler)
         self.begin_num_update = validate.count("begin_num_update", begin_num_update)
@@ -220,6 +220,7 @@ class Optimizer:
 
     def _get_wds(self, indices: Sequence[Hashable]) -> list[float]:
         """Weight decays of the parameters, multipliers included."""
+        validate.finite("wd", self.wd)
         return self._multiplied(self.wd, indices, "wd_mult")
 
     def _get_wd(self, index: Hashable) -> float:
@@ -288,13 +289,7 @@ class Optimizer:
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """`update` with states from `create_state_multi_precision`."""
         indices, weights, grads, states = _with_gradients(indices, weights, grads, states)
-        masters = [self._keeps_master(weight) for weight in weights]
-        for index, state, has_master in zip(indices, states, masters, strict=True):
-            if has_master and not self._has_master(state):
-                raise ValueError(
-                    f"parameter {index!r}: multi_precision needs a state (float32 master weight, state), got "
-                    f"{_structure(state)}; create it with create_state_multi_precision(index, weight)"
-                )
+        masters = self._masters(indices, weights, states)
         if not self._overrides_step():
             return self._dispatch(indices, weights, grads, states)
         # MXNet's way, for optimizers that bring their own step: it sees fp32 masters and fp32 gradients.
@@ -311,19 +306,34 @@ class Optimizer:
         return None
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """Raise what `update_multi_precision` would raise about these tensors; update and count nothing."""
+        """Raise what `update_multi_precision` would raise about these arguments; update and count nothing."""
         indices, weights, grads, states = _with_gradients(indices, weights, grads, states)
+        self._masters(indices, weights, states)
+        self._multiplied(1.0, indices, "lr_mult")
+        self._get_wds(indices)
         if not self._overrides_step():
-            tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
-            self._planner.check_aliases(tuple(indices), indices, tasks)
+            self._tasks(indices, weights, grads, states, self.use_fused_step)
 
     def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """The reference: each parameter in turn, in PyTorch operations."""
-        self._run(indices, weights, grads, states, fused=False)
+        self._run(*_with_gradients(indices, weights, grads, states), fused=False)
 
     def fused_step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """All parameters in one launch per phase, device and list of dtypes."""
-        self._run(indices, weights, grads, states, fused=True)
+        self._run(*_with_gradients(indices, weights, grads, states), fused=True)
+
+    def _masters(
+        self, indices: Sequence[Hashable], weights: Sequence[torch.Tensor], states: Sequence[State]
+    ) -> list[bool]:
+        """Which weights have an fp32 master; ValueError for a state without the one that it must have."""
+        masters = [self._keeps_master(weight) for weight in weights]
+        for index, state, has_master in zip(indices, states, masters, strict=True):
+            if has_master and not self._has_master(state):
+                raise ValueError(
+                    f"parameter {index!r}: multi_precision needs a state (float32 master weight, state), got "
+                    f"{_structure(state)}; create it with create_state_multi_precision(index, weight)"
+                )
+        return masters
 
     def _keeps_master(self, weight: torch.Tensor) -> bool:
         return self.multi_precision and is_low_precision(weight.dtype)
@@ -332,7 +342,8 @@ class Optimizer:
         """Whether this is (fp32 master, state) by its structure, and not a plain pair of states."""
         if not (isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], torch.Tensor)):
             return False
-        return state[0].dtype == torch.float32 and (len(self.state_names) < 2 or not isinstance(state[1], torch.Tensor))
+        is_pair_of_states = len(self.state_names) > 1 and isinstance(state[1], torch.Tensor)
+        return state[0].dtype == torch.float32 and (self._overrides_step() or not is_pair_of_states)
 
     def _overrides_step(self) -> bool:
         return type(self).step is not Optimizer.step or type(self).fused_step is not Optimizer.fused_step
@@ -365,10 +376,7 @@ class Optimizer:
         states: Sequence[State],
         fused: bool | None,
     ) -> None:
-        validate.rescale(self.rescale_grad)
-        tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
-        on_kernel = [self._runs_fused(index, weight, fused) for index, weight in zip(indices, weights, strict=True)]
-        self._planner.check_aliases(tuple(indices), indices, tasks)
+        tasks, on_kernel = self._tasks(indices, weights, grads, states, fused)
         sparse = {i: Rows(task, self.lazy_update) for i, task in enumerate(tasks) if task.grad.layout != torch.strided}
         tasks = [sparse[i].task if i in sparse else task for i, task in enumerate(tasks)]
         with self._counts_restored_on_error():
@@ -376,6 +384,21 @@ class Optimizer:
             self._apply(indices, tasks, on_kernel)
         for rows in sparse.values():
             rows.write_back()
+
+    def _tasks(
+        self,
+        indices: Sequence[Hashable],
+        weights: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        states: Sequence[State],
+        fused: bool | None,
+    ) -> tuple[list[Task], list[bool]]:
+        """The parameters' tensors, checked, and for each whether it runs on the kernel."""
+        validate.rescale(self.rescale_grad)
+        tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
+        on_kernel = [self._runs_fused(index, weight, fused) for index, weight in zip(indices, weights, strict=True)]
+        self._planner.check_aliases(tuple(indices), indices, tasks)
+        return tasks, on_kernel
 
     def _runs_fused(self, index: Hashable, weight: torch.Tensor, wanted: bool | None) -> bool:
         if wanted is False:
@@ -479,8 +502,9 @@ def _initial_lr(learning_rate: float | None, lr_scheduler: LRScheduler | None) -
     return learning_rate
 
 
-def _unknown_keywords(cls: type, unknown: Iterable[str]) -> str:
-    known = sorted({name for base in cls.__mro__[:-1] for name in _parameters(vars(base).get("__init__"))})
+def _unknown_keywords(cls: type[Optimizer], unknown: Iterable[str]) -> str:
+    names = {name for base in cls.__mro__[:-1] for name in _parameters(vars(base).get("__init__"))}
+    known = sorted(names if cls.supports_lazy_update else names - {"lazy_update"})
     found = [f"{name!r}{registry.did_you_mean(name, known)}" for name in unknown]
     return f"{cls.__name__}() has no argument {' '.join(found)} known: {', '.join(known)}"
 

@@ -53,30 +53,28 @@ class Updater:
         if not active:
             return
         self.optimizer._set_current_device(_device_id(weight[active[0]]))
-        created = [indices[i] for i in active if self._ready(indices[i], weight[i])]
+        known = set(self.states)
         lists = [[items[i] for i in active] for items in (indices, weight, grad)]
-        lists.append([self.states[i] for i in lists[0]])
         try:
+            for i in active:
+                self._make_ready(indices[i], weight[i])
+            lists.append([self.states[i] for i in lists[0]])
             # All of the call before any of its chunks, so that it is refused as a whole.
             self.optimizer.check(*lists)
             for chunk in self._chunks(lists[1]):
                 self.optimizer.update_multi_precision(*([items[i] for i in chunk] for items in lists))
         except BaseException:
-            for i in created:
-                if i not in self.optimizer._index_update_count:
-                    del self.states[i], self.states_synced[i]
+            for new in self.states.keys() - known - self.optimizer._index_update_count.keys():
+                del self.states[new], self.states_synced[new]
             raise
 
-    def _ready(self, index: Hashable, weight: torch.Tensor) -> bool:
-        """Create the state, or move a loaded one to the weight's device. True if it was created."""
+    def _make_ready(self, index: Hashable, weight: torch.Tensor) -> None:
+        """Create the state, or move a loaded one to the weight's device."""
         if index not in self.states:
             self.states[index] = self.optimizer.create_state_multi_precision(index, weight)
-            self.states_synced[index] = True
-            return True
-        if not self.states_synced[index]:
+        elif not self.states_synced[index]:
             self.states[index] = self.sync_state_context(self.states[index], weight.device)
-            self.states_synced[index] = True
-        return False
+        self.states_synced[index] = True
 
     def _chunks(self, weights: Sequence[torch.Tensor]) -> list[list[int]]:
         positions = list(range(len(weights)))
@@ -152,9 +150,16 @@ def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     attributes = optimizer.__getstate__()
     del attributes["_planner"], attributes["_index_update_count"]
     device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)
-    schedule = attributes.pop(_SCHEDULER)
-    packed: dict[str, Any] = {"name": type(optimizer).__name__.lower(), "attributes": attributes, "device": device}
+    schedule, name = attributes.pop(_SCHEDULER), type(optimizer).__name__.lower()
+    if registry.OPTIMIZERS.get(name) is not type(optimizer):
+        raise TypeError(f"{type(optimizer)!r} is not what {name!r} brings back; register it to dump it")
+    packed: dict[str, Any] = {"name": name, "attributes": attributes, "device": device}
     if schedule is not None:
+        if _scheduler_classes().get(type(schedule).__name__) is not type(schedule):
+            raise TypeError(
+                f"lr_scheduler={schedule!r} is not the LRScheduler that {type(schedule).__name__!r} brings back; rename "
+                "its class, or call get_states(dump_optimizer=False)"
+            )
         packed[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}
     _require_plain(packed, type(optimizer).__name__)
     return packed
@@ -169,20 +174,23 @@ def _unpack_optimizer(packed: dict[str, Any]) -> Optimizer:
     optimizer._set_current_device(packed["device"])
     optimizer.lr_scheduler = None
     if _SCHEDULER in packed:
-        cls = _scheduler_class(packed[_SCHEDULER]["class"])
-        schedule = optimizer.lr_scheduler = object.__new__(cls)
+        name = packed[_SCHEDULER]["class"]
+        if name not in _scheduler_classes():
+            raise ValueError(f"it has an lr_scheduler of class {name!r}; import or define that class first")
+        schedule = optimizer.lr_scheduler = object.__new__(_scheduler_classes()[name])
         schedule.__dict__.update(packed[_SCHEDULER]["attributes"])
     return optimizer
 
 
-def _scheduler_class(name: str) -> type[lr_scheduler.LRScheduler]:
-    pending = [lr_scheduler.LRScheduler]
-    while pending:
-        cls = pending.pop()
-        if cls.__name__ == name:
-            return cls
-        pending.extend(cls.__subclasses__())
-    raise ValueError(f"the dumped optimizer has an lr_scheduler of class {name!r}; import or define that class first")
+def _scheduler_classes() -> dict[str, type[lr_scheduler.LRScheduler]]:
+    """LRScheduler and its subclasses by name; the nearest to the base has the name that several share."""
+    found: dict[str, type[lr_scheduler.LRScheduler]] = {}
+    level = [lr_scheduler.LRScheduler]
+    while level:
+        for cls in level:
+            found.setdefault(cls.__name__, cls)
+        level = [subclass for cls in level for subclass in cls.__subclasses__()]
+    return found
 
 
 def _require_plain(value: Any, path: str) -> None:

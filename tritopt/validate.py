@@ -21,6 +21,13 @@ def number(name: str, value: Any) -> float:
     return value if isinstance(value, int) else float(value)
 
 
+def finite(name: str, value: Any) -> float:
+    """`value` as a plain number; ValueError unless it is finite."""
+    if math.isinf(number(name, value)):
+        raise ValueError(f"{name}={value!r} must be finite")
+    return number(name, value)
+
+
 def boolean(name: str, value: Any) -> bool:
     """`value` as it is; TypeError unless it is a bool: a configuration file's "False" is true."""
     if not isinstance(value, bool):
@@ -140,6 +147,9 @@ def no_aliases(owners: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> N
 
     `owners[i]` is the parameter that `tensors[i]` belongs to.
     """
+    has_memory = [tensor.device.type != "meta" for tensor in tensors]
+    owners = [owner for owner, has in zip(owners, has_memory, strict=True) if has]
+    tensors = [tensor for tensor, has in zip(tensors, has_memory, strict=True) if has]
     extents = [_extent(tensor) for tensor in tensors]
     starts = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
     order = np.argsort(starts, kind="stable")
