@@ -2,9 +2,9 @@
 
 Tables, all in device memory, that the host half (tritopt/fused.py) builds:
 
-    tensor_ptr   int64 [n_tensors, 2]               number of elements, index of the tensor's first chunk
+    tensor_ptr   int64 [n_tensors, 3]               number of elements, the tensor's first chunk, elements of a row
     chunk_ptr    int32 [n_chunks]                   the tensor a chunk belongs to; one program per chunk
-    table_ptr    int64 [n_tensors, n_pointers + 1]  addresses (weight planes, gradient, states), index of its scalars
+    table_ptr    int64 [n_tensors, n_pointers + 1]  addresses (weight, gradient, states, rows), index of its scalars
                  fp64  [n_rows, n_scalars]          behind it, in the same buffer: rescale, clip, wd, the optimizer's
     partial_ptr  fp64  [n_chunks, N_SUMS]           sums that this phase emits, per chunk
     sum_ptr      fp64  [n_tensors, n_earlier]       sums that an earlier phase emitted, per tensor
@@ -38,6 +38,7 @@ def _apply_block(
     ptrs,
     offsets,
     mask,
+    row_width,
     common,
     s,
     sums,
@@ -48,6 +49,7 @@ def _apply_block(
     READS: tl.constexpr,
     WRITES: tl.constexpr,
     READS_OFFSETS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     N_SUMS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
@@ -56,12 +58,17 @@ def _apply_block(
     FORMATS: (first pointer, last + 1, load, store) of the weight, then of each state. READS and WRITES: what this phase
     moves of the weight, the gradient and each state.
     """
-    w = None
-    if READS[0]:
-        w = FORMATS[0][2](ptrs[: FORMATS[0][1]], offsets, mask, COMPUTE_DTYPE)
     g = None
     if READS[1]:
         g = tl.load(ptrs[FORMATS[0][1]] + offsets, mask=mask).to(COMPUTE_DTYPE)
+    if HAS_ROWS:
+        # The gradient holds some rows of the weight, and the last table which: from here on, the weight's own offsets.
+        row = offsets // row_width
+        offsets += (tl.load(ptrs[-1] + row, mask=mask) - row) * row_width
+    w = None
+    if READS[0]:
+        w = FORMATS[0][2](ptrs[: FORMATS[0][1]], offsets, mask, COMPUTE_DTYPE)
+    if READS[1]:
         g = PREAMBLE_FN(w, g, common[0], common[1], common[2])
     state = ()
     for i in tl.static_range(1, len(FORMATS)):
@@ -109,6 +116,7 @@ def multi_tensor_apply(
     READS: tl.constexpr,
     WRITES: tl.constexpr,
     READS_OFFSETS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     N_EARLIER_SUMS: tl.constexpr,
     N_SUMS: tl.constexpr,
     SKIP_ZERO_RESCALE: tl.constexpr,
@@ -125,8 +133,10 @@ def multi_tensor_apply(
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunk_ptr + chunk).to(tl.int64)
-    n_elements = tl.load(tensor_ptr + 2 * tensor)
-    start = (chunk - tl.load(tensor_ptr + 2 * tensor + 1)).to(tl.int64) * CHUNK_SIZE
+    n_elements = tl.load(tensor_ptr + 3 * tensor)
+    start = (chunk - tl.load(tensor_ptr + 3 * tensor + 1)).to(tl.int64) * CHUNK_SIZE
+
+    row_width = tl.load(tensor_ptr + 3 * tensor + 2)
 
     ptrs = ()
     aligned_ptrs = ()
@@ -166,14 +176,14 @@ def multi_tensor_apply(
     for block in tl.range(0, n_full, num_stages=1):
         offsets = start + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         totals = _apply_block(
-            aligned_ptrs, offsets, None, common, s, sums, totals,
-            UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, N_SUMS, COMPUTE_DTYPE,
+            aligned_ptrs, offsets, None, row_width, common, s, sums, totals,
+            UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, COMPUTE_DTYPE,
         )  # fmt: skip
     for block in tl.range(n_full, tl.cdiv(n_here, BLOCK_SIZE), num_stages=1):
         offsets = start + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         totals = _apply_block(
-            ptrs, offsets, offsets < n_elements, common, s, sums, totals,
-            UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, N_SUMS, COMPUTE_DTYPE,
+            ptrs, offsets, offsets < n_elements, row_width, common, s, sums, totals,
+            UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, COMPUTE_DTYPE,
         )  # fmt: skip
     for i in tl.static_range(N_SUMS):
         tl.store(partial_ptr + chunk * N_SUMS + i, tl.sum(totals[i]).to(tl.float64))

@@ -18,9 +18,9 @@ def square_update(w, g, state, s):
 def sum_partials(partial_ptr, tensor_ptr, sum_ptr, n_chunks, n_tensors, N_SUMS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """sum_ptr[tensor, i] = sum of partial_ptr[chunk, i] over the tensor's chunks; one program per tensor."""
     tensor = tl.program_id(0).to(tl.int64)
-    first = tl.load(tensor_ptr + 2 * tensor + 1)
+    first = tl.load(tensor_ptr + 3 * tensor + 1)
     is_last = tensor + 1 == n_tensors
-    end = tl.where(is_last, n_chunks, tl.load(tensor_ptr + 2 * tensor + 3, mask=~is_last, other=0))
+    end = tl.where(is_last, n_chunks, tl.load(tensor_ptr + 3 * tensor + 4, mask=~is_last, other=0))
     for i in tl.static_range(N_SUMS):
         total = tl.zeros([BLOCK_SIZE], dtype=tl.float64)
         for start in tl.range(first, end, BLOCK_SIZE, num_stages=1):

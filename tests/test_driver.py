@@ -158,7 +158,7 @@ def test_ten_thousand_tensors_in_one_call(monkeypatch: pytest.MonkeyPatch) -> No
     ((grid, (table, tensor_table, chunk_table, *_)),) = launches
     assert grid == (n,)
     assert chunk_table.tolist() == list(range(n))
-    assert tensor_table.tolist() == [[4, i] for i in range(n)]
+    assert tensor_table.tolist() == [[4, i, 1] for i in range(n)]
     rows = table[: 3 * n].view(n, 3)
     assert rows[:, 0].tolist() == [w.data_ptr() for w in buffer]
     assert rows[:, 1].tolist() == [g.data_ptr() for g in grad]
@@ -184,7 +184,7 @@ def test_offsets_beyond_2_to_the_31(small_chunks: None) -> None:
         weight, grad = (torch.from_numpy(np.zeros(size, dtype=np.float16)) for _ in range(2))
         grad[-60:] = 1.0
     first_chunk = -(2**31 // chunk)
-    tensors = torch.tensor([[size, first_chunk]], dtype=torch.int64)
+    tensors = torch.tensor([[size, first_chunk, 1]], dtype=torch.int64)
     words = [weight.data_ptr(), grad.data_ptr(), 0, *np.array([*COMMON, 1.0]).view(np.int64).tolist()]
     launch = Launch((Apply(add_scaled),), Scale, "decoupled")
     constants = phases.phase_constants(Apply(add_scaled), launch, (PLAIN,), (torch.float16, torch.float16), 0)
@@ -196,12 +196,24 @@ def test_offsets_beyond_2_to_the_31(small_chunks: None) -> None:
     assert weight[-60:-40].tolist() == [0.0] * 20
 
 
+def test_rows_are_found_in_place(small_chunks: None) -> None:
+    """A gradient of some rows updates these rows of weight and state, whatever their number and width."""
+    for width in (1, 5, 70):
+        weight, master = torch.zeros(9, width, dtype=torch.bfloat16), torch.zeros(9, width)
+        rows = torch.tensor([1, 4, 8])
+        grad = torch.arange(3.0 * width).reshape(3, width) + 1
+        add([Task((weight, master), MASTER_FP32, grad, (), rows)], [0.5])
+        expected = torch.zeros(9, width).index_copy(0, rows, grad / 2)
+        torch.testing.assert_close(master, expected, rtol=0, atol=0)
+        torch.testing.assert_close(weight, expected.bfloat16(), rtol=0, atol=0)
+
+
 def test_partials_are_summed_per_tensor() -> None:
     chunks = torch.tensor([3, 1, 2500])
     first = torch.cumsum(chunks, 0) - chunks
     partials = torch.arange(2 * int(chunks.sum()), dtype=torch.float64).reshape(-1, 2)
     sums = torch.empty(3, 2, dtype=torch.float64)
-    table = torch.stack([chunks, first], dim=1)
+    table = torch.stack([chunks, first, chunks], dim=1)
     sum_partials[(3,)](partials, table, sums, len(partials), 3, N_SUMS=2, BLOCK_SIZE=1024)
     expected = torch.stack([part.sum(0) for part in partials.split(chunks.tolist())])
     torch.testing.assert_close(sums, expected, rtol=0, atol=0)

@@ -13,3 +13,8 @@ def sqrt(x: torch.Tensor) -> torch.Tensor:
 def norm(x: torch.Tensor) -> torch.Tensor:
     """Euclidean norm of the whole tensor, fp64 [], as the kernels form it: squares in x's dtype, summed in fp64."""
     return (x * x).sum(dtype=torch.float64).sqrt()
+
+
+def sign(x: torch.Tensor) -> torch.Tensor:
+    """1, -1, or x itself where it is zero or NaN; `torch.sign` makes NaN zero."""
+    return torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, x))

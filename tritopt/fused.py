@@ -34,10 +34,12 @@ class Task(NamedTuple):
     format: Format
     grad: torch.Tensor
     state: tuple[torch.Tensor, ...]
+    rows: torch.Tensor | None = None
+    """int64: which rows of the weight and the states the rows of the gradient are for; None: all, in order."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In the order of the driver's pointer table."""
-        return (*self.weight, self.grad, *self.state)
+        return (*self.weight, self.grad, *self.state, *(() if self.rows is None else (self.rows,)))
 
     def written(self) -> tuple[torch.Tensor, ...]:
         """The tensors that a step may write."""
@@ -100,9 +102,9 @@ class Group:
     device: torch.device
     format: Format
     dtypes: tuple[torch.dtype, ...]
-    """Of the pointer table's columns: the weight's planes, gradient, states."""
+    """Of the pointer table's columns: the weight's planes, gradient, states, and int64 where there are rows."""
     shapes: list[torch.Size]
-    """Of the members' weights."""
+    """Of the members' gradients."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
     device_table: torch.Tensor | None = None
     stream: int = 0
@@ -111,7 +113,8 @@ class Group:
     @property
     def formats(self) -> tuple[Format, ...]:
         """Of the weight and of each state."""
-        return (self.format, *[PLAIN] * (len(self.dtypes) - self.format.n_planes - 1))
+        n_states = len(self.dtypes) - self.format.n_planes - 1 - (self.dtypes[-1] == torch.int64)
+        return (self.format, *[PLAIN] * n_states)
 
     def tables(
         self, name: Hashable, build: Callable[[Sequence[torch.Size]], tuple[Any, ...]]

@@ -15,7 +15,7 @@ from tritopt.fused import Launch, Planner, Task, compute_dtype, is_low_precision
 from tritopt.kernels.formats import MASTER_FP32, PLAIN
 from tritopt.kernels.preambles import PREAMBLES
 from tritopt.phases import Phase
-from tritopt.sparse import Rows
+from tritopt.sparse import StandIn
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
@@ -377,13 +377,17 @@ class Optimizer:
         fused: bool | None,
     ) -> None:
         tasks, on_kernel = self._tasks(indices, weights, grads, states, fused)
-        sparse = {i: Rows(task, self.lazy_update) for i, task in enumerate(tasks) if task.grad.layout != torch.strided}
+        sparse = {
+            i: StandIn(indices[i], task, self.lazy_update, on_kernel[i])
+            for i, task in enumerate(tasks)
+            if task.grad.layout != torch.strided
+        }
         tasks = [sparse[i].task if i in sparse else task for i, task in enumerate(tasks)]
         with self._counts_restored_on_error():
             self._update_count(list(indices))
             self._apply(indices, tasks, on_kernel)
-        for rows in sparse.values():
-            rows.write_back()
+        for stand_in in sparse.values():
+            stand_in.write_back()
 
     def _tasks(
         self,

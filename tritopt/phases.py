@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tritopt.fused import Group, Launch
 
 TRITON_DTYPES = {
+    torch.int64: tl.int64,
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
@@ -125,7 +126,8 @@ def chunk_tables(shapes: Sequence[torch.Size]) -> tuple[np.ndarray[Any, Any], np
     """The driver's tables of tensors and of chunks."""
     sizes = np.array([shape.numel() for shape in shapes], dtype=np.int64)
     chunks = -(-sizes // CONFIG.chunk_size)
-    tensors = np.stack([sizes, np.cumsum(chunks) - chunks], axis=1)
+    widths = [shape[1:].numel() for shape in shapes]
+    tensors = np.stack([sizes, np.cumsum(chunks) - chunks, np.array(widths, dtype=np.int64)], axis=1)
     return tensors, np.repeat(np.arange(len(sizes), dtype=np.int32), chunks)
 
 
@@ -150,6 +152,7 @@ def phase_constants(
         "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states] * n_states),
         "WRITES": (phase.writes_weight, False, *[phase.writes_states] * n_states),
         "READS_OFFSETS": phase.reads_offsets,
+        "HAS_ROWS": dtypes[-1] == torch.int64,
         "N_EARLIER_SUMS": n_earlier_sums,
         "N_SUMS": phase.n_sums,
         "SKIP_ZERO_RESCALE": launch.skip_zero_rescale,

@@ -157,7 +157,7 @@ def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     if schedule is not None:
         if _scheduler_classes().get(type(schedule).__name__) is not type(schedule):
             raise TypeError(
-                f"lr_scheduler={schedule!r} is not the LRScheduler that {type(schedule).__name__!r} brings back; rename "
+                f"lr_scheduler={schedule!r} is not what {type(schedule).__name__!r} brings back; rename "
                 "its class, or call get_states(dump_optimizer=False)"
             )
         packed[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}

@@ -74,3 +74,14 @@ def test_sparse_gradient_without_lazy_update_is_dense_with_zero_rows() -> None:
 def test_lazy_update_refuses(wrong: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match=r"lazy_update=True .* drop"):
         tritopt.create("sgd", lazy_update=True, **wrong)
+
+
+@pytest.mark.parametrize("use_fused_step", [True, False])
+def test_row_out_of_range_is_refused(use_fused_step: bool) -> None:
+    opt, w = tritopt.create("sgd", lazy_update=True), torch.ones(5, 3)
+    opt.use_fused_step = use_fused_step
+    grad = torch.sparse_coo_tensor(torch.tensor([[1, 5]]), torch.ones(2, 3), (5, 3), check_invariants=False)
+    with pytest.raises(ValueError, match=r"index 5 for a weight of shape \(5, 3\)"):
+        opt.update([0], [w], [grad], [None])
+    assert w.eq(1).all()
+    assert opt.num_update == 0
