@@ -1,9 +1,10 @@
-"""Update function of AdamW (tritopt/optimizers/adamw.py)."""
+"""Update functions of AdamW (tritopt/optimizers/adamw.py)."""
 
 from __future__ import annotations
 
 from tritopt.kernels.adam import adam_update
 from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import div, sqrt
 
 
 @triton.jit
@@ -11,3 +12,13 @@ def adamw_update(w, g, state, s):
     """Adam, and apart from the moments a decay of the old weight."""
     moved, state = adam_update(w, g, state, s)
     return moved - s.decay * w, state
+
+
+@triton.jit
+def adamw_amsgrad_update(w, g, state, s):
+    """AdamW, whose root is that of the largest variance so far."""
+    mean, var, max_var = state
+    mean = s.beta1 * mean + s.one_minus_beta1 * g
+    var = s.beta2 * var + s.one_minus_beta2 * (g * g)
+    max_var = tl.maximum(max_var, var, propagate_nan=tl.PropagateNan.ALL)
+    return w - s.lr * div(mean, sqrt(max_var) + s.epsilon) - s.decay * w, (mean, var, max_var)

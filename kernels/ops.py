@@ -50,3 +50,9 @@ def cast(x, dtype: tl.constexpr):
         return tl.where(narrow == narrow, rounded, narrow).to(tl.bfloat16)
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def sign(x):
+    """1, -1, or x itself where it is zero or NaN."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))

@@ -45,7 +45,6 @@ DECISIONS: dict[str, float | None] = {
     "M8": None,  # Nadam's schedule product is shared by all parameters
     "M21": 2e-3,  # fused LARS and LANS take the norm of the float16 weight instead of its float32 master
     "M24": None,  # the schedule is looked up for a parameter before those behind it in the list are counted
-    "noise": None,  # SGLD was recorded with its noise replaced by zero
 }
 
 
@@ -116,13 +115,12 @@ class GoldenCase:
             "M8": "nadam_shared_schedule" in self.flags,
             "M21": "fused_norm_of_fp16_weight" in self.flags and self.use_fused_step,
             "M24": self.first_step_of_unequal_rates() < self.steps,
-            "noise": "noise_replaced_by_zero" in self.flags,
         }
         return tuple(name for name, holds in found.items() if holds)
 
     def comparable_steps(self) -> int:
         """Leading steps in which the weights can be compared."""
-        return 0 if {"M8", "noise"} & set(self.decisions()) else self.first_step_of_unequal_rates()
+        return 0 if "M8" in self.decisions() else self.first_step_of_unequal_rates()
 
     def first_step_of_unequal_rates(self) -> int:
         """Step in which MXNet had not counted all parameters when it looked up a rate; `steps` if there is none."""
@@ -209,6 +207,8 @@ def _case(
 def _constructor_arguments(info: dict[str, Any]) -> dict[str, Any]:
     """All but lr_scheduler and use_fused_step."""
     arguments = {name: math.inf if value == "inf" else value for name, value in info["kwargs"].items()}
+    if info["optimizer"] == "Ftrl" and info.get("weight_stype") == "row_sparse":
+        arguments["lazy_update"] = True  # MXNet's Ftrl goes by the storage type, which a torch weight has not
     arguments["multi_precision"] = info["multi_precision"]
     if "param_idx2name" in info:
         arguments["param_idx2name"] = _by_index(info["param_idx2name"])
@@ -244,6 +244,9 @@ def build_optimizer(case: GoldenCase, use_fused_step: bool) -> Optimizer:
         optimizer = tritopt.create(case.optimizer, **case.kwargs, lr_scheduler=scheduler or None, use_fused_step=None)
     # Afterwards, because lazy_update=True refuses use_fused_step=False in the constructor, as MXNet does.
     optimizer.use_fused_step = use_fused_step
+    if "noise_replaced_by_zero" in case.flags:
+        with_noise: Any = optimizer.scalars_of
+        vars(optimizer)["scalars_of"] = lambda *item: with_noise(*item)._replace(deviation=0.0)
     if case.mult_via in ("index", "name"):
         names = case.kwargs["param_idx2name"] if case.mult_via == "name" else {i: i for i in case.lr_mult}
         optimizer.set_lr_mult({names[i]: factor for i, factor in case.lr_mult.items()})

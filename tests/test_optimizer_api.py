@@ -1004,3 +1004,16 @@ def test_autograd_notices_the_update(name: str, fused: bool, dtype: torch.dtype)
     opt.update_multi_precision([0], [parameter], [values(1, 3, dtype=dtype)], states_of(opt, [parameter]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, parameter)
+
+
+@BOTH_PATHS
+def test_hyperparameters_may_be_assigned_between_steps(fused: bool) -> None:
+    """Also for another parameter at the same count and rate."""
+    opt = tritopt.SGD(learning_rate=1.0, momentum=0.5, use_fused_step=fused)
+    weights = [torch.zeros(2), torch.zeros(2)]
+    states = states_of(opt, weights)
+    opt.update([0], weights[:1], [torch.ones(2)], states[:1])
+    opt.momentum = 0.25
+    for index in (1, 1):
+        opt.update([index], weights[1:], [torch.ones(2)], states[1:])
+    assert weights[1].tolist() == [-2.25, -2.25]

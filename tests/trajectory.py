@@ -42,6 +42,12 @@ def zeros_at_first(state: dict[str, Array], name: str, like: Array) -> Array:
     return state.setdefault(name, np.zeros_like(like))
 
 
+def history(state: dict[str, Array], name: str, new: Array) -> Array:
+    """All values so far under this name, [t, ...], the newest last: for sums that an optimizer forms step by step."""
+    state[name] = np.concatenate([state.get(name, new[None][:0]), new[None]])
+    return state[name]
+
+
 def one_step(name: str, weight: float, *grads: float, **arguments: Any) -> float:
     """A single fp32 weight after one step per gradient: for numbers worked out by hand."""
     w = torch.tensor([weight])

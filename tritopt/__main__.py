@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 import tritopt
-from tritopt import cost
+from tritopt import cost, docs, registry
 from tritopt.check import Row, cases, environment, load_optimizer, registered, run_checks
 from tritopt.kernels.language import HAS_TRITON
 
@@ -60,6 +60,8 @@ def list_optimizers(
     rows = [_listed(listing) for listing in listings]
     if markdown:
         lines = [header, ["---"] * 3 + ["---:"] * len(cost.PRECISIONS), *rows]
+        for line, extra in zip(lines, [_DOCUMENTED, ["---"] * 2, *map(_documented, listings)], strict=True):
+            line[1:1], line[len(line) :] = extra[:1], extra[1:]
         typer.echo("\n".join(f"| {' | '.join(line)} |" for line in lines))
         return
     table = Table(caption="bytes: read and written by a step, per parameter; gradients have the weights' dtype")
@@ -68,6 +70,15 @@ def list_optimizers(
     for row in rows:
         table.add_row(*row)
     _console().print(table)
+
+
+_DOCUMENTED = ["source of the formula", "differs from MXNet's in"]
+
+
+def _documented(listing: cost.Listing) -> list[str]:
+    """Source and differences, of an optimizer's first row only."""
+    cls = registry.find(listing.optimizer)
+    return ["", ""] if listing.arguments else [docs.source(cls), docs.differences(cls)]
 
 
 def _listed(listing: cost.Listing) -> list[str]:

@@ -87,7 +87,8 @@ class Case:
     def arguments(self) -> dict[str, Any]:
         """What the optimizer is constructed with."""
         master = {"multi_precision": True} if self.master else {}
-        return {"learning_rate": LEARNING_RATE, **self.variant, **OPTIONS[self.option], **master}
+        option = {key: value for key, value in OPTIONS[self.option].items() if key != "wd" or self.cls.decays}
+        return {"learning_rate": LEARNING_RATE, **self.variant, **option, **master}
 
     @property
     def has_kernel(self) -> bool:
@@ -295,6 +296,7 @@ def _run(case: Case, n_steps: int, row: Row) -> None:
     # MXNet's `weight[:] = ...`, which a ported step is full of, does not take a 0-d tensor.
     smallest = () if case.cls.step is Optimizer.step else (1,)
     weights = _weights(case.weight_dtype, random, smallest)
+    weights = [weight if _accepts(case, weight) else weight.reshape(1, -1) for weight in weights]
     runs = {"reference": _contender(case, weights, use_fused_step=False)}
     if not case.has_kernel:
         row.reason = "no kernel: reference only"
@@ -317,6 +319,15 @@ def _run(case: Case, n_steps: int, row: Row) -> None:
             if name != "truth" and not all(map(torch.equal, given, grads)):
                 row.fail(f"step {step}: {name} wrote to a gradient, which belongs to the caller; work on a copy of it")
         _compare(case, step, start, runs, row)
+
+
+def _accepts(case: Case, weight: torch.Tensor) -> bool:
+    """Whether the optimizer takes a weight of this shape; one that does not is given a matrix of one row."""
+    try:
+        fresh_state(case.cls(**case.arguments), 0, weight)
+    except ValueError:
+        return False
+    return True
 
 
 def _contender(case: Case, weights: Sequence[torch.Tensor], use_fused_step: bool) -> Contender:

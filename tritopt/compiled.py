@@ -118,7 +118,7 @@ def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fm
     planes = (weight, *[weight.float() for _ in range(fmt.n_planes - 1)])
     opt.multi_precision = False
     task = Task(planes, fmt, grad, tuple(tensors_of(fresh_state(opt, 0, planes[-1]))))
-    scalars = opt.scalars(0.1, 0.1, 1)
+    scalars = opt.scalars(0.1, opt.wd, 1)
     # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
     launch = Launch(opt.phases, type(scalars), opt.preamble, torch.ones(()), torch.zeros(()))
     Planner().apply("compile", [task], [(1.0, 1.0, 0.1, *scalars)], launch)

@@ -77,7 +77,7 @@ def bytes_per_parameter(
 def resident_bytes(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format = PLAIN) -> int:
     """Bytes per parameter of the weight's planes and the states, gradients not included."""
     planes, states = _stored(opt, weight_dtype, fmt)
-    return sum(planes) + sum(states)
+    return sum(planes) + round(sum(states))
 
 
 def fresh_state(opt: Optimizer, index: Hashable, weight: torch.Tensor) -> State:
@@ -112,19 +112,19 @@ def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
     )
 
 
-def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], list[int]]:
-    """Bytes per parameter of each plane of the weight, and of each state."""
+def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], list[float]]:
+    """Bytes per parameter of each plane of the weight and of each state; of a matrix, where a row's state is small."""
     if fmt.n_planes > 1 and not is_low_precision(weight_dtype):
         raise ValueError(f"format {fmt.name!r} stores float16 or bfloat16 weights, not {weight_dtype}; pass PLAIN")
     opt = copy.copy(opt)
     opt.multi_precision = fmt is MASTER_FP32
-    weight = torch.empty(1, dtype=weight_dtype)
+    weight = torch.empty(256, 256, dtype=weight_dtype)
     state: Any = fresh_state(opt, 0, weight)
-    planes = [weight.element_size()]
+    planes = [weight.dtype.itemsize]
     if fmt is MASTER_FP32:
         master, state = state
-        planes.append(master.element_size())
-    return planes, [tensor.element_size() for tensor in tensors_of(state)]
+        planes.append(master.dtype.itemsize)
+    return planes, [tensor.nbytes / weight.numel() for tensor in tensors_of(state)]
 
 
 def tensors_of(state: Any) -> list[torch.Tensor]:

@@ -108,7 +108,7 @@ class Group:
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
     device_table: torch.Tensor | None = None
     stream: int = 0
-    _tables: dict[Hashable, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -116,12 +116,11 @@ class Group:
         n_states = len(self.dtypes) - self.format.n_planes - 1 - (self.dtypes[-1] == torch.int64)
         return (self.format, *[PLAIN] * n_states)
 
-    def tables(
-        self, name: Hashable, build: Callable[[Sequence[torch.Size]], tuple[Any, ...]]
-    ) -> tuple[torch.Tensor, ...]:
-        """The arrays that `build` makes of the shapes, on the device; made and uploaded once."""
+    def tables(self, name: Hashable, build: Callable[[Sequence[torch.Size]], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What `build` makes of the shapes, arrays on the device; made and uploaded once."""
         if name not in self._tables:
-            self._tables[name] = tuple(_upload(array, self.device) for array in build(self.shapes))
+            made = build(self.shapes)
+            self._tables[name] = tuple(_upload(x, self.device) if isinstance(x, np.ndarray) else x for x in made)
         return self._tables[name]
 
     def empty(self, *shape: int) -> torch.Tensor:

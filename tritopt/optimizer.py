@@ -60,6 +60,8 @@ class Optimizer:
 
     clips: ClassVar[bool] = True
     """Whether `clip_gradient` applies."""
+    decays: ClassVar[bool] = True
+    """Whether `wd` applies; False: the optimizer refuses any but 0."""
     supports_lazy_update: ClassVar[bool] = False
     skips_zero_rescale: ClassVar[bool] = False
     """Whether rescale_grad = 0 skips the update as NaN and Inf do."""
@@ -123,7 +125,7 @@ class Optimizer:
         self.set_lr_mult({})
         self.set_wd_mult({})
         self._planner = Planner()
-        self._last_scalars: tuple[Any, tuple[float, ...]] | None = None
+        self._known_scalars: dict[tuple[float, float, int], tuple[float, ...]] = {}
 
     # What an optimizer defines.
 
@@ -155,9 +157,9 @@ class Optimizer:
     def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> tuple[float, ...]:
         """`scalars`, for an optimizer whose parameters differ in more than these; computed once for equal arguments."""
         key = (lr, wd, count)
-        if self._last_scalars is None or self._last_scalars[0] != key:
-            self._last_scalars = (key, self.scalars(*key))
-        return self._last_scalars[1]
+        if key not in self._known_scalars:
+            self._known_scalars[key] = self.scalars(*key)
+        return self._known_scalars[key]
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any) -> tuple[torch.Tensor, Values]:
         """One parameter's update in PyTorch: the new weight and states. What this says is right."""
@@ -421,7 +423,7 @@ class Optimizer:
         inner, has_master = state, self._keeps_master(weight) and self._has_master(state)
         if has_master:
             planes, inner = (*planes, state[0].detach()), state[1]
-        values = inner if isinstance(inner, tuple) else () if inner is None else (inner,)
+        values = tuple(value for value in (inner if isinstance(inner, tuple) else (inner,)) if value is not None)
         if len(values) != n_states or not all(isinstance(value, torch.Tensor) for value in values):
             raise ValueError(
                 f"parameter {index!r}: {type(self).__name__} keeps states ({', '.join(self.state_names)}) per weight, "
@@ -437,6 +439,7 @@ class Optimizer:
         """One update of each task, whose counts have been advanced, all of them first."""
         lrs, wds = self._get_lrs(indices), self._get_wds(indices)
         counts = [self._index_update_count[index] for index in indices]
+        self._known_scalars = {}  # of this step alone: hyperparameters may be assigned between steps
         scalars = [self.scalars_of(*item) for item in zip(indices, lrs, wds, counts, strict=True)]
         rescale, device_rescale = self._rescale()
         if not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale):
@@ -485,7 +488,7 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes but param_dict, whose objects belong to the model."""
-        return {**{name: value for name, value in self.__dict__.items() if name != "param_dict"}, "_last_scalars": None}
+        return {name: value for name, value in self.__dict__.items() if name != "param_dict"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -148,7 +148,7 @@ def _device_id(weight: torch.Tensor) -> int:
 
 def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     attributes = optimizer.__getstate__()
-    del attributes["_planner"], attributes["_index_update_count"]
+    del attributes["_planner"], attributes["_known_scalars"], attributes["_index_update_count"]
     device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)
     schedule, name = attributes.pop(_SCHEDULER), type(optimizer).__name__.lower()
     if registry.OPTIMIZERS.get(name) is not type(optimizer):

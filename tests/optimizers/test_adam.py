@@ -14,6 +14,28 @@ from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
 LR, BETA1, BETA2, EPSILON, WD = 0.1, 0.8, 0.95, 1e-2, 0.05
 
 
+# (kernel file, text that occurs once in it, {what is wrong: the text instead}), for tests/mutations.py
+MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
+    ("adam.py", "return w - s.lr", {"ascends": "return w + s.lr"}),
+    ("adam.py", "return w - s.lr * div", {"no learning rate": "return w - div"}),
+    ("adam.py", "s.beta1 * mean", {"beta2 for beta1": "s.beta2 * mean"}),
+    ("adam.py", "s.beta2 * var", {"beta1 for beta2": "s.beta1 * var"}),
+    ("adam.py", "s.one_minus_beta1 * g", {"gradient not averaged": "g"}),
+    ("adam.py", "s.one_minus_beta2 * (g * g)", {"1 - beta2 formed in fp32": "(1 - s.beta2) * (g * g)"}),
+    ("adam.py", "(g * g)", {"gradient not squared": "g"}),
+    (
+        "adam.py",
+        "sqrt(var) + s.epsilon",
+        {"epsilon inside the root": "sqrt(var + s.epsilon)", "no epsilon": "sqrt(var)", "no root": "var + s.epsilon"},
+    ),
+    (
+        "adam.py",
+        "epsilon), (mean, var)",
+        {"moments are not kept": "epsilon), state", "moments change places": "epsilon), (var, mean)"},
+    ),
+]
+
+
 def test_formula() -> None:
     """Corrected moments; MXNet's epsilon beside the uncorrected root is epsilon / sqrt(1 - beta2^t) beside this one."""
 

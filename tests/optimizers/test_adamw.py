@@ -1,8 +1,9 @@
-"""AdamW against its formula and by hand."""
+"""AdamW against its formula and by hand; with amsgrad also against torch's."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,48 @@ import tritopt
 from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
 
 LR, BETA1, BETA2, EPSILON, WD = 0.1, 0.8, 0.95, 1e-2, 0.3
+
+
+# (kernel file, text that occurs once in it, {what is wrong: the text instead}), for tests/mutations.py
+MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
+    (
+        "adamw.py",
+        "moved - s.decay * w, state",
+        {
+            "weights grow": "moved + s.decay * w, state",
+            "no decay": "moved, state",
+            "decays the moved weight": "moved - s.decay * moved, state",
+            "learning rate twice": "moved - s.lr * s.decay * w, state",
+        },
+    ),
+    (
+        "adamw.py",
+        "adam_update(w, g, state, s)",
+        {"coupled decay": "adam_update(w, g + s.decay * w, state, s)", "ascends": "adam_update(w, -g, state, s)"},
+    ),
+    (
+        "adamw.py",
+        "tl.maximum(max_var, var, propagate_nan=tl.PropagateNan.ALL)",
+        {
+            "no maximum": "var",
+            "minimum": "tl.minimum(max_var, var, propagate_nan=tl.PropagateNan.ALL)",
+            "maximum of the gradients": "tl.maximum(max_var, g * g, propagate_nan=tl.PropagateNan.ALL)",
+        },
+    ),
+    (
+        "adamw.py",
+        "sqrt(max_var) + s.epsilon",
+        {"largest not used": "sqrt(var) + s.epsilon", "epsilon inside the root": "sqrt(max_var + s.epsilon)"},
+    ),
+    (
+        "adamw.py",
+        "+ s.epsilon) - s.decay * w",
+        {"no decay": "+ s.epsilon)", "weights grow": "+ s.epsilon) + s.decay * w"},
+    ),
+    ("adamw.py", "s.beta1 * mean", {"beta2 for beta1": "s.beta2 * mean"}),
+    ("adamw.py", "s.beta2 * var", {"beta1 for beta2": "s.beta1 * var"}),
+    ("adamw.py", "(mean, var, max_var)\n", {"largest is not kept": "(mean, var, var)\n"}),
+]
 
 
 @pytest.mark.parametrize("correct_bias", [True, False])
@@ -43,3 +86,69 @@ def test_rescale_of_zero_skips(use_fused_step: bool) -> None:
     opt.update([0], [w], [torch.ones(3)], [state])
     assert w.eq(1).all()
     assert opt.num_update == 1
+
+
+@pytest.mark.parametrize("correct_bias", [True, False])
+def test_amsgrad_formula(correct_bias: bool) -> None:
+    """All second moments are kept, and the largest looked up; beta2 is so low that it is not always the last."""
+    beta2, seconds = 0.4, list[Array]()
+
+    def formula(w: Array, g: Array, state: dict[str, Array], t: int) -> Array:
+        if t == 1:
+            seconds.clear()
+        state["m"] = BETA1 * zeros_at_first(state, "m", w) + (1 - BETA1) * g
+        seconds.append(beta2 * seconds[-1] + (1 - beta2) * g**2 if seconds else (1 - beta2) * g**2)
+        largest: Array = np.max(seconds, axis=0)
+        a = LR * math.sqrt(1 - beta2**t) / (1 - BETA1**t) if correct_bias else LR
+        return w - a * (state["m"] / (np.sqrt(largest) + EPSILON) + WD * w)
+
+    moments = {"beta1": BETA1, "beta2": beta2, "epsilon": EPSILON}
+    assert_follows(formula, "adamw", learning_rate=LR, wd=WD, correct_bias=correct_bias, amsgrad=True, **moments)
+
+
+@pytest.mark.parametrize("use_fused_step", [True, False])
+def test_amsgrad_is_torch_s(use_fused_step: bool) -> None:
+    """Where epsilon and decay, which stand elsewhere in torch's, are 0."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 5, dtype=torch.float64, generator=generator)
+    weight, parameter = start.clone(), torch.nn.Parameter(start.clone())
+    theirs = torch.optim.AdamW([parameter], LR, betas=(BETA1, 0.4), eps=0.0, weight_decay=0.0, amsgrad=True)
+    options: dict[str, Any] = {"learning_rate": LR, "beta1": BETA1, "beta2": 0.4, "epsilon": 0.0}
+    ours = tritopt.create("adamw", amsgrad=True, use_fused_step=use_fused_step, **options)
+    state = ours.create_state(0, weight)
+    for _ in range(6):
+        parameter.grad = torch.randn(4, 5, dtype=torch.float64, generator=generator)
+        theirs.step()
+        ours.update([0], [weight], [parameter.grad], [state])
+        torch.testing.assert_close(weight, parameter.detach(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(state[2], theirs.state[parameter]["max_exp_avg_sq"], rtol=0, atol=1e-14)
+
+
+def test_amsgrad_by_hand() -> None:
+    # v = 3, then 0.75 + 0.75 only: both steps divide by sqrt(3)
+    options: dict[str, Any] = {"learning_rate": 0.5, "beta1": 0.0, "beta2": 0.25, "epsilon": 0.0}
+    options |= {"correct_bias": False, "amsgrad": True}
+    assert one_step("adamw", 1.0, 2.0, 1.0, **options) == pytest.approx(1 - 0.5 * (2 + 1) / math.sqrt(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("use_fused_step", [True, False])
+def test_nan_stays_the_largest(use_fused_step: bool) -> None:
+    """Whether it is in the new second moment or, loaded from elsewhere, in the maximum alone."""
+    opt = tritopt.create("adamw", amsgrad=True, use_fused_step=use_fused_step)
+    weight = torch.ones(3)
+    state = opt.create_state(0, weight)
+    state[2][2] = float("nan")
+    opt.update([0], [weight], [torch.tensor([1.0, float("nan"), 1.0])], [state])
+    assert state[1].isnan().tolist() == [False, True, False]
+    for tensor in (weight, state[2]):
+        assert tensor.isnan().tolist() == [False, True, True]
+
+
+def test_amsgrad_has_a_third_state_and_is_a_bool() -> None:
+    weight = torch.ones(3)
+    assert [len(tritopt.create("adamw", amsgrad=on).create_state(0, weight)) for on in (False, True)] == [2, 3]
+    two = tritopt.create("adamw").create_state(0, weight)
+    with pytest.raises(ValueError, match=r"states \(mean, var, max_var\)"):
+        tritopt.create("adamw", amsgrad=True).update([0], [weight], [weight], [two])
+    with pytest.raises(TypeError, match="amsgrad='False' must be True or False"):
+        tritopt.create("adamw", amsgrad="False")

@@ -14,6 +14,44 @@ from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
 LR, BETA1, BETA2, EPSILON, WD = 0.1, 0.8, 0.95, 1e-2, 0.3
 
 
+# (kernel file, text that occurs once in it, {what is wrong: the text instead}), for tests/mutations.py
+MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
+    ("lamb.py", "mean * s.mean_correction", {"mean not corrected": "mean"}),
+    (
+        "lamb.py",
+        "var * s.var_correction",
+        {"variance not corrected": "var", "the mean's correction": "var * s.mean_correction"},
+    ),
+    (
+        "lamb.py",
+        "var * s.var_correction) + s.epsilon",
+        {"epsilon inside the root": "var * s.var_correction + s.epsilon)"},
+    ),
+    ("lamb.py", " + s.wd * w", {"no decay": ""}),
+    ("lamb.py", "s.beta1 * mean", {"beta2 for beta1": "s.beta2 * mean"}),
+    ("lamb.py", "s.beta2 * var", {"beta1 for beta2": "s.beta1 * var"}),
+    ("lamb.py", "s.one_minus_beta1 * g", {"gradient not averaged": "g"}),
+    (
+        "lamb.py",
+        "(w * w, direction * direction)",
+        {
+            "norm of the gradient": "(g * g, direction * direction)",
+            "norms change places": "(direction * direction, w * w)",
+        },
+    ),
+    ("lamb.py", "sqrt(sums[0])", {"norm not rooted": "sums[0]"}),
+    ("lamb.py", "tl.where(weight_norm < s.lower_bound, s.lower_bound, weight_norm)", {"no lower bound": "weight_norm"}),
+    ("lamb.py", "tl.where(weight_norm > s.upper_bound, s.upper_bound, weight_norm)", {"no upper bound": "weight_norm"}),
+    (
+        "lamb.py",
+        "(weight_norm == 0) | (direction_norm == 0)",
+        {"divides by zero": "weight_norm == 0", "zero weights stay zero": "direction_norm == 0"},
+    ),
+    ("lamb.py", "s.lr * trust_ratio * _dir", {"no trust ratio": "s.lr * _dir"}),
+    ("lamb.py", "return w - s.lr", {"ascends": "return w + s.lr"}),
+]
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -7,6 +7,31 @@ from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
 LR, MOMENTUM, WD = 0.1, 0.9, 0.05
 
 
+# (kernel file, text that occurs once in it, {what is wrong: the text instead}), for tests/mutations.py
+MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
+    (
+        "nag.py",
+        "momentum = s.momentum * momentum - s.lr * g",
+        {
+            "momentum never fades": "momentum = momentum - s.lr * g",
+            "sign": "momentum = s.momentum * momentum + s.lr * g",
+            "no learning rate": "momentum = s.momentum * momentum - g",
+        },
+    ),
+    (
+        "nag.py",
+        "w + (s.momentum * momentum - s.lr * g)",
+        {
+            "heavy ball": "w + momentum",
+            "no gradient in the step": "w + s.momentum * momentum",
+            "momentum not scaled": "w + (momentum - s.lr * g)",
+            "sign of the gradient": "w + (s.momentum * momentum + s.lr * g)",
+        },
+    ),
+    ("nag.py", "- s.lr * g), (momentum,)", {"momentum is not kept": "- s.lr * g), state"}),
+]
+
+
 def test_formula() -> None:
     """Nesterov's look-ahead point y = x + momentum v is what is stored: both sequences are kept here."""
 

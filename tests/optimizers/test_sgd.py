@@ -12,6 +12,36 @@ from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
 LR, MOMENTUM, WD, CLIP, RESCALE = 0.1, 0.9, 0.05, 0.4, 0.7
 
 
+# (kernel file, text that occurs once in it, {what is wrong: the text instead}), for tests/mutations.py
+MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
+    (
+        "sgd.py",
+        "return w - s.lr * g, state",
+        {
+            "ascends": "return w + s.lr * g, state",
+            "no learning rate": "return w - g, state",
+            "learning rate twice": "return w - s.lr * (s.lr * g), state",
+            "a decay nobody asked": "return w - s.lr * (g + 1e-4 * w), state",
+        },
+    ),
+    (
+        "sgd.py",
+        "s.momentum * momentum - s.lr * g",
+        {
+            "momentum never fades": "momentum - s.lr * g",
+            "sign of the gradient": "s.momentum * momentum + s.lr * g",
+            "no learning rate": "s.momentum * momentum - g",
+            "dampened": "s.momentum * momentum - (1 - s.momentum) * s.lr * g",
+        },
+    ),
+    (
+        "sgd.py",
+        "return w + momentum, (momentum,)",
+        {"sign of the step": "return w - momentum, (momentum,)", "momentum is not kept": "return w + momentum, state"},
+    ),
+]
+
+
 def clipped(g: Array) -> Array:
     return np.clip(RESCALE * g, -CLIP, CLIP)
 

@@ -10,6 +10,22 @@ from tests.trajectory import Array, assert_follows
 LR, WD, RESCALE = 0.1, 0.05, 0.7
 
 
+# (kernel file, text that occurs once in it, {what is wrong: the text instead}), for tests/mutations.py
+MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
+    (
+        "test.py",
+        "w - s.lr * g",
+        {
+            "ascends": "w + s.lr * g",
+            "no learning rate": "w - g",
+            "learning rate twice": "w - s.lr * (s.lr * g)",
+            "weight forgotten": "-s.lr * g",
+            "gradient ignored": "w - s.lr * w",
+        },
+    )
+]
+
+
 def test_formula() -> None:
     def formula(w: Array, g: Array, state: dict[str, Array], t: int) -> Array:
         return w - LR * (RESCALE * g + WD * w)

@@ -44,6 +44,8 @@ class Adam(Optimizer):
     g_t is the gradient after rescaling, clipping and adding wd w_{t-1} (L2, not decoupled: see AdamW). States: m and v,
     the (master) weight's shape and dtype, zero at first. Unlike torch's, epsilon is added to the uncorrected root.
 
+    Differs from MXNet's: fp16 without a master computes in fp32, so epsilon does not vanish.
+
     Args:
         learning_rate: per update.
         beta1, beta2: decay rates of the moments, in [0, 1).

@@ -8,7 +8,7 @@ import torch
 
 from tritopt import validate
 from tritopt.exact import sqrt
-from tritopt.kernels.adamw import adamw_update
+from tritopt.kernels.adamw import adamw_amsgrad_update, adamw_update
 from tritopt.optimizer import Optimizer, Values
 from tritopt.optimizers.adam import bias_corrected
 from tritopt.phases import Apply
@@ -38,26 +38,35 @@ class AdamW(Optimizer):
         a_t = lr sqrt(1 - beta2^t) / (1 - beta1^t), or lr without correct_bias
         w_t = w_{t-1} - a_t (m_t / (sqrt(v_t) + epsilon) + wd w_{t-1})
 
-    g_t is the gradient after rescaling and clipping. States: m and v, the (master) weight's shape and dtype, zero at
-    first. The decay is multiplied by a_t where torch and the paper multiply it by lr; epsilon is added to the
-    uncorrected root. rescale_grad = 0 skips the update.
+    With amsgrad (Reddi et al. 2018, arXiv:1904.09237, algorithm 2) max(v_1 ... v_t) stands under the root.
+
+    g_t is the gradient after rescaling and clipping. States: m, v and with amsgrad that maximum, the (master) weight's
+    shape and dtype, zero at first. The decay is multiplied by a_t where torch and the paper multiply it by lr; epsilon
+    is added to the uncorrected root. rescale_grad = 0 skips the update.
+
+    Differs from MXNet's: `step` is the fused formula, so it decays the old weight, honours wd < 0 and skips where
+    rescale_grad is 0; amsgrad is new.
 
     Args:
         learning_rate: per update.
         beta1, beta2: decay rates of the moments, in [0, 1).
         epsilon: added to the root, >= 0.
         correct_bias: whether to correct the moments for their zero start.
+        amsgrad: whether to divide by the largest v so far, which a third state holds.
         kwargs: see `Optimizer`.
 
     Raises:
-        ValueError: a beta or epsilon out of range.
+        ValueError: a beta or epsilon out of range. TypeError: amsgrad is no bool.
     """
 
-    phases = (Apply(adamw_update),)
-    state_names = ("mean", "var")
     preamble = "decoupled"
     skips_zero_rescale = True
-    variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3, "correct_bias": False})
+    variants = (
+        {},
+        {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3, "correct_bias": False},
+        # So low a beta2 that v falls within a few steps, and is not its own maximum.
+        {"amsgrad": True, "beta1": 0.7, "beta2": 0.4, "epsilon": 1e-3},
+    )
 
     def __init__(
         self,
@@ -67,11 +76,23 @@ class AdamW(Optimizer):
         epsilon: float = 1e-6,
         correct_bias: bool = True,
         use_fused_step: bool | None = None,
+        amsgrad: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
         self.correct_bias = correct_bias
+        self.amsgrad = validate.boolean("amsgrad", amsgrad)
+
+    @property
+    def phases(self) -> tuple[Apply, ...]:
+        """One launch."""
+        return (Apply(adamw_amsgrad_update if self.amsgrad else adamw_update),)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The moments, and with amsgrad the largest second one."""
+        return ("mean", "var", "max_var") if self.amsgrad else ("mean", "var")
 
     def scalars(self, lr: float, wd: float, count: int) -> AdamWScalars:
         """Bias corrections folded into the learning rate, and with it into the decay."""
@@ -83,7 +104,10 @@ class AdamW(Optimizer):
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamWScalars
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
-        mean, var = state
+        mean, var, *largest = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
-        return w - s.lr * (mean / (sqrt(var) + s.epsilon)) - s.decay * w, (mean, var)
+        if largest:
+            largest = [torch.maximum(largest[0], var)]
+        root = sqrt(largest[0] if largest else var)
+        return w - s.lr * (mean / (root + s.epsilon)) - s.decay * w, (mean, var, *largest)

@@ -48,6 +48,9 @@ class LAMB(Optimizer):
     g_t is the gradient after rescaling and clipping; |.| is the Euclidean norm of a whole tensor, of the master if
     there is one. States: m and v, the weight's shape, at least fp32, zero at first. Two launches.
 
+    Differs from MXNet's: each step counts once and the master is written also without aggregation; bounds <= 0 are off;
+    any number of tensors.
+
     Args:
         learning_rate: per update, relative to the weight's norm.
         beta1, beta2: decay rates of the moments, in [0, 1).

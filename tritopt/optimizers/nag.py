@@ -24,6 +24,8 @@ class NAG(SGD):
     g_t is the gradient after rescaling, clipping and adding wd w_{t-1}. State: m, as in SGD, whose checks it shares;
     momentum=0 is plain SGD. The learning rate is inside the buffer.
 
+    Differs from MXNet's: negative momentum is refused.
+
     Args:
         learning_rate: per update.
         momentum: share of the last update that is kept, >= 0.

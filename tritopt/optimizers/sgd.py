@@ -32,6 +32,8 @@ class SGD(Optimizer):
     dtype, zero at first; none without momentum. Unlike torch's, the buffer holds the learning rate: a new lr leaves the
     past as it was.
 
+    Differs from MXNet's: negative momentum is refused, which MXNet honours or drops, depending on the path.
+
     Args:
         learning_rate: per update.
         momentum: share of the last update that is kept, >= 0.

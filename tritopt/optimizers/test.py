@@ -25,6 +25,8 @@ class Test(Optimizer):
         w_t = w_{t-1} - lr (rescale_grad grad_t + wd w_{t-1})
 
     State: zeros of the weight's shape, at least fp32, never read nor written. Arguments: see `Optimizer`.
+
+    Differs from MXNet's: has a fused kernel.
     """
 
     phases = (Apply(test_update, reads_states=False, writes_states=False),)

@@ -1,0 +1,15 @@
+"""Update function of Adamax (tritopt/optimizers/adamax.py)."""
+
+from __future__ import annotations
+
+from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import div
+
+
+@triton.jit
+def adamax_update(w, g, state, s):
+    """Adam with the infinity norm of the gradients; s.lr carries the correction of the mean."""
+    mean, norm = state
+    mean = s.beta1 * mean + s.one_minus_beta1 * g
+    norm = tl.maximum(s.beta2 * norm, tl.abs(g), propagate_nan=tl.PropagateNan.ALL)
+    return w - div(s.lr * mean, norm + s.epsilon), (mean, norm)

@@ -1,0 +1,17 @@
+"""Update function of RAdam (tritopt/optimizers/radam.py)."""
+
+from __future__ import annotations
+
+from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import div, sqrt
+
+
+@triton.jit
+def radam_update(w, g, state, s):
+    """Adam, or momentum alone while s.adaptive is 0; s.lr carries the corrections and the rectification."""
+    mean, var = state
+    mean = s.beta1 * mean + s.one_minus_beta1 * g
+    var = s.beta2 * var + s.one_minus_beta2 * (g * g)
+    # Data, not a constant: a step is never compiled anew because training has gone on.
+    direction = tl.where(s.adaptive != 0, div(mean, sqrt(var) + s.epsilon), mean)
+    return w - s.lr * direction, (mean, var)

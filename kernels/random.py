@@ -1,0 +1,49 @@
+"""Random numbers by counter (tritopt/random.py has the twins, and says what they are).
+
+A key is four 16-bit numbers, which every compute dtype holds exactly: so it can stand among an optimizer's scalars.
+"""
+
+from __future__ import annotations
+
+from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import sqrt
+
+
+@triton.jit
+def philox(key, offsets):
+    """Four uint32 blocks: Philox4x32-10 of the counters (low word of the offset, high word, 0, 0)."""
+    seed = tl.zeros([], dtype=tl.int64)
+    for i in tl.static_range(4):
+        seed = seed | (key[i].to(tl.int64) << (16 * i))
+    low = offsets.to(tl.uint32)
+    return tl.philox(seed, low, (offsets >> 32).to(tl.uint32), low * 0, low * 0)
+
+
+@triton.jit
+def _minus_two_log(word):
+    """-2 ln((word | 1) / 2^32), fp32; never negative."""
+    x = (word | 1).to(tl.float32)
+    bits = x.to(tl.int32, bitcast=True)
+    # x = 2^exponent (1 + y) with 1 + y in [sqrt(1/2), sqrt(2)); 0x3F3504F3 is sqrt(1/2).
+    exponent = (bits - 0x3F3504F3) >> 23
+    y = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = ((-0.174447119 * y + 0.287336886) * y - 0.299045354) * y + 0.331247866
+    p = ((p * y - 0.399136662) * y + 0.500041485) * y - 0.666683733
+    p = (p * y + 0.999999762) * y - 2.0
+    return (32 - exponent).to(tl.float32) * 1.38629436 + p * y
+
+
+@triton.jit
+def _sine(x):
+    """sin(x pi / 2) for fp32 x in [0, 1]."""
+    y = x * x
+    p = ((0.000151485132 * y - 0.00467376644) * y + 0.0796896815) * y - 0.645963728
+    return (p * y + 1.57079637) * x
+
+
+@triton.jit
+def normal(key, offsets):
+    """A standard normal fp32 number per offset: Box and Muller, from two of Philox's four words."""
+    words = philox(key, offsets)
+    size = sqrt(_minus_two_log(words[0])) * _sine((words[1] >> 1).to(tl.float32) * 2.0**-31)
+    return tl.where((words[1] & 1) == 0, size, -size)

@@ -1,0 +1,148 @@
+"""Adafactor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.exact import sqrt
+from tritopt.factored_phase import ApplyFactored
+from tritopt.kernels.adafactor import (
+    adafactor_direction,
+    adafactor_moment,
+    adafactor_square,
+    adafactor_update,
+    adafactor_variance,
+)
+from tritopt.optimizer import Optimizer, Values
+from tritopt.registry import register
+
+TINY = 2.0**-126  # the smallest normal fp32
+
+
+class AdafactorScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    rate: float
+    """Relative step: min(lr, 1 / sqrt(t))."""
+    decay: float
+    """lr * wd."""
+    beta2: float
+    one_minus_beta2: float
+    epsilon1: float
+    """Negative: the machine epsilon of the arithmetic."""
+    epsilon2: float
+    clip_threshold: float
+
+
+@register
+class Adafactor(Optimizer):
+    """Adaptive rates from a factored second moment (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5).
+
+        beta_t = 1 - t^beta2_decay
+        R_t = beta_t R_{t-1} + (1 - beta_t) mean(g_t^2 over each row)
+        C_t = beta_t C_{t-1} + (1 - beta_t) mean(g_t^2 over each column)
+        V_t = R_t C_t / max(mean(R_t), epsilon1)
+        u_t = g_t / max(sqrt(V_t), epsilon1)
+        a_t = max(epsilon2, RMS(w_{t-1})) min(lr, 1 / sqrt(t))
+        w_t = w_{t-1} - lr wd w_{t-1} - a_t u_t / max(1, RMS(u_t) / clip_threshold)
+
+    g_t is the gradient after rescaling and clipping. Rows and columns are those of the last two dimensions, each
+    matrix of a stack by itself. A weight of fewer dimensions has no factors: V_t = beta_t V_{t-1} + (1 - beta_t) g_t^2.
+    States, at least fp32, zero at first: R [..., rows, 1] and C [..., 1, columns]; or an empty tensor and V.
+
+    Defaults and the place of epsilon1 are those of torch.optim.Adafactor; the paper adds epsilon1 = 1e-30 to g_t^2
+    and has lr = 0.01. Unlike torch's, epsilon1=None is the machine epsilon of the arithmetic (fp32, or fp64 for fp64
+    weights) and not of 16-bit weights; RMS(w) is of the master; and V_t >= 2^-126, so a zero gradient moves nothing
+    whatever epsilon1 is. Sums are taken in fp32 (fp64 for fp64 weights), always in the same order, `step`'s in fp64.
+
+    Not in MXNet.
+
+    Args:
+        learning_rate: bound on the relative step, which falls as 1 / sqrt(t); factor of the decay.
+        beta2_decay: exponent of the running mean's growth, <= 0.
+        epsilon1: floor of mean(R) and of u's divisor, >= 0. None: machine epsilon.
+        epsilon2: floor of the weight's RMS, >= 0: smaller ones move as if they had this size.
+        clip_threshold: bound on the RMS of u, >= 1.
+        kwargs: see `Optimizer`; wd is decoupled.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    phases = (
+        ApplyFactored(adafactor_square, adafactor_moment, adafactor_variance, adafactor_direction, adafactor_update),
+    )
+    state_names = ("row_var", "col_var")
+    state_dtype = torch.float32
+    preamble = "decoupled"
+    variants = ({}, {"beta2_decay": -0.5, "epsilon1": 0.5, "epsilon2": 2.0, "clip_threshold": 1.25})
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.01,
+        beta2_decay: float = -0.8,
+        epsilon1: float | None = None,
+        epsilon2: float = 1e-3,
+        clip_threshold: float = 1.0,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.beta2_decay = validate.number("beta2_decay", beta2_decay)
+        if beta2_decay > 0:
+            raise ValueError(f"beta2_decay={beta2_decay!r} must be <= 0")
+        self.epsilon1 = None if epsilon1 is None else validate.nonnegative("epsilon1", epsilon1)
+        self.epsilon2 = validate.nonnegative("epsilon2", epsilon2)
+        self.clip_threshold = validate.number("clip_threshold", clip_threshold)
+        if clip_threshold < 1:
+            raise ValueError(f"clip_threshold={clip_threshold!r} must be >= 1; infinity bounds nothing")
+
+    def state_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
+        """A number for each row and one for each column of every matrix; without matrices one for each element."""
+        if len(shape) < 2:
+            return [(0,), shape]
+        return [(*shape[:-1], 1), (*shape[:-2], 1, shape[-1])]
+
+    def scalars(self, lr: float, wd: float, count: int) -> AdafactorScalars:
+        """1 - beta_t is a power of t and needs no subtraction."""
+        return AdafactorScalars(
+            rate=min(lr, 1 / math.sqrt(count)),
+            decay=lr * wd,
+            beta2=1 - count**self.beta2_decay,
+            one_minus_beta2=count**self.beta2_decay,
+            epsilon1=-1.0 if self.epsilon1 is None else self.epsilon1,
+            epsilon2=self.epsilon2,
+            clip_threshold=self.clip_threshold,
+        )
+
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdafactorScalars
+    ) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        row_var, col_var = state
+        if not g.numel():
+            return w, state
+        epsilon1 = torch.finfo(g.dtype).eps if s.epsilon1 < 0 else s.epsilon1
+        squares = g * g
+        if g.dim() < 2:
+            col_var = s.beta2 * col_var + s.one_minus_beta2 * squares
+            var = col_var
+        else:
+            row_var = s.beta2 * row_var + s.one_minus_beta2 * _mean(squares, -1)
+            col_var = s.beta2 * col_var + s.one_minus_beta2 * _mean(squares, -2)
+            var = row_var / _mean(row_var, -2).clamp(min=epsilon1) * col_var
+        u = g / sqrt(var.clamp(min=max(epsilon1**2, TINY)))
+        size, excess = _rms(w).clamp(min=s.epsilon2), (_rms(u) / s.clip_threshold).clamp(min=1.0)
+        return w - s.decay * w - (s.rate * size / excess).to(w.dtype) * u, (row_var, col_var)
+
+
+def _mean(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return x.mean(dim, keepdim=True, dtype=torch.float64).to(x.dtype)
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    return (x * x).mean(dtype=torch.float64).sqrt()

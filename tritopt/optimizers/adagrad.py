@@ -1,0 +1,71 @@
+"""AdaGrad."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.exact import sqrt
+from tritopt.kernels.adagrad import adagrad_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.phases import Apply
+from tritopt.registry import register
+
+
+class AdaGradScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+    epsilon: float
+
+
+@register
+class AdaGrad(Optimizer):
+    """Adaptive subgradients, diagonal form (Duchi, Hazan & Singer 2011, JMLR 12:2121-2159, figure 1).
+
+        h_t = h_{t-1} + g_t^2
+        w_t = w_{t-1} - lr g_t / (sqrt(h_t) + epsilon)
+
+    g_t is the gradient after rescaling, clipping and adding wd w_{t-1}. State: h, the (master) weight's shape, at least
+    fp32, zero at first. As torch's Adagrad with lr_decay=0. A row-sparse gradient is the dense one with zero rows, also
+    with wd, which MXNet refuses.
+
+    Differs from MXNet's: fused for dense gradients as well; sparse ones go with decay.
+
+    Args:
+        learning_rate: length of the first step, whatever the gradient; later ones shrink.
+        epsilon: added to the root, >= 0.
+        use_fused_step, kwargs: see `Optimizer`.
+
+    Raises:
+        ValueError: epsilon < 0.
+    """
+
+    phases = (Apply(adagrad_update),)
+    state_names = ("history",)
+    state_dtype = torch.float32
+    variants = ({}, {"epsilon": 0.1})
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.01,
+        epsilon: float = 1e-6,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.epsilon = validate.nonnegative("epsilon", epsilon)
+
+    def scalars(self, lr: float, wd: float, count: int) -> AdaGradScalars:
+        """Constant but for the learning rate."""
+        return AdaGradScalars(lr, self.epsilon)
+
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdaGradScalars
+    ) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        (history,) = state
+        history = history + g * g
+        return w - s.lr * (g / (sqrt(history) + s.epsilon)), (history,)

@@ -1,0 +1,78 @@
+"""Adamax."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.kernels.adamax import adamax_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.phases import Apply
+from tritopt.registry import register
+
+
+class AdamaxScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+    """Over 1 - beta1^t."""
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    epsilon: float
+
+
+@register
+class Adamax(Optimizer):
+    """Adam with the infinity norm (Kingma & Ba 2014, arXiv:1412.6980, section 7.1).
+
+        m_t = beta1 m_{t-1} + (1 - beta1) g_t
+        u_t = max(beta2 u_{t-1}, |g_t|)
+        w_t = w_{t-1} - lr / (1 - beta1^t) * m_t / (u_t + epsilon)
+
+    g_t is the gradient after rescaling, clipping and adding wd w_{t-1}. States: m and u, the (master) weight's shape
+    and dtype, zero at first. The paper has no epsilon, so a weight that has never had a gradient would become NaN;
+    torch's is added to |g_t| instead.
+
+    Differs from MXNet's: has a fused kernel.
+
+    Args:
+        learning_rate: per update; bounds what an element moves, while gradients keep their size.
+        beta1, beta2: decay rates of the mean and of the norm, in [0, 1).
+        epsilon: added to the norm, >= 0.
+        use_fused_step, kwargs: see `Optimizer`.
+
+    Raises:
+        ValueError: a beta or epsilon out of range.
+    """
+
+    phases = (Apply(adamax_update),)
+    state_names = ("mean", "norm")
+    variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3})
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.002,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
+
+    def scalars(self, lr: float, wd: float, count: int) -> AdamaxScalars:
+        """The mean's bias correction folded into the learning rate; the norm needs none."""
+        return AdamaxScalars(lr / (1 - self.beta1**count), self.beta1, 1 - self.beta1, self.beta2, self.epsilon)
+
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamaxScalars
+    ) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        mean, norm = state
+        mean = s.beta1 * mean + s.one_minus_beta1 * g
+        norm = torch.maximum(s.beta2 * norm, g.abs())
+        return w - s.lr * mean / (norm + s.epsilon), (mean, norm)

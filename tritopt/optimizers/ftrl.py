@@ -1,0 +1,90 @@
+"""Ftrl."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.exact import sqrt
+from tritopt.kernels.ftrl import ftrl_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.phases import Apply
+from tritopt.registry import register
+
+
+class FtrlScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    inverse_lr: float
+    offset: float
+    """beta / lr + wd."""
+    lamda1: float
+
+
+@register
+class Ftrl(Optimizer):
+    """Follow the regularized leader, proximally (McMahan et al. 2013, "Ad Click Prediction: a View from the Trenches",
+    KDD, doi:10.1145/2487575.2488200, algorithm 1).
+
+        n_t = n_{t-1} + g_t^2
+        z_t = z_{t-1} + g_t - (sqrt(n_t) - sqrt(n_{t-1})) / lr w_{t-1}
+        w_t = -sign(z_t) max(|z_t| - lamda1, 0) / ((beta + sqrt(n_t)) / lr + wd)
+
+    g_t is the gradient after rescaling and clipping. States: z and n, the (master) weight's shape, at least fp32, zero
+    at first. wd is the paper's lambda_2, lr its alpha. The weight is exactly 0 while |z_t| <= lamda1. It follows from
+    the states alone: with fresh ones, a weight whose gradient is 0 or that is in no row of a sparse gradient becomes 0.
+    A learning rate of 0 leaves weight and states alone.
+
+    Differs from MXNet's: `lazy_update` is asked for by name, where MXNet goes by the weight's storage type.
+
+    Args:
+        learning_rate: per update.
+        lamda1: strength of the L1 penalty, >= 0.
+        beta: added to the root, >= 0. The larger, the shorter are the first steps.
+        lazy_update: with a row-sparse gradient, update only the rows present; absent rows keep their weight.
+        use_fused_step, kwargs: see `Optimizer`.
+
+    Raises:
+        ValueError: lamda1 or beta out of range, or lazy_update with use_fused_step=False.
+    """
+
+    phases = (Apply(ftrl_update),)
+    state_names = ("z", "n")
+    state_dtype = torch.float32
+    preamble = "decoupled"
+    skips_zero_lr = True
+    supports_lazy_update = True
+    variants = ({}, {"lamda1": 1.0, "beta": 0.1})
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.1,
+        lamda1: float = 0.01,
+        beta: float = 1.0,
+        lazy_update: bool = False,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, lazy_update=lazy_update, **kwargs)
+        self.lamda1 = validate.nonnegative("lamda1", lamda1)
+        self.beta = validate.nonnegative("beta", beta)
+
+    def scalars(self, lr: float, wd: float, count: int) -> FtrlScalars:
+        """Constant but for the learning rate; those of a rate of 0 are never read."""
+        inverse_lr = 1 / lr if lr else math.inf
+        return FtrlScalars(inverse_lr, self.beta * inverse_lr + wd, self.lamda1)
+
+    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: FtrlScalars) -> tuple[torch.Tensor, Values]:
+        """The recurrence above; z - clamp(z) is z shrunk towards 0 by lamda1."""
+        z, n = state
+        lamda1 = z.new_tensor(s.lamda1)  # torch clamps to no Python number that its dtype cannot hold
+        new_n = n + g * g
+        root = sqrt(new_n)
+        z = z + (g - (root - sqrt(n)) * s.inverse_lr * w)
+        shrunk = z.clamp(-lamda1, lamda1) - z
+        # Not 0 / 0 where beta, wd and all gradients so far are 0.
+        w = torch.where(shrunk == 0, shrunk, shrunk / (root * s.inverse_lr + s.offset))
+        return w, (z, new_n)

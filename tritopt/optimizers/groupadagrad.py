@@ -1,0 +1,91 @@
+"""GroupAdaGrad."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.exact import sqrt
+from tritopt.kernels.groupadagrad import groupadagrad_history, groupadagrad_square, groupadagrad_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.registry import register
+from tritopt.row_phase import ApplyRows
+
+
+class GroupAdaGradScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+    epsilon: float
+
+
+@register
+class GroupAdaGrad(Optimizer):
+    """AdaGrad with one learning rate per row (MXNet's `contrib.GroupAdaGrad`, for embeddings; no paper).
+
+        h_t = h_{t-1} + mean(g_t^2 over each row)
+        w_t = w_{t-1} - lr g_t / (sqrt(h_t) + epsilon)
+
+    g_t is the gradient after rescaling and clipping; there is no weight decay. Weights are matrices. State: h,
+    [rows, 1], at least fp32, zero at first. `step` adds up a row's squares in fp64, the kernel in fp32 (fp64 for fp64
+    weights), each lane its own columns and then the lanes in a tree: the same from run to run, and within rounding of
+    `step`. A row-sparse gradient is the dense one with zero rows, which change nothing.
+
+    Differs from MXNet's: fused for dense gradients as well.
+
+    Args:
+        learning_rate: length of the first step of a row whose gradients are equal; later ones shrink.
+        epsilon: added to the root, >= 0.
+        use_fused_step, kwargs: see `Optimizer`.
+
+    Raises:
+        ValueError: epsilon < 0, a wd or wd_mult that asks for decay, or a weight that is not 2-D.
+    """
+
+    phases = (ApplyRows(groupadagrad_square, groupadagrad_history, groupadagrad_update),)
+    state_names = ("history",)
+    state_dtype = torch.float32
+    preamble = "decoupled"
+    decays = False
+    variants = ({}, {"epsilon": 0.1})
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.01,
+        epsilon: float = 1e-6,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.epsilon = validate.nonnegative("epsilon", epsilon)
+        _refuse_decay(self.wd)
+
+    def state_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
+        """One number per row. ValueError unless there are rows."""
+        if len(shape) != 2:
+            raise ValueError(
+                f"GroupAdaGrad keeps one number per row and needs a 2-D weight, got one of shape {tuple(shape)}: pass "
+                "weight.view(rows, -1), or give it to another optimizer such as AdaGrad"
+            )
+        return [(shape[0], 1)]
+
+    def scalars(self, lr: float, wd: float, count: int) -> GroupAdaGradScalars:
+        """Constant but for the learning rate. ValueError if there is decay."""
+        _refuse_decay(wd)
+        return GroupAdaGradScalars(lr, self.epsilon)
+
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: GroupAdaGradScalars
+    ) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        (history,) = state
+        squares = (g * g).sum(dim=1, keepdim=True, dtype=torch.float64)
+        history = history + (squares / max(g.shape[1], 1)).to(g.dtype)
+        return w - s.lr * (g / (sqrt(history) + s.epsilon)), (history,)
+
+
+def _refuse_decay(wd: float) -> None:
+    if wd != 0:
+        raise ValueError(f"GroupAdaGrad has no weight decay, got wd={wd!r}: set wd (times wd_mult) to 0")

@@ -1,0 +1,112 @@
+"""RAdam."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.exact import sqrt
+from tritopt.kernels.radam import radam_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.optimizers.adam import bias_corrected
+from tritopt.phases import Apply
+from tritopt.registry import register
+
+
+class RAdamScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+    """Times the bias corrections, and r_t where the step is adaptive."""
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    epsilon: float
+    adaptive: float
+    """1, or 0 while there are too few gradients to divide by their root mean square."""
+
+
+@register
+class RAdam(Optimizer):
+    """Rectified Adam (Liu et al. 2019, arXiv:1908.03265, algorithm 2).
+
+        m_t = beta1 m_{t-1} + (1 - beta1) g_t
+        v_t = beta2 v_{t-1} + (1 - beta2) g_t^2
+        rho_t = rho_inf - 2 t beta2^t / (1 - beta2^t),  rho_inf = 2 / (1 - beta2) - 1
+        rho_t > rectify_above:  r_t = sqrt((rho_t - 4) (rho_t - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho_t))
+                                w_t = w_{t-1} - lr r_t m_t / (1 - beta1^t) * sqrt(1 - beta2^t) / (sqrt(v_t) + epsilon)
+        otherwise:              w_t = w_{t-1} - lr m_t / (1 - beta1^t)
+
+    g_t is the gradient after rescaling, clipping and adding wd w_{t-1} (L2, as torch's default; the authors' code
+    decouples it). States: m and v, the (master) weight's shape and dtype, zero at first.
+
+    The paper rectifies once rho_t > 4, the authors' code and torch once it is above 5: with beta2 = 0.999 from step 5
+    and from step 6 on. That one step differs by default; rectify_above=5 gives torch's trajectory. The paper has no
+    epsilon; here it is added to the uncorrected root, as in torch's RAdam. With beta2 <= 0.6 no step is adaptive.
+
+    Not in MXNet.
+
+    Args:
+        learning_rate: per update.
+        beta1, beta2: decay rates of the moments, in [0, 1).
+        epsilon: added to the root, >= 0.
+        rectify_above: of rho_t, the number of gradients that v_t is worth; >= 4, where r_t starts from 0.
+        use_fused_step, kwargs: see `Optimizer`.
+
+    Raises:
+        ValueError: a beta, epsilon or rectify_above out of range.
+    """
+
+    phases = (Apply(radam_update),)
+    state_names = ("mean", "var")
+    # No step before the fifth is adaptive, whatever beta2: rho_t < t.
+    variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3, "begin_num_update": 8})
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.001,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        rectify_above: float = 4.0,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
+        self.rectify_above = validate.number("rectify_above", rectify_above)
+        if self.rectify_above < 4:
+            raise ValueError(f"rectify_above={rectify_above!r} must be >= 4; 4 is the paper's, 5 is torch's")
+
+    def scalars(self, lr: float, wd: float, count: int) -> RAdamScalars:
+        """Bias corrections and rectification folded into the learning rate."""
+        rectification = self._rectification(count)
+        lr = (
+            lr / (1 - self.beta1**count)
+            if rectification is None
+            else bias_corrected(lr, self.beta1, self.beta2, count) * rectification
+        )
+        moments = (self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon)
+        return RAdamScalars(lr, *moments, adaptive=float(rectification is not None))
+
+    def _rectification(self, count: int) -> float | None:
+        """r_t, or None while rho_t is too small."""
+        limit = 2 / (1 - self.beta2) - 1
+        rho = limit - 2 * count * self.beta2**count / (1 - self.beta2**count)
+        if rho <= self.rectify_above:
+            return None
+        return math.sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho))
+
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: RAdamScalars
+    ) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        mean, var = state
+        mean = s.beta1 * mean + s.one_minus_beta1 * g
+        var = s.beta2 * var + s.one_minus_beta2 * (g * g)
+        direction = mean / (sqrt(var) + s.epsilon) if s.adaptive else mean
+        return w - s.lr * direction, (mean, var)

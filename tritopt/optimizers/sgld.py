@@ -1,0 +1,92 @@
+"""SGLD: stochastic gradient Langevin dynamics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.fused import Task
+from tritopt.kernels.sgld import sgld_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.phases import Apply
+from tritopt.random import halves, key_words, normal
+from tritopt.registry import register
+
+
+class SGLDScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    half_lr: float
+    deviation: float
+    """Of the noise: sqrt(lr)."""
+    key_0: float
+    """With the next three the key of the noise, 16 bits each."""
+    key_1: float
+    key_2: float
+    key_3: float
+
+
+@register
+class SGLD(Optimizer):
+    """Stochastic gradient Langevin dynamics (Welling & Teh 2011, ICML, equation 4).
+
+        w_t = w_{t-1} - lr / 2 g_t + sqrt(lr) z_t,   z_t normal with mean 0 and variance 1, independent
+
+    g_t is the gradient after rescaling, clipping and adding wd w_{t-1}; it should be that of the log posterior of the
+    whole data set, so rescale_grad is its size. The noise is neither rescaled nor clipped. No state.
+
+    z is a function of (seed, the parameter's update count, its index, the element's position in row-major order), the
+    same in both steps and on every machine to the last bit (tritopt/random.py); it has the precision of fp32, also for
+    fp64 weights. Indices are therefore ints, strings or tuples of such. Weights that are not contiguous (channels_last,
+    transposed) are copied to be updated.
+
+    Differs from MXNet's: noise has a seed of its own; a learning rate of 0 leaves the weight as it is; there is a fused
+    step.
+
+    Args:
+        learning_rate: per update; also the variance of the noise.
+        use_fused_step, kwargs: see `Optimizer`.
+        seed: of the noise, an int >= 0.
+
+    Raises:
+        ValueError: seed < 0. TypeError: seed not an int, or at the update an index of another type.
+    """
+
+    phases = (Apply(sgld_update, reads_offsets=True),)
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.1,
+        use_fused_step: bool | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.seed = validate.count("seed", seed)
+
+    def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> SGLDScalars:
+        """Every parameter has a key of its own at every step."""
+        return SGLDScalars(lr / 2, math.sqrt(lr), *halves(key_words(self.seed, count, index)))
+
+    def scalars(self, lr: float, wd: float, count: int) -> SGLDScalars:
+        """Those of parameter 0."""
+        return self.scalars_of(0, lr, wd, count)
+
+    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SGLDScalars) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        offsets = torch.arange(w.numel(), device=w.device).view(w.shape)
+        noise = normal((s.key_0, s.key_1, s.key_2, s.key_3), offsets).to(w.dtype)
+        return w - s.half_lr * g + s.deviation * noise, ()
+
+    def _apply(self, indices: Sequence[Hashable], tasks: Sequence[Task], on_kernel: Sequence[bool]) -> None:
+        # The kernel knows an element by its place in memory, which only in a contiguous tensor is its position.
+        contiguous = [task._replace(weight=tuple(plane.contiguous() for plane in task.weight)) for task in tasks]
+        super()._apply(indices, contiguous, on_kernel)
+        for task, copy in zip(tasks, contiguous, strict=True):
+            for plane, updated in zip(task.weight, copy.weight, strict=True):
+                if updated is not plane:
+                    plane.copy_(updated)

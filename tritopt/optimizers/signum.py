@@ -1,0 +1,94 @@
+"""Signum, and signSGD."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt import validate
+from tritopt.exact import sign
+from tritopt.kernels.signum import signsgd_update, signum_update
+from tritopt.optimizer import Optimizer, Values
+from tritopt.phases import Apply
+from tritopt.registry import register
+
+
+class SignumScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+    decay: float
+    """Share of the old weight that is taken off."""
+    momentum: float
+    one_minus_momentum: float
+
+
+@register
+class Signum(Optimizer):
+    """Sign of the averaged gradient (Bernstein et al. 2018, arXiv:1802.04434, algorithms 1 and 2).
+
+        momentum == 0:  w_t = w_{t-1} - lr (wd + wd_lh) w_{t-1} - lr sign(grad_t)
+        otherwise:      m_t = momentum m_{t-1} - (1 - momentum) g_t
+                        w_t = w_{t-1} - lr wd_lh w_{t-1} + lr sign(m_t)
+
+    g_t is the gradient after rescaling, clipping and adding wd w_{t-1}; without momentum the gradient is taken as it
+    is, so that neither rescale_grad, not even its sign, nor clip_gradient matters, and wd is decoupled. wd_lh is always
+    decoupled (Loshchilov & Hutter). sign(0) = 0 and sign(NaN) = NaN: an element whose gradient was NaN once stays NaN.
+    State: m, the (master) weight's shape and dtype, zero at first; none without momentum. The paper's m is -m.
+
+    Differs from MXNet's: negative momentum is refused.
+
+    Args:
+        learning_rate: per update; also what an element moves by.
+        momentum: share of the average that is kept, in [0, 1).
+        wd_lh: decoupled weight decay.
+        use_fused_step, kwargs: see `Optimizer`.
+
+    Raises:
+        ValueError: momentum out of range, or wd_lh NaN.
+    """
+
+    variants = ({}, {"momentum": 0.0}, {"momentum": 0.5, "wd_lh": 0.05}, {"momentum": 0.0, "wd_lh": 0.05})
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.01,
+        momentum: float = 0.9,
+        wd_lh: float = 0.0,
+        use_fused_step: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.momentum = validate.fraction("momentum", momentum)
+        self.wd_lh = validate.number("wd_lh", wd_lh)
+
+    @property
+    def preamble(self) -> str:
+        """Without momentum the gradient itself."""
+        return "coupled" if self.momentum else "raw"
+
+    @property
+    def phases(self) -> tuple[Apply, ...]:
+        """One launch."""
+        return (Apply(signum_update if self.momentum else signsgd_update),)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The average, if there is momentum."""
+        return ("momentum",) if self.momentum else ()
+
+    def scalars(self, lr: float, wd: float, count: int) -> SignumScalars:
+        """Decay per step: with momentum wd is in the gradient."""
+        decay = lr * (self.wd_lh if self.momentum else wd + self.wd_lh)
+        return SignumScalars(lr, decay, self.momentum, 1 - self.momentum)
+
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SignumScalars
+    ) -> tuple[torch.Tensor, Values]:
+        """The recurrence above."""
+        if not self.momentum:
+            return w - s.decay * w - s.lr * sign(g), ()
+        (momentum,) = state
+        momentum = s.momentum * momentum - s.one_minus_momentum * g
+        return w - s.decay * w + s.lr * sign(momentum), (momentum,)

@@ -1,0 +1,117 @@
+"""Random numbers by counter: Philox4x32-10 (Salmon et al. 2011), the twins of kernels/random.py, equal in every bit.
+
+A number is a function of (seed, step, parameter, element) and of nothing else: not of chunks, launches, the order of
+parameters, memory layout, device or process. The first three are hashed into the key; the counter is the element's
+offset, int64, in its tensor. Normal numbers come from additions, multiplications and a root, each rounded to nearest,
+because no two libraries agree on the last bits of a logarithm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable
+from numbers import Integral
+from typing import Any, TypeAlias
+
+import torch
+
+from tritopt.exact import sqrt
+
+Key: TypeAlias = tuple[float, float, float, float]
+"""Four 16-bit numbers, lowest first, which every compute dtype holds exactly: it can stand among scalars."""
+Words: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""int64 in [0, 2^32)."""
+_WORD = 2**32 - 1
+
+
+def key_words(seed: int, count: int, index: Hashable) -> tuple[int, int]:
+    """The two 32-bit words, low one first, of the key for one step (`count`) of one parameter.
+
+    >>> [hex(word) for word in key_words(0, 1, "weight")]
+    ['0xcb004d66', '0x1bbb9fe']
+
+    Raises:
+        TypeError: an index that may look different in the next process.
+    """
+    text = ascii((int(seed), int(count), _canonical(index)))
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"tritopt").digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _canonical(index: Any) -> Any:
+    """Plain Python values; equal ones for equal indices."""
+    if isinstance(index, Integral):
+        return int(index)
+    if isinstance(index, str):
+        return str.__str__(index)
+    if isinstance(index, tuple):
+        return tuple(map(_canonical, index))
+    raise TypeError(
+        f"parameter {index!r}: random numbers are keyed by the index, which must mean the same in every process; use "
+        "an int, a str or a tuple of such"
+    )
+
+
+def halves(words: tuple[int, int]) -> Key:
+    """The words as kernels, and the functions here, take a key."""
+    low, high = words
+    return float(low & 0xFFFF), float(low >> 16), float(high & 0xFFFF), float(high >> 16)
+
+
+def philox(key: Key, offsets: torch.Tensor) -> Words:
+    """Four words for each offset: the counters are (low word of the offset, high word, 0, 0)."""
+    first, second, third, fourth = map(int, key)
+    zero = torch.zeros_like(offsets)
+    counter = (offsets & _WORD, (offsets >> 32) & _WORD, zero, zero)
+    return philox4x32((first | second << 16, third | fourth << 16), counter)
+
+
+def philox4x32(words: tuple[int, int], counter: Words) -> Words:
+    """Ten rounds, under a key of two words.
+
+    >>> [hex(int(word)) for word in philox4x32((0, 0), (torch.zeros((), dtype=torch.int64),) * 4)]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    key0, key1 = words
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        (high0, low0), (high2, low2) = _product(0xD2511F53, c0), _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ key0, low2, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def _product(factor: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low word of the product, whose 64 bits int64 cannot hold."""
+    low = factor * (word & 0xFFFF)
+    high = factor * (word >> 16) + (low >> 16)
+    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def normal(key: Key, offsets: torch.Tensor) -> torch.Tensor:
+    """A standard normal fp32 number for each offset: Box and Muller, from two of Philox's four words.
+
+    The radius has 32 random bits, so that no number is beyond 6.7; the angle is one of a quarter turn, and a sign.
+    """
+    first, second, _, _ = philox(key, offsets)
+    size = sqrt(_minus_two_log(first)) * _sine((second >> 1).float() * 2.0**-31)
+    return torch.where((second & 1) == 0, size, -size)
+
+
+def _minus_two_log(word: torch.Tensor) -> torch.Tensor:
+    """-2 ln((word | 1) / 2^32), fp32, never negative, to within 2 epsilons of its size."""
+    bits = (word | 1).float().view(torch.int32)
+    # As fp32, word | 1 = 2^exponent (1 + y) with 1 + y in [sqrt(1/2), sqrt(2)); 0x3F3504F3 is sqrt(1/2).
+    exponent = (bits - 0x3F3504F3) >> 23
+    y = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    p = ((-0.174447119 * y + 0.287336886) * y - 0.299045354) * y + 0.331247866
+    p = ((p * y - 0.399136662) * y + 0.500041485) * y - 0.666683733
+    p = (p * y + 0.999999762) * y - 2.0
+    return (32 - exponent).float() * 1.38629436 + p * y
+
+
+def _sine(x: torch.Tensor) -> torch.Tensor:
+    """sin(x pi / 2) for fp32 x in [0, 1], to within 2 epsilons of its size."""
+    y = x * x
+    p = ((0.000151485132 * y - 0.00467376644) * y + 0.0796896815) * y - 0.645963728
+    return (p * y + 1.57079637) * x
