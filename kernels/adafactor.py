@@ -37,7 +37,8 @@ def adafactor_moment(var, squares, s):
 @triton.jit
 def adafactor_variance(row_var, col_var, row_mean, s):
     """The second moment out of its factors. `row_mean`: mean of a matrix's row_var."""
-    return div(row_var, _at_least(row_mean, _epsilon1(row_mean, s))) * col_var
+    floor = _at_least(_epsilon1(row_mean, s), TINY)
+    return div(row_var, _at_least(row_mean, floor)) * col_var
 
 
 @triton.jit

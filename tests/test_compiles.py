@@ -24,7 +24,7 @@ rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, 
 rows = []
 for name in tritopt.names():
     for variant in OPTIMIZERS[name].variants:
-        for weight, grad, fmt in common + (rare if name in ("adamw", "lamb", "sgd") else []):
+        for weight, grad, fmt in common + (rare if name in ("adamw", "lamb", "sgd", "adan", "lans") else []):
             for launch in compile_launches(OPTIMIZERS[name](**variant), weight, grad, fmt, arch):
                 rows.append({"case": f"{name} {variant} {weight} {grad} {fmt.name}", **launch._asdict()})
 print(json.dumps(rows))

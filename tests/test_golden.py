@@ -24,7 +24,7 @@ BUNDLED_CASES = load_cases()
 
 def steps_to_replay(case: GoldenCase, path: str) -> int | None:
     """None for all; cases of many tensors are cut short, since an interpreted launch takes milliseconds for each."""
-    return 4 if path == "fused" and len(case.w0) > 2 and not FULL_SET else None
+    return 2 if path == "fused" and len(case.w0) > 2 and not FULL_SET else None
 
 
 @pytest.mark.parametrize("path", PATHS)

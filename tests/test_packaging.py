@@ -121,12 +121,12 @@ def test_without_triton_only_the_fused_path_is_missing() -> None:
 import sys
 sys.modules["triton"] = None  # `import triton` then raises ImportError, as where it is not installed
 import torch, tritopt
-w = torch.ones(3)
+w = torch.ones(3, 2)
 for name in tritopt.names():
     opt = tritopt.create(name)
-    opt.update([0], [w], [torch.ones(3)], [opt.create_state(0, w)])
+    opt.update([0], [w], [torch.ones(3, 2)], [opt.create_state(0, w)])
 try:
-    tritopt.create("sgd", use_fused_step=True).update([0], [w], [torch.ones(3)], [None])
+    tritopt.create("sgd", use_fused_step=True).update([0], [w], [torch.ones(3, 2)], [None])
 except ValueError as error:
     print(error)
 """

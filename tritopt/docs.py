@@ -17,7 +17,7 @@ def source(cls: type[Optimizer]) -> str:
     >>> source(tritopt.LAMB)
     'You et al. 2019, arXiv:1904.00962, algorithm 2'
     """
-    found = re.search(r"\((.*)\)", _paragraphs(cls)[0])
+    found = re.search(r"\(((?:[^()]|\([^()]*\))*)\)", _paragraphs(cls)[0])
     return found.group(1) if found else ""
 
 

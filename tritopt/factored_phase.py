@@ -23,7 +23,7 @@ from tritopt.row_phase import group_constants
 if TYPE_CHECKING:
     from tritopt.fused import Group, Launch
 
-BLOCK_PARTS = 8
+BLOCK_PARTS, BLOCK_LINES = 8, 128
 
 
 class ApplyFactored(NamedTuple):
@@ -96,7 +96,7 @@ class ApplyFactored(NamedTuple):
         if len(line_table):
             factored_moments[(len(line_table),)](
                 table, shape_table, line_table, *flags, parts, n_tensors,
-                MOMENT_FN=self.moment, BLOCK_PARTS=BLOCK_PARTS, BLOCK_LINES=_widest(config),
+                MOMENT_FN=self.moment, BLOCK_PARTS=BLOCK_PARTS, BLOCK_LINES=BLOCK_LINES,
                 **without("LOAD_FN", "STORE_FN", "PREAMBLE_FN", "VECTOR"),
             )  # fmt: skip
         for kind in kinds:
@@ -145,14 +145,14 @@ class Sizes(NamedTuple):
 def block_of(n_rows: int, n_columns: int, config: phases.Config) -> tuple[int, int, int]:
     """Matrices, rows and columns of a block for matrices of this size.
 
-    One block of a large matrix, or as many small matrices as go in half a block: their addresses need more registers.
+    One block of a large matrix, or small matrices side by side, 512 elements at most: they need more registers.
 
     >>> block_of(4096, 14336, phases.NVIDIA), block_of(3, 3, phases.NVIDIA)
     ((1, 8, 128), (32, 4, 4))
     """
     columns = min(_power_of_2(n_columns), _widest(config))
     rows = min(_power_of_2(n_rows), config.block_size // columns)
-    return max(1, config.block_size // 2 // (columns * rows)), rows, columns
+    return max(1, min(config.block_size, 512) // (columns * rows)), rows, columns
 
 
 def tables_of(shapes: Sequence[torch.Size], config: phases.Config) -> tuple[Any, ...]:
@@ -191,7 +191,7 @@ def tables_of(shapes: Sequence[torch.Size], config: phases.Config) -> tuple[Any,
     factored = [i for i in range(len(shapes)) if table[i, 4]]
     lines = []
     for is_column in (0, 1):
-        n_blocks = [-(-int(table[i, 0] * table[i, 1 + is_column]) // widest) for i in factored]
+        n_blocks = [-(-int(table[i, 0] * table[i, 1 + is_column]) // BLOCK_LINES) for i in factored]
         numbered = _numbered(factored, n_blocks)
         lines.append(np.insert(numbered, 1, is_column, axis=1))
     tile_counts = np.ascontiguousarray(table[:, [3, 7, 2]])  # with the columns of the driver's table of tensors

@@ -480,9 +480,10 @@ class Optimizer:
         bound = bound if bound <= torch.finfo(dtype).max else math.inf
         g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
         new_weight, new_state = self.reference(w, g, tuple(value.to(dtype) for value in task.state), s)
-        task.format.encode(task.weight, new_weight)
         for value, new in zip(task.state, new_state, strict=True):
             value.copy_(new)
+        # Last: a new state may be the old weight itself.
+        task.format.encode(task.weight, new_weight)
 
     # Pickling.
 

@@ -109,7 +109,8 @@ class Apply(NamedTuple):
             n_tensors,
             **phase_constants(self, launch, group.formats, group.dtypes, 0 if sums is None else sums.shape[1]),
             CHUNK_SIZE=CONFIG.chunk_size,
-            BLOCK_SIZE=CONFIG.block_size,
+            # One 128-bit access a thread in fp64, which takes twice the registers an element.
+            BLOCK_SIZE=CONFIG.block_size // (4 if group.dtypes[0] == torch.float64 else 1),
             num_warps=CONFIG.num_warps,
             enable_fp_fusion=False,
         )

@@ -41,10 +41,10 @@ def create(name: str, **kwargs: Any) -> Optimizer:
     >>> import tritopt
     >>> tritopt.create("sgd", learning_rate=0.5).learning_rate
     0.5
-    >>> tritopt.create("adma")  # doctest: +ELLIPSIS
+    >>> tritopt.create("lambb")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: unknown optimizer 'adma'; did you mean 'adam'...? known: ...
+    ValueError: unknown optimizer 'lambb'; did you mean 'lamb'...? known: ...
     """
     return find(name)(**kwargs)
 

@@ -127,6 +127,20 @@ def test_weight_without_gradient_is_zeroed(use_fused_step: bool) -> None:
     assert torch.equal((w == 0).all(1), torch.tensor([True, True, False, True]))
 
 
+def test_lazy_update_keeps_absent_rows() -> None:
+    rows = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), torch.ones(3, 3), (4, 3))
+    lazy, dense = torch.ones(4, 3), torch.ones(4, 3)
+    for w, grad, is_lazy in ((lazy, rows, True), (dense, rows.to_dense(), False)):
+        opt = tritopt.create("ftrl", wd=0.1, lazy_update=is_lazy)
+        z, n = opt.create_state(0, w)
+        for _ in range(2):
+            opt.update([0], [w], [grad], [(z, n)])
+        assert torch.equal((n != 0).all(1), torch.tensor([True, False, True, False]))
+    assert lazy[[1, 3]].eq(1).all()
+    assert dense[[1, 3]].eq(0).all()
+    assert torch.equal(lazy[[0, 2]], dense[[0, 2]])
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("use_fused_step", [True, False])
 def test_nothing_to_divide_by(use_fused_step: bool) -> None:

@@ -56,8 +56,8 @@ class Adafactor(Optimizer):
 
     Defaults and the place of epsilon1 are those of torch.optim.Adafactor; the paper adds epsilon1 = 1e-30 to g_t^2
     and has lr = 0.01. Unlike torch's, epsilon1=None is the machine epsilon of the arithmetic (fp32, or fp64 for fp64
-    weights) and not of 16-bit weights; RMS(w) is of the master; and V_t >= 2^-126, so a zero gradient moves nothing
-    whatever epsilon1 is. Sums are taken in fp32 (fp64 for fp64 weights), always in the same order, `step`'s in fp64.
+    weights) and not of 16-bit weights; RMS(w) is of the master; and no divisor is below 2^-63, so a zero gradient moves
+    nothing whatever epsilon1 is. Sums are taken in fp32 (fp64 for fp64 weights), always in the same order, `step`'s in fp64.
 
     Not in MXNet.
 
@@ -79,7 +79,7 @@ class Adafactor(Optimizer):
     state_names = ("row_var", "col_var")
     state_dtype = torch.float32
     preamble = "decoupled"
-    variants = ({}, {"beta2_decay": -0.5, "epsilon1": 0.5, "epsilon2": 2.0, "clip_threshold": 1.25})
+    variants = ({}, {"beta2_decay": -2.0, "epsilon1": 0.5, "epsilon2": 2.0, "clip_threshold": 1.25})
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Adafactor(Optimizer):
         else:
             row_var = s.beta2 * row_var + s.one_minus_beta2 * _mean(squares, -1)
             col_var = s.beta2 * col_var + s.one_minus_beta2 * _mean(squares, -2)
-            var = row_var / _mean(row_var, -2).clamp(min=epsilon1) * col_var
+            var = row_var / _mean(row_var, -2).clamp(min=max(epsilon1, TINY)) * col_var
         u = g / sqrt(var.clamp(min=max(epsilon1**2, TINY)))
         size, excess = _rms(w).clamp(min=s.epsilon2), (_rms(u) / s.clip_threshold).clamp(min=1.0)
         return w - s.decay * w - (s.rate * size / excess).to(w.dtype) * u, (row_var, col_var)

@@ -24,7 +24,7 @@ class DCASGDScalars(NamedTuple):
 
 @register
 class DCASGD(Optimizer):
-    """Delay-compensated asynchronous SGD (Zheng et al. 2016, arXiv:1609.08326, equation 10).
+    """Delay-compensated asynchronous SGD (Zheng et al. 2016, arXiv:1609.08326).
 
         d_t = g_t + lamda g_t^2 (w_{t-1} - p_{t-1})
         p_t = w_{t-1}

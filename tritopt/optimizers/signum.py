@@ -37,7 +37,7 @@ class Signum(Optimizer):
     decoupled (Loshchilov & Hutter). sign(0) = 0 and sign(NaN) = NaN: an element whose gradient was NaN once stays NaN.
     State: m, the (master) weight's shape and dtype, zero at first; none without momentum. The paper's m is -m.
 
-    Differs from MXNet's: negative momentum is refused.
+    Differs from MXNet's: momentum outside [0, 1) is refused.
 
     Args:
         learning_rate: per update; also what an element moves by.
