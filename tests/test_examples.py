@@ -95,7 +95,7 @@ def test_prints_a_table_and_saves_a_plot(outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer", "adma"], "did you mean 'adam'"),
+        (["--optimizer", "lambb"], "did you mean 'lamb'"),
         (["--learning-rate", "-1"], "learning_rate=-1.0 must be >= 0"),
         (["--epochs", "0"], "0 must be at least 1"),
         (["--plot", "nowhere/digits.png"], "a folder that exists"),

@@ -56,8 +56,9 @@ class Adafactor(Optimizer):
 
     Defaults and the place of epsilon1 are those of torch.optim.Adafactor; the paper adds epsilon1 = 1e-30 to g_t^2
     and has lr = 0.01. Unlike torch's, epsilon1=None is the machine epsilon of the arithmetic (fp32, or fp64 for fp64
-    weights) and not of 16-bit weights; RMS(w) is of the master; and no divisor is below 2^-63, so a zero gradient moves
-    nothing whatever epsilon1 is. Sums are taken in fp32 (fp64 for fp64 weights), always in the same order, `step`'s in fp64.
+    weights) and not of 16-bit weights; RMS(w) is of the master; and mean(R) and V_t are at least 2^-126, so a zero
+    gradient moves nothing whatever epsilon1 is. Kernels add up in fp32 (fp64 for fp64 weights), always in the same
+    order; `step` in fp64.
 
     Not in MXNet.
 
