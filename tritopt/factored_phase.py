@@ -115,8 +115,9 @@ class ApplyFactored(NamedTuple):
                 )  # fmt: skip
             if not is_update:
                 sum_partials[(n_tensors,)](
-                    partials, tile_counts, totals, sizes.tiles, n_tensors, N_SUMS=2, BLOCK_SIZE=1024
-                )
+                    partials, tile_counts, totals, sizes.tiles, n_tensors, N_SUMS=2, BLOCK_SIZE=1024,
+                    enable_fp_fusion=False,
+                )  # fmt: skip
 
 
 class Kind(NamedTuple):

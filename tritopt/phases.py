@@ -118,8 +118,9 @@ class Apply(NamedTuple):
             return None
         sums = group.empty(n_tensors, self.n_sums)
         sum_partials[(n_tensors,)](
-            partials, tensor_table, sums, n_chunks, n_tensors, N_SUMS=self.n_sums, BLOCK_SIZE=1024
-        )
+            partials, tensor_table, sums, n_chunks, n_tensors, N_SUMS=self.n_sums, BLOCK_SIZE=1024,
+            enable_fp_fusion=False,
+        )  # fmt: skip
         return sums
 
 
