@@ -27,7 +27,7 @@ Value = TypeVar("Value")
 
 
 class Task(NamedTuple):
-    """One parameter's tensors in a step; all planes and states have the weight's shape."""
+    """One parameter's tensors in a step. States may have a shape of their own (`Optimizer.state_shapes`)."""
 
     weight: tuple[torch.Tensor, ...]
     """The planes of the weight's storage format."""
