@@ -16,6 +16,17 @@ def _direction(w, mean, var, s):
 
 
 @triton.jit
+def trust_ratio(weight_sum, direction_sum, s):
+    """|w| within its bounds over |direction|, fp64; 1 where either is 0. The arguments are sums of squares."""
+    weight_norm = sqrt(weight_sum)
+    weight_norm = tl.where(weight_norm < s.lower_bound, s.lower_bound, weight_norm)
+    weight_norm = tl.where(weight_norm > s.upper_bound, s.upper_bound, weight_norm)
+    direction_norm = sqrt(direction_sum)
+    is_zero = (weight_norm == 0) | (direction_norm == 0)
+    return tl.where(is_zero, 1.0, weight_norm / tl.where(is_zero, 1.0, direction_norm))
+
+
+@triton.jit
 def lamb_moments(w, g, state, s):
     """Phase 1: the moments, and the sums of squares of the weight and of the direction."""
     mean, var = state
@@ -29,10 +40,5 @@ def lamb_moments(w, g, state, s):
 def lamb_update(w, g, state, s, sums):
     """Phase 2: the weight, along the direction scaled by the trust ratio |w| / |direction|."""
     mean, var = state
-    weight_norm = sqrt(sums[0])
-    weight_norm = tl.where(weight_norm < s.lower_bound, s.lower_bound, weight_norm)
-    weight_norm = tl.where(weight_norm > s.upper_bound, s.upper_bound, weight_norm)
-    direction_norm = sqrt(sums[1])
-    is_zero = (weight_norm == 0) | (direction_norm == 0)
-    trust_ratio = tl.where(is_zero, 1.0, weight_norm / tl.where(is_zero, 1.0, direction_norm)).to(w.dtype)
-    return w - s.lr * trust_ratio * _direction(w, mean, var, s), state
+    step = s.lr * trust_ratio(sums[0], sums[1], s).to(w.dtype)
+    return w - step * _direction(w, mean, var, s), state

@@ -6,6 +6,7 @@ reading gradient and moments again moves fewer bytes than writing and reading tw
 
 from __future__ import annotations
 
+from tritopt.kernels.lamb import trust_ratio
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.ops import clip, div, sqrt
 
@@ -23,17 +24,6 @@ def _directions(w, g, mean, var, s):
     root = sqrt(var * s.var_correction) + s.epsilon
     decay = s.wd * w
     return div(mean * s.mean_correction, root) + decay, div(g, root) + decay
-
-
-@triton.jit
-def _trust_ratio(weight_sum, direction_sum, s):
-    """|w| within its bounds over |direction|, fp64; 1 where either is 0."""
-    weight_norm = sqrt(weight_sum)
-    weight_norm = tl.where(weight_norm < s.lower_bound, s.lower_bound, weight_norm)
-    weight_norm = tl.where(weight_norm > s.upper_bound, s.upper_bound, weight_norm)
-    direction_norm = sqrt(direction_sum)
-    is_zero = (weight_norm == 0) | (direction_norm == 0)
-    return tl.where(is_zero, 1.0, weight_norm / tl.where(is_zero, 1.0, direction_norm))
 
 
 @triton.jit
@@ -57,7 +47,7 @@ def lans_moments(w, g, state, s, sums):
 def lans_update(w, g, state, s, sums):
     """Phase 3: the weight, along both directions, each scaled by its own trust ratio. `sums`: of phase 1, then 2."""
     mean, var = state
+    mean_step = s.lr * s.beta1 * trust_ratio(sums[1], sums[2], s).to(w.dtype)
+    grad_step = s.lr * s.one_minus_beta1 * trust_ratio(sums[1], sums[3], s).to(w.dtype)
     by_mean, by_grad = _directions(w, _normalised(g, sums[0], s), mean, var, s)
-    mean_ratio = _trust_ratio(sums[1], sums[2], s).to(w.dtype)
-    grad_ratio = _trust_ratio(sums[1], sums[3], s).to(w.dtype)
-    return w - s.lr * (s.beta1 * (mean_ratio * by_mean) + s.one_minus_beta1 * (grad_ratio * by_grad)), state
+    return w - (mean_step * by_mean + grad_step * by_grad), state

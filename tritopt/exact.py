@@ -18,3 +18,10 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 def sign(x: torch.Tensor) -> torch.Tensor:
     """1, -1, or x itself where it is zero or NaN; `torch.sign` makes NaN zero."""
     return torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, x))
+
+
+def trust_ratio(w: torch.Tensor, direction: torch.Tensor, lower_bound: float, upper_bound: float) -> torch.Tensor:
+    """|w| within its bounds over |direction|, in w's dtype; 1 where either is 0."""
+    weight_norm, direction_norm = norm(w).clamp(lower_bound, upper_bound), norm(direction)
+    is_zero = (weight_norm == 0) | (direction_norm == 0)
+    return torch.where(is_zero, 1.0, weight_norm / direction_norm).to(w.dtype)

@@ -39,7 +39,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
             "norms change places": "(direction * direction, w * w)",
         },
     ),
-    ("lamb.py", "sqrt(sums[0])", {"norm not rooted": "sums[0]"}),
+    ("lamb.py", "sqrt(weight_sum)", {"norm not rooted": "weight_sum"}),
     ("lamb.py", "tl.where(weight_norm < s.lower_bound, s.lower_bound, weight_norm)", {"no lower bound": "weight_norm"}),
     ("lamb.py", "tl.where(weight_norm > s.upper_bound, s.upper_bound, weight_norm)", {"no upper bound": "weight_norm"}),
     (
@@ -47,8 +47,8 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
         "(weight_norm == 0) | (direction_norm == 0)",
         {"divides by zero": "weight_norm == 0", "zero weights stay zero": "direction_norm == 0"},
     ),
-    ("lamb.py", "s.lr * trust_ratio * _dir", {"no trust ratio": "s.lr * _dir"}),
-    ("lamb.py", "return w - s.lr", {"ascends": "return w + s.lr"}),
+    ("lamb.py", "s.lr * trust_ratio(sums[0], sums[1], s).to(w.dtype)", {"no trust ratio": "s.lr"}),
+    ("lamb.py", "return w - step", {"ascends": "return w + step"}),
 ]
 
 

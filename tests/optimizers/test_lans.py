@@ -44,11 +44,14 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("lans.py", "s.beta2 * var +", {"beta1 for beta2": "s.beta1 * var +"}),
     ("lans.py", "_directions(w, unit, mean, var, s)", {"norm of another direction": "_directions(w, g, mean, var, s)"}),
     ("lans.py", "sums[1], sums[3], s)", {"one ratio for both": "sums[1], sums[2], s)"}),
-    ("lans.py", "grad_ratio = _trust_ratio(sums[1]", {"the gradient's norm": "grad_ratio = _trust_ratio(sums[0]"}),
-    ("lans.py", "s.beta1 * (mean_ratio", {"shares swapped": "s.one_minus_beta1 * (mean_ratio"}),
-    ("lans.py", "s.one_minus_beta1 * (grad_ratio * by_grad)", {"no gradient in the step": "0"}),
-    ("lans.py", "return w - s.lr", {"ascends": "return w + s.lr"}),
-    ("lans.py", "weight_norm > s.upper_bound", {"no upper bound": "weight_norm > float('inf')"}),
+    (
+        "lans.py",
+        "s.one_minus_beta1 * trust_ratio(sums[1]",
+        {"the gradient's": "s.one_minus_beta1 * trust_ratio(sums[0]"},
+    ),
+    ("lans.py", "s.lr * s.beta1 * trust", {"shares swapped": "s.lr * s.one_minus_beta1 * trust"}),
+    ("lans.py", " + grad_step * by_grad", {"no gradient in the step": ""}),
+    ("lans.py", "return w - (", {"ascends": "return w + ("}),
 ]
 
 

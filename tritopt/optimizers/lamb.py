@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt import validate
-from tritopt.exact import norm, sqrt
+from tritopt.exact import sqrt, trust_ratio
 from tritopt.kernels.lamb import lamb_moments, lamb_update
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
@@ -112,6 +112,4 @@ class LAMB(Optimizer):
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
         u = mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon) + s.wd * w
-        weight_norm, u_norm = norm(w).clamp(s.lower_bound, s.upper_bound), norm(u)
-        trust_ratio = torch.where((weight_norm == 0) | (u_norm == 0), 1.0, weight_norm / u_norm)
-        return w - s.lr * trust_ratio.to(w.dtype) * u, (mean, var)
+        return w - s.lr * trust_ratio(w, u, s.lower_bound, s.upper_bound) * u, (mean, var)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt import validate
-from tritopt.exact import norm, sqrt
+from tritopt.exact import norm, sqrt, trust_ratio
 from tritopt.fused import Group, Launch
 from tritopt.kernels.lans import lans_gradient, lans_moments, lans_update
 from tritopt.optimizer import Optimizer, Values
@@ -138,11 +138,6 @@ class LANS(Optimizer):
         root = sqrt(var * s.var_correction) + s.epsilon
         decay = s.wd * w
         by_mean, by_grad = mean * s.mean_correction / root + decay, g / root + decay
-        mean_ratio, grad_ratio = (_trust_ratio(w, direction, s) for direction in (by_mean, by_grad))
-        return w - s.lr * (s.beta1 * (mean_ratio * by_mean) + s.one_minus_beta1 * (grad_ratio * by_grad)), (mean, var)
-
-
-def _trust_ratio(w: torch.Tensor, direction: torch.Tensor, s: LANSScalars) -> torch.Tensor:
-    weight_norm, direction_norm = norm(w).clamp(s.lower_bound, s.upper_bound), norm(direction)
-    is_zero = (weight_norm == 0) | (direction_norm == 0)
-    return torch.where(is_zero, 1.0, weight_norm / direction_norm).to(w.dtype)
+        mean_ratio, grad_ratio = (trust_ratio(w, d, s.lower_bound, s.upper_bound) for d in (by_mean, by_grad))
+        mean_step, grad_step = s.lr * s.beta1 * mean_ratio, s.lr * s.one_minus_beta1 * grad_ratio
+        return w - (mean_step * by_mean + grad_step * by_grad), (mean, var)
