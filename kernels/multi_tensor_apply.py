@@ -7,12 +7,12 @@ Tables, all in device memory, that the host half (tritopt/fused.py) builds:
     table_ptr    int64 [n_tensors, n_pointers + 1]  addresses (weight, gradient, states, rows), index of its scalars
                  fp64  [n_rows, n_scalars]          behind it, in the same buffer: rescale, clip, wd, the optimizer's
     partial_ptr  fp64  [n_chunks, N_SUMS]           sums that this phase emits, per chunk
-    sum_ptr      fp64  [n_tensors, n_earlier]       sums that an earlier phase emitted, per tensor
+    sum_ptr      fp64  [n_tensors, n_earlier]       sums that earlier phases emitted, per tensor
 
 The update function is pure arithmetic on blocks of the compute dtype. It returns the new weight and states, and a phase
 with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
 
-    UPDATE_FN(w, g, state, s)           sums, where a phase before emitted some: fp64 scalars of this tensor
+    UPDATE_FN(w, g, state, s)           sums, where phases before emitted some: fp64 scalars of this tensor
     UPDATE_FN(w, g, state, s, sums)     offsets, where the phase asks for them: int64, of the elements in their tensor
     UPDATE_FN(w, g, state, s, offsets)
 """

@@ -52,7 +52,12 @@ class ApplyFactored(NamedTuple):
         )
 
     @property
-    def emits_sums(self) -> bool:
+    def n_sums(self) -> int:
+        """None leaves the phase."""
+        return 0
+
+    @property
+    def sums_elements(self) -> bool:
         """All moments and norms depend on the order of summation."""
         return True
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -87,11 +87,32 @@ class Launch:
     noop: torch.Tensor | None = None
     """Device flag; anything but 0 skips the update."""
     skip_zero_rescale: bool = False
+    reduce: Reduce | None = None
+    """Completes sums whose tensors are sharded over processes, between phases."""
 
     @property
     def n_scalars(self) -> int:
         """Length of a row: rescale, clip bound, wd, then the optimizer's."""
         return 3 + len(self.scalars._fields)  # type: ignore[attr-defined]
+
+
+class DeviceRows(NamedTuple):
+    """Scalars that are formed on the device, as when steps or learning rates live there."""
+
+    values: torch.Tensor
+    """fp64 [rows, 3 + scalars]."""
+    row_of: Sequence[int]
+    """Each task's row."""
+
+
+class Reduce(Protocol):
+    """Adds up over processes."""
+
+    device: torch.device
+
+    def __call__(self, sums: torch.Tensor) -> None:
+        """In place: fp64 [tasks, sums], of all tasks, also of those that are empty here."""
+        ...
 
 
 @dataclass
@@ -108,6 +129,10 @@ class Group:
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
     device_table: torch.Tensor | None = None
     stream: int = 0
+    staging: torch.Tensor | None = None
+    """Pinned, for a table that is uploaded while a CUDA graph is captured: each replay reads it again."""
+    captured: list[torch.Tensor] = field(default_factory=list)
+    """What CUDA graphs read when they are replayed."""
     _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
@@ -122,6 +147,12 @@ class Group:
             made = build(self.shapes)
             self._tables[name] = tuple(_upload(x, self.device) if isinstance(x, np.ndarray) else x for x in made)
         return self._tables[name]
+
+    @property
+    def places(self) -> torch.Tensor:
+        """The members, int64 on the device."""
+        (found,) = self.tables("places", lambda _: (np.array(self.members, dtype=np.int64),))
+        return found  # type: ignore[no-any-return]
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Uninitialised fp64 scratch on the device."""
@@ -139,18 +170,38 @@ class Planner:
         """Plans hold addresses of this process: a copy starts without any."""
         return Planner, ()
 
-    def apply(self, key: Hashable, tasks: Sequence[Task], rows: Sequence[tuple[float, ...]], launch: Launch) -> None:
-        """Update all tasks in place. `rows[i]`: rescale, clip bound, wd and then the optimizer's scalars of task i."""
+    def apply(
+        self, key: Hashable, tasks: Sequence[Task], rows: Sequence[tuple[float, ...]] | DeviceRows, launch: Launch
+    ) -> None:
+        """Update all tasks in place. A row: rescale, clip bound, wd, the optimizer's scalars; `rows[i]` is task i's."""
         dense, copied_back = _as_dense(tasks)
-        for group in self._groups(key, dense):
+        groups = self._groups(key, dense)
+        for group in groups:
             with _on_device(group.device):
                 _upload_table(group, dense, rows)
-                _run_phases(group, launch)
+        _run_phases(groups, launch, len(dense))
         for original, copy in copied_back:
             original.copy_(copy)
         # Autograd must learn of writes that it did not make, as it does of torch's own in-place operations.
         written = [t for task in tasks for t in task.written() if not t.is_inference()]
         torch.autograd.graph.increment_version(written)
+
+    def squares(self, key: Hashable, tensors: Sequence[torch.Tensor], reduce: Reduce | None = None) -> torch.Tensor:
+        """Sum of squares of each tensor, fp64 [tensors], one launch per dtype; bit-identical from run to run."""
+        tasks, _ = _as_dense([Task((t,), PLAIN, t, ()) for t in tensors])
+        groups = self._groups(("squares", key), tasks)
+        for group in groups:
+            with _on_device(group.device):
+                _upload_table(group, tasks, [(1.0, np.inf, 0.0)] * len(tasks))
+        phase = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
+        found = _run_phases(groups, Launch((phase,), _NoScalars, "decoupled"), len(tasks))
+        sums = torch.zeros(len(tensors), 1, dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
+        for group, values in zip(groups, found, strict=True):
+            assert values is not None
+            sums.index_copy_(0, group.places.to(sums.device), values.to(sums.device))
+        if reduce is not None:
+            reduce(sums)
+        return sums[:, 0]
 
     def check_aliases(self, key: Hashable, owners: Sequence[Hashable], tasks: Sequence[Task]) -> None:
         """ValueError if the step would write an element twice; looked at again only when a tensor has moved."""
@@ -181,17 +232,7 @@ def _remember(cache: OrderedDict[Hashable, Value], key: Hashable, value: Value) 
 
 def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Euclidean norm of each tensor, fp64 [len(tensors)], one launch per dtype; bit-identical from run to run."""
-    sums = torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
-    tasks = [Task((t,), PLAIN, t, ()) for t in tensors]
-    tasks, _ = _as_dense(tasks)
-    phase = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
-    for group in _build_groups(tasks):
-        with _on_device(group.device):
-            _upload_table(group, tasks, [(1.0, np.inf, 0.0)] * len(tasks))
-            total = _run_phases(group, Launch((phase,), _NoScalars, "decoupled"))
-            assert total is not None
-            sums[group.members] = total[:, 0].to(sums.device)
-    return sums.sqrt()
+    return Planner().squares("norms", tensors).sqrt()
 
 
 class _NoScalars(NamedTuple):
@@ -213,27 +254,73 @@ def _build_groups(tasks: Sequence[Task]) -> list[Group]:
     return groups
 
 
-def _upload_table(group: Group, tasks: Sequence[Task], rows: Sequence[tuple[float, ...]]) -> None:
+def _upload_table(group: Group, tasks: Sequence[Task], rows: Sequence[tuple[float, ...]] | DeviceRows) -> None:
     row_of: dict[tuple[float, ...], int] = {}
     words: list[int] = []
+    on_device = isinstance(rows, DeviceRows)
     for i in group.members:
         words.extend([t.data_ptr() for t in tasks[i].tensors()])
-        words.append(row_of.setdefault(rows[i], len(row_of)))
-    scalars = np.array(list(row_of), dtype=np.float64)
+        words.append(rows.row_of[i] if isinstance(rows, DeviceRows) else row_of.setdefault(rows[i], len(row_of)))
+    scalars = np.zeros(rows.values.numel()) if isinstance(rows, DeviceRows) else np.array(list(row_of), np.float64)
     table = np.concatenate([np.array(words, dtype=np.int64), scalars.reshape(-1).view(np.int64)])
     stream = torch.cuda.current_stream(group.device).cuda_stream if group.device.type == "cuda" else 0
     # A table is freed to the stream it was made on, so another stream gets its own.
     if group.device_table is None or group.stream != stream or not np.array_equal(table, group.host_table):
         group.host_table, group.stream = table, stream
-        group.device_table = _upload(table, group.device)
+        group.device_table = _upload_for_graph(group, table) if on_device else _upload(table, group.device)
+    if isinstance(rows, DeviceRows):
+        group.device_table[len(words) :].view(torch.float64).copy_(rows.values.reshape(-1))
 
 
-def _run_phases(group: Group, launch: Launch) -> torch.Tensor | None:
-    """Launch the phases one after the other; returns the sums that the last one emitted."""
-    sums: torch.Tensor | None = None
+def _upload_for_graph(group: Group, table: np.ndarray[Any, Any]) -> torch.Tensor:
+    """`_upload` that may be captured: pinned memory is allocated before, and belongs to the graph afterwards."""
+    host = torch.from_numpy(table)
+    if group.device.type != "cuda":
+        return host.clone()
+    staging, group.staging = group.staging, None
+    if not torch.cuda.is_current_stream_capturing():
+        group.staging = staging if staging is not None else torch.empty_like(host, pin_memory=True)
+        return _upload(table, group.device)
+    if staging is None or staging.shape != host.shape:
+        raise RuntimeError(
+            "a CUDA graph captured an optimizer's first step: run a few steps before the capture, and do not change "
+            "which parameters have gradients in it"
+        )
+    staging.copy_(host)
+    group.captured.append(staging)
+    return staging.to(group.device, non_blocking=True)
+
+
+def _run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[torch.Tensor | None]:
+    """Launch the phases one after the other; a phase receives the sums of all before it. Returns all sums."""
+    sums: list[torch.Tensor | None] = [None] * len(groups)
     for phase in launch.phases:
-        sums = phase.launch(group, launch, sums)
+        emitted = []
+        for group, earlier in zip(groups, sums, strict=True):
+            with _on_device(group.device):
+                emitted.append(phase.launch(group, launch, earlier))
+        if launch.reduce is not None and phase.n_sums:
+            _reduce(launch.reduce, groups, emitted, n_tasks, phase.n_sums)
+        sums = [_joined(earlier, new) for earlier, new in zip(sums, emitted, strict=True)]
     return sums
+
+
+def _reduce(
+    reduce: Reduce, groups: Sequence[Group], sums: Sequence[torch.Tensor | None], n_tasks: int, n_sums: int
+) -> None:
+    """One vector for all groups: a process whose shards are all empty takes part like the others."""
+    total = torch.zeros(n_tasks, n_sums, dtype=torch.float64, device=reduce.device)
+    for group, values in zip(groups, sums, strict=True):
+        assert values is not None
+        total.index_copy_(0, group.places, values)
+    reduce(total)
+    for group, values in zip(groups, sums, strict=True):
+        assert values is not None
+        values.copy_(total[group.places])
+
+
+def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    return torch.cat((earlier, new), dim=1) if earlier is not None and new is not None else new
 
 
 def _as_dense(tasks: Sequence[Task]) -> tuple[list[Task], list[tuple[torch.Tensor, torch.Tensor]]]:

@@ -45,7 +45,7 @@ class Phase(Protocol):
     """One launch over a group, or a few that belong together."""
 
     def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
-        """Run it. `sums`: what the phase before emitted, fp64 [tensors, sums]; returns what this one emits, or None."""
+        """Run it. `sums`: of the phases before, fp64 [tensors, sums]; returns those that this one emits, or None."""
         ...
 
     def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
@@ -58,7 +58,12 @@ class Phase(Protocol):
         ...
 
     @property
-    def emits_sums(self) -> bool:
+    def n_sums(self) -> int:
+        """Sums per tensor that later phases receive."""
+        ...
+
+    @property
+    def sums_elements(self) -> bool:
         """Whether results depend on the order in which elements are summed."""
         ...
 
@@ -74,7 +79,7 @@ class Apply(NamedTuple):
     writes_weight: bool = True
     writes_states: bool = True
     n_sums: int = 0
-    """Sums per tensor that `update` emits; the next phase receives them."""
+    """Sums per tensor that `update` emits; the phases after it receive them."""
     reads_offsets: bool = False
     """Whether `update` takes the elements' offsets in their tensor, int64 [BLOCK_SIZE]."""
 
@@ -84,8 +89,8 @@ class Apply(NamedTuple):
         return (str(self.update.__name__),)
 
     @property
-    def emits_sums(self) -> bool:
-        """Whether there are sums for the next phase."""
+    def sums_elements(self) -> bool:
+        """Whether there are sums for the next phases."""
         return self.n_sums > 0
 
     def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:

@@ -36,7 +36,12 @@ class ApplyRows(NamedTuple):
         return (str(self.update.__name__),)
 
     @property
-    def emits_sums(self) -> bool:
+    def n_sums(self) -> int:
+        """None leaves the phase."""
+        return 0
+
+    @property
+    def sums_elements(self) -> bool:
         """The mean depends on the order in which a row is summed."""
         return True
 

@@ -9,7 +9,6 @@ import torch
 
 from tritopt import validate
 from tritopt.exact import norm, sqrt, trust_ratio
-from tritopt.fused import Group, Launch
 from tritopt.kernels.lans import lans_gradient, lans_moments, lans_update
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
@@ -36,17 +35,6 @@ class LANSScalars(NamedTuple):
     """On the weight's norm; 0 if there is none."""
     upper_bound: float
     """On the weight's norm; infinity if there is none."""
-
-
-class ApplyAndPassOn(Apply):
-    """A phase that puts the sums it was given before its own: the last phase normalises by the very same norm."""
-
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
-        """As `Apply`, with more sums."""
-        emitted = super().launch(group, launch, sums)
-        assert sums is not None
-        assert emitted is not None
-        return torch.cat((sums, emitted), dim=1)
 
 
 @register
@@ -83,7 +71,7 @@ class LANS(Optimizer):
         Apply(
             lans_gradient, reads_weight=False, reads_states=False, writes_weight=False, writes_states=False, n_sums=1
         ),
-        ApplyAndPassOn(lans_moments, writes_weight=False, n_sums=3),
+        Apply(lans_moments, writes_weight=False, n_sums=3),
         Apply(lans_update, writes_states=False),
     )
     state_names = ("mean", "var")
