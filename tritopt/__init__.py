@@ -1,6 +1,7 @@
 """Triton fused optimizers for mixed-precision training: MXNet 2.0's optimizer API on PyTorch tensors."""
 
 from tritopt import lr_scheduler as lr_scheduler
+from tritopt import optim as optim
 from tritopt import optimizers as optimizers
 from tritopt.module import ModuleParameters as ModuleParameters
 from tritopt.module import module_parameters as module_parameters

@@ -69,6 +69,10 @@ class Optimizer:
     """Whether a learning rate of 0 leaves weight and states alone, because the formula divides by it."""
     state_dtype: ClassVar[torch.dtype | None] = None
     """None: states have the (master) weight's dtype. float32: at least that."""
+    is_per_parameter: ClassVar[bool] = False
+    """Whether scalars differ between parameters of equal counts and rates."""
+    scalar_states: ClassVar[Mapping[str, float]] = {}
+    """Numbers that tritopt.optim keeps per parameter beside the step, and passes to `scalars`: names, first values."""
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Constructor arguments that reach every branch of the formula: what the checker and the tests run."""
 
@@ -154,12 +158,20 @@ class Optimizer:
         """
         raise NotImplementedError(f"{type(self).__name__} defines no scalars()")
 
+    def scalars_at(self, index: Hashable, lr: Any, wd: float, count: Any, *numbers: Any) -> tuple[Any, ...]:
+        """`scalars` of a parameter, where lr, count and its `scalar_states` may be fp64 tensors on the device."""
+        return self.scalars(lr, wd, count, *numbers)
+
     def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> tuple[float, ...]:
         """`scalars`, for an optimizer whose parameters differ in more than these; computed once for equal arguments."""
         key = (lr, wd, count)
         if key not in self._known_scalars:
             self._known_scalars[key] = self.scalars(*key)
         return self._known_scalars[key]
+
+    def factors(self, name: str, counts: torch.Tensor) -> torch.Tensor:
+        """What the scalar state `name` of parameters is multiplied by at these counts, fp64 [parameters]."""
+        raise NotImplementedError(f"{type(self).__name__} defines no factors() of {name}")
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any) -> tuple[torch.Tensor, Values]:
         """One parameter's update in PyTorch: the new weight and states. What this says is right."""
@@ -459,7 +471,7 @@ class Optimizer:
             )
         for i in live:
             if not on_kernel[i]:
-                self._reference_step(tasks[i], (rescale, bound, wds[i]), scalars[i], device_rescale)
+                self.apply_reference(tasks[i], (rescale, bound, wds[i]), scalars[i], device_rescale)
 
     def _rescale(self) -> tuple[float, torch.Tensor | None]:
         """rescale_grad as a number, and as a device scalar if it lives on a GPU (then the number is 1)."""
@@ -467,12 +479,13 @@ class Optimizer:
         on_device = isinstance(value, torch.Tensor) and value.device.type != "cpu"
         return (1.0, value) if on_device else (float(value), None)  # type: ignore[return-value]
 
-    def _reference_step(
+    def apply_reference(
         self, task: Task, common: tuple[float, ...], s: tuple[float, ...], device_rescale: torch.Tensor | None
     ) -> None:
+        """Update one task in PyTorch. `common`: rescale, clip bound, wd; `device_rescale` multiplies the first."""
         rescale, bound, wd = common
         if device_rescale is not None:
-            rescale = float(device_rescale)
+            rescale *= float(device_rescale)
             if not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale):
                 return
         dtype = compute_dtype(task.weight[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from tritopt.kernels.adam import adam_update
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
+from tritopt.scalars import sqrt as root
 
 
 class AdamScalars(NamedTuple):
@@ -28,9 +28,9 @@ class AdamScalars(NamedTuple):
     epsilon: float
 
 
-def bias_corrected(lr: float, beta1: float, beta2: float, count: int) -> float:
+def bias_corrected(lr: Any, beta1: float, beta2: float, count: Any) -> Any:
     """lr sqrt(1 - beta2^count) / (1 - beta1^count)."""
-    return lr * math.sqrt(1 - beta2**count) / (1 - beta1**count)
+    return lr * root(1 - beta2**count) / (1 - beta1**count)
 
 
 @register

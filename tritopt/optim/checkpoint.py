@@ -1,0 +1,94 @@
+"""Loading a state dict without losing precision; ours or torch's, on one device or sharded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tritopt.optim.distributed import placements_for
+from tritopt.warning import warn
+
+if TYPE_CHECKING:
+    from tritopt.optim.optimizer import Optimizer
+
+MASTER = "master_param"
+HOW = ("fused", "foreach", "capturable", "differentiable")  # say how to compute, not what
+
+
+class Expected(NamedTuple):
+    """Of a state tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
+    """`Optimizer.load_state_dict`."""
+    state_dict = state_dict.copy()
+    for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = pre_hook(opt, state_dict) or state_dict
+    groups, saved_groups = opt.param_groups, deepcopy(state_dict["param_groups"])
+    if len(groups) != len(saved_groups):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    if any(len(group["params"]) != len(saved["params"]) for group, saved in zip(groups, saved_groups, strict=True)):
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+        )
+    merged = [_merged(group, saved, opt.defaults) for group, saved in zip(groups, saved_groups, strict=True)]
+    saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
+    owners = ((param, group) for group in merged for param in group["params"])
+    owner_of = dict(zip(saved_ids, owners, strict=True))
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    without_master = []
+    for key, values in state_dict["state"].items():
+        if key not in owner_of:
+            state[key] = values
+            continue
+        param, group = owner_of[key]
+        expected = opt.expected_states(param, group)
+        loaded = {name: _loaded(key, name, value, param, expected) for name, value in values.items()}
+        state[param] = {name: value for name, value in loaded.items() if value is not None}
+        if MASTER in expected and state[param] and MASTER not in state[param]:
+            without_master.append(key)
+            state[param][MASTER] = param.detach().to(torch.float32, copy=True)
+        elif MASTER not in expected:
+            state[param].pop(MASTER, None)
+        opt.complete_loaded_state(state[param])
+    if without_master:
+        warn(
+            f"the checkpoint has no {MASTER} for {len(without_master)} fp16 or bf16 parameters: their masters start "
+            "from the rounded weights"
+        )
+    opt.__setstate__({"state": state, "param_groups": merged})
+    for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
+        post_hook(opt)
+
+
+def _merged(group: dict[str, Any], saved: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved group, with our parameters and our ways to compute."""
+    kept = {name: group[name] for name in HOW if name in group}
+    names = {} if "param_names" in saved or "param_names" not in group else {"param_names": group["param_names"]}
+    return {**defaults, **saved, **kept, **names, "params": group["params"]}
+
+
+def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapping[str, Expected]) -> Any:
+    if not isinstance(value, torch.Tensor) or name not in expected:
+        return value
+    shape, dtype = expected[name]
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"loaded state dict: {name} of parameter {key!r} has shape {tuple(value.shape)}, but a parameter of "
+            f"shape {tuple(param.shape)} needs {shape}; load the checkpoint of this very model"
+        )
+    if value.is_floating_point() and torch.finfo(value.dtype).bits > torch.finfo(dtype).bits and dtype.itemsize < 4:
+        dtype = torch.float32 if value.dtype == torch.float64 else value.dtype
+    value = value.to(device=param.device, dtype=dtype)
+    if isinstance(param, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value, param.device_mesh, placements_for(param, shape))
+    return value
