@@ -1,0 +1,79 @@
+"""The parameters of a step: what each of them brings along."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+
+from tritopt import validate
+from tritopt.fused import unavailable
+from tritopt.optim.distributed import is_sharded, local
+from tritopt.optimizer import Optimizer as Rule
+from tritopt.phases import Apply
+
+if TYPE_CHECKING:
+    from tritopt.optim.optimizer import Optimizer
+
+Number: TypeAlias = float | torch.Tensor
+
+
+class Member(NamedTuple):
+    """A parameter that has a gradient in this step."""
+
+    position: int
+    """Among all parameters of the optimizer."""
+    name: Hashable
+    """From named parameters, otherwise the position."""
+    param: torch.Tensor
+    grad: torch.Tensor
+    group: dict[str, Any]
+    rule: Rule
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether sums over a sharded tensor are left to DTensor's operations, because no launch completes them."""
+        if not is_sharded(self.param) or not any(phase.sums_elements for phase in self.rule.phases):
+            return False
+        has_kernel = all(isinstance(phase, Apply) for phase in self.rule.phases)
+        return not (has_kernel and self.group["fused"] is not False and unavailable(local(self.param)) is None)
+
+    def part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What of the parameter, its gradient or a state takes part in the step here."""
+        return tensor if self.needs_whole else local(tensor)
+
+
+def members_of(opt: Optimizer) -> list[Member]:
+    """All parameters that have a gradient."""
+    members, position = [], 0
+    for group in opt.param_groups:
+        rule, names = opt.rule_of(group), group.get("param_names")
+        for i, param in enumerate(group["params"]):
+            if param.grad is not None:
+                members.append(Member(position, names[i] if names else position, param, param.grad, group, rule))
+            position += 1
+    return members
+
+
+def same_group(members: Sequence[Member], each: bool = False) -> list[list[Member]]:
+    """Runs of members of one param_group; each by itself if wanted."""
+    runs: list[list[Member]] = []
+    for member in members:
+        if each or not runs or runs[-1][0].group is not member.group:
+            runs.append([])
+        runs[-1].append(member)
+    return runs
+
+
+def lives_on_device(lr: Any) -> bool:
+    """Whether reading it would wait for a device."""
+    return isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
+
+
+def rate(group: dict[str, Any]) -> Number:
+    """The learning rate: fp64 [] where it is to be read on the device."""
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor) and (group["capturable"] or lives_on_device(lr)):
+        return lr.detach().double().reshape(())
+    return validate.finite("lr", float(lr))

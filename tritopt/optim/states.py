@@ -1,0 +1,92 @@
+"""State of parameters in a step: made when it is missing, checked, handed to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from tritopt import validate
+from tritopt.fused import Planner, Task
+from tritopt.kernels.formats import MASTER_FP32, PLAIN
+from tritopt.optim import distributed
+from tritopt.optim.checkpoint import MASTER
+from tritopt.optim.distributed import local
+from tritopt.optim.members import Member
+from tritopt.optim.scalar_states import ScalarStates
+
+if TYPE_CHECKING:
+    from tritopt.optim.optimizer import Optimizer
+
+
+def create_missing(
+    opt: Optimizer, members: Sequence[Member], numbers: ScalarStates, device: torch.device, new: list[torch.Tensor]
+) -> None:
+    """Create states, and bind their numbers to `device`. `new` gets the parameters that had none."""
+    numbers.bind([opt.state.get(param, {}) for group in opt.param_groups for param in group["params"]], device)
+    for member in members:
+        param = member.param
+        expected = opt.expected_states(param, member.group)
+        state = opt.state.get(param, {})
+        if "step" in state and all(name in state for name in expected):
+            continue
+        made = {**state, **numbers.views(member.position)}
+        weight = local(param).detach()
+        if MASTER in expected and MASTER not in made:
+            made[MASTER] = distributed.like(param, weight.to(torch.float32, copy=True), expected[MASTER].shape)
+        inner = member.rule.create_state(member.name, local(made[MASTER]) if MASTER in expected else weight)
+        values = [value for value in (inner if isinstance(inner, tuple) else (inner,)) if value is not None]
+        for name, value in zip(opt.names_of_states(member.rule, param), values, strict=True):
+            if name not in made:
+                made[name] = distributed.like(param, value, expected[name].shape)
+        if not state:
+            new.append(param)
+        opt.state[param] = made
+
+
+def task_of(opt: Optimizer, member: Member) -> Task:
+    """The parameter's tensors, checked: their local parts, unless the reference must see them whole."""
+    param, rule, state, part = member.param, member.rule, opt.state[member.param], member.part
+    grad = distributed.aligned(member.grad, param)
+    if grad.layout != torch.strided:
+        if opt.sparse_error is not None:
+            raise RuntimeError(opt.sparse_error)
+        grad = grad.to_dense()
+    weight = part(param) if member.group.get("differentiable") else part(param).detach()
+    planes = (weight, part(state[MASTER])) if MASTER in state else (weight,)
+    values = tuple(part(state[name]) for name in opt.names_of_states(rule, param))
+    validate.weight_and_grad(member.name, weight, part(grad))
+    for value in planes[1:]:
+        validate.state_tensor(member.name, value, weight, weight.shape)
+    for value, shape in zip(values, rule.state_shapes(weight.shape), strict=True):
+        validate.state_tensor(member.name, value, weight, shape)
+    return Task(planes, MASTER_FP32 if MASTER in state else PLAIN, part(grad), values)
+
+
+def check_aliases(planner: Planner, members: Sequence[Member], tasks: Sequence[Task]) -> None:
+    """ValueError if the step would write an element twice."""
+    pairs = [(m.name, task) for m, task in zip(members, tasks, strict=True) if not m.needs_whole]
+    planner.check_aliases("step", [name for name, _ in pairs], [task for _, task in pairs])
+
+
+class MasterVersions:
+    """Notices weights that someone else has written to since the last step, and takes their masters along."""
+
+    def __init__(self) -> None:
+        self._versions: dict[int, int] = {}
+
+    def refresh(self, opt: Optimizer, members: Sequence[Member]) -> None:
+        """Elements that no longer are the rounded master become the master."""
+        for member in members:
+            master = opt.state[member.param].get(MASTER)
+            weight = local(member.param).detach()
+            if master is not None and self._versions.get(member.position, weight._version) != weight._version:
+                kept = local(master)
+                kept.copy_(torch.where(kept.to(weight.dtype) == weight, kept, weight.to(kept.dtype)))
+
+    def remember(self, opt: Optimizer, members: Sequence[Member]) -> None:
+        """After a step."""
+        for member in members:
+            if MASTER in opt.state[member.param]:
+                self._versions[member.position] = local(member.param)._version
