@@ -1,4 +1,4 @@
-"""Update function of Adamax (tritopt/optimizers/adamax.py)."""
+"""Update functions of Adamax (tritopt/optimizers/adamax.py)."""
 
 from __future__ import annotations
 
@@ -13,3 +13,12 @@ def adamax_update(w, g, state, s):
     mean = s.beta1 * mean + s.one_minus_beta1 * g
     norm = tl.maximum(s.beta2 * norm, tl.abs(g), propagate_nan=tl.PropagateNan.ALL)
     return w - div(s.lr * mean, norm + s.epsilon), (mean, norm)
+
+
+@triton.jit
+def adamax_floored_update(w, g, state, s):
+    """torch's Adamax: epsilon is added to each gradient's size, and so is part of the norm."""
+    mean, norm = state
+    mean = s.beta1 * mean + s.one_minus_beta1 * g
+    norm = tl.maximum(s.beta2 * norm, tl.abs(g) + s.epsilon, propagate_nan=tl.PropagateNan.ALL)
+    return w - s.lr * div(mean, norm), (mean, norm)

@@ -20,17 +20,7 @@ with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import is_finite
-
-N_COMMON_SCALARS = tl.constexpr(3)
-
-
-@triton.jit
-def _load_row(ptr, N: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
-    row = ()
-    for i in tl.static_range(N):
-        row = row + (tl.load(ptr + i).to(COMPUTE_DTYPE),)
-    return row
+from tritopt.kernels.tables import load_pointers, load_scalars, load_tuple
 
 
 @triton.jit
@@ -138,38 +128,19 @@ def multi_tensor_apply(
 
     row_width = tl.load(tensor_ptr + 3 * tensor + 2)
 
-    ptrs = ()
-    aligned_ptrs = ()
-    address_bits = tl.zeros([], dtype=tl.int64)
-    row_ptr = table_ptr + tensor * (len(DTYPES) + 1)
-    for i in tl.static_range(len(DTYPES)):
-        address = tl.load(row_ptr + i)
-        address_bits = address_bits | address
-        ptrs = ptrs + (address.to(tl.pointer_type(DTYPES[i])),)
-        # A pointer out of a table has unknown alignment, which keeps its accesses scalar; the hint widens them.
-        aligned_ptrs = aligned_ptrs + (tl.multiple_of(address.to(tl.pointer_type(DTYPES[i])), 16),)
-
-    row = tl.load(row_ptr + len(DTYPES))
-    scalar_ptr = (table_ptr + n_tensors * (len(DTYPES) + 1) + row * N_SCALARS).to(tl.pointer_type(tl.float64))
-    common = _load_row(scalar_ptr, N_COMMON_SCALARS, COMPUTE_DTYPE)
-    s = SCALARS(*_load_row(scalar_ptr + N_COMMON_SCALARS, N_SCALARS - N_COMMON_SCALARS, COMPUTE_DTYPE))
+    ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, len(DTYPES), DTYPES)
+    common, s, is_live = load_scalars(
+        table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
+        SCALARS, N_SCALARS, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
+    )  # fmt: skip
     sums = ()
     if N_EARLIER_SUMS > 0:
-        sums = _load_row(sum_ptr + tensor * N_EARLIER_SUMS, N_EARLIER_SUMS, tl.float64)
+        sums = load_tuple(sum_ptr + tensor * N_EARLIER_SUMS, N_EARLIER_SUMS, tl.float64)
 
-    n_here = tl.minimum(n_elements - start, CHUNK_SIZE)
-    if rescale_ptr is not None:
-        scale = tl.load(rescale_ptr).to(COMPUTE_DTYPE)
-        common = (common[0] * scale, common[1], common[2])
-        n_here = tl.where(is_finite(scale), n_here, 0)
-        if SKIP_ZERO_RESCALE:
-            n_here = tl.where(scale == 0, 0, n_here)
-    if noop_ptr is not None:
-        n_here = tl.where(tl.load(noop_ptr) == 0, n_here, 0)
-
+    n_here = tl.where(is_live, tl.minimum(n_elements - start, CHUNK_SIZE), 0)
     # 128-bit accesses need 16-byte aligned planes and no mask, so a tensor's full blocks take a branch of their own.
     # Its tail, and all of a tensor that is not aligned (a view, a shard), take the masked one; nobody else is slowed.
-    n_full = tl.where(address_bits % 16 == 0, n_here // BLOCK_SIZE, 0)
+    n_full = tl.where(is_aligned, n_here // BLOCK_SIZE, 0)
     totals = ()
     for _ in tl.static_range(N_SUMS):
         totals = totals + (tl.zeros([BLOCK_SIZE], dtype=COMPUTE_DTYPE),)

@@ -1,4 +1,4 @@
-"""Update function of Nadam (tritopt/optimizers/nadam.py)."""
+"""Update functions of Nadam (tritopt/optimizers/nadam.py)."""
 
 from __future__ import annotations
 
@@ -14,3 +14,10 @@ def nadam_update(w, g, state, s):
     var = s.beta2 * var + s.one_minus_beta2 * (g * g)
     ahead = s.mean_share * mean + s.grad_share * g
     return w - s.lr * div(ahead, sqrt(var * s.var_correction) + s.epsilon), (mean, var)
+
+
+@triton.jit
+def nadam_decayed_update(w, g, state, s):
+    """Nadam, and apart from the moments a decay of the old weight."""
+    moved, state = nadam_update(w, g, state, s)
+    return moved - s.decay * w, state

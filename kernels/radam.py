@@ -1,4 +1,4 @@
-"""Update function of RAdam (tritopt/optimizers/radam.py)."""
+"""Update functions of RAdam (tritopt/optimizers/radam.py)."""
 
 from __future__ import annotations
 
@@ -15,3 +15,10 @@ def radam_update(w, g, state, s):
     # Data, not a constant: a step is never compiled anew because training has gone on.
     direction = tl.where(s.adaptive != 0, div(mean, sqrt(var) + s.epsilon), mean)
     return w - s.lr * direction, (mean, var)
+
+
+@triton.jit
+def radam_decayed_update(w, g, state, s):
+    """RAdam, and apart from the moments a decay of the old weight."""
+    moved, state = radam_update(w, g, state, s)
+    return moved - s.decay * w, state

@@ -17,3 +17,19 @@ def sgd_momentum_update(w, g, state, s):
     (momentum,) = state
     momentum = s.momentum * momentum - s.lr * g
     return w + momentum, (momentum,)
+
+
+@triton.jit
+def sgd_buffer_update(w, g, state, s):
+    """torch's momentum: the buffer holds gradients, and the learning rate multiplies all of it."""
+    (buffer,) = state
+    buffer = s.momentum * buffer + s.grad_share * g
+    return w - s.lr * buffer, (buffer,)
+
+
+@triton.jit
+def sgd_nesterov_update(w, g, state, s):
+    """torch's Nesterov momentum: the step that the buffer would make next, with this gradient in place of the next."""
+    (buffer,) = state
+    buffer = s.momentum * buffer + s.grad_share * g
+    return w - s.lr * (g + s.momentum * buffer), (buffer,)

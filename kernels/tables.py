@@ -1,4 +1,4 @@
-"""What a program reads of the tables of a group (kernels/multi_tensor_apply.py), for kernels beside the driver."""
+"""What a program reads of the tables of a group, which kernels/multi_tensor_apply.py describes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ N_COMMON_SCALARS = tl.constexpr(3)
 
 
 @triton.jit
-def _load_tuple(ptr, N: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
+def load_tuple(ptr, N: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
+    """N numbers in a row."""
     values = ()
     for i in tl.static_range(N):
         values = values + (tl.load(ptr + i).to(COMPUTE_DTYPE),)
@@ -29,6 +30,7 @@ def load_pointers(table_ptr, tensor, N_MOVED: tl.constexpr, DTYPES: tl.constexpr
         address = tl.load(table_ptr + tensor * (len(DTYPES) + 1) + i)
         if i < N_MOVED:
             address_bits = address_bits | address
+        # A pointer out of a table has unknown alignment, which keeps its accesses scalar; the hint widens them.
         ptrs = ptrs + (address.to(tl.pointer_type(DTYPES[i])),)
         aligned_ptrs = aligned_ptrs + (tl.multiple_of(address.to(tl.pointer_type(DTYPES[i])), 16),)
     return ptrs, aligned_ptrs, address_bits % 16 == 0
@@ -50,8 +52,8 @@ def load_scalars(
     """A tensor's (rescale, clip bound, wd), its scalars, and whether anything may be written."""
     row = tl.load(table_ptr + tensor * (N_POINTERS + 1) + N_POINTERS)
     ptr = (table_ptr + n_tensors * (N_POINTERS + 1) + row * N_SCALARS).to(tl.pointer_type(tl.float64))
-    common = _load_tuple(ptr, N_COMMON_SCALARS, COMPUTE_DTYPE)
-    s = SCALARS(*_load_tuple(ptr + N_COMMON_SCALARS, N_SCALARS - N_COMMON_SCALARS, COMPUTE_DTYPE))
+    common = load_tuple(ptr, N_COMMON_SCALARS, COMPUTE_DTYPE)
+    s = SCALARS(*load_tuple(ptr + N_COMMON_SCALARS, N_SCALARS - N_COMMON_SCALARS, COMPUTE_DTYPE))
     is_live = tensor >= 0
     if rescale_ptr is not None:
         scale = tl.load(rescale_ptr).to(COMPUTE_DTYPE)
