@@ -1,6 +1,7 @@
 """Random numbers by counter (tritopt/random.py has the twins, and says what they are).
 
-A key is four 16-bit numbers, which every compute dtype holds exactly: so it can stand among an optimizer's scalars.
+A key is four 16-bit numbers and a step is below 2^24, which every compute dtype holds exactly: so they can stand among
+an optimizer's scalars.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from tritopt.kernels.ops import sqrt
 
 
 @triton.jit
-def philox(key, offsets):
-    """Four uint32 blocks: Philox4x32-10 of the counters (low word of the offset, high word, 0, 0)."""
+def philox(key, offsets, step, STREAM: tl.constexpr):
+    """Four uint32 blocks: Philox4x32-10 of the counters (low word of the offset, high word, step, stream)."""
     seed = tl.zeros([], dtype=tl.int64)
     for i in tl.static_range(4):
         seed = seed | (key[i].to(tl.int64) << (16 * i))
     low = offsets.to(tl.uint32)
-    return tl.philox(seed, low, (offsets >> 32).to(tl.uint32), low * 0, low * 0)
+    zero = low * 0
+    third, fourth = zero + step.to(tl.int32).to(tl.uint32), zero + STREAM
+    return tl.philox(seed, low, (offsets >> 32).to(tl.uint32), third, fourth)
 
 
 @triton.jit
@@ -42,8 +45,8 @@ def _sine(x):
 
 
 @triton.jit
-def normal(key, offsets):
+def normal(key, offsets, step, STREAM: tl.constexpr):
     """A standard normal fp32 number per offset: Box and Muller, from two of Philox's four words."""
-    words = philox(key, offsets)
+    words = philox(key, offsets, step, STREAM)
     size = sqrt(_minus_two_log(words[0])) * _sine((words[1] >> 1).to(tl.float32) * 2.0**-31)
     return tl.where((words[1] & 1) == 0, size, -size)

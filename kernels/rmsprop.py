@@ -25,6 +25,14 @@ def rmsprop_centered_update(w, g, state, s):
 
 
 @triton.jit
+def rmsprop_quotient_update(w, g, state, s):
+    """torch's plain form."""
+    (var,) = state
+    var = s.rho * var + s.one_minus_rho * (g * g)
+    return w - s.lr * div(g, sqrt(var) + s.epsilon), (var,)
+
+
+@triton.jit
 def rmsprop_momentum_update(w, g, state, s):
     """torch's momentum: the buffer holds quotients, and the learning rate multiplies all of it."""
     var, buffer = state

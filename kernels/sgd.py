@@ -29,7 +29,7 @@ def sgd_buffer_update(w, g, state, s):
 
 @triton.jit
 def sgd_nesterov_update(w, g, state, s):
-    """torch's Nesterov momentum: the step that the buffer would make next, with this gradient in place of the next."""
+    """torch's Nesterov momentum: the gradient, and the share of the buffer that the next step will keep."""
     (buffer,) = state
     buffer = s.momentum * buffer + s.grad_share * g
     return w - s.lr * (g + s.momentum * buffer), (buffer,)

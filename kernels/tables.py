@@ -54,7 +54,7 @@ def load_scalars(
     ptr = (table_ptr + n_tensors * (N_POINTERS + 1) + row * N_SCALARS).to(tl.pointer_type(tl.float64))
     common = load_tuple(ptr, N_COMMON_SCALARS, COMPUTE_DTYPE)
     s = SCALARS(*load_tuple(ptr + N_COMMON_SCALARS, N_SCALARS - N_COMMON_SCALARS, COMPUTE_DTYPE))
-    is_live = tensor >= 0
+    is_live = common[0] == common[0]  # NaN skips this tensor alone
     if rescale_ptr is not None:
         scale = tl.load(rescale_ptr).to(COMPUTE_DTYPE)
         common = (common[0] * scale, common[1], common[2])

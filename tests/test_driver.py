@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tritopt import fused, phases
-from tritopt.fused import Launch, Planner, Task
+from tritopt.fused import Planner, Task
+from tritopt.group import Launch
 from tritopt.kernels.formats import MASTER_FP32, PLAIN
 from tritopt.kernels.language import INTERPRETED, tl, triton
 from tritopt.kernels.multi_tensor_apply import multi_tensor_apply

@@ -14,7 +14,7 @@ import torch
 from tritopt import random
 from tritopt.kernels.language import HAS_TRITON, tl, triton
 from tritopt.kernels.random import normal, philox
-from tritopt.random import halves, key_words, philox4x32
+from tritopt.random import STEPS, halves, key_words, philox4x32
 
 ROOT = Path(__file__).resolve().parent.parent
 WORD = 2**32 - 1
@@ -58,39 +58,46 @@ def some_offsets() -> torch.Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def draw(word_ptr, normal_ptr, key_ptr, offset_ptr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def draw(word_ptr, normal_ptr, key_ptr, offset_ptr, STREAM: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, SIZE)
     key = (tl.load(key_ptr), tl.load(key_ptr + 1), tl.load(key_ptr + 2), tl.load(key_ptr + 3))
+    step = tl.load(key_ptr + 4)
     offsets = tl.load(offset_ptr + i)
-    words = philox(key, offsets)
+    words = philox(key, offsets, step, STREAM)
     for j in tl.static_range(4):
         tl.store(word_ptr + SIZE * j + i, words[j].to(tl.int64))
-    tl.store(normal_ptr + i, normal(key, offsets))
+    tl.store(normal_ptr + i, normal(key, offsets, step, STREAM))
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernel_and_twin_are_equal_in_every_bit(dtype: torch.dtype) -> None:
     offsets = some_offsets()
-    for words in [(0, 0), (WORD, WORD), (0x12345678, 0x9ABCDEF0), key_words(7, 3, "weight")]:
+    for words, step, stream in [
+        ((0, 0), 0, 0),
+        ((WORD, WORD), STEPS - 1, 2**31 - 1),
+        ((0x12345678, 0x9ABCDEF0), 1, 2),
+        (key_words(7, "weight"), 3, 1),
+    ]:
         key = halves(words)
         drawn = torch.zeros(4, len(offsets), dtype=torch.int64), torch.zeros(len(offsets))
         with np.errstate(all="ignore"):
-            draw[(1,)](*drawn, torch.tensor(key, dtype=dtype), offsets, SIZE=len(offsets))
-        assert torch.equal(drawn[0], torch.stack(random.philox(key, offsets)))
-        assert torch.equal(drawn[1], random.normal(key, offsets))
+            numbers = torch.tensor((*key, step), dtype=dtype)
+            draw[(1,)](*drawn, numbers, offsets, STREAM=stream, SIZE=len(offsets))
+        assert torch.equal(drawn[0], torch.stack(random.philox(key, offsets, step, stream)))
+        assert torch.equal(drawn[1], random.normal(key, offsets, step, stream))
         for offset, found in zip(offsets.tolist()[::37], drawn[0].T.tolist()[::37], strict=True):
-            assert tuple(found) == scalar_philox((offset & WORD, offset >> 32, 0, 0), words)
+            assert tuple(found) == scalar_philox((offset & WORD, offset >> 32, step, stream), words)
 
 
 def test_normal_is_box_and_mullers_to_fp32_precision() -> None:
     """Relatively, near 0 as well: within 4 epsilons."""
-    key, offsets = halves(key_words(0, 1, 0)), torch.arange(200_000)
-    first, second, _, _ = (word.cpu().numpy() for word in random.philox(key, offsets))
+    key, offsets = halves(key_words(0, 0)), torch.arange(200_000)
+    first, second, _, _ = (word.cpu().numpy() for word in random.philox(key, offsets, 1, 0))
     radius = np.sqrt(-2 * np.log((first | 1).astype(np.float32) / 2.0**32))
     sine = np.sin(np.pi / 2 * (second >> 1).astype(np.float32) / 2.0**31)
     expected = np.where(second & 1, -1.0, 1.0) * radius * sine
-    found = random.normal(key, offsets).double().cpu().numpy()
+    found = random.normal(key, offsets, 1, 0).double().cpu().numpy()
     assert (np.abs(found - expected) <= 4 * 2.0**-23 * np.abs(expected)).all()
 
 
@@ -108,7 +115,7 @@ def test_normal_at_the_ends_of_the_words() -> None:
 def test_normal_is_normal() -> None:
     """Kolmogorov-Smirnov at the level of 1e-4, and the share beyond three deviations."""
     n = 200_000
-    z = random.normal(halves(key_words(0, 2, 0)), torch.arange(n)).double().sort().values
+    z = random.normal(halves(key_words(0, 0)), torch.arange(n), 2, 0).double().sort().values
     distribution = torch.special.ndtr(z)
     steps = torch.arange(n) / n
     distance = torch.maximum(distribution - steps, steps + 1 / n - distribution).max()
@@ -118,27 +125,27 @@ def test_normal_is_normal() -> None:
 
 def test_key_says_apart_what_differs() -> None:
     indices = [0, 1, "0", "1", "weight", (0,), (0, 1), ("0", 1), ((0, 1),), "(0, 1)"]
-    keys = [key_words(seed, count, index) for seed in (0, 1, 10) for count in (1, 2, 11) for index in indices]
+    keys = [key_words(seed, index) for seed in (0, 1, 10) for index in indices]
     assert len(set(keys)) == len(keys)
     assert all(0 <= word <= WORD for key in keys for word in key)
 
 
 def test_key_is_the_same_for_what_is_equal() -> None:
-    assert key_words(0, 1, 3) == key_words(0, 1, np.int64(3)) == key_words(np.int32(0), 1, 3)  # type: ignore[arg-type]
-    assert key_words(0, 1, "w") == key_words(0, 1, np.str_("w"))
+    assert key_words(0, 3) == key_words(0, np.int64(3)) == key_words(np.int32(0), 3)  # type: ignore[arg-type]
+    assert key_words(0, "w") == key_words(0, np.str_("w"))
 
 
 def test_key_is_the_same_in_another_process() -> None:
     """Python's own hash of a str is not."""
-    program = "from tritopt.random import key_words; print(*key_words(5, 6, ('layer', 7, 'größe')))"
+    program = "from tritopt.random import key_words; print(*key_words(5, ('layer', 7, 'größe')))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert tuple(map(int, done.stdout.split())) == key_words(5, 6, ("layer", 7, "größe"))
+    assert tuple(map(int, done.stdout.split())) == key_words(5, ("layer", 7, "größe"))
 
 
 @pytest.mark.parametrize("index", [object(), 1.5, None, (0, object())], ids=["object", "float", "None", "tuple"])
 def test_key_refuses_an_index_that_may_not_last(index: object) -> None:
     with pytest.raises(TypeError, match=r"parameter .* use an int, a str or a tuple of such"):
-        key_words(0, 1, index)
+        key_words(0, index)
 
 
 def test_halves_put_together_are_the_words() -> None:

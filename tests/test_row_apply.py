@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tritopt import phases
-from tritopt.fused import Group, Launch, Planner, Task
+from tritopt.fused import Planner, Task
+from tritopt.group import Group, Launch
 from tritopt.kernels.formats import MASTER_FP32, PLAIN
 from tritopt.kernels.language import tl, triton  # noqa: F401
 from tritopt.row_phase import ApplyRows

@@ -5,6 +5,7 @@ from tritopt import optim as optim
 from tritopt import optimizers as optimizers
 from tritopt.module import ModuleParameters as ModuleParameters
 from tritopt.module import module_parameters as module_parameters
+from tritopt.optim.clip import clip_grad_norm_ as clip_grad_norm_
 from tritopt.optimizer import Optimizer as Optimizer
 from tritopt.optimizers import DCASGD as DCASGD
 from tritopt.optimizers import FTML as FTML

@@ -18,7 +18,8 @@ import torch
 
 from tritopt import phases
 from tritopt.cost import fresh_state, tensors_of
-from tritopt.fused import Launch, Planner, Task
+from tritopt.fused import Planner, Task
+from tritopt.group import Launch
 from tritopt.kernels.formats import PLAIN, Format, format_of
 from tritopt.kernels.language import INTERPRETED, triton
 from tritopt.optimizer import Optimizer

@@ -21,7 +21,7 @@ from tritopt.kernels.multi_tensor_norm import sum_partials
 from tritopt.row_phase import group_constants
 
 if TYPE_CHECKING:
-    from tritopt.fused import Group, Launch
+    from tritopt.group import Group, Launch
 
 BLOCK_PARTS, BLOCK_LINES = 8, 128
 

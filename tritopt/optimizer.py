@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import torch
 
 from tritopt import registry, validate
-from tritopt.fused import Launch, Planner, Task, compute_dtype, is_low_precision, unavailable
+from tritopt.fused import Planner, Task, compute_dtype, is_low_precision, unavailable
+from tritopt.group import Launch
 from tritopt.kernels.formats import MASTER_FP32, PLAIN
 from tritopt.kernels.preambles import PREAMBLES
 from tritopt.phases import Phase
@@ -480,10 +481,20 @@ class Optimizer:
         return (1.0, value) if on_device else (float(value), None)  # type: ignore[return-value]
 
     def apply_reference(
-        self, task: Task, common: tuple[float, ...], s: tuple[float, ...], device_rescale: torch.Tensor | None
+        self,
+        task: Task,
+        common: tuple[float, ...],
+        s: tuple[float, ...],
+        device_rescale: torch.Tensor | None,
+        fit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda new, old: new,
     ) -> None:
-        """Update one task in PyTorch. `common`: rescale, clip bound, wd; `device_rescale` multiplies the first."""
+        """Update one task in PyTorch. `common`: rescale, clip bound, wd.
+
+        `device_rescale` multiplies the first. NaN skips. `fit` makes a result ready to be copied over the old value.
+        """
         rescale, bound, wd = common
+        if math.isnan(rescale):
+            return
         if device_rescale is not None:
             rescale *= float(device_rescale)
             if not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale):
@@ -494,9 +505,9 @@ class Optimizer:
         g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
         new_weight, new_state = self.reference(w, g, tuple(value.to(dtype) for value in task.state), s)
         for value, new in zip(task.state, new_state, strict=True):
-            value.copy_(new)
+            value.copy_(fit(new, value))
         # Last: a new state may be the old weight itself.
-        task.format.encode(task.weight, new_weight)
+        task.format.encode(task.weight, fit(new_weight, task.weight[0]))
 
     # Pickling.
 

@@ -17,7 +17,7 @@ from tritopt.kernels.multi_tensor_norm import sum_partials
 from tritopt.kernels.preambles import PREAMBLES
 
 if TYPE_CHECKING:
-    from tritopt.fused import Group, Launch
+    from tritopt.group import Group, Launch
 
 TRITON_DTYPES = {
     torch.int64: tl.int64,

@@ -1,9 +1,11 @@
 """Random numbers by counter: Philox4x32-10 (Salmon et al. 2011), the twins of kernels/random.py, equal in every bit.
 
-A number is a function of (seed, step, parameter, element) and of nothing else: not of chunks, launches, the order of
-parameters, memory layout, device or process. The first three are hashed into the key; the counter is the element's
-offset, int64, in its tensor. Normal numbers come from additions, multiplications and a root, each rounded to nearest,
-because no two libraries agree on the last bits of a logarithm.
+A number is a function of (seed, parameter, element, step, stream) and of nothing else: not of chunks, launches, the
+order of parameters, memory layout, device or process. Seed and parameter are hashed into the key, on the host. The
+counter is (low word of the element's offset in its tensor, high word, step, stream): so a step that is counted on the
+device needs no new key. Streams keep apart what draws for the same element in the same step: 0 is an optimizer's own.
+Normal numbers come from additions, multiplications and a root, each rounded to nearest, because no two libraries agree
+on the last bits of a logarithm.
 """
 
 from __future__ import annotations
@@ -21,19 +23,21 @@ Key: TypeAlias = tuple[float, float, float, float]
 """Four 16-bit numbers, lowest first, which every compute dtype holds exactly: it can stand among scalars."""
 Words: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """int64 in [0, 2^32)."""
+STEPS = 2**24
+"""As many steps stand exactly among scalars, as fp32; then they begin anew, and the numbers with them."""
 _WORD = 2**32 - 1
 
 
-def key_words(seed: int, count: int, index: Hashable) -> tuple[int, int]:
-    """The two 32-bit words, low one first, of the key for one step (`count`) of one parameter.
+def key_words(seed: int, index: Hashable) -> tuple[int, int]:
+    """The two 32-bit words, low one first, of the key for one parameter.
 
-    >>> [hex(word) for word in key_words(0, 1, "weight")]
-    ['0xcb004d66', '0x1bbb9fe']
+    >>> [hex(word) for word in key_words(0, "weight")]
+    ['0xc0ac88e1', '0xf14daa9d']
 
     Raises:
         TypeError: an index that may look different in the next process.
     """
-    text = ascii((int(seed), int(count), _canonical(index)))
+    text = ascii((int(seed), _canonical(index)))
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"tritopt").digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -58,11 +62,11 @@ def halves(words: tuple[int, int]) -> Key:
     return float(low & 0xFFFF), float(low >> 16), float(high & 0xFFFF), float(high >> 16)
 
 
-def philox(key: Key, offsets: torch.Tensor) -> Words:
-    """Four words for each offset: the counters are (low word of the offset, high word, 0, 0)."""
+def philox(key: Key, offsets: torch.Tensor, step: float, stream: int) -> Words:
+    """Four words for each offset. step: an integer in [0, STEPS). stream: a word."""
     first, second, third, fourth = map(int, key)
     zero = torch.zeros_like(offsets)
-    counter = (offsets & _WORD, (offsets >> 32) & _WORD, zero, zero)
+    counter = (offsets & _WORD, (offsets >> 32) & _WORD, zero + int(step), zero + stream)
     return philox4x32((first | second << 16, third | fourth << 16), counter)
 
 
@@ -88,12 +92,12 @@ def _product(factor: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-def normal(key: Key, offsets: torch.Tensor) -> torch.Tensor:
+def normal(key: Key, offsets: torch.Tensor, step: float, stream: int) -> torch.Tensor:
     """A standard normal fp32 number for each offset: Box and Muller, from two of Philox's four words.
 
     The radius has 32 random bits, so that no number is beyond 6.7; the angle is one of a quarter turn, and a sign.
     """
-    first, second, _, _ = philox(key, offsets)
+    first, second, _, _ = philox(key, offsets, step, stream)
     size = sqrt(_minus_two_log(first)) * _sine((second >> 1).float() * 2.0**-31)
     return torch.where((second & 1) == 0, size, -size)
 

@@ -14,7 +14,7 @@ from tritopt.kernels.preambles import PREAMBLES
 from tritopt.kernels.row_apply import row_apply
 
 if TYPE_CHECKING:
-    from tritopt.fused import Group, Launch
+    from tritopt.group import Group, Launch
 
 
 class ApplyRows(NamedTuple):

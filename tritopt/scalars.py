@@ -15,12 +15,21 @@ def sqrt(x: Any) -> Any:
 
 def where(condition: Any, x: Any, y: Any) -> Any:
     """x where the condition holds, otherwise y."""
-    return torch.where(condition, x, y) if isinstance(condition, torch.Tensor) else (x if condition else y)
+    if not isinstance(condition, torch.Tensor):
+        return x if condition else y
+    if not isinstance(x, torch.Tensor) and not isinstance(y, torch.Tensor):
+        x = torch.full_like(condition, x, dtype=torch.float64)  # of two numbers torch makes fp32
+    return torch.where(condition, x, y)
 
 
 def minimum(x: Any, y: Any) -> Any:
     """The smaller."""
     return where(x < y, x, y)
+
+
+def divide(x: Any, y: Any) -> Any:
+    """x / y, infinity for y = 0; x > 0."""
+    return x / y if isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor) or y else math.inf
 
 
 def reciprocal(x: Any) -> Any:

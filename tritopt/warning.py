@@ -6,12 +6,15 @@ import os
 import sys
 import warnings
 
-_PACKAGE = os.path.join(os.path.dirname(__file__), "")
+import torch
+
+# torch wraps what it does not compile, and the steps of its optimizers.
+_NOT_THE_USERS = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """`warnings.warn`, reported for the nearest caller outside this package."""
+    """`warnings.warn`, reported for the nearest caller outside this package and torch."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

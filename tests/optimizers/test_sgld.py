@@ -47,16 +47,26 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
             "half a key": "(s.key_0, s.key_1, s.key_0, s.key_1)",
         },
     ),
-    ("sgld.py", "offsets).to", {"the same noise in every block": "offsets % 32).to"}),
+    (
+        "sgld.py",
+        "offsets, s.step, 0",
+        {"the same noise in every block": "offsets % 32, s.step, 0", "at every step": "offsets, s.step * 0, 0"},
+    ),
     ("random.py", "tl.where((words[1] & 1) == 0, size, -size)", {"noise is never negative": "size"}),
     ("random.py", "sqrt(_minus_two_log(words[0]))", {"radius not rooted": "_minus_two_log(words[0])"}),
     ("random.py", "words[1] >> 1", {"one word for both": "words[0] >> 1"}),
+    (
+        "random.py",
+        "return tl.philox(seed, low, (offsets >> 32)",
+        {"offset's words": "return tl.philox(seed, low, (offsets)"},
+    ),
+    ("random.py", "third, fourth)", {"step and stream change places": "fourth, third)"}),
 ]
 
 
 def noise_of(count: int, index: Any, shape: Sequence[int], seed: int = SEED) -> torch.Tensor:
     """Standard normal; tests/test_random.py says that it is."""
-    return normal(halves(key_words(seed, count, index)), torch.arange(math.prod(shape))).view(*shape)
+    return normal(halves(key_words(seed, index)), torch.arange(math.prod(shape)), count, 0).view(*shape)
 
 
 def test_formula() -> None:
@@ -74,7 +84,7 @@ def test_by_hand() -> None:
     radius = math.sqrt(-2 * math.log(0x6627E8D5 / 2**32))
     expected = -radius * math.sin(math.pi / 2 * (0xE169C58D >> 1) / 2**31)
     weight, opt = torch.tensor([1.0]), tritopt.create("sgld", learning_rate=0.25)
-    vars(opt)["scalars_of"] = lambda *item: SGLDScalars(0.125, 0.5, 0.0, 0.0, 0.0, 0.0)
+    vars(opt)["scalars_of"] = lambda *item: SGLDScalars(0.125, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
     opt.update([0], [weight], [torch.tensor([0.5])], [None])
     assert weight.item() == pytest.approx(1 - 0.125 * 0.5 + 0.5 * expected, rel=1e-6)
 
@@ -156,6 +166,15 @@ def test_training_continues_with_the_same_noise() -> None:
     expected = drawn(opt, (9,))
     for other in others:
         assert torch.equal(drawn(other, (9,))[0], expected[0])
+
+
+def test_steps_stay_exact_in_fp32() -> None:
+    """Beyond 2^24 they begin anew, rather than being the same twice."""
+    opt = tritopt.create("sgld")
+    assert [opt.scalars(0.1, 0.0, count).step for count in (1, 2**24 - 1, 2**24, 2**24 + 3)] == [1, 2**24 - 1, 0, 3]
+    expected = drawn(tritopt.create("sgld", use_fused_step=False, begin_num_update=2**24 - 2), (9,))
+    assert torch.equal(drawn(tritopt.create("sgld", begin_num_update=2**24 - 2), (9,))[0], expected[0])
+    assert not torch.equal(drawn(tritopt.create("sgld", begin_num_update=2**24 - 3), (9,))[0], expected[0])
 
 
 def test_noise_is_not_clipped_nor_rescaled() -> None:

@@ -9,9 +9,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tritopt.optim.distributed import placements_for
+from tritopt.optim.distributed import laid_out
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
             "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
         )
     merged = [_merged(group, saved, opt.defaults) for group, saved in zip(groups, saved_groups, strict=True)]
+    for group in merged:
+        opt.rule_of(group)  # raises where hyperparameters are out of range
     saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     owners = ((param, group) for group in merged for param in group["params"])
     owner_of = dict(zip(saved_ids, owners, strict=True))
@@ -52,6 +53,8 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
             continue
         param, group = owner_of[key]
         expected = opt.expected_states(param, group)
+        for name in ("step", *opt.rule.scalar_states):
+            _check_number(key, name, values.get(name, 0.0))
         loaded = {name: _loaded(key, name, value, param, expected) for name, value in values.items()}
         state[param] = {name: value for name, value in loaded.items() if value is not None}
         if MASTER in expected and state[param] and MASTER not in state[param]:
@@ -78,17 +81,28 @@ def _merged(group: dict[str, Any], saved: dict[str, Any], defaults: Mapping[str,
 
 
 def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapping[str, Expected]) -> Any:
-    if not isinstance(value, torch.Tensor) or name not in expected:
+    if value is None or name not in expected:
         return value
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        found = value.dtype if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"loaded state dict: {name} of parameter {key!r} is {found}, and must be a tensor of real numbers"
+        )
     shape, dtype = expected[name]
     if tuple(value.shape) != shape:
         raise ValueError(
             f"loaded state dict: {name} of parameter {key!r} has shape {tuple(value.shape)}, but a parameter of "
             f"shape {tuple(param.shape)} needs {shape}; load the checkpoint of this very model"
         )
-    if value.is_floating_point() and torch.finfo(value.dtype).bits > torch.finfo(dtype).bits and dtype.itemsize < 4:
+    if value.dtype.itemsize > dtype.itemsize and dtype.itemsize < 4:
         dtype = torch.float32 if value.dtype == torch.float64 else value.dtype
-    value = value.to(device=param.device, dtype=dtype)
-    if isinstance(param, DTensor) and not isinstance(value, DTensor):
-        return distribute_tensor(value, param.device_mesh, placements_for(param, shape))
-    return value
+    return laid_out(param, value.to(device=param.device, dtype=dtype))
+
+
+def _check_number(key: Any, name: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise ValueError(
+            f"loaded state dict: {name} of parameter {key!r} has shape {tuple(value.shape)}, and must be one number"
+        )
+    if not isinstance(value, torch.Tensor | int | float):
+        raise ValueError(f"loaded state dict: {name} of parameter {key!r} is {value!r}, and must be a number")

@@ -2,27 +2,117 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Sequence
+import threading
+from collections.abc import Hashable, Iterable, Sequence
+from types import GeneratorType
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from tritopt import validate
 from tritopt.exact import norm
-from tritopt.fused import Planner, compute_dtype, unavailable
-from tritopt.optim.distributed import ShardSums, aligned, local
+from tritopt.fused import Planner, Task, compute_dtype, unavailable
+from tritopt.group import Launch, Rows
+from tritopt.kernels.formats import PLAIN
+from tritopt.kernels.scale import scale_update
+from tritopt.optim.distributed import ShardSums, aligned, local, whole
+from tritopt.phases import Apply
+from tritopt.warning import warn
 
 EPSILON = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 
+class Factor(NamedTuple):
+    """What the scaling reads besides tensors."""
+
+    factor: float
+
+
+class _Plans(threading.local):
+    """A planner for each thread: what it uploads belongs to the step that is under way."""
+
+    def __init__(self) -> None:
+        self.planner = Planner()
+
+
+_plans = _Plans()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor:
+    """`torch.nn.utils.clip_grad_norm_`: scale gradients in place so that their global norm is at most max_norm.
+
+        grad *= min(1, max_norm / (norm + 1e-6))
+
+    Reads the gradients once, and writes them, in one launch for all of a dtype, only if they are too long; nothing
+    waits for the device. Squares are added up in fp64, in an order that is always the same. Another `norm_type` than 2,
+    and complex gradients, are handed to torch. `foreach` is accepted and means nothing otherwise.
+
+    An optimizer's `max_grad_norm` does the same without writing gradients at all.
+
+    Args:
+        parameters: one or several; those without a gradient do not count. One that is listed twice counts once.
+        max_norm: at least 0. Infinity measures only.
+        norm_type: the p of the norm, "inf" too.
+        error_if_nonfinite: raise if the norm is NaN or infinite, which waits for the device. Otherwise such a norm
+            makes gradients NaN or 0, as torch's does.
+        foreach: torch's.
+
+    Returns:
+        The norm before the clip, [] on the first gradient's device: fp64 if there is an fp64 gradient, otherwise fp32,
+        also for fp16 and bf16 gradients. Of DTensors it is the norm of the whole, a plain tensor, the same in each
+        process.
+
+    Raises:
+        ValueError: max_norm < 0 or NaN; gradients that share memory. RuntimeError: a norm that is not finite, if
+        wanted. Gradients are then as they were.
+    """
+    is_generator = isinstance(parameters, GeneratorType)
+    params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    if is_generator and not params:
+        warn("`parameters` is an empty generator, no gradient clipping will occur.")
+    max_norm, norm_type = validate.nonnegative_count("max_norm", float(max_norm)), float(norm_type)
+    grad_of = {id(param.grad): (param, param.grad) for param in params if param.grad is not None}
+    if norm_type != 2 or any(grad.dtype not in validate.WEIGHT_DTYPES for _, grad in grad_of.values()):
+        return whole(torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, foreach))
+    if not grad_of:
+        return torch.tensor(0.0)
+    params, grads = (list(column) for column in zip(*grad_of.values(), strict=True))
+    parts = [_stored(local(grad)) for grad in grads]
+    validate.no_aliases([f"gradient of parameter {i}" for i in range(len(parts))], parts)
+    planner, key = _plans.planner, id(params[0])
+    total = global_norm(planner, key, params, grads)
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    _scale(planner, key, parts, _factor(total, max_norm))
+    return total.to(max((compute_dtype(part) for part in parts), key=lambda dtype: dtype.itemsize))
+
+
 def global_norm(
-    planner: Planner, key: Hashable, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
+    planner: Planner,
+    key: Hashable,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    reduce: ShardSums | None = None,
 ) -> torch.Tensor:
     """Euclidean norm of all gradients together, fp64 [], over all processes that share the parameters.
 
-    Fused where it can be. Bit-identical from run to run.
+    Fused where it can be. Bit-identical from run to run. `reduce`: that of these parameters, if it is at hand.
     """
     parts = [_dense(local(aligned(grad, param)).detach()) for grad, param in zip(grads, params, strict=True)]
-    reduce = ShardSums(params)
+    reduce = ShardSums(params) if reduce is None else reduce
     if all(unavailable(part) is None for part in parts):
         return planner.squares(key, parts, reduce if reduce else None).sum().sqrt()
     squares = torch.stack([norm(part.to(compute_dtype(part))).square().to(parts[0].device) for part in parts])
@@ -33,10 +123,36 @@ def global_norm(
 
 def clip_factor(total: torch.Tensor, max_norm: float) -> torch.Tensor:
     """What brings gradients of this norm to at most `max_norm`, fp64 []; NaN where the norm is not finite."""
-    factor = (max_norm / (total + EPSILON)).clamp(max=1.0)
-    return torch.where(total.isfinite(), factor, math.nan)
+    return torch.where(total.isfinite(), _factor(total, max_norm), torch.nan)
+
+
+def _factor(total: torch.Tensor, max_norm: float) -> torch.Tensor:
+    return (max_norm / (total + EPSILON)).clamp(max=1.0)
+
+
+def _scale(planner: Planner, key: Hashable, parts: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply all in place; a factor of 1 writes nothing."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for part in parts:
+        by_device.setdefault(part.device, []).append(part)
+    for device, some in by_device.items():
+        here = factor.to(device)
+        if unavailable(some[0]) is not None:
+            for part in some:
+                part.copy_(part.to(compute_dtype(part)) * here.to(compute_dtype(part)))
+            continue
+        # The row's first three numbers are of preambles, and where no gradient is read there is none.
+        row = Rows(here.expand(1, 3 + len(Factor._fields)), np.zeros(len(some), dtype=np.int64))
+        phase = Apply(scale_update, reads_grad=False)
+        tasks = [Task((part,), PLAIN, part, ()) for part in some]
+        planner.apply(("scale", key, device), tasks, row, Launch((phase,), Factor, "raw", noop=here == 1))
 
 
 def _dense(grad: torch.Tensor) -> torch.Tensor:
     """The values of a sparse gradient, each element once."""
     return grad if grad.layout == torch.strided else grad.coalesce().values()
+
+
+def _stored(grad: torch.Tensor) -> torch.Tensor:
+    """What of a gradient is in memory: scaling it scales the gradient, duplicates of a sparse one included."""
+    return grad.detach() if grad.layout == torch.strided else grad.detach()._values()

@@ -9,9 +9,10 @@ import torch
 
 from tritopt import validate
 from tritopt.fused import unavailable
-from tritopt.optim.distributed import is_sharded, local
+from tritopt.optim.distributed import aligned, has_whole_rows, is_sharded, local
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.phases import Apply
+from tritopt.row_phase import ApplyRows
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -36,12 +37,25 @@ class Member(NamedTuple):
         """Whether sums over a sharded tensor are left to DTensor's operations, because no launch completes them."""
         if not is_sharded(self.param) or not any(phase.sums_elements for phase in self.rule.phases):
             return False
+        if all(isinstance(phase, ApplyRows) for phase in self.rule.phases) and has_whole_rows(self.param):
+            return False
         has_kernel = all(isinstance(phase, Apply) for phase in self.rule.phases)
         return not (has_kernel and self.group["fused"] is not False and unavailable(local(self.param)) is None)
 
     def part(self, tensor: torch.Tensor) -> torch.Tensor:
         """What of the parameter, its gradient or a state takes part in the step here."""
         return tensor if self.needs_whole else local(tensor)
+
+
+class Bucket(NamedTuple):
+    """What one launch updates, or the reference."""
+
+    key: Hashable
+    runs: list[list[Member]]
+    """Its members, those of one param_group together."""
+    places: list[int]
+    """Of its members among all."""
+    is_fused: bool
 
 
 def members_of(opt: Optimizer) -> list[Member]:
@@ -51,7 +65,8 @@ def members_of(opt: Optimizer) -> list[Member]:
         rule, names = opt.rule_of(group), group.get("param_names")
         for i, param in enumerate(group["params"]):
             if param.grad is not None:
-                members.append(Member(position, names[i] if names else position, param, param.grad, group, rule))
+                grad = aligned(param.grad, param)
+                members.append(Member(position, names[i] if names else position, param, grad, group, rule))
             position += 1
     return members
 

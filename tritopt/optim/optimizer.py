@@ -181,6 +181,17 @@ class Optimizer(torch.optim.Optimizer):
         }
         return {**found, MASTER: Expected(tuple(param.shape), dtype)} if has_master else found
 
+    def states_of(self, rule: Rule, param: torch.Tensor, state: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """A parameter's states, in the rule's order."""
+        return tuple(state[name] for name in self.names_of_states(rule, param))
+
+    def sparse_error_of(self, group: dict[str, Any]) -> str | None:
+        """`sparse_error`, where it depends on the group."""
+        return self.sparse_error
+
+    def before_new_states(self, state: dict[str, Any]) -> None:
+        """A parameter that has this state is about to get tensors that it lacks."""
+
     def complete_loaded_state(self, state: dict[str, Any]) -> None:
         """Add what a checkpoint of torch's class does not hold."""
 

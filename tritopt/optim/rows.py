@@ -1,37 +1,40 @@
-"""The scalars of a launch: a row for each parameter, formed on the host or on the device."""
+"""The scalars of a launch, formed on the host or on the device."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from tritopt import validate
-from tritopt.fused import DeviceRows
+from tritopt.group import Array, Rows
 from tritopt.optim.distributed import key_of_shard, local
-from tritopt.optim.members import Member, Number, same_group
+from tritopt.optim.members import Member, Number
 from tritopt.optim.scalar_states import ScalarStates
 
+Runs: TypeAlias = Sequence[Sequence[Member]]
+"""Members, those of one param_group together (`members.same_group`)."""
 
-def host_rows(
-    members: Sequence[Member], rates: Mapping[int, Number], numbers: ScalarStates
-) -> tuple[type, list[tuple[float, ...]]]:
-    """The type of the rule's scalars, and for each member its row: rescale, clip bound, wd, scalars."""
+
+def host_rows(runs: Runs, rates: Mapping[int, Number], numbers: ScalarStates) -> tuple[type, Rows]:
+    """The type of the rule's scalars, and the members' rows: one for all that share hyperparameters and numbers."""
     scalars: Any = None
-    rows: list[tuple[float, ...]] = []
-    for some in same_group(members, members[0].rule.is_per_parameter):
-        found: dict[tuple[float, ...], tuple[float, ...]] = {}
-        for number in zip(*(vector.tolist() for vector in _numbers(some, numbers)), strict=True):
-            if number not in found:
-                scalars = some[0].rule.scalars_at(
-                    _name(some), _rate(some, rates), _wd(some), int(number[0]), *number[1:]
-                )
-                found[number] = (*_common(some), *scalars)
-            rows.append(found[number])
-    return type(scalars), rows
+    index: dict[tuple[float, ...], int] = {}
+    row_of = np.empty(sum(map(len, runs)), dtype=np.int64)
+    start = 0
+    for some in runs:
+        common, name, lr, rule = _common(some), _name(some), rates[id(some[0].group)], some[0].rule
+        different, which = _distinct(np.stack([vector.numpy() for vector in _numbers(some, numbers)], axis=1))
+        rows = np.empty(len(different), dtype=np.int64)
+        for i, (count, *others) in enumerate(different.tolist()):
+            scalars = rule.scalars_at(name, lr, common[2], int(count), *others)
+            rows[i] = index.setdefault((*common, *scalars), len(index))
+        row_of[start : start + len(some)] = rows[which]
+        start += len(some)
+    return type(scalars), Rows(np.array(list(index), dtype=np.float64), row_of)
 
 
 class RowTable:
@@ -41,20 +44,19 @@ class RowTable:
         self._constants = np.empty(0)
         self._values = torch.empty(0)
 
-    def rows(
-        self, members: Sequence[Member], rates: Mapping[int, Number], numbers: ScalarStates
-    ) -> tuple[type, DeviceRows]:
+    def rows(self, runs: Runs, rates: Mapping[int, Number], numbers: ScalarStates) -> tuple[type, Rows]:
         """A rule's scalars are tensors, fp64 [members of a group] or [], where they depend on step or learning rate."""
         scalars: Any = None
         blocks: list[tuple[Number, ...]] = []
         sizes = []
-        for some in same_group(members, members[0].rule.is_per_parameter):
-            scalars = some[0].rule.scalars_at(_name(some), _rate(some, rates), _wd(some), *_numbers(some, numbers))
-            blocks.append((*_common(some), *scalars))
+        for some in runs:
+            common, lr = _common(some), rates[id(some[0].group)]
+            scalars = some[0].rule.scalars_at(_name(some), lr, common[2], *_numbers(some, numbers))
+            blocks.append((_unless_zero_lr(common[0], some[0], lr), *common[1:], *scalars))
             sizes.append(len(some))
-        return type(scalars), self._fill(blocks, sizes, local(members[0].param).device)
+        return type(scalars), self._fill(blocks, sizes, local(runs[0][0].param).device)
 
-    def _fill(self, blocks: Sequence[Sequence[Number]], sizes: Sequence[int], device: torch.device) -> DeviceRows:
+    def _fill(self, blocks: Sequence[Sequence[Number]], sizes: Sequence[int], device: torch.device) -> Rows:
         constants = np.array([[0.0 if isinstance(x, torch.Tensor) else x for x in row] for row in blocks])
         constants = np.repeat(constants, sizes, axis=0)
         if self._values.device != device or not np.array_equal(constants, self._constants):
@@ -65,7 +67,14 @@ class RowTable:
                 if isinstance(x, torch.Tensor):
                     self._values[start : start + n, column] = x
             start += n
-        return DeviceRows(self._values, range(start))
+        return Rows(self._values, np.arange(start))
+
+
+def _distinct(numbers: Array) -> tuple[Array, Array]:
+    """The different rows of [members, numbers], and which of them each member has."""
+    if (numbers == numbers[0]).all():
+        return numbers[:1], np.zeros(len(numbers), dtype=np.int64)
+    return np.unique(numbers, axis=0, return_inverse=True)
 
 
 def _numbers(some: Sequence[Member], numbers: ScalarStates) -> list[torch.Tensor]:
@@ -74,17 +83,17 @@ def _numbers(some: Sequence[Member], numbers: ScalarStates) -> list[torch.Tensor
 
 
 def _common(some: Sequence[Member]) -> tuple[float, float, float]:
+    """Rescale, clip bound, decay."""
     group = some[0].group
     bound = validate.bound_or(group["clip_value"], math.inf) if some[0].rule.clips else math.inf
-    return -1.0 if group.get("maximize") else 1.0, bound, _wd(some)
+    return -1.0 if group.get("maximize") else 1.0, bound, float(group.get("weight_decay", 0.0))
 
 
-def _wd(some: Sequence[Member]) -> float:
-    return float(some[0].group.get("weight_decay", 0.0))
-
-
-def _rate(some: Sequence[Member], rates: Mapping[int, Number]) -> Number:
-    return rates[id(some[0].group)]
+def _unless_zero_lr(rescale: float, member: Member, lr: Number) -> Number:
+    """NaN, which skips, where a learning rate on the device is 0 and the rule leaves the parameter alone then."""
+    if not (member.rule.skips_zero_lr and isinstance(lr, torch.Tensor)):
+        return rescale
+    return torch.where(lr == 0, math.nan, rescale)
 
 
 def _name(some: Sequence[Member]) -> Any:

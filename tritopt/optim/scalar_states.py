@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,14 +26,15 @@ class ScalarStates:
         self.device = CPU
         self._vectors: dict[str, torch.Tensor] = {}
         self._views: list[dict[str, torch.Tensor]] = []
+        self._taken: set[int] = set()
         self._places: dict[tuple[int, ...], torch.Tensor | slice] = {}
 
     def bind(self, states: Sequence[dict[str, Any]], device: torch.device) -> None:
         """Make the numbers of all states (empty ones have none yet) views of vectors on `device`."""
         is_bound = len(self._views) == len(states) and self.device == device
         if is_bound and all(
-            not state or all(state.get(name) is view for name, view in views.items())
-            for state, views in zip(states, self._views, strict=True)
+            all(state.get(name) is view for name, view in views.items()) if state else position not in self._taken
+            for position, (state, views) in enumerate(zip(states, self._views, strict=True))
         ):
             return
         self.device = device
@@ -41,12 +43,13 @@ class ScalarStates:
             values = [torch.as_tensor(state.get(name, initial)).detach().reshape(()) for state in states]
             self._vectors[name] = torch.stack([value.to(device, torch.float32) for value in values])
         self._views = [{name: vector[i] for name, vector in self._vectors.items()} for i in range(len(states))]
-        for state, views in zip(states, self._views, strict=True):
-            if state:
-                state.update(views)
+        self._taken = {position for position, state in enumerate(states) if state}
+        for position in self._taken:
+            states[position].update(self._views[position])
 
     def views(self, position: int) -> dict[str, torch.Tensor]:
         """The numbers of a parameter that gets its first gradient."""
+        self._taken.add(position)
         return self._views[position]
 
     def get(self, name: str, positions: Sequence[int]) -> torch.Tensor:
@@ -61,6 +64,17 @@ class ScalarStates:
             vector[at] += increment
         else:
             vector.index_add_(0, at, torch.ones(len(positions), device=self.device) * increment)
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Put all numbers back if the body raises."""
+        before = {name: vector.clone() for name, vector in self._vectors.items()}
+        try:
+            yield
+        except BaseException:
+            for name, vector in before.items():
+                self._vectors[name].copy_(vector)
+            raise
 
     def multiply(self, name: str, positions: Sequence[int], factors: torch.Tensor, skip: torch.Tensor | None) -> None:
         """Multiply these parameters' numbers by factors, fp64 [positions], in fp32."""

@@ -12,7 +12,7 @@ from tritopt.fused import Planner, Task
 from tritopt.kernels.formats import MASTER_FP32, PLAIN
 from tritopt.optim import distributed
 from tritopt.optim.checkpoint import MASTER
-from tritopt.optim.distributed import local
+from tritopt.optim.distributed import local, version
 from tritopt.optim.members import Member
 from tritopt.optim.scalar_states import ScalarStates
 
@@ -31,15 +31,20 @@ def create_missing(
         state = opt.state.get(param, {})
         if "step" in state and all(name in state for name in expected):
             continue
+        opt.before_new_states(state)
         made = {**state, **numbers.views(member.position)}
         weight = local(param).detach()
         if MASTER in expected and MASTER not in made:
             made[MASTER] = distributed.like(param, weight.to(torch.float32, copy=True), expected[MASTER].shape)
-        inner = member.rule.create_state(member.name, local(made[MASTER]) if MASTER in expected else weight)
+        inner = member.rule.create_state(member.name, member.part(made.get(MASTER, param)).detach())
         values = [value for value in (inner if isinstance(inner, tuple) else (inner,)) if value is not None]
         for name, value in zip(opt.names_of_states(member.rule, param), values, strict=True):
-            if name not in made:
-                made[name] = distributed.like(param, value, expected[name].shape)
+            if name in expected and name not in made:
+                made[name] = (
+                    distributed.laid_out(param, value)
+                    if member.needs_whole
+                    else distributed.like(param, value, expected[name].shape)
+                )
         if not state:
             new.append(param)
         opt.state[param] = made
@@ -48,14 +53,15 @@ def create_missing(
 def task_of(opt: Optimizer, member: Member) -> Task:
     """The parameter's tensors, checked: their local parts, unless the reference must see them whole."""
     param, rule, state, part = member.param, member.rule, opt.state[member.param], member.part
-    grad = distributed.aligned(member.grad, param)
+    grad = member.grad
     if grad.layout != torch.strided:
-        if opt.sparse_error is not None:
-            raise RuntimeError(opt.sparse_error)
+        error = opt.sparse_error_of(member.group)
+        if error is not None:
+            raise RuntimeError(error)
         grad = grad.to_dense()
     weight = part(param) if member.group.get("differentiable") else part(param).detach()
     planes = (weight, part(state[MASTER])) if MASTER in state else (weight,)
-    values = tuple(part(state[name]) for name in opt.names_of_states(rule, param))
+    values = tuple(map(part, opt.states_of(rule, param, state)))
     validate.weight_and_grad(member.name, weight, part(grad))
     for value in planes[1:]:
         validate.state_tensor(member.name, value, weight, weight.shape)
@@ -74,14 +80,14 @@ class MasterVersions:
     """Notices weights that someone else has written to since the last step, and takes their masters along."""
 
     def __init__(self) -> None:
-        self._versions: dict[int, int] = {}
+        self._versions: dict[int, tuple[int, ...]] = {}
 
     def refresh(self, opt: Optimizer, members: Sequence[Member]) -> None:
         """Elements that no longer are the rounded master become the master."""
         for member in members:
             master = opt.state[member.param].get(MASTER)
             weight = local(member.param).detach()
-            if master is not None and self._versions.get(member.position, weight._version) != weight._version:
+            if master is not None and self._versions.get(member.position) != version(member.param):
                 kept = local(master)
                 kept.copy_(torch.where(kept.to(weight.dtype) == weight, kept, weight.to(kept.dtype)))
 
@@ -89,4 +95,4 @@ class MasterVersions:
         """After a step."""
         for member in members:
             if MASTER in opt.state[member.param]:
-                self._versions[member.position] = local(member.param)._version
+                self._versions[member.position] = version(member.param)

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tritopt.fused import DeviceRows, Launch, Planner, Task, unavailable
+from tritopt.fused import Planner
+from tritopt.group import Launch, Rows
 from tritopt.optim import distributed
-from tritopt.optim.clip import clip_factor, global_norm
+from tritopt.optim.clip import clip_factor
+from tritopt.optim.cold import ColdStep, runs_fused
 from tritopt.optim.distributed import ShardSums, local
-from tritopt.optim.members import Member, lives_on_device, members_of, rate, same_group
+from tritopt.optim.members import Bucket, Member, Number, lives_on_device, members_of, rate, same_group
 from tritopt.optim.rows import RowTable, host_rows
 from tritopt.optim.scalar_states import CPU, ScalarStates
 from tritopt.optim.states import MasterVersions, check_aliases, create_missing, task_of
-from tritopt.warning import warn
+from tritopt.optim.warm import WarmStep
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -34,60 +36,70 @@ class Stepper:
         self._tables: dict[Hashable, RowTable] = {}
         self._reductions: dict[Hashable, ShardSums] = {}
         self._versions = MasterVersions()
+        self._warm: WarmStep | None = None
 
     def update(self, opt: Optimizer) -> None:
         """Update every parameter that has a gradient. Checks all before it writes anything."""
-        members = members_of(opt)
-        if not members:
-            return
         found_inf, grad_scale = (_scalar(getattr(opt, name, None)) for name in ("found_inf", "grad_scale"))
         on_device = (
             found_inf is not None
             or self._numbers.device != CPU
             or any(group["capturable"] or lives_on_device(group["lr"]) for group in opt.param_groups)
         )
-        device = local(members[0].param).device if on_device else CPU
+        rates = {id(group): rate(group) for group in opt.param_groups}
+        warm, self._warm = self._warm, None  # what follows a failure starts cold
         new: list[torch.Tensor] = []
         try:
-            create_missing(opt, members, self._numbers, device, new)
-            tasks = [task_of(opt, member) for member in members]
-            fused = [_runs_fused(opt, member) for member in members]
-            check_aliases(self._planner, members, tasks)
-            rates = {id(member.group): rate(member.group) for member in members}
+            step = self._step(opt, warm, rates, on_device, new)
+            if step is None:
+                return
+            rescale = self._gradient_scale(opt, step, grad_scale)
+            skip = _skip(found_inf, rescale, self._numbers.device) if on_device else None
+            with self._numbers.restored_on_error():
+                self._advance(step.members, skip)
+                rows = [self._rows(bucket, rates, on_device) for bucket in step.buckets]
         except Exception:
             for param in new:
                 del opt.state[param]
             raise
+        for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
+            step.launch(bucket, values, self._launch_of(bucket, scalars, rescale, found_inf))
+        step.finish()
+        self._warm = step.next(opt)
+        if isinstance(step, ColdStep):
+            self._versions.remember(opt, step.members)
+
+    def _step(
+        self,
+        opt: Optimizer,
+        warm: WarmStep | None,
+        rates: Mapping[int, Number],
+        on_device: bool,
+        new: list[torch.Tensor],
+    ) -> ColdStep | WarmStep | None:
+        """What is to be done, checked. `new` gets the parameters whose state was created."""
+        if warm is not None and self._numbers.device == (warm.device if on_device else CPU) and warm.holds(opt, rates):
+            return warm
+        members = members_of(opt)
+        if not members:
+            return None
+        device = local(members[0].param).device if on_device else CPU
+        create_missing(opt, members, self._numbers, device, new)
+        tasks = [task_of(opt, member) for member in members]
+        fused = [runs_fused(opt, member) for member in members]
+        check_aliases(self._planner, members, tasks)
         self._versions.refresh(opt, members)
-        rescale = self._gradient_scale(opt, members, grad_scale)
-        skip = _skip(found_inf, rescale, device) if on_device else None
-        self._advance(members, skip)
-        for key, chosen in _buckets(members, tasks, fused).items():
-            some, their_tasks = [members[i] for i in chosen], [tasks[i] for i in chosen]
-            rows: list[tuple[float, ...]] | DeviceRows
-            if on_device:
-                scalars, rows = self._tables.setdefault(key, RowTable()).rows(some, rates, self._numbers)
-            else:
-                scalars, rows = host_rows(some, rates, self._numbers)
-            if fused[chosen[0]]:
-                launch = Launch(some[0].rule.phases, scalars, some[0].rule.preamble, rescale, found_inf)
-                self._launch(key, some, their_tasks, rows, launch)
-            elif found_inf is None or not found_inf.item():
-                numbers = rows.values.tolist() if isinstance(rows, DeviceRows) else rows
-                for member, task, row in zip(some, their_tasks, numbers, strict=True):
-                    member.rule.apply_reference(task, row[:3], scalars(*row[3:]), rescale)
-        self._versions.remember(opt, members)
+        return ColdStep(self._planner, members, tasks, rates, fused)
 
     def _gradient_scale(
-        self, opt: Optimizer, members: Sequence[Member], grad_scale: torch.Tensor | None
+        self, opt: Optimizer, step: ColdStep | WarmStep, grad_scale: torch.Tensor | None
     ) -> torch.Tensor | None:
         """What gradients are multiplied by, fp64 [] on the device: loss scale and clip. NaN: skip."""
         opt.grad_norm = None
         inverse = None if grad_scale is None else 1.0 / grad_scale.double()
         if opt.max_grad_norm is None:
             return inverse
-        key = tuple(member.position for member in members)
-        norm = global_norm(self._planner, key, [m.param for m in members], [m.grad for m in members])
+        norm = step.norm(self._shard_sums("norm", step.members))
         norm = norm if inverse is None else norm * inverse.to(norm.device)
         opt.grad_norm = norm.float()
         factor = clip_factor(norm, opt.max_grad_norm)
@@ -101,49 +113,33 @@ class Stepper:
                 factors = some[0].rule.factors(name, self._numbers.get("step", positions))
                 self._numbers.multiply(name, positions, factors, skip)
 
-    def _launch(
-        self,
-        key: Hashable,
-        members: Sequence[Member],
-        tasks: Sequence[Task],
-        rows: list[tuple[float, ...]] | DeviceRows,
-        launch: Launch,
-    ) -> None:
-        device = tasks[0].weight[0].device
-        launch.rescale = None if launch.rescale is None else launch.rescale.to(device)
-        launch.noop = None if launch.noop is None else launch.noop.to(device)
-        key = (key, tuple(member.position for member in members))
+    def _rows(self, bucket: Bucket, rates: Mapping[int, Number], on_device: bool) -> tuple[type, Rows]:
+        if on_device:
+            return self._tables.setdefault(bucket.key, RowTable()).rows(bucket.runs, rates, self._numbers)
+        return host_rows(bucket.runs, rates, self._numbers)
+
+    def _launch_of(
+        self, bucket: Bucket, scalars: type, rescale: torch.Tensor | None, found_inf: torch.Tensor | None
+    ) -> Launch:
+        members = [member for some in bucket.runs for member in some]
+        rule, device = members[0].rule, local(members[0].param).device
+        launch = Launch(
+            rule.phases,
+            scalars,
+            rule.preamble,
+            None if rescale is None else rescale.to(device),
+            None if found_inf is None else found_inf.to(device),
+        )
         if any(phase.sums_elements for phase in launch.phases):
-            if key not in self._reductions:
-                self._reductions[key] = ShardSums([member.param for member in members])
-            launch.reduce = self._reductions[key] or None
-        self._planner.apply(key, tasks, rows, launch)
+            launch.reduce = self._shard_sums(bucket.key, members) or None
+        return launch
 
-
-def _runs_fused(opt: Optimizer, member: Member) -> bool:
-    wanted, part = member.group["fused"], local(member.param)
-    if wanted is False or member.group.get("differentiable"):
-        return False
-    reason = unavailable(part)
-    if reason is None and member.needs_whole:
-        reason = f"{type(opt).__name__} has no kernel for tensors that are sharded over processes"
-    if reason and wanted and part.device.type == "cpu":
-        warn(f"fused=True on the CPU runs the reference: {reason}")
-    elif reason and wanted:
-        raise RuntimeError(f"`fused=True`, parameter {member.name!r}: {reason}")
-    return reason is None
-
-
-def _buckets(members: Sequence[Member], tasks: Sequence[Task], fused: Sequence[bool]) -> dict[Hashable, list[int]]:
-    """Members by launch; those that a learning rate of 0 leaves alone are in none."""
-    found: dict[Hashable, list[int]] = {}
-    for i, (member, task) in enumerate(zip(members, tasks, strict=True)):
-        lr = member.group["lr"]
-        if member.rule.skips_zero_lr and not lives_on_device(lr) and float(lr) == 0:
-            continue
-        key = (member.rule.phases, member.rule.preamble, task.weight[0].device, fused[i])
-        found.setdefault(key, []).append(i)
-    return found
+    def _shard_sums(self, key: Hashable, members: Sequence[Member]) -> ShardSums:
+        """Of these parameters; made once, because that uploads."""
+        key = (key, tuple(member.position for member in members))
+        if key not in self._reductions:
+            self._reductions[key] = ShardSums([member.param for member in members])
+        return self._reductions[key]
 
 
 def _scalar(value: object) -> torch.Tensor | None:

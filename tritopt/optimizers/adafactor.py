@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,8 @@ from tritopt.kernels.adafactor import (
 )
 from tritopt.optimizer import Optimizer, Values
 from tritopt.registry import register
+from tritopt.scalars import minimum
+from tritopt.scalars import sqrt as scalar_sqrt
 
 TINY = 2.0**-126  # the smallest normal fp32
 
@@ -108,10 +109,10 @@ class Adafactor(Optimizer):
             return [(0,), shape]
         return [(*shape[:-1], 1), (*shape[:-2], 1, shape[-1])]
 
-    def scalars(self, lr: float, wd: float, count: int) -> AdafactorScalars:
+    def scalars(self, lr: Any, wd: float, count: Any) -> AdafactorScalars:
         """1 - beta_t is a power of t and needs no subtraction."""
         return AdafactorScalars(
-            rate=min(lr, 1 / math.sqrt(count)),
+            rate=minimum(lr, 1 / scalar_sqrt(count)),
             decay=lr * wd,
             beta2=1 - count**self.beta2_decay,
             one_minus_beta2=count**self.beta2_decay,

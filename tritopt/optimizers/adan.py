@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,8 @@ from tritopt.kernels.adan import adan_update
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
+from tritopt.scalars import sqrt as scalar_sqrt
+from tritopt.scalars import where
 
 
 class AdanScalars(NamedTuple):
@@ -86,11 +87,12 @@ class Adan(Optimizer):
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
         self.beta3 = validate.fraction("beta3", beta3)
 
-    def scalars(self, lr: float, wd: float, count: int) -> AdanScalars:
+    def scalars(self, lr: Any, wd: float, count: Any) -> AdanScalars:
         """Corrections folded into the rates and epsilon, and whether this is the first update."""
-        if lr * wd <= -1:
+        # Only a negative decay is worth a look at a learning rate that may live on the device.
+        if wd < 0 and lr * wd <= -1:
             raise ValueError(f"wd={wd!r} with a learning rate of {lr!r} must keep 1 + lr wd above 0; raise wd")
-        root = math.sqrt(1 - self.beta3**count)
+        root = scalar_sqrt(1 - self.beta3**count)
         return AdanScalars(
             mean_lr=lr * root / (1 - self.beta1**count),
             diff_lr=lr * root * self.beta2 / (1 - self.beta2**count),
@@ -102,7 +104,7 @@ class Adan(Optimizer):
             one_minus_beta3=1 - self.beta3,
             epsilon=self.epsilon * root,
             keep=1 / (1 + lr * wd),
-            first=float(count == self.begin_num_update + 1),
+            first=where(count == self.begin_num_update + 1, 1.0, 0.0),
         )
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdanScalars) -> tuple[torch.Tensor, Values]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from tritopt.kernels.ftml import ftml_update
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
+from tritopt.scalars import divide
 
 
 class FTMLScalars(NamedTuple):
@@ -72,10 +72,10 @@ class FTML(Optimizer):
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
 
-    def scalars(self, lr: float, wd: float, count: int) -> FTMLScalars:
+    def scalars(self, lr: Any, wd: float, count: Any) -> FTMLScalars:
         """Bias corrections as factors; those of a rate of 0 are never read."""
         return FTMLScalars(
-            inverse_lr=(1 - self.beta1**count) / lr if lr else math.inf,
+            inverse_lr=divide(1 - self.beta1**count, lr),
             beta1=self.beta1,
             one_minus_beta1=1 - self.beta1,
             beta2=self.beta2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from tritopt.kernels.ftrl import ftrl_update
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
+from tritopt.scalars import reciprocal
 
 
 class FtrlScalars(NamedTuple):
@@ -72,9 +72,9 @@ class Ftrl(Optimizer):
         self.lamda1 = validate.nonnegative("lamda1", lamda1)
         self.beta = validate.nonnegative("beta", beta)
 
-    def scalars(self, lr: float, wd: float, count: int) -> FtrlScalars:
+    def scalars(self, lr: Any, wd: float, count: Any) -> FtrlScalars:
         """Constant but for the learning rate; those of a rate of 0 are never read."""
-        inverse_lr = 1 / lr if lr else math.inf
+        inverse_lr = reciprocal(lr)
         return FtrlScalars(inverse_lr, self.beta * inverse_lr + wd, self.lamda1)
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: FtrlScalars) -> tuple[torch.Tensor, Values]:

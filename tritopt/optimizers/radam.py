@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,8 @@ from tritopt.optimizer import Optimizer, Values
 from tritopt.optimizers.adam import bias_corrected
 from tritopt.phases import Apply
 from tritopt.registry import register
+from tritopt.scalars import sqrt as scalar_sqrt
+from tritopt.scalars import where
 
 
 class RAdamScalars(NamedTuple):
@@ -82,24 +83,26 @@ class RAdam(Optimizer):
         if self.rectify_above < 4:
             raise ValueError(f"rectify_above={rectify_above!r} must be >= 4; 4 is the paper's, 5 is torch's")
 
-    def scalars(self, lr: float, wd: float, count: int) -> RAdamScalars:
+    def scalars(self, lr: Any, wd: float, count: Any) -> RAdamScalars:
         """Bias corrections and rectification folded into the learning rate."""
-        rectification = self._rectification(count)
-        lr = (
-            lr / (1 - self.beta1**count)
-            if rectification is None
-            else bias_corrected(lr, self.beta1, self.beta2, count) * rectification
-        )
+        is_adaptive, rectification = self.rectification(count)
+        adaptive_lr = bias_corrected(lr, self.beta1, self.beta2, count) * rectification
         moments = (self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon)
-        return RAdamScalars(lr, *moments, adaptive=float(rectification is not None))
+        return RAdamScalars(
+            where(is_adaptive, adaptive_lr, lr / (1 - self.beta1**count)),
+            *moments,
+            adaptive=where(is_adaptive, 1.0, 0.0),
+        )
 
-    def _rectification(self, count: int) -> float | None:
-        """r_t, or None while rho_t is too small."""
+    def rectification(self, count: Any) -> tuple[Any, Any]:
+        """Whether rho_t is large enough for an adaptive step, and r_t; 1 where it is not."""
         limit = 2 / (1 - self.beta2) - 1
+        if limit <= self.rectify_above:  # which rho_t does not reach then; nor has r_t a root
+            return count < 0, 1.0
         rho = limit - 2 * count * self.beta2**count / (1 - self.beta2**count)
-        if rho <= self.rectify_above:
-            return None
-        return math.sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho))
+        is_adaptive = rho > self.rectify_above
+        rho = where(is_adaptive, rho, limit)
+        return is_adaptive, scalar_sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho))
 
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: RAdamScalars

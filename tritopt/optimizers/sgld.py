@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 
 from tritopt import validate
-from tritopt.fused import Task
 from tritopt.kernels.sgld import sgld_update
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
-from tritopt.random import halves, key_words, normal
+from tritopt.random import STEPS, halves, key_words, normal
 from tritopt.registry import register
+from tritopt.scalars import sqrt
 
 
 class SGLDScalars(NamedTuple):
@@ -23,6 +22,8 @@ class SGLDScalars(NamedTuple):
     half_lr: float
     deviation: float
     """Of the noise: sqrt(lr)."""
+    step: float
+    """The update count; of the noise's counter."""
     key_0: float
     """With the next three the key of the noise, 16 bits each."""
     key_1: float
@@ -39,10 +40,10 @@ class SGLD(Optimizer):
     g_t is the gradient after rescaling, clipping and adding wd w_{t-1}; it should be that of the log posterior of the
     whole data set, so rescale_grad is its size. The noise is neither rescaled nor clipped. No state.
 
-    z is a function of (seed, the parameter's update count, its index, the element's position in row-major order), the
+    z is a function of (seed, the parameter's index, its update count, the element's position in row-major order), the
     same in both steps and on every machine to the last bit (tritopt/random.py); it has the precision of fp32, also for
-    fp64 weights. Indices are therefore ints, strings or tuples of such. Weights that are not contiguous (channels_last,
-    transposed) are copied to be updated.
+    fp64 weights, and begins anew after 2^24 updates. Indices are therefore ints, strings or tuples of such. Weights
+    that are not contiguous (channels_last, transposed) are copied to be updated.
 
     Differs from MXNet's: noise has a seed of its own; a learning rate of 0 leaves the weight as it is; there is a fused
     step.
@@ -57,6 +58,7 @@ class SGLD(Optimizer):
     """
 
     phases = (Apply(sgld_update, reads_offsets=True),)
+    is_per_parameter = True
 
     def __init__(
         self,
@@ -68,25 +70,20 @@ class SGLD(Optimizer):
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self.seed = validate.count("seed", seed)
 
+    def scalars_at(self, index: Hashable, lr: Any, wd: float, count: Any, *numbers: Any) -> SGLDScalars:
+        """Every parameter has a key of its own."""
+        return SGLDScalars(lr / 2, sqrt(lr), count % STEPS, *halves(key_words(self.seed, index)))
+
     def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> SGLDScalars:
-        """Every parameter has a key of its own at every step."""
-        return SGLDScalars(lr / 2, math.sqrt(lr), *halves(key_words(self.seed, count, index)))
+        """As `scalars_at`."""
+        return self.scalars_at(index, lr, wd, count)
 
     def scalars(self, lr: float, wd: float, count: int) -> SGLDScalars:
         """Those of parameter 0."""
-        return self.scalars_of(0, lr, wd, count)
+        return self.scalars_at(0, lr, wd, count)
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SGLDScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         offsets = torch.arange(w.numel(), device=w.device).view(w.shape)
-        noise = normal((s.key_0, s.key_1, s.key_2, s.key_3), offsets).to(w.dtype)
+        noise = normal((s.key_0, s.key_1, s.key_2, s.key_3), offsets, s.step, 0).to(w.dtype)
         return w - s.half_lr * g + s.deviation * noise, ()
-
-    def _apply(self, indices: Sequence[Hashable], tasks: Sequence[Task], on_kernel: Sequence[bool]) -> None:
-        # The kernel knows an element by its place in memory, which only in a contiguous tensor is its position.
-        contiguous = [task._replace(weight=tuple(plane.contiguous() for plane in task.weight)) for task in tasks]
-        super()._apply(indices, contiguous, on_kernel)
-        for task, copy in zip(tasks, contiguous, strict=True):
-            for plane, updated in zip(task.weight, copy.weight, strict=True):
-                if updated is not plane:
-                    plane.copy_(updated)

@@ -1,0 +1,104 @@
+"""What the tests of tritopt.optim share: the classes, small parameters, gradients, and how close is close."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import tritopt.optim
+
+Params = list[torch.nn.Parameter]
+
+CLASSES: list[type[tritopt.optim.Optimizer]] = [
+    cls
+    for cls in vars(tritopt.optim).values()
+    if inspect.isclass(cls) and issubclass(cls, tritopt.optim.Optimizer) and cls is not tritopt.optim.Optimizer
+]
+EVERY_CLASS = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SHAPES = ((5, 7), (3, 2), (1, 4))  # matrices: GroupAdaGrad takes no others
+
+RELATIVE = 1e-5  # of the distance moved: both sides round each of some ten operations, in another order, to fp32
+ULPS_A_STEP = 2  # of the weight: torch rounds it after the decay and again after the update
+
+
+def twin(cls: type[tritopt.optim.Optimizer]) -> Any:
+    """torch's class of the same name, or None."""
+    return getattr(torch.optim, cls.__name__, None)
+
+
+def parameters(dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0) -> Params:
+    """The same for the same seed."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def clone(params: Sequence[torch.Tensor]) -> Params:
+    """Equal parameters, without gradients."""
+    return [torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in params]
+
+
+def set_grads(params: Sequence[torch.Tensor], step: int, scale: float = 1.0) -> None:
+    """Gradients that depend on the step only."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1000 + step)
+    for p in params:
+        drawn = torch.randn(p.shape, generator=generator)
+        p.grad = (scale * drawn).to(p.dtype) if p.requires_grad else None
+
+
+def train(
+    opt: torch.optim.Optimizer, params: Sequence[torch.Tensor], steps: range, each: Callable[[], None] | None = None
+) -> None:
+    """Steps with those gradients; `each` is called after each."""
+    for step in steps:
+        set_grads(params, step)
+        opt.step()
+        if each is not None:
+            each()
+
+
+def named(params: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """As `model.named_parameters()` has them."""
+    return [(f"layer{i}.weight", p) for i, p in enumerate(params)]
+
+
+def options_of(cls: type[tritopt.optim.Optimizer], **wanted: Any) -> dict[str, Any]:
+    """Those that the class has; a learning rate that moves its weights noticeably."""
+    known = inspect.signature(cls).parameters
+    return {name: value for name, value in {"lr": 0.01, **wanted}.items() if name in known}
+
+
+def everything(opt: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Copies of all weights and state tensors, in an order that is always the same."""
+    found = []
+    for group in opt.param_groups:
+        for p in group["params"]:
+            found.append(p.detach().clone())
+            state = opt.state.get(p, {})
+            found += [state[name].detach().clone() for name in sorted(state) if isinstance(state[name], torch.Tensor)]
+    return found
+
+
+def assert_same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Bit for bit, dtypes included; NaN equals NaN."""
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_follows(
+    got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], start: Sequence[torch.Tensor], steps: int
+) -> None:
+    """fp32 weights after some steps, within the rounding of the steps; and they did move."""
+    assert len(got) == len(expected)
+    for a, b, first in zip(got, expected, start, strict=True):
+        a, b, first = a.detach().double(), b.detach().double(), first.detach().double()
+        moved, size = (b - first).abs().max(), b.abs().max()
+        limit = RELATIVE * moved + ULPS_A_STEP * steps * torch.finfo(torch.float32).eps * size
+        assert moved > 100 * limit, f"moved {moved:.2e}, which proves nothing within {limit:.2e}"
+        error = (a - b).abs().max()
+        assert error <= limit, f"off by {error:.2e}, allowed are {limit:.2e}; moved {moved:.2e}"

@@ -1,0 +1,197 @@
+"""What the launches of a step share: groups of tensors, the tables that the kernels read, and the phases in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import torch
+
+from tritopt.kernels.formats import PLAIN, Format
+
+if TYPE_CHECKING:
+    from tritopt.phases import Phase
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+@dataclass
+class Launch:
+    """What the tasks of one step have in common."""
+
+    phases: Sequence[Phase]
+    scalars: type
+    """The NamedTuple of the optimizer's scalars."""
+    preamble: str
+    """A key of kernels/preambles.py."""
+    rescale: torch.Tensor | None = None
+    """Device scalar that multiplies the rows' rescale; NaN or Inf skips the update."""
+    noop: torch.Tensor | None = None
+    """Device flag; anything but 0 skips the update."""
+    skip_zero_rescale: bool = False
+    reduce: Reduce | None = None
+    """Completes sums whose tensors are sharded over processes, between phases."""
+
+    @property
+    def n_scalars(self) -> int:
+        """Length of a row: rescale, clip bound, wd, then the optimizer's."""
+        return 3 + len(self.scalars._fields)  # type: ignore[attr-defined]
+
+
+class Rows(NamedTuple):
+    """The scalars of a launch: rescale, clip bound, wd, then the optimizer's; once where tasks have them in common."""
+
+    values: np.ndarray[Any, np.dtype[np.float64]] | torch.Tensor
+    """fp64 [rows, 3 + scalars]; a tensor where they are formed on the device, as from steps that live there."""
+    row_of: np.ndarray[Any, np.dtype[np.int64]]
+    """Each task's row."""
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[float, ...]]) -> Rows:
+        """From one row per task."""
+        index: dict[tuple[float, ...], int] = {}
+        row_of = np.array([index.setdefault(row, len(index)) for row in rows], dtype=np.int64)
+        return cls(np.array(list(index), dtype=np.float64), row_of)
+
+
+class Reduce(Protocol):
+    """Adds up over processes."""
+
+    device: torch.device
+
+    def __call__(self, sums: torch.Tensor) -> None:
+        """In place: fp64 [tasks, sums], of all tasks, also of those that are empty here."""
+        ...
+
+
+@dataclass
+class Group:
+    """Tasks of one device, format and list of dtypes: they share a launch."""
+
+    members: list[int]
+    device: torch.device
+    format: Format
+    dtypes: tuple[torch.dtype, ...]
+    """Of the pointer table's columns: the weight's planes, gradient, states, and int64 where there are rows."""
+    shapes: list[torch.Size]
+    """Of the members' gradients."""
+    host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
+    device_table: torch.Tensor | None = None
+    stream: int = 0
+    staging: torch.Tensor | None = None
+    """Pinned, for a table that is uploaded while a CUDA graph is captured: each replay reads it again."""
+    captured: list[torch.Tensor] = field(default_factory=list)
+    """What CUDA graphs read when they are replayed."""
+    _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Of the weight and of each state."""
+        n_states = len(self.dtypes) - self.format.n_planes - 1 - (self.dtypes[-1] == torch.int64)
+        return (self.format, *[PLAIN] * n_states)
+
+    def tables(self, name: Hashable, build: Callable[[Sequence[torch.Size]], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What `build` makes of the shapes, arrays on the device; made and uploaded once."""
+        if name not in self._tables:
+            made = build(self.shapes)
+            self._tables[name] = tuple(_upload(x, self.device) if isinstance(x, np.ndarray) else x for x in made)
+        return self._tables[name]
+
+    @property
+    def places(self) -> torch.Tensor:
+        """The members, int64 on the device."""
+        (found,) = self.tables("places", lambda _: (np.array(self.members, dtype=np.int64),))
+        return found  # type: ignore[no-any-return]
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Uninitialised fp64 scratch on the device."""
+        return torch.empty(shape, dtype=torch.float64, device=self.device)
+
+
+def upload_table(group: Group, words: Array, scalars: Array | torch.Tensor) -> None:
+    """Bring the driver's table to the device if it has changed.
+
+    words: int64 [members, pointers + 1], addresses and index of the scalars' row. scalars: `Rows.values`.
+    """
+    on_device = isinstance(scalars, torch.Tensor)
+    tail = np.zeros(scalars.numel()) if isinstance(scalars, torch.Tensor) else scalars.reshape(-1)
+    table = np.concatenate([words.reshape(-1), tail.view(np.int64)])
+    with on_device_of(group):
+        stream = torch.cuda.current_stream(group.device).cuda_stream if group.device.type == "cuda" else 0
+        # A table is freed to the stream it was made on, so another stream gets its own.
+        if group.device_table is None or group.stream != stream or not np.array_equal(table, group.host_table):
+            group.host_table, group.stream = table, stream
+            group.device_table = _upload_for_graph(group, table) if on_device else _upload(table, group.device)
+        if isinstance(scalars, torch.Tensor):
+            group.device_table[words.size :].view(torch.float64).copy_(scalars.reshape(-1))
+
+
+def _upload_for_graph(group: Group, table: np.ndarray[Any, Any]) -> torch.Tensor:
+    """`_upload` that may be captured: pinned memory is allocated before, and belongs to the graph afterwards."""
+    host = torch.from_numpy(table)
+    if group.device.type != "cuda":
+        return host.clone()
+    staging, group.staging = group.staging, None
+    if not torch.cuda.is_current_stream_capturing():
+        group.staging = staging if staging is not None else torch.empty_like(host, pin_memory=True)
+        return _upload(table, group.device)
+    if staging is None or staging.shape != host.shape:
+        raise RuntimeError(
+            "a CUDA graph captured an optimizer's first step: run a few steps before the capture, and do not change "
+            "which parameters have gradients in it"
+        )
+    staging.copy_(host)
+    group.captured.append(staging)
+    return staging.to(group.device, non_blocking=True)
+
+
+def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[torch.Tensor | None]:
+    """Launch the phases one after the other; a phase receives the sums of all before it. Returns all sums."""
+    sums: list[torch.Tensor | None] = [None] * len(groups)
+    for phase in launch.phases:
+        emitted = []
+        for group, earlier in zip(groups, sums, strict=True):
+            with on_device_of(group):
+                emitted.append(phase.launch(group, launch, earlier))
+        if launch.reduce is not None and phase.n_sums:
+            _reduce(launch.reduce, groups, emitted, n_tasks, phase.n_sums)
+        sums = [_joined(earlier, new) for earlier, new in zip(sums, emitted, strict=True)]
+    return sums
+
+
+def _reduce(
+    reduce: Reduce, groups: Sequence[Group], sums: Sequence[torch.Tensor | None], n_tasks: int, n_sums: int
+) -> None:
+    """One vector for all groups: a process whose shards are all empty takes part like the others."""
+    total = torch.zeros(n_tasks, n_sums, dtype=torch.float64, device=reduce.device)
+    for group, values in zip(groups, sums, strict=True):
+        assert values is not None
+        total.index_copy_(0, group.places, values)
+    reduce(total)
+    for group, values in zip(groups, sums, strict=True):
+        assert values is not None
+        values.copy_(total[group.places])
+
+
+def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    return torch.cat((earlier, new), dim=1) if earlier is not None and new is not None else new
+
+
+def _upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    host = torch.from_numpy(array)
+    if device.type != "cuda":
+        return host
+    # torch keeps a pinned block until the copies out of it are done, so the next step cannot overwrite it in flight.
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def on_device_of(group: Group) -> AbstractContextManager[Any]:
+    """Launches go to the current device."""
+    if group.device.type == "cuda":
+        make: Callable[[torch.device], AbstractContextManager[Any]] = torch.cuda.device
+        return make(group.device)
+    # A GPU does not warn of 0 / 0 in lanes past the end; nor should NumPy, which the interpreter computes with.
+    return np.errstate(all="ignore")

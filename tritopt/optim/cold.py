@@ -1,0 +1,113 @@
+"""A step from scratch: everything is looked at and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from tritopt.fused import Planner, Task, unavailable
+from tritopt.group import Group, Launch, Rows
+from tritopt.optim import distributed
+from tritopt.optim.clip import global_norm
+from tritopt.optim.distributed import ShardSums, local
+from tritopt.optim.members import Bucket, Member, Number, same_group
+from tritopt.optim.warm import WarmStep
+from tritopt.warning import warn
+
+if TYPE_CHECKING:
+    from tritopt.optim.optimizer import Optimizer
+
+
+class ColdStep:
+    """See the module; `WarmStep` is the same for the steps that follow.
+
+    Args:
+        planner: of the optimizer.
+        members: all parameters that have a gradient.
+        tasks: their tensors.
+        rates: their groups' learning rates.
+        fused: whether a kernel updates them.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        members: Sequence[Member],
+        tasks: Sequence[Task],
+        rates: Mapping[int, Number],
+        fused: Sequence[bool],
+    ) -> None:
+        self._planner = planner
+        self._tasks = tasks
+        self.members = list(members)
+        self._launched: list[tuple[Bucket, list[Group]]] = []
+        self.buckets = [
+            Bucket(key, same_group([members[i] for i in places], members[0].rule.is_per_parameter), places, key[-1])
+            for key, places in _by_launch(members, tasks, rates, fused).items()
+        ]
+
+    def norm(self, reduce: ShardSums) -> torch.Tensor:
+        """Of all gradients together, fp64 []."""
+        params, grads = [member.param for member in self.members], [member.grad for member in self.members]
+        return global_norm(self._planner, self._key, params, grads, reduce)
+
+    @property
+    def _key(self) -> Hashable:
+        return tuple(member.position for member in self.members)
+
+    def launch(self, bucket: Bucket, rows: Rows, launch: Launch) -> None:
+        """Update the bucket's parameters, by a kernel or by the reference."""
+        tasks = [self._tasks[i] for i in bucket.places]
+        if bucket.is_fused:
+            groups = self._planner.apply((bucket.key, tuple(bucket.places)), tasks, rows, launch)
+            if groups is not None:
+                self._launched.append((bucket, groups))
+        elif launch.noop is None or not launch.noop.item():
+            rule_of = [member.rule for some in bucket.runs for member in some]
+            values = rows.values.tolist()
+            for rule, task, i in zip(rule_of, tasks, rows.row_of, strict=True):
+                scalars = launch.scalars(*values[i][3:])
+                rule.apply_reference(task, values[i][:3], scalars, launch.rescale, distributed.fitted)
+
+    def finish(self) -> None:
+        """After the last launch."""
+        distributed.mark_written(member.param for member in self.members)
+
+    def next(self, opt: Optimizer) -> WarmStep | None:
+        """The next step, if it can be like this one."""
+        if sum(len(bucket.places) for bucket, _ in self._launched) != len(self.members):
+            return None
+        if any(task.grad is not local(m.grad) for m, task in zip(self.members, self._tasks, strict=True)):
+            return None
+        return WarmStep(opt, self.members, self._tasks, self._launched, self._planner.groups_of_squares(self._key))
+
+
+def runs_fused(opt: Optimizer, member: Member) -> bool:
+    """Whether a kernel updates it. RuntimeError if one must and cannot."""
+    wanted, part = member.group["fused"], local(member.param)
+    if wanted is False or member.group.get("differentiable"):
+        return False
+    reason = unavailable(part)
+    if reason is None and member.needs_whole:
+        reason = f"{type(opt).__name__} has no kernel for tensors that are sharded over processes"
+    if reason and wanted and part.device.type == "cpu":
+        warn(f"fused=True on the CPU runs the reference: {reason}")
+    elif reason and wanted:
+        raise RuntimeError(f"`fused=True`, parameter {member.name!r}: {reason}")
+    return reason is None
+
+
+def _by_launch(
+    members: Sequence[Member], tasks: Sequence[Task], rates: Mapping[int, Number], fused: Sequence[bool]
+) -> dict[tuple[object, object, torch.device, bool], list[int]]:
+    """Members by launch; those that a learning rate of 0 leaves alone are in none."""
+    found: dict[tuple[object, object, torch.device, bool], list[int]] = {}
+    for i, (member, task) in enumerate(zip(members, tasks, strict=True)):
+        lr = rates[id(member.group)]
+        if member.rule.skips_zero_lr and not isinstance(lr, torch.Tensor) and lr == 0:
+            continue
+        key = (member.rule.phases, member.rule.preamble, task.weight[0].device, fused[i])
+        found.setdefault(key, []).append(i)
+    return found

@@ -1,0 +1,138 @@
+"""RMSprop, as torch defines it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from typing_extensions import Unpack
+
+from tritopt import validate
+from tritopt.exact import sqrt
+from tritopt.kernels.rmsprop import (
+    rmsprop_deviation_momentum_update,
+    rmsprop_deviation_update,
+    rmsprop_momentum_update,
+    rmsprop_quotient_update,
+)
+from tritopt.optim.defaults import torch_defaults
+from tritopt.optim.optimizer import Optimizer, Options, Params
+from tritopt.optimizer import Optimizer as Rule
+from tritopt.optimizer import Values
+from tritopt.phases import Apply
+
+
+class TorchRMSpropScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+    rho: float
+    one_minus_rho: float
+    momentum: float
+    epsilon: float
+
+
+class TorchRMSprop(Rule):
+    """The recurrence of `RMSprop` below; MXNet's centered form and momentum are others."""
+
+    state_dtype = torch.float32
+    variants = ({}, {"momentum": 0.9}, {"centered": True}, {"centered": True, "momentum": 0.9})
+
+    def __init__(
+        self,
+        alpha: float = 0.99,
+        epsilon: float = 1e-8,
+        momentum: float = 0.0,
+        centered: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        self.alpha = validate.nonnegative("alpha", alpha)
+        self.epsilon = validate.nonnegative("epsilon", epsilon)
+        self.momentum = validate.nonnegative("momentum", momentum)
+        self.centered = bool(centered)
+
+    @property
+    def phases(self) -> tuple[Apply, ...]:
+        """One launch."""
+        if self.centered:
+            return (Apply(rmsprop_deviation_momentum_update if self.momentum else rmsprop_deviation_update),)
+        return (Apply(rmsprop_momentum_update if self.momentum else rmsprop_quotient_update),)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The second moment, the mean if centered, the buffer if there is momentum."""
+        return ("square_avg", *["grad_avg"] * self.centered, *["momentum_buffer"] * (self.momentum > 0))
+
+    def scalars(self, lr: Any, wd: float, count: Any) -> TorchRMSpropScalars:
+        """Constant but for the learning rate."""
+        return TorchRMSpropScalars(lr, self.alpha, 1 - self.alpha, self.momentum, self.epsilon)
+
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchRMSpropScalars
+    ) -> tuple[torch.Tensor, Values]:
+        """The recurrence."""
+        var, *others = state
+        var = s.rho * var + s.one_minus_rho * (g * g)
+        new, variance = [var], var
+        if self.centered:
+            mean = s.rho * others.pop(0) + s.one_minus_rho * g
+            new, variance = [var, mean], var - mean * mean
+        step = g / (sqrt(variance) + s.epsilon)
+        if self.momentum:
+            step = s.momentum * others.pop() + step
+            new.append(step)
+        return w - s.lr * step, tuple(new)
+
+
+class RMSprop(Optimizer):
+    """`torch.optim.RMSprop`: gradients over their root mean square (Tieleman & Hinton 2012, Coursera lecture 6.5), or
+    over their standard deviation if centered (Graves 2013, arXiv:1308.0850).
+
+        g_t = grad + weight_decay w_{t-1}
+        v_t = alpha v_{t-1} + (1 - alpha) g_t^2
+        n_t = alpha n_{t-1} + (1 - alpha) g_t          if centered, otherwise 0
+        q_t = g_t / (sqrt(v_t - n_t^2) + eps)
+        b_t = momentum b_{t-1} + q_t
+        w_t = w_{t-1} - lr b_t
+
+    State: square_avg (v), grad_avg (n) if centered, momentum_buffer (b) with momentum, the (master) weight's shape, at
+    least fp32. As in torch, a centered weight becomes NaN where gradients vary so little that rounding makes v - n^2
+    negative. Arguments and errors are torch's, and fused; options: `Options`.
+    """
+
+    rule = TorchRMSprop
+    arguments: ClassVar = {"alpha": "alpha", "eps": "epsilon", "momentum": "momentum", "centered": "centered"}
+    sparse_error = "RMSprop does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        fused: bool | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = torch_defaults(
+            torch.optim.RMSprop,
+            lr=lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            centered=centered,
+            capturable=capturable,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+        )
+        super().__init__(params, {**defaults, "fused": fused}, options)

@@ -1,0 +1,123 @@
+"""SGD, as torch defines it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from typing_extensions import Unpack
+
+from tritopt import validate
+from tritopt.kernels.sgd import sgd_buffer_update, sgd_nesterov_update, sgd_update
+from tritopt.optim.defaults import torch_defaults
+from tritopt.optim.optimizer import Optimizer, Options, Params
+from tritopt.optimizer import Optimizer as Rule
+from tritopt.optimizer import Values
+from tritopt.phases import Apply
+from tritopt.scalars import where
+
+
+class TorchSGDScalars(NamedTuple):
+    """What the update reads besides tensors."""
+
+    lr: float
+    momentum: float
+    grad_share: float
+    """1 - dampening; 1 in the step that the buffer begins with."""
+
+
+class TorchSGD(Rule):
+    """The recurrence of `SGD` below; the buffer holds gradients, where MXNet's holds updates."""
+
+    variants = ({}, {"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.9, "nesterov": True})
+
+    def __init__(self, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.momentum = validate.nonnegative("momentum", momentum)
+        self.dampening = validate.finite("dampening", dampening)
+        self.nesterov = bool(nesterov)
+
+    @property
+    def phases(self) -> tuple[Apply, ...]:
+        """One launch."""
+        if not self.momentum:
+            return (Apply(sgd_update),)
+        return (Apply(sgd_nesterov_update if self.nesterov else sgd_buffer_update),)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The momentum buffer, if there is momentum."""
+        return ("momentum",) if self.momentum else ()
+
+    def scalars(self, lr: Any, wd: float, count: Any) -> TorchSGDScalars:
+        """A buffer begins with the gradient, whatever the dampening."""
+        return TorchSGDScalars(lr, self.momentum, where(count == 1, 1.0, 1 - self.dampening))
+
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchSGDScalars
+    ) -> tuple[torch.Tensor, Values]:
+        """The recurrence."""
+        if not self.momentum:
+            return w - s.lr * g, ()
+        (buffer,) = state
+        buffer = s.momentum * buffer + s.grad_share * g
+        return w - s.lr * (g + s.momentum * buffer if self.nesterov else buffer), (buffer,)
+
+
+class SGD(Optimizer):
+    """`torch.optim.SGD`: gradient descent, with momentum (Polyak 1964) or Nesterov's (Sutskever et al. 2013, ICML).
+
+        g_t = grad + weight_decay w_{t-1}
+        b_t = momentum b_{t-1} + (1 - dampening) g_t,  b_1 = g_1
+        w_t = w_{t-1} - lr g_t                          without momentum
+        w_t = w_{t-1} - lr b_t                          with momentum
+        w_t = w_{t-1} - lr (g_t + momentum b_t)         with nesterov
+
+    State with momentum: momentum_buffer (b), the (master) weight's shape and dtype, and step, which counts from the
+    buffer's first gradient on. Sparse gradients are taken as dense ones with zero rows. Arguments and errors are
+    torch's, and capturable; options: `Options`.
+    """
+
+    rule = TorchSGD
+    arguments: ClassVar = {"momentum": "momentum", "dampening": "dampening", "nesterov": "nesterov"}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | torch.Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = torch_defaults(
+            torch.optim.SGD,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        super().__init__(params, {**defaults, "capturable": capturable}, options)
+
+    def complete_loaded_state(self, state: dict[str, Any]) -> None:
+        """torch's has no step: a buffer that is there has begun. It is sparse where gradients are."""
+        if "momentum_buffer" in state:
+            state.setdefault("step", 1.0)
+            state["momentum_buffer"] = state["momentum_buffer"].to_dense()
+
+    def before_new_states(self, state: dict[str, Any]) -> None:
+        """Momentum that is switched on between steps begins like that of a first step."""
+        if "step" in state and "momentum_buffer" not in state:
+            state["step"].zero_()
