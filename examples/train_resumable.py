@@ -47,13 +47,13 @@ class Training:
         generator = torch.Generator().manual_seed(SEED + 1 + self.step)
         x = torch.randn(BATCH_SIZE, 8, generator=generator)
         y = (x[:, :1] * x[:, 1:2]).sin()
-        loss = (self.model(x.to(self.device, torch.bfloat16)).float() - y.to(self.device)).square().mean()
+        loss: torch.Tensor = (self.model(x.to(self.device, torch.bfloat16)).float() - y.to(self.device)).square().mean()
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1
-        return loss.item()
+        return float(loss)
 
     def state_dict(self) -> dict[str, Any]:
         """All that later steps depend on."""

@@ -31,5 +31,5 @@ def sgd_buffer_update(w, g, state, s):
 def sgd_nesterov_update(w, g, state, s):
     """torch's Nesterov momentum: the gradient, and the share of the buffer that the next step will keep."""
     (buffer,) = state
-    buffer = s.momentum * buffer + s.grad_share * g
+    buffer = s.momentum * buffer + g
     return w - s.lr * (g + s.momentum * buffer), (buffer,)

@@ -1,4 +1,4 @@
-"""Every optimizer and variant through Triton's compiler for sm_90, without a GPU: wide accesses, no spills."""
+"""Every optimizer and variant of both faces through Triton's compiler for sm_90, without a GPU: wide, no spills."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("compiles")  # one worker compiles, once
 ARCH = os.environ.get("TRITOPT_TEST_ARCH", "90")  # also "80", "100", "gfx942", on demand
 
 PROGRAM = """
-import json, sys, torch, tritopt
+import json, sys, torch, tritopt, tritopt.optim
 arch = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
 from tritopt.compiled import compile_launches
 from tritopt.kernels.formats import MASTER_FP32, PLAIN
@@ -24,10 +24,13 @@ f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 common = [(bf16, bf16, MASTER_FP32), (f32, f32, PLAIN)]
 rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, f64, PLAIN)]
 rows = []
-for name in tritopt.names():
-    for variant in OPTIMIZERS[name].variants:
+rules = {found.rule for found in vars(tritopt.optim).values() if hasattr(found, "rule")}
+torchs = {rule.__name__: rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")}
+found = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
+for name, rule in found.items():
+    for variant in rule.variants:
         for weight, grad, fmt in common + (rare if name in ("adamw", "lamb", "sgd", "adan", "lans") else []):
-            for launch in compile_launches(OPTIMIZERS[name](**variant), weight, grad, fmt, arch):
+            for launch in compile_launches(rule(**variant), weight, grad, fmt, arch):
                 rows.append({"case": f"{name} {variant} {weight} {grad} {fmt.name}", **launch._asdict()})
 print(json.dumps(rows))
 """
@@ -75,4 +78,10 @@ def test_rows_move_128_bits_at_a_time(rows: list[dict[str, Any]]) -> None:
 
 
 def test_kernels_say_their_name(rows: list[dict[str, Any]]) -> None:
-    assert {"multi_tensor_adamw_update", "multi_tensor_lamb_moments", "sum_partials"} <= {row["kernel"] for row in rows}
+    names = {
+        "multi_tensor_adamw_update",
+        "multi_tensor_lamb_moments",
+        "sum_partials",
+        "multi_tensor_sgd_nesterov_update",
+    }
+    assert names <= {row["kernel"] for row in rows}

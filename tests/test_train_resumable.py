@@ -121,7 +121,8 @@ def dying_save(kill: Kill) -> Callable[..., None]:
             return
         complete = io.BytesIO()
         save(value, complete)
-        save(value, DyingFile(file, int(kill.share * complete.tell())))
+        torn: Any = DyingFile(file, int(kill.share * complete.tell()))
+        save(value, torn)
 
     return dying
 

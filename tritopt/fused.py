@@ -217,7 +217,10 @@ def _as_dense(
                 if i != grad_at:
                     copied_back.append((tensor, copy))
             moved.append(copy)
-        dense.append(Task(tuple(moved[:grad_at]), task.format, moved[grad_at], tuple(moved[grad_at + 1 :])))
+        if all(a is b for a, b in zip(moved, tensors, strict=True)):
+            dense.append(task)
+        else:
+            dense.append(Task(tuple(moved[:grad_at]), task.format, moved[grad_at], tuple(moved[grad_at + 1 :])))
     return dense, copied_back
 
 

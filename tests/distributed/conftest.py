@@ -1,4 +1,4 @@
-"""Worlds of 2 and 4 processes, shared by all tests here."""
+"""Worlds of 1, 2 and 4 processes, shared by all tests here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, World
     if REASON:
         pytest.skip(REASON)
     folder = tmp_path_factory.mktemp("worlds")
-    made = {size: World(size, folder) for size in (2, 4)}
+    made = {size: World(size, folder) for size in (1, 2, 4)}
     yield made
     for world in made.values():
         world.close()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT = timedelta(seconds=30)
 REASON = None if dist.is_available() and dist.is_gloo_available() else "this torch has no torch.distributed with gloo"
 
 
@@ -61,7 +61,7 @@ class World:
         results: dict[int, Any] = {}
         while len(results) < self.size:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
-            ready = connection.wait(waiting, timeout=2 * TIMEOUT.total_seconds())
+            ready = connection.wait(waiting, timeout=4 * TIMEOUT.total_seconds())
             if not ready:
                 self.close()
                 raise AssertionError(f"ranks {sorted(set(range(self.size)) - set(results))} do not answer")
@@ -111,6 +111,7 @@ def _serve(rank: int, size: int, meeting: str, pipe: Any) -> None:
             function, arguments = pipe.recv()
         except EOFError:
             return
+        answer: tuple[str | None, Any]
         try:
             answer = None, function(*arguments)
         except BaseException:

@@ -108,10 +108,10 @@ def shared() -> Any:
         lambda: [1.0],
         lambda: [parameter(3) * 2],
         lambda: [{"params": {parameter(3)}}],
-        lambda: [("w", parameter(3)), ("w", parameter(3))],
+        lambda: [("w", parameter(3)), parameter(3)],
         shared,
     ],
-    ids=["none", "tensor", "number", "no leaf", "set", "one name twice", "two groups"],
+    ids=["none", "tensor", "number", "no leaf", "set", "half named", "two groups"],
 )
 def test_bad_parameters_have_torchs_error(name: str, params: Callable[[], Any]) -> None:
     with pytest.raises(Exception) as expected:  # noqa: PT011 - whatever torch raises
@@ -158,6 +158,12 @@ def test_bad_value_in_a_group_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"-1\.0|1\.0|0\.5"):
         opt.add_param_group({"params": [parameter(2)], key: value})
     assert len(opt.param_groups) == 1
+
+
+def test_nesterov_with_dampening_is_refused_in_a_group_too() -> None:
+    opt = our_class("SGD")([parameter(3)], momentum=0.9, dampening=0.1)
+    with pytest.raises(ValueError, match="Nesterov momentum requires a momentum and zero dampening"):
+        opt.add_param_group({"params": [parameter(2)], "nesterov": True})
 
 
 # Sparse gradients.
@@ -213,7 +219,7 @@ def test_sparse_gradients_that_torch_takes(name: str, arguments: dict[str, Any],
         ours.step()
         theirs.step()
     torch.testing.assert_close(param, other, rtol=0, atol=1e-6)
-    assert float((param - parameter(5, 3)).abs().max()) > 1e-3
+    assert float((param.detach() - parameter(5, 3).detach()).abs().max()) > 1e-3
 
 
 def test_adagrad_takes_no_sparse_gradient_with_decay() -> None:
@@ -340,6 +346,25 @@ def test_adagrad_takes_the_first_sum_from_the_constructor() -> None:
         opt.step()
         outcome.append(param.detach())
     torch.testing.assert_close(outcome[1], outcome[0], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("n_before", [0, 2])
+@pytest.mark.parametrize("fused", [None, False])
+def test_adagrad_shares_its_sums(n_before: int, fused: bool | None) -> None:
+    outcome = []
+    for make, options in ((torch_class, {}), (our_class, {"fused": fused})):
+        params = [parameter(3), parameter(4)]
+        opt: Any = make("Adagrad")(params, lr=0.1, initial_accumulator_value=0.5, **options)
+        for step in range(4):
+            if step == n_before:
+                opt.share_memory()
+                assert all(opt.state[param]["sum"].is_shared() for param in params)
+            for param in params:
+                param.grad = torch.ones_like(param)
+            opt.step()
+        assert all(opt.state[param]["sum"].is_shared() for param in params)
+        outcome.append(torch.cat([*params, *[opt.state[param]["sum"] for param in params]]).detach())
+    torch.testing.assert_close(outcome[1], outcome[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "SGD"])

@@ -21,7 +21,7 @@ import tritopt.optim
 
 STEPS = 100
 SHORT = 12  # past the step in which RAdam begins to divide
-RATES = {"Adadelta": 1.0}  # of which each weight gets somewhere
+RATES = {"Adadelta": 1.0, "Adafactor": 0.25}  # the first gets nowhere with less; the second crosses 1 / sqrt(step)
 RATE = 2.0**-6  # the others'; as a tensor the same in every precision
 
 # Options of torch's signatures with the values that are tried, and three more dimensions: param_groups with values of
@@ -55,7 +55,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "RAdam": {**COMMON, **BETAS, **DECOUPLED},
     "Adafactor": {**COMMON, "beta2_decay": (-0.8, -0.5), "eps": ((None, 1e-3), (1e-3, 2.0)), "d": (1.0, 1.5)},
 }
-SUMS = ("Adafactor",)  # whose kernels add up in another order than the reference
+SUMS = ("Adafactor",)  # whose kernels add up in another order than the reference, and are slow to interpret
 
 # The error of a run is its largest distance, over the elements of a tensor, to torch's own run in fp64 from the same
 # numbers. Ours may be FACTOR times that of torch in the same precision (for our fp64, of torch in fp32, times
@@ -282,15 +282,16 @@ def test_reference_goes_where_torch_goes(case: Case, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("case", [cases(name)[0] for name in OPTIONS], ids=str)
 def test_kernel_goes_where_torch_goes(case: Case) -> None:
-    assert_near(ours(case, torch.float32, fused=None), case, torch.float32)
+    n_steps = SHORT if case.name in SUMS else STEPS
+    assert_near(ours(case, torch.float32, fused=None, n_steps=n_steps), case, torch.float32, n_steps)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_kernel_is_the_reference(case: Case) -> None:
-    found = ours(case, torch.float32, fused=None, n_steps=SHORT)
     if case.name in SUMS:
-        assert_near(found, case, torch.float32, SHORT)
+        assert_near(ours(case, torch.float32, fused=None, n_steps=3), case, torch.float32, n_steps=3)
         return
+    found = ours(case, torch.float32, fused=None, n_steps=SHORT)
     for w, x in zip(found.weights, ours(case, torch.float32, fused=False, n_steps=SHORT).weights, strict=True):
         torch.testing.assert_close(w, x, rtol=0, atol=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 import tritopt.optim
+from tritopt.group import Launch, run_phases
 
 Params = list[torch.nn.Parameter]
 
-CLASSES: list[type[tritopt.optim.Optimizer]] = [
+CLASSES: list[Any] = [
     cls
     for cls in vars(tritopt.optim).values()
     if inspect.isclass(cls) and issubclass(cls, tritopt.optim.Optimizer) and cls is not tritopt.optim.Optimizer
@@ -26,7 +28,7 @@ RELATIVE = 1e-5  # of the distance moved: both sides round each of some ten oper
 ULPS_A_STEP = 2  # of the weight: torch rounds it after the decay and again after the update
 
 
-def twin(cls: type[tritopt.optim.Optimizer]) -> Any:
+def twin(cls: Any) -> Any:
     """torch's class of the same name, or None."""
     return getattr(torch.optim, cls.__name__, None)
 
@@ -66,10 +68,25 @@ def named(params: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     return [(f"layer{i}.weight", p) for i, p in enumerate(params)]
 
 
-def options_of(cls: type[tritopt.optim.Optimizer], **wanted: Any) -> dict[str, Any]:
+def options_of(cls: Any, **wanted: Any) -> dict[str, Any]:
     """Those that the class has; a learning rate that moves its weights noticeably."""
-    known = inspect.signature(cls).parameters
-    return {name: value for name, value in {"lr": 0.01, **wanted}.items() if name in known}
+    known, lr = inspect.signature(cls).parameters, {"Adadelta": 1.0, "LARS": 10.0}.get(cls.__name__, 0.01)
+    refused = {"weight_decay"} if cls.__name__ == "GroupAdaGrad" else set()  # it takes 0 only
+    return {name: value for name, value in {"lr": lr, **wanted}.items() if name in known and name not in refused}
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Launch]]:
+    """A list that gets, for each pass over phases, the number of groups of tensors and what is launched for them."""
+    found: list[tuple[int, Launch]] = []
+
+    def recording(groups: Sequence[Any], launch: Launch, n_tasks: int) -> Any:
+        found.append((len(groups), launch))
+        return run_phases(groups, launch, n_tasks)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tritopt.") and getattr(module, "run_phases", None) is run_phases:
+            monkeypatch.setattr(module, "run_phases", recording)
+    return found
 
 
 def everything(opt: torch.optim.Optimizer) -> list[torch.Tensor]:

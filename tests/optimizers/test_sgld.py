@@ -170,7 +170,7 @@ def test_training_continues_with_the_same_noise() -> None:
 
 def test_steps_stay_exact_in_fp32() -> None:
     """Beyond 2^24 they begin anew, rather than being the same twice."""
-    opt = tritopt.create("sgld")
+    opt = tritopt.SGLD()
     assert [opt.scalars(0.1, 0.0, count).step for count in (1, 2**24 - 1, 2**24, 2**24 + 3)] == [1, 2**24 - 1, 0, 3]
     expected = drawn(tritopt.create("sgld", use_fused_step=False, begin_num_update=2**24 - 2), (9,))
     assert torch.equal(drawn(tritopt.create("sgld", begin_num_update=2**24 - 2), (9,))[0], expected[0])

@@ -81,6 +81,16 @@ class Adagrad(Optimizer):
         )
         super().__init__(params, {**defaults, "capturable": capturable}, options)
 
+    def share_memory(self) -> None:
+        """Move the sums to shared memory, as torch does for training in several processes; makes those not yet there."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                if "sum" not in state:
+                    state["sum"] = self.rule_of(group).create_state(None, param.detach())
+                state["sum"].share_memory_()
+        self._forget()  # where they were
+
     def rule_of(self, group: dict[str, Any]) -> Rule:
         """torch's takes the first value of the sum from the constructor."""
         name = "initial_accumulator_value"

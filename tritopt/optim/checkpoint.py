@@ -82,7 +82,8 @@ def _merged(group: dict[str, Any], saved: dict[str, Any], defaults: Mapping[str,
 
 def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapping[str, Expected]) -> Any:
     if value is None or name not in expected:
-        return value
+        # A number may be a view of the vector of an optimizer that goes on stepping.
+        return value.clone() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         found = value.dtype if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         raise ValueError(

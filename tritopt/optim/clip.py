@@ -87,8 +87,9 @@ def clip_grad_norm_(
         return torch.tensor(0.0)
     params, grads = (list(column) for column in zip(*grad_of.values(), strict=True))
     parts = [_stored(local(grad)) for grad in grads]
-    validate.no_aliases([f"gradient of parameter {i}" for i in range(len(parts))], parts)
+    tasks = [Task((part,), PLAIN, part, ()) for part in parts]
     planner, key = _plans.planner, id(params[0])
+    planner.check_aliases(key, [f"gradient {i}" for i in range(len(tasks))], tasks)
     total = global_norm(planner, key, params, grads)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
@@ -96,7 +97,7 @@ def clip_grad_norm_(
             "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
             "`error_if_nonfinite=False`"
         )
-    _scale(planner, key, parts, _factor(total, max_norm))
+    _scale(planner, key, tasks, _factor(total, max_norm))
     return total.to(max((compute_dtype(part) for part in parts), key=lambda dtype: dtype.itemsize))
 
 
@@ -130,22 +131,22 @@ def _factor(total: torch.Tensor, max_norm: float) -> torch.Tensor:
     return (max_norm / (total + EPSILON)).clamp(max=1.0)
 
 
-def _scale(planner: Planner, key: Hashable, parts: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+def _scale(planner: Planner, key: Hashable, tasks: Sequence[Task], factor: torch.Tensor) -> None:
     """Multiply all in place; a factor of 1 writes nothing."""
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for part in parts:
-        by_device.setdefault(part.device, []).append(part)
+    by_device: dict[torch.device, list[Task]] = {}
+    for task in tasks:
+        by_device.setdefault(task.grad.device, []).append(task)
     for device, some in by_device.items():
         here = factor.to(device)
-        if unavailable(some[0]) is not None:
-            for part in some:
-                part.copy_(part.to(compute_dtype(part)) * here.to(compute_dtype(part)))
+        if unavailable(some[0].grad) is not None:
+            for task in some:
+                dtype = compute_dtype(task.grad)
+                task.grad.copy_(task.grad.to(dtype) * here.to(dtype))
             continue
-        # The row's first three numbers are of preambles, and where no gradient is read there is none.
-        row = Rows(here.expand(1, 3 + len(Factor._fields)), np.zeros(len(some), dtype=np.int64))
+        # A row begins with what preambles read; where no gradient is read there is none.
+        row = Rows(torch.cat((here.new_zeros(3), here[None]))[None], np.zeros(len(some), dtype=np.int64))
         phase = Apply(scale_update, reads_grad=False)
-        tasks = [Task((part,), PLAIN, part, ()) for part in some]
-        planner.apply(("scale", key, device), tasks, row, Launch((phase,), Factor, "raw", noop=here == 1))
+        planner.apply(("scale", key, device), some, row, Launch((phase,), Factor, "raw", noop=here == 1))
 
 
 def _dense(grad: torch.Tensor) -> torch.Tensor:

@@ -91,9 +91,12 @@ def laid_out(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return whole(value)
     from torch.distributed.tensor import DTensor, Replicate
 
-    if not is_dtensor(value):
-        value = DTensor.from_local(value, param.device_mesh, [Replicate()] * param.device_mesh.ndim, run_check=False)
-    return value.redistribute(param.device_mesh, placements_for(param, tuple(value.shape)))
+    placements = placements_for(param, tuple(value.shape))
+    if is_dtensor(value):
+        return value.redistribute(param.device_mesh, placements)
+    everywhere = DTensor.from_local(value, param.device_mesh, [Replicate()] * param.device_mesh.ndim, run_check=False)
+    # A shard is a view at first, which would keep the whole tensor in memory.
+    return everywhere.redistribute(placements=placements).clone(memory_format=torch.contiguous_format)
 
 
 def fitted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

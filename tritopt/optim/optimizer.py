@@ -25,6 +25,9 @@ class Options(TypedDict, total=False):
     multi_precision: keep an fp32 master and fp32 states for fp16 and bf16 parameters; default True.
     max_grad_norm: clip the gradients' global norm to this in the step, on the device; `opt.grad_norm` holds the norm.
         Gradients are not rewritten. A norm that is not finite skips the update. None: off.
+        The norm is that of this optimizer's parameters, over all processes that share one of them. ZeRO's
+        ZeroRedundancyOptimizer gives each process parameters of its own, and cannot be told from a caller that wants
+        this: there call `tritopt.clip_grad_norm_` before the step instead.
     clip_value: bound on each element of the gradient, after the norm is clipped. None: off.
     """
 
@@ -108,6 +111,7 @@ class Optimizer(torch.optim.Optimizer):
                     )
                 if param.dtype not in validate.WEIGHT_DTYPES:
                     raise ValueError(f"{type(self).__name__} takes float16 to float64 parameters, not {param.dtype}")
+                self.expected_states(param, param_group)
             self.rule_of(param_group)
         except Exception:
             self.param_groups.pop()

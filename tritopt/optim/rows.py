@@ -86,7 +86,8 @@ def _common(some: Sequence[Member]) -> tuple[float, float, float]:
     """Rescale, clip bound, decay."""
     group = some[0].group
     bound = validate.bound_or(group["clip_value"], math.inf) if some[0].rule.clips else math.inf
-    return -1.0 if group.get("maximize") else 1.0, bound, float(group.get("weight_decay", 0.0))
+    decay = validate.finite("weight_decay", float(group.get("weight_decay", 0.0)))
+    return -1.0 if group.get("maximize") else 1.0, bound, decay
 
 
 def _unless_zero_lr(rescale: float, member: Member, lr: Number) -> Number:

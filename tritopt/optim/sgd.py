@@ -36,6 +36,8 @@ class TorchSGD(Rule):
         self.momentum = validate.nonnegative("momentum", momentum)
         self.dampening = validate.finite("dampening", dampening)
         self.nesterov = bool(nesterov)
+        if nesterov and momentum and dampening:  # torch checks this in its constructor, but not in a group
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     @property
     def phases(self) -> tuple[Apply, ...]:
@@ -60,8 +62,11 @@ class TorchSGD(Rule):
         if not self.momentum:
             return w - s.lr * g, ()
         (buffer,) = state
+        if self.nesterov:
+            buffer = s.momentum * buffer + g
+            return w - s.lr * (g + s.momentum * buffer), (buffer,)
         buffer = s.momentum * buffer + s.grad_share * g
-        return w - s.lr * (g + s.momentum * buffer if self.nesterov else buffer), (buffer,)
+        return w - s.lr * buffer, (buffer,)
 
 
 class SGD(Optimizer):

@@ -1,0 +1,357 @@
+"""What does not fit is refused before anything is written: in torch's words where torch refuses it too."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+
+from tests.optim.training import (
+    CLASSES,
+    EVERY_CLASS,
+    assert_same,
+    everything,
+    options_of,
+    parameters,
+    set_grads,
+    train,
+    twin,
+)
+from tritopt.optim import SGD, Adam, AdamW
+
+Class: TypeAlias = Any  # a class of tritopt.optim, with a signature of its own
+
+
+def error_of(make: Callable[[], Any]) -> tuple[type[BaseException], str]:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # which one is the question
+        make()
+    return caught.type, str(caught.value)
+
+
+# Arguments.
+
+BAD_ARGUMENTS: list[dict[str, Any]] = [
+    {"lr": -1.0},
+    {"lr": math.nan},
+    {"lr": torch.tensor([0.1, 0.2])},
+    {"betas": (1.0, 0.9)},
+    {"betas": (0.9, -0.1)},
+    {"eps": -1e-8},
+    {"eps": math.nan},
+    {"weight_decay": -0.1},
+    {"weight_decay": math.nan},
+    {"momentum": -0.5},
+    {"nesterov": True},
+    {"nesterov": True, "momentum": 0.9, "dampening": 0.5},
+    {"rho": 1.5},
+    {"alpha": -0.1},
+    {"lr_decay": -1.0},
+    {"initial_accumulator_value": -1.0},
+    {"momentum_decay": -1.0},
+    {"beta2_decay": 1.0},
+    {"d": 0.5},
+    {"foreach": True, "fused": True},
+    {"fused": True, "differentiable": True},
+    {"lr": torch.tensor(0.1), "foreach": True, "capturable": False},
+]
+TORCHS = [
+    pytest.param(cls, bad, id=f"{cls.__name__}-{bad}")
+    for cls in CLASSES
+    if twin(cls)
+    for bad in BAD_ARGUMENTS
+    if set(bad) <= set(options_of(twin(cls), **bad)) and not (cls.__name__ == "Adafactor" and "eps" in bad)  # a pair
+]
+OURS = [
+    pytest.param(cls, bad, id=f"{cls.__name__}-{bad}")
+    for cls in CLASSES
+    if not twin(cls)
+    for bad in BAD_ARGUMENTS
+    if len(bad) == 1 and set(bad) <= set(options_of(cls, **bad)) and "nesterov" not in bad
+]
+
+
+@pytest.mark.parametrize(("cls", "bad"), TORCHS)
+def test_arguments_that_torch_refuses_are_refused_in_its_words(cls: Class, bad: dict[str, Any]) -> None:
+    try:
+        twin(cls)(parameters(), **bad)
+    except (ValueError, RuntimeError) as error:
+        expected = type(error), str(error)
+    else:
+        pytest.skip("torch takes it")
+    assert error_of(lambda: cls(parameters(), **bad)) == expected
+
+
+@pytest.mark.parametrize(("cls", "bad"), OURS)
+def test_arguments_of_classes_that_torch_lacks(cls: Class, bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"Invalid|must|needs|one element"):
+        cls(parameters(), **options_of(cls, **bad))
+
+
+@EVERY_CLASS
+@pytest.mark.parametrize("name", ["max_grad_norm", "clip_value"])
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, -math.inf])
+def test_bounds_that_are_not_positive(cls: Class, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} must be > 0; None does not clip"):
+        cls(parameters(), **options_of(cls), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "clip_value"])
+def test_bounds_that_are_no_numbers(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=nan must not be NaN"):
+        AdamW(parameters(), **{name: math.nan})  # type: ignore[arg-type]
+    for value in ("1", True, [1.0]):
+        with pytest.raises(TypeError, match="must be a number"):
+            AdamW(parameters(), **{name: value})  # type: ignore[arg-type]
+
+
+@EVERY_CLASS
+def test_unknown_keywords(cls: Class) -> None:
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'max_norm'.*multi_precision, max_grad_norm"):
+        cls(parameters(), **options_of(cls), max_norm=1.0)
+
+
+@EVERY_CLASS
+@pytest.mark.parametrize("value", ["False", 1, None])
+def test_multi_precision_that_is_no_bool(cls: Class, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"multi_precision={value!r} must be True or False"):
+        cls(parameters(), **options_of(cls), multi_precision=value)
+
+
+# Parameters.
+
+
+def leafless() -> Any:
+    return [torch.ones(2, requires_grad=True) * 2]
+
+
+def in_two_groups() -> Any:
+    params = parameters()
+    return [{"params": params}, {"params": params[:1]}]
+
+
+def named_in_part() -> Any:
+    params = parameters()
+    return [("a", params[0]), params[1]]
+
+
+BAD_PARAMETERS: dict[str, Callable[[], Any]] = {
+    "empty": list,
+    "a tensor": lambda: torch.ones(2),
+    "a string": lambda: "abc",
+    "numbers": lambda: [1.0],
+    "a set": lambda: [{"params": set(parameters())}],
+    "not a leaf": leafless,
+    "in two groups": in_two_groups,
+    "named in part": named_in_part,
+    "a group without params": lambda: [{"lr": 0.1}],
+}
+
+
+@pytest.mark.parametrize("name", BAD_PARAMETERS)
+@pytest.mark.parametrize("cls", [AdamW, SGD])
+def test_parameters_that_torch_refuses_are_refused_in_its_words(name: str, cls: Class) -> None:
+    expected = error_of(lambda: twin(cls)(BAD_PARAMETERS[name]()))
+    assert error_of(lambda: cls(BAD_PARAMETERS[name]())) == expected
+
+
+def test_a_parameter_twice_in_a_group() -> None:
+    """torch warns, and updates it twice; here it is refused in the step, before anything is written."""
+    params = parameters()
+    with warnings.catch_warnings(record=True) as theirs:
+        warnings.simplefilter("always")
+        torch.optim.AdamW([params[0], params[0]])
+    with warnings.catch_warnings(record=True) as ours:
+        warnings.simplefilter("always")
+        opt = AdamW([params[0], params[1], params[0]])
+    assert [str(w.message) for w in ours] == [str(w.message) for w in theirs]
+    set_grads(params, 0)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="parameters 0 and 2 share memory"):
+        opt.step()
+    assert_same([p.detach() for p in params], before)
+    assert not opt.state
+
+
+@EVERY_CLASS
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.int64, torch.bool, torch.float8_e5m2])
+def test_dtypes_that_no_kernel_takes(cls: Class, dtype: torch.dtype) -> None:
+    wrong = torch.zeros(2, 2).to(dtype)
+    message = r"takes no complex parameters.*view_as_real" if dtype.is_complex else f"not {dtype}"
+    with pytest.raises(ValueError, match=message):
+        cls([*parameters(), wrong], **options_of(cls))
+    opt = cls(parameters(), **options_of(cls))
+    with pytest.raises(ValueError, match=message):
+        opt.add_param_group({"params": [wrong]})
+    assert len(opt.param_groups) == 1
+
+
+def test_view_as_real_is_the_way_out() -> None:
+    z = torch.randn(3, 2, dtype=torch.complex64)
+    p = torch.view_as_real(z).requires_grad_()
+    opt = AdamW([p], lr=0.1)
+    before = z.clone()
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert not torch.equal(z, before)
+
+
+# Steps that fail leave everything as it was.
+
+
+def one_too_short(opt: Any, params: Any) -> None:
+    opt.state[params[1]]["exp_avg"] = torch.zeros(2, 2)
+
+
+def elsewhere(opt: Any, params: Any) -> None:
+    opt.state[params[1]]["exp_avg"] = torch.zeros(3, 2, device="meta")
+
+
+def integers(opt: Any, params: Any) -> None:
+    opt.state[params[1]]["exp_avg_sq"] = torch.zeros(3, 2, dtype=torch.int64)
+
+
+def shared(opt: Any, params: Any) -> None:
+    opt.state[params[1]]["exp_avg_sq"] = opt.state[params[1]]["exp_avg"]
+
+
+def resized(opt: Any, params: Any) -> None:
+    params[1].data = torch.zeros(3, 1)
+
+
+def lr_is_nan(opt: Any, params: Any) -> None:
+    opt.param_groups[1]["lr"] = math.nan
+
+
+def lr_is_infinite(opt: Any, params: Any) -> None:
+    opt.param_groups[1]["lr"] = math.inf
+
+
+def lr_is_a_string(opt: Any, params: Any) -> None:
+    opt.param_groups[1]["lr"] = "fast"
+
+
+def beta_is_two(opt: Any, params: Any) -> None:
+    opt.param_groups[1]["betas"] = (0.9, 2.0)
+
+
+def clip_is_nan(opt: Any, params: Any) -> None:
+    opt.param_groups[1]["clip_value"] = math.nan
+
+
+def decay_is_nan(opt: Any, params: Any) -> None:
+    opt.param_groups[1]["weight_decay"] = math.nan
+
+
+def master_is_short(opt: Any, params: Any) -> None:
+    opt.state[params[1]]["master_param"] = torch.zeros(2, 2)
+
+
+def expanded(opt: Any, params: Any) -> None:
+    params[1].data = torch.zeros(1).bfloat16().expand(3, 2)
+
+
+FAILURES: dict[Callable[..., None], str] = {
+    one_too_short: r"state of shape \(2, 2\) on cpu for a weight of shape \(3, 2\)",
+    elsewhere: "on meta",
+    integers: "a state is torch.int64",
+    shared: "share memory",
+    resized: r"gradient of shape \(3, 2\) for a weight of shape \(3, 1\)",
+    lr_is_nan: "lr=nan",
+    lr_is_infinite: "lr=inf must be finite",
+    lr_is_a_string: "fast",
+    beta_is_two: r"beta2=2.0 must be in \[0, 1\)",
+    clip_is_nan: "nan",
+    decay_is_nan: "weight_decay=nan",
+    master_is_short: r"state of shape \(2, 2\)",
+    expanded: "share memory",
+}
+
+
+@pytest.mark.parametrize("break_it", FAILURES, ids=lambda f: f.__name__)
+def test_a_step_that_fails_changes_nothing(break_it: Callable[..., None]) -> None:
+    params = parameters(torch.bfloat16)
+    opt = AdamW([{"params": params[:1]}, {"params": params[1:]}], lr=0.01)
+    train(opt, params, range(2))
+    set_grads(params, 2)
+    break_it(opt, params)
+    before = everything(opt)
+    with pytest.raises((ValueError, TypeError), match=FAILURES[break_it]):
+        opt.step()
+    assert_same([t for t in everything(opt) if t.device.type != "meta"], [t for t in before if t.device.type != "meta"])
+
+
+@EVERY_CLASS
+def test_a_first_step_that_fails_leaves_no_states(cls: Class) -> None:
+    params = parameters()
+    opt = cls(params, **options_of(cls))
+    set_grads(params, 0)
+    kept, params[2].data = params[2].data, torch.zeros(4, 4)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=r"gradient of shape \(1, 4\) for a weight of shape \(4, 4\)"):
+        opt.step()
+    assert_same([p.detach() for p in params], before)
+    assert not opt.state
+    params[2].data = kept  # mended, it goes on as if nothing had been
+    opt.step()
+    expected = parameters()
+    plain = cls(expected, **options_of(cls))
+    train(plain, expected, range(1))
+    assert_same(everything(opt), everything(plain))
+
+
+def test_a_step_that_failed_may_be_repeated() -> None:
+    params, expected = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    opt, plain = AdamW(params, lr=0.01), AdamW(expected, lr=0.01)
+    train(opt, params, range(2))
+    train(plain, expected, range(3))
+    set_grads(params, 2)
+    opt.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="lr=nan"):
+        opt.step()
+    opt.param_groups[0]["lr"] = 0.01
+    opt.step()
+    assert_same(everything(opt), everything(plain))
+
+
+def test_parameters_on_several_devices() -> None:
+    """A device each in turn; here the meta device stands for another."""
+    (here,), elsewhere = parameters(shapes=((3, 2),)), torch.nn.Parameter(torch.zeros(2, 2, device="meta"))
+    opt = AdamW([here, elsewhere], lr=0.01)
+    (expected,) = parameters(shapes=((3, 2),))
+    plain = AdamW([expected], lr=0.01)
+    for step in range(2):
+        set_grads([here], step)
+        set_grads([expected], step)
+        elsewhere.grad = torch.zeros_like(elsewhere)
+        opt.step()
+        plain.step()
+    assert torch.equal(here, expected)
+    assert opt.state[elsewhere]["exp_avg"].device.type == "meta"
+
+
+@pytest.mark.parametrize("cls", [c for c in CLASSES if twin(c)], ids=lambda cls: cls.__name__)
+def test_sparse_gradients_that_torch_refuses_are_refused_in_its_words(cls: Class) -> None:
+    def step(kind: Any) -> None:
+        (p,) = parameters(shapes=((4, 3),))
+        p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 3), (4, 3))
+        kind([p], **options_of(cls)).step()
+
+    try:
+        step(twin(cls))
+    except (RuntimeError, NotImplementedError):
+        assert error_of(lambda: step(cls)) == error_of(lambda: step(twin(cls)))
+    else:
+        step(cls)
+
+
+def test_fused_true_where_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    opt = Adam(params, fused=True)
+    monkeypatch.setattr("tritopt.optim.cold.unavailable", lambda tensor: "no kernel here")
+    set_grads(params, 0)
+    with pytest.warns(UserWarning, match="fused=True on the CPU runs the reference: no kernel here"):
+        opt.step()

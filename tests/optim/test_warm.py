@@ -1,0 +1,231 @@
+"""Steps that reuse what the step before derived: they do what a step from scratch does, whatever changes in between."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tritopt import optim
+from tritopt.optim.cold import ColdStep
+from tritopt.optim.warm import WarmStep
+
+Change = Callable[[optim.Optimizer, list[torch.Tensor]], None]
+
+
+def parameters() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    plain = [torch.randn(size).requires_grad_() for size in ((), (5,), (4, 3), (0,))]
+    low = [torch.randn(6, 2).to(torch.bfloat16).requires_grad_(), torch.randn(7).to(torch.bfloat16).requires_grad_()]
+    return [*plain, torch.randn(3, 4).t().requires_grad_(), *low]
+
+
+def set_grads(params: list[torch.Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        param.grad = (
+            torch.randn(param.shape, generator=generator).to(param.dtype).as_strided(param.shape, param.stride())
+        )
+
+
+def options(params: list[torch.Tensor], cls: type[optim.Optimizer]) -> Any:
+    groups: list[dict[str, Any]] = [{"params": params[:3]}, {"params": params[3:], "lr": 0.03, "weight_decay": 0.2}]
+    return cls(groups, lr=0.01, max_grad_norm=3.0)  # type: ignore[call-arg]
+
+
+def values(opt: optim.Optimizer, params: list[torch.Tensor]) -> list[torch.Tensor]:
+    states = [value for param in params for value in opt.state.get(param, {}).values()]
+    return [tensor.detach().clone() for tensor in [*params, *states]]
+
+
+def _set(name: str, value: Any) -> Change:
+    def change(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+        opt.param_groups[1][name] = value
+
+    return change
+
+
+def _drop_gradient(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    params[1].grad = None
+
+
+def _other_layout(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    params[2].grad = params[2].grad.t().contiguous().t()  # type: ignore[union-attr]
+
+
+def _swap_data(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    params[2].data = params[2].data.clone() + 1
+
+
+def _write_weight(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        params[5].copy_(torch.full_like(params[5], 7.0))
+
+
+def _replace_state(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.state[params[2]]["exp_avg"] = torch.full_like(opt.state[params[2]]["exp_avg"], 0.5)
+
+
+def _swap_state_data(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.state[params[2]]["exp_avg"].data = torch.full_like(opt.state[params[2]]["exp_avg"], 0.5)
+
+
+def _replace_state_dict(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.state[params[2]] = {name: value.clone() + 0.25 for name, value in opt.state[params[2]].items()}
+
+
+def _set_count(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.state[params[1]]["step"].fill_(40.0)
+
+
+def _replace_count(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.state[params[1]]["step"] = torch.tensor(40.0)
+
+
+def _drop_state(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    del opt.state[params[4]]
+
+
+def _load(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    saved = copy.deepcopy(opt.state_dict())
+    for state in saved["state"].values():
+        state["exp_avg"] += 0.125
+    opt.load_state_dict(saved)
+
+
+def _add_group(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    params.append(torch.ones(3, requires_grad=True))
+    params[-1].grad = torch.ones(3)
+    opt.add_param_group({"params": [params[-1]], "lr": 0.5})
+
+
+def _drop_from_group(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    del opt.param_groups[0]["params"][0]
+
+
+def _shared_gradient(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    for param in params:
+        param.grad = torch.zeros_like(param)
+
+
+def _flag(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.found_inf, opt.grad_scale = torch.tensor([0.0]), torch.tensor([4.0])  # type: ignore[attr-defined]
+
+
+def _overflow(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.found_inf, opt.grad_scale = torch.tensor([1.0]), torch.tensor([4.0])  # type: ignore[attr-defined]
+
+
+def _nan(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    params[2].grad[0, 0] = torch.nan  # type: ignore[index]
+
+
+CHANGES: dict[str, Change] = {
+    "lr": _set("lr", 0.5),
+    "lr tensor": _set("lr", torch.tensor(0.25)),
+    "betas": _set("betas", (0.5, 0.7)),
+    "weight decay": _set("weight_decay", 0.0),
+    "amsgrad": _set("amsgrad", True),
+    "maximize": _set("maximize", True),
+    "clip value": _set("clip_value", 0.1),
+    "reference": _set("fused", False),
+    "capturable": _set("capturable", True),
+    "no master": _set("multi_precision", False),
+    "no gradient": _drop_gradient,
+    "gradient laid out otherwise": _other_layout,
+    "weight moved": _swap_data,
+    "weight written": _write_weight,
+    "state replaced": _replace_state,
+    "state moved": _swap_state_data,
+    "states replaced": _replace_state_dict,
+    "count written": _set_count,
+    "count replaced": _replace_count,
+    "state deleted": _drop_state,
+    "loaded": _load,
+    "group added": _add_group,
+    "parameter removed": _drop_from_group,
+    "zero gradients": _shared_gradient,
+    "loss scale": _flag,
+    "overflow": _overflow,
+    "gradient not finite": _nan,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed(change: str) -> None:
+    runs = []
+    for is_warm in (True, False):
+        params = parameters()
+        opt = options(params, optim.AdamW)
+        for step in range(4):
+            set_grads(params, step)
+            if step == 2:
+                CHANGES[change](opt, params)
+            if not is_warm:
+                opt._stepper._warm = None
+            opt.step()
+            for name in ("found_inf", "grad_scale"):
+                if hasattr(opt, name):
+                    delattr(opt, name)
+        runs.append(values(opt, params))
+    assert len(runs[0]) == len(runs[1])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.SGD, optim.LAMB, optim.NAdam])
+def test_steps_that_are_alike_look_at_nothing_again(
+    cls: type[optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters()
+    opt = options(params, cls)
+    cold = 0
+    build = ColdStep.__init__
+
+    def count(self: ColdStep, *arguments: Any) -> None:
+        nonlocal cold
+        cold += 1
+        build(self, *arguments)
+
+    monkeypatch.setattr(ColdStep, "__init__", count)
+    for step in range(5):
+        set_grads(params, step)
+        opt.step()
+    assert cold == 1
+    assert isinstance(opt._stepper._warm, WarmStep)
+
+
+def test_hyperparameters_that_cycle_stay_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    opt = options(params, optim.AdamW)
+    set_grads(params, 0)
+    opt.step()
+    monkeypatch.setattr(ColdStep, "__init__", None)
+    for step in range(1, 4):
+        for group in opt.param_groups:
+            group["betas"] = (0.9 - 0.1 * step, 0.99)
+            group["lr"] *= 0.9
+        set_grads(params, step)
+        opt.step()
+
+
+def test_a_failed_step_changes_nothing_and_is_not_reused() -> None:
+    params = parameters()
+    opt = options(params, optim.AdamW)
+    for step in range(2):
+        set_grads(params, step)
+        opt.step()
+    before = values(opt, params)
+    opt.param_groups[1]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr"):
+        opt.step()
+    opt.param_groups[1]["lr"] = 0.03
+    opt.param_groups[1]["betas"] = (2.0, 0.9)
+    with pytest.raises(ValueError, match="beta1"):
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, values(opt, params), strict=True))
+    opt.param_groups[1]["betas"] = (0.9, 0.999)
+    opt.step()
+    assert not torch.equal(params[1], before[1])
