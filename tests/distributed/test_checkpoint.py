@@ -21,8 +21,7 @@ pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(RE
 
 CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "AdamW": ("AdamW", {}, EXACT),
-    "AdamW, reference": ("AdamW", {"fused": False}, EXACT),
-    "AdamW, clipped": ("AdamW", {"max_grad_norm": 0.1}, CLOSE),
+    "AdamW, clipped": ("AdamW", {"fused": False, "max_grad_norm": 0.1}, CLOSE),
     "LAMB": ("LAMB", {}, CLOSE),
     "Adafactor": ("Adafactor", {}, CLOSE),
 }
@@ -75,12 +74,12 @@ def save_and_go_on(case: str, folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     model, opt = build(case)
-    train(model, opt, range(3))
+    train(model, opt, range(2))
     saved = snapshot(model, opt)
     state: dict[str, Any] = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, opt)}
     save(state, checkpoint_id=folder / "checkpoint")
     opt.param_groups[0]["lr"] = 0.005
-    train(model, opt, range(3, 6))
+    train(model, opt, range(2, 4))
     later = snapshot(model, opt)
     if dist.get_rank() == 0:
         torch.save((saved, later), folder / "expected.pt")
@@ -108,7 +107,7 @@ def load_and_go_on(case: str, folder: Path) -> None:
     compare(snapshot(model, opt), saved, EXACT)
     assert opt.param_groups[0]["lr"] == 0.01
     opt.param_groups[0]["lr"] = 0.005
-    train(model, opt, range(3, 6))
+    train(model, opt, range(2, 4))
     compare(snapshot(model, opt), later, CASES[case][2])
 
 

@@ -19,7 +19,7 @@ from tritopt.optim import AdamW
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]
 
-STEPS = 30
+STEPS = 16
 
 
 class StoppedError(Exception):
@@ -32,7 +32,7 @@ def run(folder: Path, *more: str) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         # The interpreter would take minutes, and others test that it agrees with the reference.
         patch.setattr(train_fsdp, "AdamW", partial(AdamW, fused=False))
-        return train_fsdp.main(["--steps", str(STEPS), "--save-every", "4", "--folder", str(folder), *more])
+        return train_fsdp.main(["--steps", str(STEPS), "--save-every", "5", "--folder", str(folder), *more])
 
 
 def test_stopped_and_resumed(worlds: dict[int, World], tmp_path: Path) -> None:
@@ -45,12 +45,12 @@ def check_stopped_and_resumed(folder: Path) -> None:
 
     whole = run(folder / "whole")
     assert whole.step == STEPS
-    assert whole.loss < 0.5  # a guess costs log(31) = 3.4
+    assert whole.loss < 1.5  # a guess costs log(31) = 3.4
     with pytest.MonkeyPatch.context() as patch:
         advance = train_fsdp.Training.advance
 
         def stopping(training: Any) -> torch.Tensor:
-            if training.step == 22:
+            if training.step == 12:
                 raise StoppedError
             return advance(training)
 
@@ -58,8 +58,8 @@ def check_stopped_and_resumed(folder: Path) -> None:
         with pytest.raises(StoppedError):
             run(folder / "stopped")
     torch.distributed.barrier()
-    assert [step for step, _ in train_fsdp.checkpoints(folder / "stopped")] == [20]
-    (folder / "stopped" / "step_24.part").mkdir(exist_ok=True)  # that of a run that was killed while it wrote
+    assert [step for step, _ in train_fsdp.checkpoints(folder / "stopped")] == [10]
+    (folder / "stopped" / "step_15.part").mkdir(exist_ok=True)  # that of a run that was killed while it wrote
     torch.distributed.barrier()
     resumed = run(folder / "stopped")
     assert resumed.loss == whole.loss

@@ -384,6 +384,16 @@ def test_what_does_not_fit_is_refused_and_nothing_loaded(break_it: Any) -> None:
     assert_same(everything(opt), everything(untouched[1]))
 
 
+def test_groups_are_checked_where_there_is_no_state_yet() -> None:
+    opt = AdamW(parameters(), lr=0.5)
+    saved = AdamW(parameters()).state_dict()
+    saved["param_groups"][0]["betas"] = (0.9, 2.0)
+    with pytest.raises(ValueError, match=r"beta2=2.0 must be in \[0, 1\)"):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] == 0.5
+    assert opt.param_groups[0]["betas"] == (0.9, 0.999)
+
+
 def test_what_is_loaded_from_is_not_changed() -> None:
     params = parameters(torch.bfloat16)
     opt = AdamW(params)

@@ -82,7 +82,7 @@ class Adagrad(Optimizer):
         super().__init__(params, {**defaults, "capturable": capturable}, options)
 
     def share_memory(self) -> None:
-        """Move the sums to shared memory, as torch does for training in several processes; makes those not yet there."""
+        """Move the sums to shared memory, as torch does for training in several processes; makes missing ones."""
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state[param]
