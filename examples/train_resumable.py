@@ -53,7 +53,7 @@ class Training:
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1
-        return float(loss)
+        return float(loss.detach())
 
     def state_dict(self) -> dict[str, Any]:
         """All that later steps depend on."""
