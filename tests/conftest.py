@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
+
+from tests.interpreter import patch_once_per_launch
 
 if torch.cuda.is_available():
     torch.set_default_device("cuda")
 else:
     # Read when kernels are imported, so before any test imports tritopt.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    patch_once_per_launch()
 
 # Fills what torch.empty returns with NaN: a value that nobody wrote shows.
 torch.use_deterministic_algorithms(True)
