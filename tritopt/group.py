@@ -116,7 +116,6 @@ def upload_table(group: Group, words: Array, scalars: Array | torch.Tensor) -> N
 
     words: int64 [members, pointers + 1], addresses and index of the scalars' row. scalars: `Rows.values`.
     """
-    on_device = isinstance(scalars, torch.Tensor)
     tail = np.zeros(scalars.numel()) if isinstance(scalars, torch.Tensor) else scalars.reshape(-1)
     table = np.concatenate([words.reshape(-1), tail.view(np.int64)])
     with on_device_of(group):
@@ -124,19 +123,20 @@ def upload_table(group: Group, words: Array, scalars: Array | torch.Tensor) -> N
         # A table is freed to the stream it was made on, so another stream gets its own.
         if group.device_table is None or group.stream != stream or not np.array_equal(table, group.host_table):
             group.host_table, group.stream = table, stream
-            group.device_table = _upload_for_graph(group, table) if on_device else _upload(table, group.device)
+            group.device_table = _uploaded_table(group, table)
         if isinstance(scalars, torch.Tensor):
             group.device_table[words.size :].view(torch.float64).copy_(scalars.reshape(-1))
 
 
-def _upload_for_graph(group: Group, table: np.ndarray[Any, Any]) -> torch.Tensor:
-    """`_upload` that may be captured: pinned memory is allocated before, and belongs to the graph afterwards."""
+def _uploaded_table(group: Group, table: Array) -> torch.Tensor:
+    """`_upload`, which may also be captured: pinned memory is made before, and belongs to the graph afterwards."""
     host = torch.from_numpy(table)
     if group.device.type != "cuda":
-        return host.clone()
+        return host.clone()  # the scalars behind the addresses may be written in place
     staging, group.staging = group.staging, None
     if not torch.cuda.is_current_stream_capturing():
-        group.staging = staging if staging is not None else torch.empty_like(host, pin_memory=True)
+        fits = staging is not None and staging.shape == host.shape
+        group.staging = staging if fits else torch.empty_like(host, pin_memory=True)
         return _upload(table, group.device)
     if staging is None or staging.shape != host.shape:
         raise RuntimeError(

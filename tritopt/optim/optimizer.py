@@ -154,9 +154,18 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self._check_capturable()
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             self._stepper.update(self)
         return loss
+
+    def _check_capturable(self) -> None:
+        if not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                "Attempting CUDA graph capture of step() for an instance of "
+                f"{type(self).__name__} but param_groups' capturable is False: construct it with capturable=True"
+            )
 
     def master_weights(self) -> list[torch.Tensor]:
         """The weights as the arithmetic sees them, in the order of the parameters: masters where there are some."""

@@ -126,7 +126,7 @@ class WarmStep:
     def _takes_grads(self, grads: list[Any]) -> bool:
         if self._is_sharded:
             for grad, member in zip(grads, self.members, strict=True):
-                if is_dtensor(member.param) and grad.placements != member.param.placements:
+                if is_dtensor(member.param) and getattr(grad, "placements", None) != member.param.placements:
                     return False
             grads = list(map(local, grads))
         if list(map(_dtype, grads)) != self._dtypes or set(map(_layout, grads)) != {torch.strided}:
