@@ -7,18 +7,22 @@ from tritopt.kernels.ops import div
 
 
 @triton.jit
-def adamax_update(w, g, state, s):
-    """Adam with the infinity norm of the gradients; s.lr carries the correction of the mean."""
+def _moments(g, state, s, floor):
+    """The mean, and the infinity norm of gradients to whose sizes `floor` is added."""
     mean, norm = state
     mean = s.beta1 * mean + s.one_minus_beta1 * g
-    norm = tl.maximum(s.beta2 * norm, tl.abs(g), propagate_nan=tl.PropagateNan.ALL)
+    return mean, tl.maximum(s.beta2 * norm, tl.abs(g) + floor, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def adamax_update(w, g, state, s):
+    """Adam with the infinity norm of the gradients; s.lr carries the correction of the mean."""
+    mean, norm = _moments(g, state, s, 0.0)
     return w - div(s.lr * mean, norm + s.epsilon), (mean, norm)
 
 
 @triton.jit
 def adamax_floored_update(w, g, state, s):
     """torch's Adamax: epsilon is added to each gradient's size, and so is part of the norm."""
-    mean, norm = state
-    mean = s.beta1 * mean + s.one_minus_beta1 * g
-    norm = tl.maximum(s.beta2 * norm, tl.abs(g) + s.epsilon, propagate_nan=tl.PropagateNan.ALL)
-    return w - s.lr * div(mean, norm), (mean, norm)
+    state = _moments(g, state, s, s.epsilon)
+    return w - s.lr * div(state[0], state[1]), state

@@ -7,59 +7,60 @@ from tritopt.kernels.ops import clip, div, sqrt
 
 
 @triton.jit
+def _quotient(g, var, s):
+    """The gradient over the root of the second moment, epsilon added to the root; and that moment."""
+    var = s.rho * var + s.one_minus_rho * (g * g)
+    return div(g, sqrt(var) + s.epsilon), var
+
+
+@triton.jit
+def _averages(g, mean, var, s):
+    """Of the gradient and of its square."""
+    mean = s.rho * mean + s.one_minus_rho * g
+    return mean, s.rho * var + s.one_minus_rho * (g * g)
+
+
+@triton.jit
 def rmsprop_update(w, g, state, s):
     """Divided by the root of the second moment, epsilon added to the root."""
-    (var,) = state
-    var = s.rho * var + s.one_minus_rho * (g * g)
-    return clip(w - s.lr * div(g, sqrt(var) + s.epsilon), s.clip_weights), (var,)
+    quotient, var = _quotient(g, state[0], s)
+    return clip(w - s.lr * quotient, s.clip_weights), (var,)
 
 
 @triton.jit
 def rmsprop_centered_update(w, g, state, s):
     """Divided by the root of the variance, epsilon inside the root, with heavy-ball momentum."""
     mean, var, mom = state
-    mean = s.rho * mean + s.one_minus_rho * g
-    var = s.rho * var + s.one_minus_rho * (g * g)
+    mean, var = _averages(g, mean, var, s)
     mom = s.momentum * mom - s.lr * div(g, sqrt(var - mean * mean + s.epsilon))
     return clip(w + mom, s.clip_weights), (mean, var, mom)
 
 
 @triton.jit
-def rmsprop_quotient_update(w, g, state, s):
-    """torch's plain form."""
-    (var,) = state
-    var = s.rho * var + s.one_minus_rho * (g * g)
-    return w - s.lr * div(g, sqrt(var) + s.epsilon), (var,)
-
-
-@triton.jit
 def rmsprop_momentum_update(w, g, state, s):
     """torch's momentum: the buffer holds quotients, and the learning rate multiplies all of it."""
-    var, buffer = state
-    var = s.rho * var + s.one_minus_rho * (g * g)
-    buffer = s.momentum * buffer + div(g, sqrt(var) + s.epsilon)
+    quotient, var = _quotient(g, state[0], s)
+    buffer = s.momentum * state[1] + quotient
     return w - s.lr * buffer, (var, buffer)
 
 
 @triton.jit
-def _centered_quotient(g, var, mean, s):
-    var = s.rho * var + s.one_minus_rho * (g * g)
-    mean = s.rho * mean + s.one_minus_rho * g
+def _deviations(g, var, mean, s):
+    """The gradient over its standard deviation, epsilon added to that; and the moments."""
+    mean, var = _averages(g, mean, var, s)
     return div(g, sqrt(var - mean * mean) + s.epsilon), var, mean
 
 
 @triton.jit
 def rmsprop_deviation_update(w, g, state, s):
-    """torch's centered form: epsilon is added to the root of the variance."""
-    var, mean = state
-    quotient, var, mean = _centered_quotient(g, var, mean, s)
-    return w - s.lr * quotient, (var, mean)
+    """torch's centered form."""
+    step, var, mean = _deviations(g, state[0], state[1], s)
+    return w - s.lr * step, (var, mean)
 
 
 @triton.jit
 def rmsprop_deviation_momentum_update(w, g, state, s):
     """torch's centered form, with its momentum."""
-    var, mean, buffer = state
-    quotient, var, mean = _centered_quotient(g, var, mean, s)
-    buffer = s.momentum * buffer + quotient
+    step, var, mean = _deviations(g, state[0], state[1], s)
+    buffer = s.momentum * state[2] + step
     return w - s.lr * buffer, (var, mean, buffer)

@@ -18,10 +18,10 @@ FORMS = [{}, {"centered": True}]
 MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     (
         "rmsprop.py",
-        "(var,) = state\n    var = s.rho * var + s.one_minus_rho * (g * g)",
+        "    var = s.rho * var + s.one_minus_rho * (g * g)\n",
         {
-            "a sum": "(var,) = state\n    var = var + g * g",
-            "rho changes places": "(var,) = state\n    var = s.one_minus_rho * var + s.rho * (g * g)",
+            "a sum": "    var = var + g * g\n",
+            "rho changes places": "    var = s.one_minus_rho * var + s.rho * (g * g)\n",
         },
     ),
     (
@@ -35,11 +35,11 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "rmsprop.py",
-        "clip(w - s.lr * div(g, ",
+        "clip(w - s.lr * quotient, s.clip_weights)",
         {
-            "ascends": "clip(w + s.lr * div(g, ",
-            "no learning rate": "clip(w - div(g, ",
-            "bound is not the weights'": "clip(w, s.clip_weights) - s.lr * clip(div(g, ",
+            "ascends": "clip(w + s.lr * quotient, s.clip_weights)",
+            "no learning rate": "clip(w - quotient, s.clip_weights)",
+            "bound is not the weights'": "clip(w, s.clip_weights) - s.lr * clip(quotient, s.clip_weights)",
         },
     ),
     (

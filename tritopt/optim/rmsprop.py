@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from tritopt.kernels.rmsprop import (
     rmsprop_deviation_momentum_update,
     rmsprop_deviation_update,
     rmsprop_momentum_update,
-    rmsprop_quotient_update,
+    rmsprop_update,
 )
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
@@ -30,6 +31,8 @@ class TorchRMSpropScalars(NamedTuple):
     one_minus_rho: float
     momentum: float
     epsilon: float
+    clip_weights: float
+    """Of MXNet's, which shares the plain update: infinity."""
 
 
 class TorchRMSprop(Rule):
@@ -57,7 +60,7 @@ class TorchRMSprop(Rule):
         """One launch."""
         if self.centered:
             return (Apply(rmsprop_deviation_momentum_update if self.momentum else rmsprop_deviation_update),)
-        return (Apply(rmsprop_momentum_update if self.momentum else rmsprop_quotient_update),)
+        return (Apply(rmsprop_momentum_update if self.momentum else rmsprop_update),)
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -66,7 +69,7 @@ class TorchRMSprop(Rule):
 
     def scalars(self, lr: Any, wd: float, count: Any) -> TorchRMSpropScalars:
         """Constant but for the learning rate."""
-        return TorchRMSpropScalars(lr, self.alpha, 1 - self.alpha, self.momentum, self.epsilon)
+        return TorchRMSpropScalars(lr, self.alpha, 1 - self.alpha, self.momentum, self.epsilon, math.inf)
 
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchRMSpropScalars
