@@ -30,9 +30,14 @@ print(json.dumps({"gpu": torch.cuda.get_device_name(), "python": platform.python
                   "triton": triton.__version__, "commit": commit}))
 EOF
 cat "$out/machine.json"
+parallel=$(python3 -c 'import xdist; print("-n 8 --dist loadgroup")' 2>/dev/null)
 run check-quick python3 -m tritopt check --quick
 run driver python3 -m pytest -q -x tests/test_driver.py
-run tests python3 -m pytest -q tests --ignore tests/test_quality.py --ignore tests/test_packaging.py --ignore tests/test_examples.py
+run optim python3 -m pytest -q $parallel tests/optim
+run tests python3 -m pytest -q $parallel tests --ignore tests/optim --ignore tests/distributed --ignore tests/ecosystem \
+  --ignore tests/test_quality.py --ignore tests/test_packaging.py --ignore tests/test_examples.py
+# Processes of their own, on the CPU and in the interpreter.
+run distributed env CUDA_VISIBLE_DEVICES= python3 -m pytest -q tests/distributed
 timeout 300 python3 -m tritopt check --json >"$out/check.json" 2>"$out/check.log" || failed+=(check)
 
 if [ ${#failed[@]} -gt 0 ]; then
