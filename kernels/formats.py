@@ -31,6 +31,18 @@ class Format(NamedTuple):
     encode: Callable[[Sequence[torch.Tensor], torch.Tensor], None]
     plane_reads: tuple[bool, ...]
     """Which planes `load` reads; `store` writes all of them."""
+    weight_dtypes: tuple[torch.dtype, ...]
+    """Of plane 0, which is the weight."""
+    companion: str = ""
+    """What plane 1 is called in a checkpoint, if there is one."""
+    companion_dtype: torch.dtype | None = None
+    """Of plane 1; None: the weight's."""
+    companion_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """Plane 1, from the weight and the fp32 value that the two are to hold."""
+
+    def dtype_of_companion(self, weight: torch.dtype) -> torch.dtype:
+        """Of plane 1 beside a weight of this dtype."""
+        return self.companion_dtype or weight
 
 
 @triton.jit
@@ -79,10 +91,101 @@ def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor) -> None:
     planes[0].copy_(planes[1])
 
 
+def _master_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return value.clone()
+
+
+@triton.jit
+def load_split(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The bits of an fp32 number: those of the bf16 weight in front, and a signed remainder added to them."""
+    high = tl.load(planes[0] + offsets, mask=mask).to(tl.int16, bitcast=True).to(tl.int32)
+    remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
+    return ((high << 16) + remainder).to(tl.float32, bitcast=True).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_split(planes, offsets, mask, value):
+    """The weight, rounded to nearest, away from zero where two are, and what it lacks."""
+    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+    # NaN has bits that rounding would carry over into the sign.
+    bits = tl.where(value == value, bits, 0x7FC00000)
+    high = (bits + 0x8000) >> 16
+    tl.store(planes[1] + offsets, (bits - (high << 16)).to(tl.int16), mask=mask)
+    tl.store(planes[0] + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+
+
+def decode_split(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_split`."""
+    high = planes[0].view(torch.int16).to(torch.int32)
+    return ((high << 16) + planes[1]).view(torch.float32).to(dtype)
+
+
+def encode_split(planes: Sequence[torch.Tensor], value: torch.Tensor) -> None:
+    """Twin of `store_split`."""
+    value = value.float()
+    bits = torch.where(value.isnan(), 0x7FC00000, value.view(torch.int32))
+    high = (bits + 0x8000) >> 16
+    planes[1].copy_(bits - (high << 16))
+    planes[0].copy_(high.to(torch.int16).view(torch.bfloat16))
+
+
+def _remainder_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    difference = value.view(torch.int32) - (weight.view(torch.int16).to(torch.int32) << 16)
+    return torch.where(difference.abs() < 0x8000, difference, 0).to(torch.int16)
+
+
+@triton.jit
+def load_kahan(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The weight and its compensation, added up in fp32."""
+    weight = tl.load(planes[0] + offsets, mask=mask).to(tl.float32)
+    return (weight + tl.load(planes[1] + offsets, mask=mask).to(tl.float32)).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_kahan(planes, offsets, mask, value):
+    """The weight, rounded to nearest even, and what it lacks, rounded likewise."""
+    weight = cast(value, planes[0].dtype.element_ty)
+    lacks = value - weight.to(tl.float32)
+    lacks = tl.where(tl.abs(lacks) < float("inf"), lacks, 0.0)  # beside an infinite weight or NaN
+    tl.store(planes[0] + offsets, weight, mask=mask)
+    tl.store(planes[1] + offsets, cast(lacks, planes[1].dtype.element_ty), mask=mask)
+
+
+def decode_kahan(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_kahan`."""
+    return (planes[0].float() + planes[1].float()).to(dtype)
+
+
+def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor) -> None:
+    """Twin of `store_kahan`."""
+    planes[0].copy_(value)
+    planes[1].copy_(_compensation_of(planes[0], value))
+
+
+def _compensation_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    lacks = value - weight.float()
+    return torch.where(lacks.isfinite(), lacks, 0.0).to(weight.dtype)
+
+
+_LOW = (torch.float16, torch.bfloat16)
+_ALL = (*_LOW, torch.float32, torch.float64)
+PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,), _ALL)
+MASTER_FP32 = Format(
+    "fp32 master", 2, load_master, store_master, decode_master, encode_master, (False, True), _LOW,
+    "master_param", torch.float32, _master_of,
+)  # fmt: skip
+SPLIT16 = Format(
+    "split16", 2, load_split, store_split, decode_split, encode_split, (True, True), (torch.bfloat16,),
+    "master_remainder", torch.int16, _remainder_of,
+)  # fmt: skip
+KAHAN = Format(
+    "kahan", 2, load_kahan, store_kahan, decode_kahan, encode_kahan, (True, True), _LOW,
+    "compensation", None, _compensation_of,
+)  # fmt: skip
+MASTERS = {"fp32": MASTER_FP32, "split16": SPLIT16, "kahan": KAHAN}
+"""How an fp16 or bf16 weight keeps what its own bits cannot hold."""
+
+
 def format_of(load: Any) -> Format:
     """The format that `load` belongs to."""
-    return next(fmt for fmt in (PLAIN, MASTER_FP32) if fmt.load is load)
-
-
-PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,))
-MASTER_FP32 = Format("fp32 master", 2, load_master, store_master, decode_master, encode_master, (False, True))
+    return next(fmt for fmt in (PLAIN, *MASTERS.values()) if fmt.load is load)

@@ -26,6 +26,7 @@ from tritopt.optimizer import Optimizer
 
 _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?\.(?:v(\d)\.)?[a-z](\d+)\b")
 _TYPES = {
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float16: "*fp16",
@@ -116,9 +117,10 @@ def compile_launch(launched: Launched, arch: int | str) -> Any:
 
 def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
     weight, grad = torch.zeros(64, 64, dtype=weight_dtype), torch.zeros(64, 64, dtype=grad_dtype)
-    planes = (weight, *[weight.float() for _ in range(fmt.n_planes - 1)])
+    planes = [weight] if fmt.companion_of is None else [weight, fmt.companion_of(weight, weight.float())]
     opt.multi_precision = False
-    task = Task(planes, fmt, grad, tuple(tensors_of(fresh_state(opt, 0, planes[-1]))))
+    state = fresh_state(opt, 0, fmt.decode(planes, torch.float32) if len(planes) > 1 else weight)
+    task = Task(tuple(planes), fmt, grad, tuple(tensors_of(state)))
     scalars = opt.scalars(0.1, opt.wd, 1)
     # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
     launch = Launch(opt.phases, type(scalars), opt.preamble, torch.ones(()), torch.zeros(()))

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt import registry
-from tritopt.fused import is_low_precision
-from tritopt.kernels.formats import MASTER_FP32, PLAIN, Format
+from tritopt.kernels.formats import MASTER_FP32, PLAIN, SPLIT16, Format
 from tritopt.optimizer import Optimizer, State
 
 PRECISIONS: dict[str, tuple[torch.dtype, Format]] = {
     "fp32": (torch.float32, PLAIN),
     "bf16 + fp32 master": (torch.bfloat16, MASTER_FP32),
+    "bf16 + 16-bit remainder": (torch.bfloat16, SPLIT16),
     "bf16": (torch.bfloat16, PLAIN),
 }
 """Dtype of weights and gradients, and storage format, that `tritopt list` shows."""
@@ -114,17 +114,17 @@ def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
 
 def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], list[float]]:
     """Bytes per parameter of each plane of the weight and of each state; of a matrix, where a row's state is small."""
-    if fmt.n_planes > 1 and not is_low_precision(weight_dtype):
-        raise ValueError(f"format {fmt.name!r} stores float16 or bfloat16 weights, not {weight_dtype}; pass PLAIN")
+    if weight_dtype not in fmt.weight_dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in fmt.weight_dtypes)
+        raise ValueError(f"format {fmt.name!r} stores {names} weights, not {weight_dtype}; pass PLAIN")
     opt = copy.copy(opt)
-    opt.multi_precision = fmt is MASTER_FP32
+    opt.multi_precision = False
     weight = torch.empty(256, 256, dtype=weight_dtype)
-    state: Any = fresh_state(opt, 0, weight)
     planes = [weight.dtype.itemsize]
-    if fmt is MASTER_FP32:
-        master, state = state
-        planes.append(master.dtype.itemsize)
-    return planes, [tensor.nbytes / weight.numel() for tensor in tensors_of(state)]
+    if fmt.n_planes > 1:
+        planes.append(fmt.dtype_of_companion(weight_dtype).itemsize)
+        weight = weight.float()
+    return planes, [tensor.nbytes / weight.numel() for tensor in tensors_of(fresh_state(opt, 0, weight))]
 
 
 def tensors_of(state: Any) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tritopt.group import Group, Launch
 
 TRITON_DTYPES = {
+    torch.int16: tl.int16,
     torch.int64: tl.int64,
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,

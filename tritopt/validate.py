@@ -129,9 +129,11 @@ def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
         raise TypeError(f"parameter {index!r}: a float64 gradient needs a float64 weight, not {weight.dtype}")
 
 
-def state_tensor(index: Hashable, state: torch.Tensor, weight: torch.Tensor, shape: Sequence[int]) -> None:
-    """ValueError unless the state has this shape and can stand beside the weight."""
-    if state.dtype not in WEIGHT_DTYPES:
+def state_tensor(
+    index: Hashable, state: torch.Tensor, weight: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
+) -> None:
+    """ValueError unless the state has this shape, and this dtype or any real one, and can stand beside the weight."""
+    if state.dtype not in WEIGHT_DTYPES if dtype is None else state.dtype != dtype:
         raise ValueError(
             f"parameter {index!r}: a state is {state.dtype}; create it with create_state_multi_precision(index, weight)"
         )

@@ -9,7 +9,7 @@ import torch
 
 from tests.optim.training import EVERY_CLASS, PRECISIONS, assert_same, everything, parameters, set_grads, train
 from tritopt import optim
-from tritopt.optim.checkpoint import MASTER
+from tritopt.kernels.formats import MASTER_FP32
 
 HALF_ULP = 2.0**-9  # of a bf16 number in [1/2, 1)
 LOW = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -31,7 +31,7 @@ def test_is_an_fp32_run_with_rounded_weights(cls: Any, dtype: torch.dtype) -> No
             opt.step()
         for p, q in zip(low, full, strict=True):
             kept, expected = dict(opts[0].state[p]), opts[1].state[q]
-            master = kept.pop(MASTER)
+            master = kept.pop(MASTER_FP32.companion)
             assert_same([master, *kept.values()], [q.detach(), *expected.values()])
             assert kept.keys() == expected.keys()
             assert torch.equal(p, master.to(dtype))
@@ -170,8 +170,8 @@ def test_master_weights_are_masters_where_there_are_some() -> None:
         torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16,
     ]  # fmt: skip
     for i, (p, weight) in enumerate(zip(params, found, strict=True)):
-        assert (MASTER in opt.state[p]) == (i in (0, 2))
-        assert weight is opt.state[p][MASTER] if i in (0, 2) else weight.data_ptr() == p.data_ptr()
+        assert (MASTER_FP32.companion in opt.state[p]) == (i in (0, 2))
+        assert weight is opt.state[p][MASTER_FP32.companion] if i in (0, 2) else weight.data_ptr() == p.data_ptr()
         assert not weight.requires_grad
 
 
@@ -183,6 +183,6 @@ def test_no_master_where_none_is_wanted_or_needed(cls: Any, dtype: torch.dtype) 
     train(opt, params, range(1, 2))
     least = torch.promote_types(dtype, cls.rule.state_dtype or dtype)
     for p in params:
-        assert MASTER not in opt.state[p]
+        assert MASTER_FP32.companion not in opt.state[p]
         assert {v.dtype for k, v in opt.state[p].items() if k not in ("step", *cls.rule.scalar_states)} <= {least}
     assert_same(opt.master_weights(), [p.detach() for p in params])

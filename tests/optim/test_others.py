@@ -13,8 +13,8 @@ import tritopt
 from tests.optim.training import CLASSES, Params, assert_same, clone, everything, parameters, set_grads, train
 from tests.test_every_optimizer import record_launches
 from tritopt import optim
+from tritopt.kernels.formats import MASTER_FP32
 from tritopt.optim.beyond_torch import BeyondTorch
-from tritopt.optim.checkpoint import MASTER
 
 PATHS = pytest.mark.parametrize("fused", [True, False], ids=["kernel", "reference"])
 MATRICES = ((5, 7), (2, 3))
@@ -132,7 +132,7 @@ def test_is_the_rule_of_the_mxnet_face(case: Case, fused: bool, dtype: torch.dty
         assert_same([p.detach() for p in params], weights)
         for p, state in zip(params, states, strict=True):
             kept = {name: value for name, value in opt.state[p].items() if name != "step"}
-            assert set(kept) == case.states | ({MASTER} if dtype == torch.bfloat16 else set())
+            assert set(kept) == case.states | ({MASTER_FP32.companion} if dtype == torch.bfloat16 else set())
             expected = {id(tensor): tensor for tensor in flat(state)}
             assert len(kept) == len(expected)
             for value in kept.values():

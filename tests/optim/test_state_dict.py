@@ -28,7 +28,7 @@ from tritopt.optim import SGD, Adam, AdamW
 
 Class: TypeAlias = Any  # a class of tritopt.optim, with a signature of its own
 WITH_TWIN = pytest.mark.parametrize("cls", [c for c in CLASSES if twin(c)], ids=lambda cls: cls.__name__)
-NO_MASTER = "the checkpoint has no master_param for 3 fp16 or bf16 parameters"
+NO_MASTER = "the checkpoint has no master for 3 fp16 or bf16 parameters"
 
 
 def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from tritopt.optim.distributed import laid_out
+from tritopt.kernels.formats import MASTERS, Format
+from tritopt.optim.distributed import laid_out, like, local
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
 
-MASTER = "master_param"
 HOW = ("fused", "foreach", "capturable", "differentiable")  # say how to compute, not what
 
 
@@ -57,20 +57,31 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
             _check_number(key, name, values.get(name, 0.0))
         loaded = {name: _loaded(key, name, value, param, expected) for name, value in values.items()}
         state[param] = {name: value for name, value in loaded.items() if value is not None}
-        if MASTER in expected and state[param] and MASTER not in state[param]:
+        if not _takes_companion(param, state[param], opt.format_of(param, group)):
             without_master.append(key)
-            state[param][MASTER] = param.detach().to(torch.float32, copy=True)
-        elif MASTER not in expected:
-            state[param].pop(MASTER, None)
         opt.complete_loaded_state(state[param])
     if without_master:
         warn(
-            f"the checkpoint has no {MASTER} for {len(without_master)} fp16 or bf16 parameters: their masters start "
-            "from the rounded weights"
+            f"the checkpoint has no master for {len(without_master)} fp16 or bf16 parameters: their masters start from "
+            "the rounded weights"
         )
     opt.__setstate__({"state": state, "param_groups": merged})
     for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
         post_hook(opt)
+
+
+def _takes_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> bool:
+    """Bring the saved master into this format. False if one is needed and there is none."""
+    found = next((other for other in MASTERS.values() if other.companion in state), None)
+    if found is fmt or not state:
+        return True
+    weight = local(param.detach())
+    value = weight.float()
+    if found is not None:
+        value = found.decode((weight, local(state.pop(found.companion))), torch.float32)
+    if fmt.companion_of is not None:
+        state[fmt.companion] = like(param, fmt.companion_of(weight, value), tuple(param.shape))
+    return found is not None or fmt.companion_of is None
 
 
 def _merged(group: dict[str, Any], saved: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,10 +92,12 @@ def _merged(group: dict[str, Any], saved: dict[str, Any], defaults: Mapping[str,
 
 
 def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapping[str, Expected]) -> Any:
+    expected = {**expected, **_companions(param)}
     if value is None or name not in expected:
         # A number may be a view of the vector of an optimizer that goes on stepping.
         return value.clone() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    is_real = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.dtype == expected[name].dtype)
+    if not is_real:
         found = value.dtype if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         raise ValueError(
             f"loaded state dict: {name} of parameter {key!r} is {found}, and must be a tensor of real numbers"
@@ -98,6 +111,12 @@ def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapp
     if value.dtype.itemsize > dtype.itemsize and dtype.itemsize < 4:
         dtype = torch.float32 if value.dtype == torch.float64 else value.dtype
     return laid_out(param, value.to(device=param.device, dtype=dtype))
+
+
+def _companions(param: torch.Tensor) -> dict[str, Expected]:
+    """Of all formats: a checkpoint may have another one."""
+    formats = [fmt for fmt in MASTERS.values() if param.dtype in fmt.weight_dtypes]
+    return {fmt.companion: Expected(tuple(param.shape), fmt.dtype_of_companion(param.dtype)) for fmt in formats}
 
 
 def _check_number(key: Any, name: str, value: Any) -> None:

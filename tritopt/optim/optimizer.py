@@ -9,8 +9,10 @@ import torch
 
 from tritopt import validate
 from tritopt.fused import is_low_precision
+from tritopt.kernels.formats import MASTERS, PLAIN, Format
 from tritopt.optim import checkpoint
-from tritopt.optim.checkpoint import MASTER, Expected
+from tritopt.optim.checkpoint import Expected
+from tritopt.optim.distributed import like, local
 from tritopt.optim.step import Stepper
 from tritopt.optimizer import Optimizer as Rule
 
@@ -22,7 +24,11 @@ MAX_RULES = 4096
 class Options(TypedDict, total=False):
     """Keyword arguments of every optimizer, beside torch's.
 
-    multi_precision: keep an fp32 master and fp32 states for fp16 and bf16 parameters; default True.
+    multi_precision: keep a master and fp32 states for fp16 and bf16 parameters; default True.
+    master: how it is kept. "fp32", the default: a copy, 4 bytes. "split16": 16 bits that complete a bf16 parameter to
+        exactly the fp32 master; 2 bytes less to keep and 2 to move, and the same trajectory. Such a parameter is the
+        master rounded to nearest, away from zero at a tie. "kahan": what the parameter lacks, in its own dtype; about
+        16 bits of mantissa in all. None is multi_precision=False.
     max_grad_norm: clip the gradients' global norm to this in the step, on the device; `opt.grad_norm` holds the norm.
         Gradients are not rewritten. A norm that is not finite skips the update. None: off.
         The norm is that of this optimizer's parameters, over all processes that share one of them. ZeRO's
@@ -32,6 +38,7 @@ class Options(TypedDict, total=False):
     """
 
     multi_precision: bool
+    master: str | None
     max_grad_norm: float | None
     clip_value: float | None
 
@@ -86,7 +93,11 @@ class Optimizer(torch.optim.Optimizer):
         self.grad_norm: torch.Tensor | None = None
         """Norm of the last step's gradients before the clip, fp32 [] on the device; None without max_grad_norm."""
         self._forget()
+        master = options.get("master", "fp32")
+        if master is not None and master not in MASTERS:
+            raise ValueError(f"master={master!r} must be one of {', '.join(map(repr, MASTERS))}, or None")
         ours = {
+            "master": master,
             "clip_value": options.get("clip_value"),
             "multi_precision": validate.boolean("multi_precision", options.get("multi_precision", True)),
         }
@@ -169,11 +180,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def master_weights(self) -> list[torch.Tensor]:
         """The weights as the arithmetic sees them, in the order of the parameters: masters where there are some."""
-        return [
-            self.state[param][MASTER] if MASTER in self.state.get(param, ()) else param.detach()
-            for group in self.param_groups
-            for param in group["params"]
-        ]
+        return [self._master_weight(param, group) for group in self.param_groups for param in group["params"]]
+
+    def _master_weight(self, param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        fmt, state, weight = self.format_of(param, group), self.state.get(param, {}), param.detach()
+        if fmt.companion not in state:
+            return weight
+        return like(param, fmt.decode((local(weight), local(state[fmt.companion])), torch.float32), tuple(param.shape))
 
     # What a subclass may say about its states.
 
@@ -184,15 +197,29 @@ class Optimizer(torch.optim.Optimizer):
     def expected_states(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Expected]:
         """Shape and dtype of each state tensor of a parameter."""
         rule = self.rule_of(group)
-        has_master = group["multi_precision"] and is_low_precision(param.dtype)
-        dtype = torch.float32 if has_master else param.dtype
+        fmt = self.format_of(param, group)
+        dtype = param.dtype if fmt is PLAIN else torch.float32
         of_states = dtype if rule.state_dtype is None else torch.promote_types(rule.state_dtype, dtype)
         shapes = rule.state_shapes(param.shape)
         found = {
             name: Expected(tuple(shape), of_states)
             for name, shape in zip(self.names_of_states(rule, param), shapes, strict=True)
         }
-        return {**found, MASTER: Expected(tuple(param.shape), dtype)} if has_master else found
+        if fmt.companion:
+            found[fmt.companion] = Expected(tuple(param.shape), fmt.dtype_of_companion(param.dtype))
+        return found
+
+    def format_of(self, param: torch.Tensor, group: dict[str, Any]) -> Format:
+        """How the parameter is stored. ValueError if its group wants a master that does not go with its dtype."""
+        if not (group["multi_precision"] and group["master"] is not None and is_low_precision(param.dtype)):
+            return PLAIN
+        fmt = MASTERS[group["master"]]
+        if param.dtype not in fmt.weight_dtypes:
+            raise ValueError(
+                f"master={group['master']!r} completes bfloat16 parameters, not {param.dtype}: take master='fp32' or "
+                "'kahan' for their param_group"
+            )
+        return fmt
 
     def states_of(self, rule: Rule, param: torch.Tensor, state: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """A parameter's states, in the rule's order."""

@@ -9,9 +9,8 @@ import torch
 
 from tritopt import validate
 from tritopt.fused import Planner, Task
-from tritopt.kernels.formats import MASTER_FP32, PLAIN
+from tritopt.kernels.formats import PLAIN
 from tritopt.optim import distributed
-from tritopt.optim.checkpoint import MASTER
 from tritopt.optim.distributed import local, version
 from tritopt.optim.members import Member
 from tritopt.optim.scalar_states import ScalarStates
@@ -34,9 +33,12 @@ def create_missing(
         opt.before_new_states(state)
         made = {**state, **numbers.views(member.position)}
         weight = local(param).detach()
-        if MASTER in expected and MASTER not in made:
-            made[MASTER] = distributed.like(param, weight.to(torch.float32, copy=True), expected[MASTER].shape)
-        inner = member.rule.create_state(member.name, member.part(made.get(MASTER, param)).detach())
+        fmt = opt.format_of(param, member.group)
+        if fmt.companion_of is not None and fmt.companion not in made:
+            companion = fmt.companion_of(weight, weight.float())
+            made[fmt.companion] = distributed.like(param, companion, expected[fmt.companion].shape)
+        part = member.part(param).detach()
+        inner = member.rule.create_state(member.name, part if fmt is PLAIN else part.float())
         values = [value for value in (inner if isinstance(inner, tuple) else (inner,)) if value is not None]
         for name, value in zip(opt.names_of_states(member.rule, param), values, strict=True):
             if name in expected and name not in made:
@@ -60,14 +62,15 @@ def task_of(opt: Optimizer, member: Member) -> Task:
             raise RuntimeError(error)
         grad = grad.to_dense()
     weight = part(param) if member.group.get("differentiable") else part(param).detach()
-    planes = (weight, part(state[MASTER])) if MASTER in state else (weight,)
+    fmt = opt.format_of(param, member.group)
+    planes = (weight,) if not fmt.companion else (weight, part(state[fmt.companion]))
     values = tuple(map(part, opt.states_of(rule, param, state)))
     validate.weight_and_grad(member.name, weight, part(grad))
     for value in planes[1:]:
-        validate.state_tensor(member.name, value, weight, weight.shape)
+        validate.state_tensor(member.name, value, weight, weight.shape, fmt.dtype_of_companion(weight.dtype))
     for value, shape in zip(values, rule.state_shapes(weight.shape), strict=True):
         validate.state_tensor(member.name, value, weight, shape)
-    return Task(planes, MASTER_FP32 if MASTER in state else PLAIN, part(grad), values)
+    return Task(planes, fmt, part(grad), values)
 
 
 def check_aliases(planner: Planner, members: Sequence[Member], tasks: Sequence[Task]) -> None:
@@ -85,14 +88,17 @@ class MasterVersions:
     def refresh(self, opt: Optimizer, members: Sequence[Member]) -> None:
         """Elements that no longer are the rounded master become the master."""
         for member in members:
-            master = opt.state[member.param].get(MASTER)
-            weight = local(member.param).detach()
-            if master is not None and self._versions.get(member.position) != version(member.param):
-                kept = local(master)
-                kept.copy_(torch.where(kept.to(weight.dtype) == weight, kept, weight.to(kept.dtype)))
+            fmt = opt.format_of(member.param, member.group)
+            if fmt.companion_of is None or self._versions.get(member.position) == version(member.param):
+                continue
+            weight, companion = local(member.param).detach(), local(opt.state[member.param][fmt.companion])
+            value = fmt.decode((weight, companion), torch.float32)
+            rounded = torch.empty_like(weight)
+            fmt.encode((rounded, torch.empty_like(companion)), value)
+            companion.copy_(fmt.companion_of(weight, torch.where(rounded == weight, value, weight.float())))
 
     def remember(self, opt: Optimizer, members: Sequence[Member]) -> None:
         """After a step."""
         for member in members:
-            if MASTER in opt.state[member.param]:
+            if opt.format_of(member.param, member.group) is not PLAIN:
                 self._versions[member.position] = version(member.param)

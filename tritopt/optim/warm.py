@@ -174,7 +174,7 @@ def _params_of(opt: Optimizer) -> list[torch.Tensor]:
 
 
 def _way(group: dict[str, Any]) -> tuple[Any, ...]:
-    return group["fused"], group.get("differentiable"), group["multi_precision"]
+    return group["fused"], group.get("differentiable"), group["multi_precision"], group["master"]
 
 
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:

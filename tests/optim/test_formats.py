@@ -1,0 +1,241 @@
+"""How fp16 and bf16 parameters keep what their own bits cannot hold: `master=`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from tests.optim.training import assert_same, everything, options_of, parameters, set_grads
+from tritopt import optim
+from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, SPLIT16, Format
+from tritopt.phases import Apply
+
+BF16 = torch.bfloat16
+SHAPES = ((3, 5), (40,), (2, 3, 2, 2), (), (0,))
+CLASSES = [
+    cls
+    for cls in vars(optim).values()
+    if inspect.isclass(cls) and issubclass(cls, optim.Optimizer) and cls is not optim.Optimizer
+]
+PAIR = ("fp32", "split16")
+PATHS = (None, False)  # kernel, reference
+ELEMENTWISE = [
+    cls for cls in CLASSES if all(isinstance(phase, Apply) and not phase.sums_elements for phase in cls.rule().phases)
+]
+
+
+def from_bits(*bits: int) -> torch.Tensor:
+    return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+def stored(fmt: Format, value: torch.Tensor, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, torch.Tensor]:
+    planes = torch.empty_like(value, dtype=dtype), torch.empty_like(value, dtype=fmt.dtype_of_companion(dtype))
+    fmt.encode(planes, value)
+    return planes
+
+
+def make(cls: Any, params: Any, **options: Any) -> Any:
+    return cls(params, **options_of(cls, lr=0.01, weight_decay=0.1), **options)
+
+
+def run(cls: Any, params: list[torch.nn.Parameter], steps: range, opt: Any = None, **options: Any) -> Any:
+    opt = make(cls, params, **options) if opt is None else opt
+    for step in steps:
+        set_grads(params, step)
+        opt.step()
+    return opt
+
+
+def test_split_is_the_fp32_number_to_the_last_bit() -> None:
+    generator = torch.Generator("cpu").manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator, dtype=torch.int64, device="cpu")
+    value = bits.to(torch.int32).view(torch.float32)
+    value = value[~value.isnan()]
+    weight, remainder = stored(SPLIT16, value)
+    assert torch.equal(SPLIT16.decode((weight, remainder), torch.float32).view(torch.int32), value.view(torch.int32))
+    tie = (value.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(weight[~tie], value[~tie].bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("bits", "weight"),
+    [
+        (0x3F808000, 0x3F81),  # a tie goes away from zero, where nearest even would be 0x3F80
+        (0xBF808000, 0xBF81),
+        (0x3F818000, 0x3F82),
+        (0x3F807FFF, 0x3F80),
+        (0x7F7FFFFF, 0x7F80),  # rounds to infinity, and stays a finite master
+        (0x7F800000, 0x7F80),
+        (0x00000001, 0x0000),  # subnormal
+        (0x80000000, 0x8000),
+    ],
+)
+def test_split_at_the_edges(bits: int, weight: int) -> None:
+    value = from_bits(bits).cpu()
+    planes = stored(SPLIT16, value)
+    assert int(planes[0].view(torch.int16).item()) & 0xFFFF == weight
+    assert torch.equal(SPLIT16.decode(planes, torch.float32).view(torch.int32), value.view(torch.int32))
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+@pytest.mark.parametrize("fmt", [SPLIT16, KAHAN], ids=lambda fmt: fmt.name)
+def test_nan_stays_nan(fmt: Format, bits: int) -> None:
+    planes = stored(fmt, from_bits(bits))
+    assert planes[0].isnan().all()
+    assert fmt.decode(planes, torch.float32).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kahan_holds_sixteen_bits(dtype: torch.dtype) -> None:
+    value = 1 + torch.rand(10_000)
+    found = KAHAN.decode(stored(KAHAN, value, dtype), torch.float32)
+    mantissa = {torch.bfloat16: 8, torch.float16: 11}[dtype]
+    assert (found - value).abs().max() <= 2.0 ** -(2 * mantissa)
+    infinite = torch.tensor([torch.inf, -torch.inf, 1e38])
+    assert torch.equal(KAHAN.decode(stored(KAHAN, infinite, torch.float16), torch.float32)[:2], infinite[:2])
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("cls", ELEMENTWISE, ids=lambda cls: cls.__name__)
+def test_split_goes_where_the_fp32_master_goes(cls: Any, fused: bool | None) -> None:
+    """Bit for bit, weights at a tie aside: those are equally near."""
+    copies = [parameters(BF16, ((3, 5), (40,))) for _ in range(2)]
+    whole, split = (
+        run(cls, p, range(4), fused=fused, master=m) for p, m in zip(copies, ("fp32", "split16"), strict=True)
+    )
+    masters = whole.master_weights()
+    assert_same(split.master_weights(), masters)
+    for weight, other, master in zip(copies[0], copies[1], masters, strict=True):
+        tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
+        assert torch.equal(weight[~tie], other[~tie])
+    for a, b in zip(copies[0], copies[1], strict=True):
+        for name in set(whole.state[a]) - {MASTER_FP32.companion}:
+            assert torch.equal(whole.state[a][name], split.state[b][name])
+        assert split.state[b][SPLIT16.companion].dtype == torch.int16
+
+
+def test_split_for_a_thousand_steps() -> None:
+    copies = [parameters(BF16, ((8, 16),)) for _ in range(2)]
+    runs = [
+        run(optim.AdamW, p, range(1000), fused=False, master=m)
+        for p, m in zip(copies, ("fp32", "split16"), strict=True)
+    ]
+    assert_same(runs[1].master_weights(), runs[0].master_weights())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("master", MASTERS)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_kernel_is_the_reference(cls: Any, master: str, dtype: torch.dtype) -> None:
+    if dtype not in MASTERS[master].weight_dtypes:
+        pytest.skip("refused, as test_what_does_not_go_together_is_refused shows")
+    shapes = ((3, 5), (40, 2)) if cls is optim.GroupAdaGrad else SHAPES
+    copies = [parameters(dtype, shapes) for _ in range(2)]
+    kernel, reference = (
+        run(cls, p, range(2), fused=f, master=master) for p, f in zip(copies, (None, False), strict=True)
+    )
+    if cls in ELEMENTWISE:
+        assert_same(everything(kernel), everything(reference))
+    for a, b in zip(kernel.master_weights(), reference.master_weights(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3 if master == "kahan" else 1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("master", MASTERS)
+def test_decay_alone_reaches_its_limit(master: str) -> None:
+    """0.9999^1000 is 0.9048; bf16 alone stays at 1."""
+    weight = torch.nn.Parameter(torch.ones(64, dtype=BF16))
+    opt = optim.AdamW([weight], lr=1e-3, weight_decay=0.1, master=master, fused=False)
+    weight.grad = torch.zeros_like(weight)
+    for _ in range(1000):
+        opt.step()
+    assert abs(opt.master_weights()[0].mean().item() - 0.9048) < 2e-3
+    assert (weight - 0.9048).abs().max() < 2**-8
+
+
+def test_bytes_that_stay() -> None:
+    """AdamW keeps 14 bytes per parameter beside the gradient with an fp32 master, 12 with 16 bits in its place."""
+    for master, expected in (("fp32", 14), ("split16", 12), ("kahan", 12), (None, 6)):
+        weight = torch.nn.Parameter(torch.ones(1000, dtype=BF16))
+        opt = run(optim.AdamW, [weight], range(1), fused=False, master=master)
+        states = [value for name, value in opt.state[weight].items() if name != "step"]
+        assert sum(value.nbytes for value in (weight, *states)) == expected * 1000
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "unaligned"])
+@pytest.mark.parametrize("master", ["split16", "kahan"])
+def test_layouts(master: str, layout: str) -> None:
+    def made() -> list[torch.nn.Parameter]:
+        torch.manual_seed(0)
+        tensors = {
+            "transposed": lambda: torch.randn(6, 4).to(BF16).t(),
+            "channels_last": lambda: torch.randn(2, 3, 4, 2).to(BF16).to(memory_format=torch.channels_last),
+            "unaligned": lambda: torch.randn(25).to(BF16)[1:],
+        }
+        return [torch.nn.Parameter(tensors[layout]())]
+
+    kernel, reference = made(), made()
+    a, b = (
+        run(optim.AdamW, kernel, range(3), master=master),
+        run(optim.AdamW, reference, range(3), master=master, fused=False),
+    )
+    assert_same(everything(a), everything(b))
+    companion = a.state[kernel[0]][MASTERS[master].companion]
+    assert companion.stride() == kernel[0].stride()
+
+
+@pytest.mark.parametrize("master", ["split16", "kahan"])
+def test_a_weight_that_is_written_is_taken(master: str) -> None:
+    params = parameters(BF16, ((40,),))
+    opt = run(optim.AdamW, params, range(2), master=master)
+    with torch.no_grad():
+        params[0][:20] = 0.0
+    before = opt.master_weights()[0].clone()
+    params[0].grad = torch.zeros_like(params[0])
+    opt.param_groups[0]["lr"] = 0.0
+    opt.step()
+    after = opt.master_weights()[0]
+    assert (after[:20].abs() < 1e-30).all()
+    assert torch.equal(after[20:], before[20:])
+
+
+@pytest.mark.parametrize("new", [*MASTERS, None])
+@pytest.mark.parametrize("old", [*MASTERS, None])
+def test_checkpoints_change_format(old: str | None, new: str | None) -> None:
+    params = parameters(BF16, ((3, 5), (40,)))
+    opt = run(optim.AdamW, params, range(3), master=old)
+    other = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    loaded = make(optim.AdamW, other, master=new)
+    saved = copy.deepcopy(opt.state_dict())
+    for group in saved["param_groups"]:
+        group["master"] = new  # a checkpoint brings its own options, as in torch
+    if old is None and new is not None:
+        with pytest.warns(UserWarning, match="no master"):
+            loaded.load_state_dict(saved)
+    else:
+        loaded.load_state_dict(saved)
+    precision = 2.0**-15 if "kahan" in (old, new) else 0.0
+    if new is None:
+        assert_same([p.detach() for p in params], [p.detach() for p in other])
+    else:
+        for a, b in zip(opt.master_weights(), loaded.master_weights(), strict=True):
+            assert ((a.float() - b).abs() <= precision * b.abs()).all()
+    names = {name for state in loaded.state.values() for name in state}
+    assert names & {fmt.companion for fmt in MASTERS.values()} == ({MASTERS[new].companion} if new else set())
+    run(optim.AdamW, other, range(3, 4), loaded)
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'fp64' must be one of 'fp32', 'split16', 'kahan', or None"):
+        make(optim.AdamW, parameters(BF16), master="fp64")
+    with pytest.raises(ValueError, match=r"completes bfloat16 parameters, not torch\.float16"):
+        make(optim.AdamW, parameters(torch.float16), master="split16")
+    opt = make(optim.AdamW, parameters(BF16), master="split16")
+    with pytest.raises(ValueError, match="completes bfloat16"):
+        opt.add_param_group({"params": parameters(torch.float16)})
+    assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": parameters(torch.float16), "master": "kahan"})
+    opt.add_param_group({"params": parameters(torch.float32)})
