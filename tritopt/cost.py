@@ -115,7 +115,7 @@ def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
 def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], list[float]]:
     """Bytes per parameter of each plane of the weight and of each state; of a matrix, where a row's state is small."""
     if weight_dtype not in fmt.weight_dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in fmt.weight_dtypes)
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in fmt.weight_dtypes)
         raise ValueError(f"format {fmt.name!r} stores {names} weights, not {weight_dtype}; pass PLAIN")
     opt = copy.copy(opt)
     opt.multi_precision = False
