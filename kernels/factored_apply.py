@@ -115,7 +115,7 @@ def factored_sums(
     ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, N_PLANES + 1, DTYPES)
     common, s, is_live = load_scalars(
         table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
-        SCALARS, N_SCALARS, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
+        SCALARS, N_SCALARS, N_SCALARS - 3, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
     )  # fmt: skip
     row_part_ptr = part_ptr + shape[8] + first_column // BC * (n_matrices * n_rows)
 
@@ -189,7 +189,7 @@ def factored_moments(
     ptrs, _, _ = load_pointers(table_ptr, tensor, 0, DTYPES)
     _, s, is_live = load_scalars(
         table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
-        SCALARS, N_SCALARS, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
+        SCALARS, N_SCALARS, N_SCALARS - 3, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
     )  # fmt: skip
     if is_column:
         _advance(
@@ -300,7 +300,7 @@ def factored_apply(
     ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, len(DTYPES), DTYPES)
     common, s, is_live = load_scalars(
         table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
-        SCALARS, N_SCALARS, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
+        SCALARS, N_SCALARS, N_SCALARS - 3, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
     )  # fmt: skip
     b, _, c = _axes(first_matrix, first_row, first_column, BB, BR, BC)
     is_factored = shape[4] == 1

@@ -4,6 +4,7 @@ A format is a pair of @triton.jit functions, passed to the driver as constexpr, 
 
     load(planes, offsets, mask, COMPUTE_DTYPE) -> value          decode(planes, dtype) -> tensor
     store(planes, offsets, mask, value)                          encode(planes, tensor), in place
+    store(planes, offsets, mask, value, noise)                   encode(planes, tensor, noise), if it draws: a Noise
 
 `planes` are the tensors that together hold the value, all of the value's shape: pointers in the kernel, tensors in
 PyTorch. Any format goes with any update function; neither knows of the other.
@@ -18,6 +19,7 @@ import torch
 
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.ops import cast
+from tritopt.kernels.random import random_bits16
 
 
 class Format(NamedTuple):
@@ -28,7 +30,7 @@ class Format(NamedTuple):
     load: Any
     store: Any
     decode: Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]
-    encode: Callable[[Sequence[torch.Tensor], torch.Tensor], None]
+    encode: Callable[..., None]
     plane_reads: tuple[bool, ...]
     """Which planes `load` reads; `store` writes all of them."""
     weight_dtypes: tuple[torch.dtype, ...]
@@ -39,6 +41,11 @@ class Format(NamedTuple):
     """Of plane 1; None: the weight's."""
     companion_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     """Plane 1, from the weight and the fp32 value that the two are to hold."""
+
+    draws: bool = False
+    """Whether storing takes random bits."""
+    can_disagree: bool = False
+    """Whether plane 1 may hold what no longer rounds to the weight, after someone else has written that."""
 
     def dtype_of_companion(self, weight: torch.dtype) -> torch.dtype:
         """Of plane 1 beside a weight of this dtype."""
@@ -62,7 +69,7 @@ def decode_plain(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
     return planes[0].to(dtype)
 
 
-def encode_plain(planes: Sequence[torch.Tensor], value: torch.Tensor) -> None:
+def encode_plain(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
     """Twin of `store_plain`."""
     planes[0].copy_(value)
 
@@ -85,7 +92,7 @@ def decode_master(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.T
     return planes[1].to(dtype)
 
 
-def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor) -> None:
+def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
     """Twin of `store_master`."""
     planes[1].copy_(value)
     planes[0].copy_(planes[1])
@@ -96,10 +103,20 @@ def _master_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def _valid(high, remainder):
+    """The remainder, but for one that someone left behind who wrote a weight of 0: below it there is nothing."""
+    return tl.where(((high & 0x7FFF) == 0) & (remainder < 0), 0, remainder)
+
+
+def _valid_twin(high: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+    return torch.where((high & 0x7FFF == 0) & (remainder < 0), 0, remainder.to(torch.int32))
+
+
+@triton.jit
 def load_split(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """The bits of an fp32 number: those of the bf16 weight in front, and a signed remainder added to them."""
     high = tl.load(planes[0] + offsets, mask=mask).to(tl.int16, bitcast=True).to(tl.int32)
-    remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
+    remainder = _valid(high, tl.load(planes[1] + offsets, mask=mask).to(tl.int32))
     return ((high << 16) + remainder).to(tl.float32, bitcast=True).to(COMPUTE_DTYPE)
 
 
@@ -117,10 +134,10 @@ def store_split(planes, offsets, mask, value):
 def decode_split(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Twin of `load_split`."""
     high = planes[0].view(torch.int16).to(torch.int32)
-    return ((high << 16) + planes[1]).view(torch.float32).to(dtype)
+    return ((high << 16) + _valid_twin(high, planes[1])).view(torch.float32).to(dtype)
 
 
-def encode_split(planes: Sequence[torch.Tensor], value: torch.Tensor) -> None:
+def encode_split(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
     """Twin of `store_split`."""
     value = value.float()
     bits = torch.where(value.isnan(), 0x7FC00000, value.view(torch.int32))
@@ -156,7 +173,7 @@ def decode_kahan(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
     return (planes[0].float() + planes[1].float()).to(dtype)
 
 
-def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor) -> None:
+def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
     """Twin of `store_kahan`."""
     planes[0].copy_(value)
     planes[1].copy_(_compensation_of(planes[0], value))
@@ -167,12 +184,75 @@ def _compensation_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.where(lacks.isfinite(), lacks, 0.0).to(weight.dtype)
 
 
+WEIGHT_STREAM = tl.constexpr(1)  # of random bits; 0 is SGLD's
+
+
+@triton.jit
+def store_stochastic(planes, offsets, mask, value, noise):
+    """The one plane, bf16, rounded up or down with the probabilities that keep the mean."""
+    bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+    bits = (bits + random_bits16(noise, offsets, WEIGHT_STREAM)) & 0xFFFF0000
+    rounded = bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    tl.store(planes[0] + offsets, tl.where(value == value, rounded, float("nan")), mask=mask)
+
+
+def encode_stochastic(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Twin of `store_stochastic`."""
+    bits = value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    bits = (bits + noise.bits16(planes[0], 1)) & 0xFFFF0000
+    rounded = _signed(bits).view(torch.float32)
+    planes[0].copy_(torch.where(value.isnan(), torch.nan, rounded))
+
+
+@triton.jit
+def load_split8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The upper 24 bits of an fp32 number: those of the bf16 weight in front, and a signed remainder."""
+    high = tl.load(planes[0] + offsets, mask=mask).to(tl.int16, bitcast=True).to(tl.int32)
+    remainder = _valid(high, tl.load(planes[1] + offsets, mask=mask).to(tl.int32))
+    return (((high << 8) + remainder) << 8).to(tl.float32, bitcast=True).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_split8(planes, offsets, mask, value, noise):
+    """24 bits, rounded up or down with the probabilities that keep the mean; of these the weight is the nearest."""
+    bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + (random_bits16(noise, offsets, WEIGHT_STREAM) >> 8)
+    bits = tl.where(value == value, bits.to(tl.int32, bitcast=True), 0x7FC00000) >> 8
+    high = (bits + 0x80) >> 8
+    tl.store(planes[1] + offsets, (bits - (high << 8)).to(tl.int8), mask=mask)
+    tl.store(planes[0] + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+
+
+def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_split8`."""
+    high = planes[0].view(torch.int16).to(torch.int32)
+    return (((high << 8) + _valid_twin(high, planes[1])) << 8).view(torch.float32).to(dtype)
+
+
+def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Twin of `store_split8`."""
+    bits = (value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + (noise.bits16(planes[0], 1) >> 8)
+    bits = torch.where(value.isnan(), 0x7FC00000, _signed(bits & 0xFFFFFFFF)) >> 8
+    high = (bits + 0x80) >> 8
+    planes[1].copy_(bits - (high << 8))
+    planes[0].copy_(high.to(torch.int16).view(torch.bfloat16))
+
+
+def _remainder8_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    difference = (value.view(torch.int32) >> 8) - (weight.view(torch.int16).to(torch.int32) << 8)
+    return torch.where(difference.abs() < 0x80, difference, 0).to(torch.int8)
+
+
+def _signed(bits: torch.Tensor) -> torch.Tensor:
+    """int32 of the same bits as 32 unsigned ones in int64."""
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+
+
 _LOW = (torch.float16, torch.bfloat16)
 _ALL = (*_LOW, torch.float32, torch.float64)
 PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,), _ALL)
 MASTER_FP32 = Format(
     "fp32 master", 2, load_master, store_master, decode_master, encode_master, (False, True), _LOW,
-    "master_param", torch.float32, _master_of,
+    "master_param", torch.float32, _master_of, can_disagree=True,
 )  # fmt: skip
 SPLIT16 = Format(
     "split16", 2, load_split, store_split, decode_split, encode_split, (True, True), (torch.bfloat16,),
@@ -180,9 +260,24 @@ SPLIT16 = Format(
 )  # fmt: skip
 KAHAN = Format(
     "kahan", 2, load_kahan, store_kahan, decode_kahan, encode_kahan, (True, True), _LOW,
-    "compensation", None, _compensation_of,
+    "compensation", None, _compensation_of, can_disagree=True,
 )  # fmt: skip
-MASTERS = {"fp32": MASTER_FP32, "split16": SPLIT16, "kahan": KAHAN}
+SPLIT8 = Format(
+    "split8", 2, load_split8, store_split8, decode_split8, encode_split8, (True, True), (torch.bfloat16,),
+    "master_remainder8", torch.int8, _remainder8_of, draws=True,
+)  # fmt: skip
+STOCHASTIC = Format(
+    "stochastic",
+    1,
+    load_plain,
+    store_stochastic,
+    decode_plain,
+    encode_stochastic,
+    (True,),
+    (torch.bfloat16,),
+    draws=True,
+)
+MASTERS = {"fp32": MASTER_FP32, "split16": SPLIT16, "split8": SPLIT8, "kahan": KAHAN, "stochastic": STOCHASTIC}
 """How an fp16 or bf16 weight keeps what its own bits cannot hold."""
 
 

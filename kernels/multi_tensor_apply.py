@@ -8,6 +8,7 @@ Tables, all in device memory, that the host half (tritopt/fused.py) builds:
                  fp64  [n_rows, n_scalars]          behind it, in the same buffer: rescale, clip, wd, the optimizer's
     partial_ptr  fp64  [n_chunks, N_SUMS]           sums that this phase emits, per chunk
     sum_ptr      fp64  [n_tensors, n_earlier]       sums that earlier phases emitted, per tensor
+    noise_ptr    int64 [n_tensors, 2]               key and first position / 8 of random bits, where the weight draws
 
 The update function is pure arithmetic on blocks of the compute dtype. It returns the new weight and states, and a phase
 with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
@@ -20,7 +21,7 @@ with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.tables import load_pointers, load_scalars, load_tuple
+from tritopt.kernels.tables import load_last_scalar, load_pointers, load_scalars, load_tuple
 
 
 @triton.jit
@@ -32,6 +33,7 @@ def _apply_block(
     common,
     s,
     sums,
+    noise,
     totals,
     UPDATE_FN: tl.constexpr,
     PREAMBLE_FN: tl.constexpr,
@@ -45,8 +47,8 @@ def _apply_block(
 ):
     """One block of one tensor.
 
-    FORMATS: (first pointer, last + 1, load, store) of the weight, then of each state. READS and WRITES: what this phase
-    moves of the weight, the gradient and each state.
+    FORMATS: (first pointer, last + 1, load, store, draws) of the weight, then of each state. READS and WRITES:
+    what this phase moves of the weight, the gradient and each state.
     """
     g = None
     if READS[1]:
@@ -74,7 +76,10 @@ def _apply_block(
         new = UPDATE_FN(w, g, state, s)
 
     if WRITES[0]:
-        FORMATS[0][3](ptrs[: FORMATS[0][1]], offsets, mask, new[0])
+        if FORMATS[0][4]:
+            FORMATS[0][3](ptrs[: FORMATS[0][1]], offsets, mask, new[0], noise)
+        else:
+            FORMATS[0][3](ptrs[: FORMATS[0][1]], offsets, mask, new[0])
     for i in tl.static_range(1, len(FORMATS)):
         if WRITES[i + 1]:
             FORMATS[i][3](ptrs[FORMATS[i][0] : FORMATS[i][1]], offsets, mask, new[1][i - 1])
@@ -96,11 +101,13 @@ def multi_tensor_apply(
     noop_ptr,
     partial_ptr,
     sum_ptr,
+    noise_ptr,
     n_tensors,
     UPDATE_FN: tl.constexpr,
     PREAMBLE_FN: tl.constexpr,
     SCALARS: tl.constexpr,
     N_SCALARS: tl.constexpr,
+    N_OWN_SCALARS: tl.constexpr,
     FORMATS: tl.constexpr,
     DTYPES: tl.constexpr,
     READS: tl.constexpr,
@@ -131,11 +138,16 @@ def multi_tensor_apply(
     ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, len(DTYPES), DTYPES)
     common, s, is_live = load_scalars(
         table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
-        SCALARS, N_SCALARS, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
+        SCALARS, N_SCALARS, N_OWN_SCALARS, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
     )  # fmt: skip
     sums = ()
     if N_EARLIER_SUMS > 0:
         sums = load_tuple(sum_ptr + tensor * N_EARLIER_SUMS, N_EARLIER_SUMS, tl.float64)
+
+    noise = ()
+    if noise_ptr is not None:
+        step = load_last_scalar(table_ptr, tensor, n_tensors, N_SCALARS, len(DTYPES)).to(tl.int32).to(tl.uint32)
+        noise = (tl.load(noise_ptr + 2 * tensor), tl.load(noise_ptr + 2 * tensor + 1), step)
 
     n_here = tl.where(is_live, tl.minimum(n_elements - start, CHUNK_SIZE), 0)
     # 128-bit accesses need 16-byte aligned planes and no mask, so a tensor's full blocks take a branch of their own.
@@ -147,13 +159,13 @@ def multi_tensor_apply(
     for block in tl.range(0, n_full, num_stages=1):
         offsets = start + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         totals = _apply_block(
-            aligned_ptrs, offsets, None, row_width, common, s, sums, totals,
+            aligned_ptrs, offsets, None, row_width, common, s, sums, noise, totals,
             UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, COMPUTE_DTYPE,
         )  # fmt: skip
     for block in tl.range(n_full, tl.cdiv(n_here, BLOCK_SIZE), num_stages=1):
         offsets = start + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         totals = _apply_block(
-            ptrs, offsets, offsets < n_elements, row_width, common, s, sums, totals,
+            ptrs, offsets, offsets < n_elements, row_width, common, s, sums, noise, totals,
             UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, COMPUTE_DTYPE,
         )  # fmt: skip
     for i in tl.static_range(N_SUMS):

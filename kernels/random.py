@@ -50,3 +50,19 @@ def normal(key, offsets, step, STREAM: tl.constexpr):
     words = philox(key, offsets, step, STREAM)
     size = sqrt(_minus_two_log(words[0])) * _sine((words[1] >> 1).to(tl.float32) * 2.0**-31)
     return tl.where((words[1] & 1) == 0, size, -size)
+
+
+@triton.jit
+def random_bits16(noise, offsets, STREAM: tl.constexpr):
+    """16 random bits per element, uint32; `noise`: key, first position / 8 and step, as the driver has them.
+
+    Eight neighbours share a Philox call: the compiler sees that a thread's elements do, and makes one.
+    """
+    key, first, step = noise
+    group = first + (offsets >> 3)
+    low = group.to(tl.uint32)
+    zero = low * 0
+    words = tl.philox(key, low, (group >> 32).to(tl.uint32), zero + step, zero + STREAM)
+    lane = (offsets & 7).to(tl.int32)
+    word = tl.where(lane < 2, words[0], tl.where(lane < 4, words[1], tl.where(lane < 6, words[2], words[3])))
+    return tl.where((lane & 1) == 0, word & 0xFFFF, word >> 16)

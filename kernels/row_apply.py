@@ -56,7 +56,7 @@ def row_apply(
     ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, N_PLANES + 1, DTYPES)
     common, s, is_live = load_scalars(
         table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
-        SCALARS, N_SCALARS, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
+        SCALARS, N_SCALARS, N_SCALARS - 3, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
     )  # fmt: skip
     state = ()
     for i in tl.static_range(N_PLANES + 1, len(DTYPES)):

@@ -37,6 +37,14 @@ def load_pointers(table_ptr, tensor, N_MOVED: tl.constexpr, DTYPES: tl.constexpr
 
 
 @triton.jit
+def load_last_scalar(table_ptr, tensor, n_tensors, N_SCALARS: tl.constexpr, N_POINTERS: tl.constexpr):
+    """Of a tensor's row: the step, where random bits are drawn."""
+    row = tl.load(table_ptr + tensor * (N_POINTERS + 1) + N_POINTERS)
+    ptr = (table_ptr + n_tensors * (N_POINTERS + 1) + row * N_SCALARS).to(tl.pointer_type(tl.float64))
+    return tl.load(ptr + N_SCALARS - 1)
+
+
+@triton.jit
 def load_scalars(
     table_ptr,
     tensor,
@@ -45,6 +53,7 @@ def load_scalars(
     noop_ptr,
     SCALARS: tl.constexpr,
     N_SCALARS: tl.constexpr,
+    N_OWN: tl.constexpr,
     N_POINTERS: tl.constexpr,
     SKIP_ZERO_RESCALE: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
@@ -53,7 +62,7 @@ def load_scalars(
     row = tl.load(table_ptr + tensor * (N_POINTERS + 1) + N_POINTERS)
     ptr = (table_ptr + n_tensors * (N_POINTERS + 1) + row * N_SCALARS).to(tl.pointer_type(tl.float64))
     common = load_tuple(ptr, N_COMMON_SCALARS, COMPUTE_DTYPE)
-    s = SCALARS(*load_tuple(ptr + N_COMMON_SCALARS, N_SCALARS - N_COMMON_SCALARS, COMPUTE_DTYPE))
+    s = SCALARS(*load_tuple(ptr + N_COMMON_SCALARS, N_OWN, COMPUTE_DTYPE))
     is_live = common[0] == common[0]  # NaN skips this tensor alone
     if rescale_ptr is not None:
         scale = tl.load(rescale_ptr).to(COMPUTE_DTYPE)

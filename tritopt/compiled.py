@@ -26,6 +26,7 @@ from tritopt.optimizer import Optimizer
 
 _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?\.(?:v(\d)\.)?[a-z](\d+)\b")
 _TYPES = {
+    torch.int8: "*i8",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -123,8 +124,8 @@ def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fm
     task = Task(tuple(planes), fmt, grad, tuple(tensors_of(state)))
     scalars = opt.scalars(0.1, opt.wd, 1)
     # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
-    launch = Launch(opt.phases, type(scalars), opt.preamble, torch.ones(()), torch.zeros(()))
-    Planner().apply("compile", [task], [(1.0, 1.0, 0.1, *scalars)], launch)
+    launch = Launch(opt.phases, type(scalars), opt.preamble, torch.ones(()), torch.zeros(()), draws=fmt.draws)
+    Planner().apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * fmt.draws)], launch)
 
 
 def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:

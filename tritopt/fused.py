@@ -20,6 +20,7 @@ from tritopt.kernels.formats import PLAIN, Format
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON
 from tritopt.kernels.multi_tensor_norm import square_update
 from tritopt.phases import Apply
+from tritopt.random import is_dense
 
 MAX_PLANS = 4096
 Value = TypeVar("Value")
@@ -35,6 +36,8 @@ class Task(NamedTuple):
     state: tuple[torch.Tensor, ...]
     rows: torch.Tensor | None = None
     """int64: which rows of the weight and the states the rows of the gradient are for; None: all, in order."""
+    noise: tuple[int, int] = (0, 0)
+    """Key and first position / 8 of the random bits, where the format draws (tritopt/random.py: `Noise`)."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In the order of the driver's pointer table."""
@@ -128,7 +131,7 @@ class Planner:
 
     def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[Group]:
         signature = tuple(
-            (task.format.name, tuple(t.dtype for t in task.tensors()), task.grad.shape, task.grad.device)
+            (task.format.name, tuple(t.dtype for t in task.tensors()), task.grad.shape, task.grad.device, task.noise)
             for task in tasks
         )
         found = self._plans.get(key)
@@ -182,7 +185,8 @@ def _build_groups(tasks: Sequence[Task]) -> list[Group]:
         first = tasks[positions[0]]
         dtypes = tuple(t.dtype for t in first.tensors())
         shapes = [tasks[i].grad.shape for i in positions]
-        groups.append(Group(positions, first.grad.device, first.format, dtypes, shapes))
+        noise = [tasks[i].noise for i in positions]
+        groups.append(Group(positions, first.grad.device, first.format, dtypes, shapes, noise))
     return groups
 
 
@@ -220,18 +224,9 @@ def _as_dense(
         if all(a is b for a, b in zip(moved, tensors, strict=True)):
             dense.append(task)
         else:
-            dense.append(Task(tuple(moved[:grad_at]), task.format, moved[grad_at], tuple(moved[grad_at + 1 :])))
+            planes, states = tuple(moved[:grad_at]), tuple(moved[grad_at + 1 :])
+            dense.append(task._replace(weight=planes, grad=moved[grad_at], state=states))
     return dense, copied_back
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill a block of memory without gaps or overlaps, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

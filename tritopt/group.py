@@ -32,13 +32,15 @@ class Launch:
     noop: torch.Tensor | None = None
     """Device flag; anything but 0 skips the update."""
     skip_zero_rescale: bool = False
+    draws: bool = False
+    """Whether the weights' format takes random bits; rows then end with the step."""
     reduce: Reduce | None = None
     """Completes sums whose tensors are sharded over processes, between phases."""
 
     @property
     def n_scalars(self) -> int:
-        """Length of a row: rescale, clip bound, wd, then the optimizer's."""
-        return 3 + len(self.scalars._fields)  # type: ignore[attr-defined]
+        """Length of a row: rescale, clip bound, wd, the optimizer's, and perhaps the step."""
+        return 3 + len(self.scalars._fields) + self.draws  # type: ignore[attr-defined]
 
 
 class Rows(NamedTuple):
@@ -78,6 +80,8 @@ class Group:
     """Of the pointer table's columns: the weight's planes, gradient, states, and int64 where there are rows."""
     shapes: list[torch.Size]
     """Of the members' gradients."""
+    noise: list[tuple[int, int]] = field(default_factory=list)
+    """Of the members: `Task.noise`."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
     device_table: torch.Tensor | None = None
     stream: int = 0

@@ -16,6 +16,7 @@ from tritopt.group import Launch
 from tritopt.kernels.formats import MASTER_FP32, PLAIN
 from tritopt.kernels.preambles import PREAMBLES
 from tritopt.phases import Phase
+from tritopt.random import Noise
 from tritopt.sparse import StandIn
 from tritopt.warning import warn
 
@@ -487,10 +488,12 @@ class Optimizer:
         s: tuple[float, ...],
         device_rescale: torch.Tensor | None,
         fit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda new, old: new,
+        noise: Noise | None = None,
     ) -> None:
         """Update one task in PyTorch. `common`: rescale, clip bound, wd.
 
         `device_rescale` multiplies the first. NaN skips. `fit` makes a result ready to be copied over the old value.
+        `noise`: of the random bits that the weight's format takes.
         """
         rescale, bound, wd = common
         if math.isnan(rescale):
@@ -507,7 +510,7 @@ class Optimizer:
         for value, new in zip(task.state, new_state, strict=True):
             value.copy_(fit(new, value))
         # Last: a new state may be the old weight itself.
-        task.format.encode(task.weight, fit(new_weight, task.weight[0]))
+        task.format.encode(task.weight, fit(new_weight, task.weight[0]), noise)
 
     # Pickling.
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tritopt.group import Group, Launch
 
 TRITON_DTYPES = {
+    torch.int8: tl.int8,
     torch.int16: tl.int16,
     torch.int64: tl.int64,
     torch.float16: tl.float16,
@@ -112,6 +113,7 @@ class Apply(NamedTuple):
             launch.noop,
             partials,
             sums,
+            group.tables("noise", lambda _: (np.array(group.noise, dtype=np.int64),))[0] if launch.draws else None,
             n_tensors,
             **phase_constants(self, launch, group.formats, group.dtypes, 0 if sums is None else sums.shape[1]),
             CHUNK_SIZE=CONFIG.chunk_size,
@@ -153,8 +155,9 @@ def phase_constants(
         "PREAMBLE_FN": PREAMBLES[launch.preamble].kernel,
         "SCALARS": launch.scalars,
         "N_SCALARS": launch.n_scalars,
+        "N_OWN_SCALARS": len(launch.scalars._fields),  # type: ignore[attr-defined]
         "FORMATS": tuple(
-            (end - fmt.n_planes, end, fmt.load, fmt.store) for end, fmt in zip(ends, formats, strict=True)
+            (end - fmt.n_planes, end, fmt.load, fmt.store, fmt.draws) for end, fmt in zip(ends, formats, strict=True)
         ),
         "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
         "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states] * n_states),

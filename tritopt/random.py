@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -23,6 +23,46 @@ Key: TypeAlias = tuple[float, float, float, float]
 """Four 16-bit numbers, lowest first, which every compute dtype holds exactly: it can stand among scalars."""
 Words: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """int64 in [0, 2^32)."""
+
+
+class Noise(NamedTuple):
+    """What random bits of one parameter at one step are made of."""
+
+    key: int
+    """64 bits, signed: of `key_words`."""
+    first: int
+    """Position of the first element here in the whole parameter, in units of eight."""
+    step: float
+    """In [0, STEPS)."""
+
+    def bits16(self, plane: torch.Tensor, stream: int) -> torch.Tensor:
+        """16 random bits for each element of a plane, int64; neighbours in memory share a Philox call."""
+        places = torch.arange(plane.numel(), device=plane.device)
+        places = places.as_strided(plane.shape, plane.stride()) if is_dense(plane) else places.view(plane.shape)
+        group, lane = self.first + (places >> 3), places & 7
+        zero = torch.zeros_like(places)
+        counter = (group & _WORD, (group >> 32) & _WORD, zero + int(self.step), zero + stream)
+        words = torch.stack(philox4x32((self.key & _WORD, self.key >> 32 & _WORD), counter))
+        word = words.gather(0, (lane >> 1)[None])[0]
+        return torch.where(lane & 1 == 0, word & 0xFFFF, word >> 16)
+
+
+def noise_key(seed: int, index: Hashable) -> int:
+    """The key of `Noise`, as an int64."""
+    low, high = key_words(seed, index)
+    return (low | high << 32) - (high >> 31 << 64)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a block of memory without gaps or overlaps, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 STEPS = 2**24
 """As many steps stand exactly among scalars, as fp32; then they begin anew, and the numbers with them."""
 _WORD = 2**32 - 1

@@ -21,6 +21,8 @@ from tritopt.optim.nag import NAG as NAG
 from tritopt.optim.optimizer import Optimizer as Optimizer
 from tritopt.optim.optimizer import Options as Options
 from tritopt.optim.radam import RAdam as RAdam
+from tritopt.optim.release import GradientRelease as GradientRelease
+from tritopt.optim.release import release_gradients as release_gradients
 from tritopt.optim.rmsprop import RMSprop as RMSprop
 from tritopt.optim.sgd import SGD as SGD
 from tritopt.optim.sgld import SGLD as SGLD

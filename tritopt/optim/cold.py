@@ -12,8 +12,9 @@ from tritopt.group import Group, Launch, Rows
 from tritopt.optim import distributed
 from tritopt.optim.clip import global_norm
 from tritopt.optim.distributed import ShardSums, local
-from tritopt.optim.members import Bucket, Member, Number, same_group
+from tritopt.optim.members import Bucket, Member, Number, Only, same_group
 from tritopt.optim.warm import WarmStep
+from tritopt.random import Noise
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class ColdStep:
         tasks: their tensors.
         rates: their groups' learning rates.
         fused: whether a kernel updates them.
+        only: the parameter, if the step is for one.
     """
 
     def __init__(
@@ -38,13 +40,15 @@ class ColdStep:
         tasks: Sequence[Task],
         rates: Mapping[int, Number],
         fused: Sequence[bool],
+        only: Only | None = None,
     ) -> None:
         self._planner = planner
+        self._only = only
         self._tasks = tasks
         self.members = list(members)
         self._launched: list[tuple[Bucket, list[Group]]] = []
         self.buckets = [
-            Bucket(key, same_group([members[i] for i in places], members[0].rule.is_per_parameter), places, key[-1])
+            Bucket(key, same_group([members[i] for i in places], members[0].rule.is_per_parameter), places, *key[-2:])
             for key, places in _by_launch(members, tasks, rates, fused).items()
         ]
 
@@ -61,15 +65,17 @@ class ColdStep:
         """Update the bucket's parameters, by a kernel or by the reference."""
         tasks = [self._tasks[i] for i in bucket.places]
         if bucket.is_fused:
-            groups = self._planner.apply((bucket.key, tuple(bucket.places)), tasks, rows, launch)
+            positions = tuple(self.members[i].position for i in bucket.places)
+            groups = self._planner.apply((bucket.key, positions), tasks, rows, launch)
             if groups is not None:
                 self._launched.append((bucket, groups))
         elif launch.noop is None or not launch.noop.item():
             rule_of = [member.rule for some in bucket.runs for member in some]
-            values = rows.values.tolist()
+            values, end = rows.values.tolist(), launch.n_scalars - launch.draws
             for rule, task, i in zip(rule_of, tasks, rows.row_of, strict=True):
-                scalars = launch.scalars(*values[i][3:])
-                rule.apply_reference(task, values[i][:3], scalars, launch.rescale, distributed.fitted)
+                scalars = launch.scalars(*values[i][3:end])
+                noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
+                rule.apply_reference(task, values[i][:3], scalars, launch.rescale, distributed.fitted, noise)
 
     def finish(self) -> None:
         """After the last launch."""
@@ -81,7 +87,8 @@ class ColdStep:
             return None
         if any(task.grad is not local(m.grad) for m, task in zip(self.members, self._tasks, strict=True)):
             return None
-        return WarmStep(opt, self.members, self._tasks, self._launched, self._planner.groups_of_squares(self._key))
+        norm_groups = self._planner.groups_of_squares(self._key)
+        return WarmStep(opt, self.members, self._tasks, self._launched, norm_groups, self._only)
 
 
 def runs_fused(opt: Optimizer, member: Member) -> bool:
@@ -101,13 +108,13 @@ def runs_fused(opt: Optimizer, member: Member) -> bool:
 
 def _by_launch(
     members: Sequence[Member], tasks: Sequence[Task], rates: Mapping[int, Number], fused: Sequence[bool]
-) -> dict[tuple[object, object, torch.device, bool], list[int]]:
+) -> dict[tuple[object, object, torch.device, bool, bool], list[int]]:
     """Members by launch; those that a learning rate of 0 leaves alone are in none."""
-    found: dict[tuple[object, object, torch.device, bool], list[int]] = {}
+    found: dict[tuple[object, object, torch.device, bool, bool], list[int]] = {}
     for i, (member, task) in enumerate(zip(members, tasks, strict=True)):
         lr = rates[id(member.group)]
         if member.rule.skips_zero_lr and not isinstance(lr, torch.Tensor) and lr == 0:
             continue
-        key = (member.rule.phases, member.rule.preamble, task.weight[0].device, fused[i])
+        key = (member.rule.phases, member.rule.preamble, task.weight[0].device, fused[i], task.format.draws)
         found.setdefault(key, []).append(i)
     return found

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 
+from tritopt.random import noise_key
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
@@ -129,6 +131,30 @@ def key_of_shard(name: Hashable, param: torch.Tensor) -> Hashable:
     coordinate = param.device_mesh.get_coordinate()
     placed = zip(coordinate or (), param.placements, strict=True)
     return (name, *[x for x, placement in placed if not placement.is_replicate()])
+
+
+def noise_of(seed: int, name: Hashable, param: torch.Tensor) -> tuple[int, int]:
+    """Key and first position / 8 of the random bits of what is here of a parameter.
+
+    The whole parameter's positions go on from shard to shard where it is split by rows, at multiples of eight elements:
+    then the bits do not depend on how it is split. Elsewhere each shard draws its own.
+    """
+    first = _first_position(param)
+    if first is None or first % 8:
+        return noise_key(seed, key_of_shard(name, param)), 0
+    return noise_key(seed, name), first // 8
+
+
+def _first_position(param: torch.Tensor) -> int | None:
+    """Of the local part, in row-major order; None where that is not one run."""
+    if not is_dtensor(param) or not is_sharded(param):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not has_whole_rows(param) or not local(param).is_contiguous():
+        return None
+    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return int(offset[0]) * param.shape[1:].numel()
 
 
 def mark_written(params: Iterable[torch.Tensor]) -> None:

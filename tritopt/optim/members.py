@@ -56,10 +56,37 @@ class Bucket(NamedTuple):
     places: list[int]
     """Of its members among all."""
     is_fused: bool
+    draws: bool
+    """Whether its weights' format takes random bits."""
 
 
-def members_of(opt: Optimizer) -> list[Member]:
-    """All parameters that have a gradient."""
+class Only(NamedTuple):
+    """The one parameter that a step is for: the gradients of others are not final yet."""
+
+    position: int
+    name: Hashable
+    param: torch.Tensor
+    group: dict[str, Any]
+
+
+def groups_of(opt: Optimizer, only: Only | None) -> list[dict[str, Any]]:
+    """The param_groups that a step looks at."""
+    return opt.param_groups if only is None else [only.group]
+
+
+def params_of(opt: Optimizer, only: Only | None) -> list[torch.Tensor]:
+    """The parameters that a step looks at."""
+    if only is not None:
+        return [only.param]
+    return [param for group in opt.param_groups for param in group["params"]]
+
+
+def members_of(opt: Optimizer, only: Only | None = None) -> list[Member]:
+    """All parameters that have a gradient, or the only one."""
+    if only is not None:
+        assert only.param.grad is not None
+        grad = aligned(only.param.grad, only.param)
+        return [Member(only.position, only.name, only.param, grad, only.group, opt.rule_of(only.group))]
     members, position = [], 0
     for group in opt.param_groups:
         rule, names = opt.rule_of(group), group.get("param_names")

@@ -13,8 +13,10 @@ from tritopt.kernels.formats import MASTERS, PLAIN, Format
 from tritopt.optim import checkpoint
 from tritopt.optim.checkpoint import Expected
 from tritopt.optim.distributed import like, local
+from tritopt.optim.members import Only
 from tritopt.optim.step import Stepper
 from tritopt.optimizer import Optimizer as Rule
+from tritopt.phases import Apply
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 Number: TypeAlias = float | torch.Tensor
@@ -27,8 +29,11 @@ class Options(TypedDict, total=False):
     multi_precision: keep a master and fp32 states for fp16 and bf16 parameters; default True.
     master: how it is kept. "fp32", the default: a copy, 4 bytes. "split16": 16 bits that complete a bf16 parameter to
         exactly the fp32 master; 2 bytes less to keep and 2 to move, and the same trajectory. Such a parameter is the
-        master rounded to nearest, away from zero at a tie. "kahan": what the parameter lacks, in its own dtype; about
-        16 bits of mantissa in all. None is multi_precision=False.
+        master rounded to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in all, rounded
+        stochastically. "kahan": what the parameter lacks, in its own dtype; about 16 bits of mantissa in all.
+        "stochastic": nothing beside a bf16 parameter, which is rounded stochastically. None is multi_precision=False.
+    rounding_seed: of the random bits of stochastic rounding, an int >= 0; default 0. They are a function of the seed,
+        the parameter (its name where parameters are named, else its position), the step and the element.
     max_grad_norm: clip the gradients' global norm to this in the step, on the device; `opt.grad_norm` holds the norm.
         Gradients are not rewritten. A norm that is not finite skips the update. None: off.
         The norm is that of this optimizer's parameters, over all processes that share one of them. ZeRO's
@@ -39,6 +44,7 @@ class Options(TypedDict, total=False):
 
     multi_precision: bool
     master: str | None
+    rounding_seed: int
     max_grad_norm: float | None
     clip_value: float | None
 
@@ -90,6 +96,7 @@ class Optimizer(torch.optim.Optimizer):
             if bound is not None and not validate.number(name, bound) > 0:
                 raise ValueError(f"{name}={bound!r} must be > 0; None does not clip")
         self.max_grad_norm = options.get("max_grad_norm")
+        self.rounding_seed = validate.count("rounding_seed", options.get("rounding_seed", 0))
         self.grad_norm: torch.Tensor | None = None
         """Norm of the last step's gradients before the clip, fp32 [] on the device; None without max_grad_norm."""
         self._forget()
@@ -130,7 +137,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch copies, and the option that is in no group."""
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "grad_norm": None}
+        ours = {"max_grad_norm": self.max_grad_norm, "rounding_seed": self.rounding_seed, "grad_norm": None}
+        return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled, deep-copied and loaded states pass here."""
@@ -165,11 +173,14 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    def _update(self, only: Only | None = None) -> None:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._check_capturable()
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            self._stepper.update(self)
-        return loss
+            self._stepper.update(self, only)
 
     def _check_capturable(self) -> None:
         if not all(group["capturable"] for group in self.param_groups):
@@ -218,6 +229,11 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"master={group['master']!r} completes bfloat16 parameters, not {param.dtype}: take master='fp32' or "
                 "'kahan' for their param_group"
+            )
+        if fmt.draws and not all(isinstance(phase, Apply) for phase in self.rule_of(group).phases):
+            raise ValueError(
+                f"master={group['master']!r} is not for {type(self).__name__}, whose kernels draw no random bits: take "
+                "'fp32', 'split16' or 'kahan'"
             )
         return fmt
 

@@ -14,13 +14,17 @@ from tritopt.group import Array, Rows
 from tritopt.optim.distributed import key_of_shard, local
 from tritopt.optim.members import Member, Number
 from tritopt.optim.scalar_states import ScalarStates
+from tritopt.random import STEPS
 
 Runs: TypeAlias = Sequence[Sequence[Member]]
 """Members, those of one param_group together (`members.same_group`)."""
 
 
-def host_rows(runs: Runs, rates: Mapping[int, Number], numbers: ScalarStates) -> tuple[type, Rows]:
-    """The type of the rule's scalars, and the members' rows: one for all that share hyperparameters and numbers."""
+def host_rows(runs: Runs, rates: Mapping[int, Number], numbers: ScalarStates, draws: bool = False) -> tuple[type, Rows]:
+    """The type of the rule's scalars, and the members' rows: one for all that share hyperparameters and numbers.
+
+    `draws`: whether a row ends with the step, for random bits.
+    """
     scalars: Any = None
     index: dict[tuple[float, ...], int] = {}
     row_of = np.empty(sum(map(len, runs)), dtype=np.int64)
@@ -31,7 +35,7 @@ def host_rows(runs: Runs, rates: Mapping[int, Number], numbers: ScalarStates) ->
         rows = np.empty(len(different), dtype=np.int64)
         for i, (count, *others) in enumerate(different.tolist()):
             scalars = rule.scalars_at(name, lr, common[2], int(count), *others)
-            rows[i] = index.setdefault((*common, *scalars), len(index))
+            rows[i] = index.setdefault((*common, *scalars, *_step(draws, count)), len(index))
         row_of[start : start + len(some)] = rows[which]
         start += len(some)
     return type(scalars), Rows(np.array(list(index), dtype=np.float64), row_of)
@@ -44,15 +48,19 @@ class RowTable:
         self._constants = np.empty(0)
         self._values = torch.empty(0)
 
-    def rows(self, runs: Runs, rates: Mapping[int, Number], numbers: ScalarStates) -> tuple[type, Rows]:
+    def rows(
+        self, runs: Runs, rates: Mapping[int, Number], numbers: ScalarStates, draws: bool = False
+    ) -> tuple[type, Rows]:
         """A rule's scalars are tensors, fp64 [members of a group] or [], where they depend on step or learning rate."""
         scalars: Any = None
         blocks: list[tuple[Number, ...]] = []
         sizes = []
         for some in runs:
             common, lr = _common(some), rates[id(some[0].group)]
-            scalars = some[0].rule.scalars_at(_name(some), lr, common[2], *_numbers(some, numbers))
-            blocks.append((_unless_zero_lr(common[0], some[0], lr), *common[1:], *scalars))
+            count, *others = _numbers(some, numbers)
+            scalars = some[0].rule.scalars_at(_name(some), lr, common[2], count, *others)
+            rescale = _unless_zero_lr(common[0], some[0], lr)
+            blocks.append((rescale, *common[1:], *scalars, *_step(draws, count)))
             sizes.append(len(some))
         return type(scalars), self._fill(blocks, sizes, local(runs[0][0].param).device)
 
@@ -68,6 +76,11 @@ class RowTable:
                     self._values[start : start + n, column] = x
             start += n
         return Rows(self._values, np.arange(start))
+
+
+def _step(draws: bool, count: Any) -> tuple[Any, ...]:
+    """What a row ends with where random bits are drawn."""
+    return (count % STEPS,) if draws else ()
 
 
 def _distinct(numbers: Array) -> tuple[Array, Array]:

@@ -70,7 +70,8 @@ def task_of(opt: Optimizer, member: Member) -> Task:
         validate.state_tensor(member.name, value, weight, weight.shape, fmt.dtype_of_companion(weight.dtype))
     for value, shape in zip(values, rule.state_shapes(weight.shape), strict=True):
         validate.state_tensor(member.name, value, weight, shape)
-    return Task(planes, fmt, part(grad), values)
+    noise = distributed.noise_of(opt.rounding_seed, member.name, param) if fmt.draws else (0, 0)
+    return Task(planes, fmt, part(grad), values, noise=noise)
 
 
 def check_aliases(planner: Planner, members: Sequence[Member], tasks: Sequence[Task]) -> None:
@@ -89,13 +90,13 @@ class MasterVersions:
         """Elements that no longer are the rounded master become the master."""
         for member in members:
             fmt = opt.format_of(member.param, member.group)
-            if fmt.companion_of is None or self._versions.get(member.position) == version(member.param):
+            if not fmt.can_disagree or self._versions.get(member.position) == version(member.param):
                 continue
+            assert fmt.companion_of is not None
             weight, companion = local(member.param).detach(), local(opt.state[member.param][fmt.companion])
             value = fmt.decode((weight, companion), torch.float32)
-            rounded = torch.empty_like(weight)
-            fmt.encode((rounded, torch.empty_like(companion)), value)
-            companion.copy_(fmt.companion_of(weight, torch.where(rounded == weight, value, weight.float())))
+            value = torch.where(value.to(weight.dtype) == weight, value, weight.float())
+            companion.copy_(fmt.companion_of(weight, value))
 
     def remember(self, opt: Optimizer, members: Sequence[Member]) -> None:
         """After a step."""

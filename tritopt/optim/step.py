@@ -13,7 +13,17 @@ from tritopt.optim import distributed
 from tritopt.optim.clip import clip_factor
 from tritopt.optim.cold import ColdStep, runs_fused
 from tritopt.optim.distributed import ShardSums, local
-from tritopt.optim.members import Bucket, Member, Number, lives_on_device, members_of, rate, same_group
+from tritopt.optim.members import (
+    Bucket,
+    Member,
+    Number,
+    Only,
+    groups_of,
+    lives_on_device,
+    members_of,
+    rate,
+    same_group,
+)
 from tritopt.optim.rows import RowTable, host_rows
 from tritopt.optim.scalar_states import CPU, ScalarStates
 from tritopt.optim.states import MasterVersions, check_aliases, create_missing, task_of
@@ -37,27 +47,29 @@ class Stepper:
         self._reductions: dict[Hashable, ShardSums] = {}
         self._versions = MasterVersions()
         self._warm: WarmStep | None = None
+        self._warm_of: dict[int, WarmStep] = {}
+        """Of steps for one parameter, by its position."""
 
-    def update(self, opt: Optimizer) -> None:
-        """Update every parameter that has a gradient. Checks all before it writes anything."""
+    def update(self, opt: Optimizer, only: Only | None = None) -> None:
+        """Update every parameter that has a gradient, or only one. Checks all before it writes anything."""
         found_inf, grad_scale = (_scalar(getattr(opt, name, None)) for name in ("found_inf", "grad_scale"))
         on_device = (
             found_inf is not None
             or self._numbers.device != CPU
             or any(group["capturable"] or lives_on_device(group["lr"]) for group in opt.param_groups)
         )
-        rates = {id(group): rate(group) for group in opt.param_groups}
-        warm, self._warm = self._warm, None  # what follows a failure starts cold
+        rates = {id(group): rate(group) for group in groups_of(opt, only)}
+        warm = self._take_warm(only)
         new: list[torch.Tensor] = []
         try:
-            step = self._step(opt, warm, rates, on_device, new)
+            step = self._step(opt, warm, rates, on_device, new, only)
             if step is None:
                 return
             rescale = self._gradient_scale(opt, step, grad_scale)
             skip = _skip(found_inf, rescale, self._numbers.device) if on_device else None
             with self._numbers.restored_on_error():
                 self._advance(step.members, skip)
-                rows = [self._rows(bucket, rates, on_device) for bucket in step.buckets]
+                rows = [self._rows(bucket, rates, on_device, only) for bucket in step.buckets]
         except Exception:
             for param in new:
                 del opt.state[param]
@@ -65,7 +77,7 @@ class Stepper:
         for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
             step.launch(bucket, values, self._launch_of(bucket, scalars, rescale, found_inf))
         step.finish()
-        self._warm = step.next(opt)
+        self._keep_warm(only, step.next(opt))
         if isinstance(step, ColdStep):
             self._versions.remember(opt, step.members)
 
@@ -76,11 +88,12 @@ class Stepper:
         rates: Mapping[int, Number],
         on_device: bool,
         new: list[torch.Tensor],
+        only: Only | None,
     ) -> ColdStep | WarmStep | None:
         """What is to be done, checked. `new` gets the parameters whose state was created."""
         if warm is not None and self._numbers.device == (warm.device if on_device else CPU) and warm.holds(opt, rates):
             return warm
-        members = members_of(opt)
+        members = members_of(opt, only)
         if not members:
             return None
         device = local(members[0].param).device if on_device else CPU
@@ -89,7 +102,20 @@ class Stepper:
         fused = [runs_fused(opt, member) for member in members]
         check_aliases(self._planner, members, tasks)
         self._versions.refresh(opt, members)
-        return ColdStep(self._planner, members, tasks, rates, fused)
+        return ColdStep(self._planner, members, tasks, rates, fused, only)
+
+    def _take_warm(self, only: Only | None) -> WarmStep | None:
+        """What the step may be like. It is kept again after the step: what follows a failure starts cold."""
+        if only is not None:
+            return self._warm_of.pop(only.position, None)
+        warm, self._warm = self._warm, None
+        return warm
+
+    def _keep_warm(self, only: Only | None, step: WarmStep | None) -> None:
+        if only is None:
+            self._warm = step
+        elif step is not None:
+            self._warm_of[only.position] = step
 
     def _gradient_scale(
         self, opt: Optimizer, step: ColdStep | WarmStep, grad_scale: torch.Tensor | None
@@ -113,10 +139,13 @@ class Stepper:
                 factors = some[0].rule.factors(name, self._numbers.get("step", positions))
                 self._numbers.multiply(name, positions, factors, skip)
 
-    def _rows(self, bucket: Bucket, rates: Mapping[int, Number], on_device: bool) -> tuple[type, Rows]:
+    def _rows(
+        self, bucket: Bucket, rates: Mapping[int, Number], on_device: bool, only: Only | None
+    ) -> tuple[type, Rows]:
         if on_device:
-            return self._tables.setdefault(bucket.key, RowTable()).rows(bucket.runs, rates, self._numbers)
-        return host_rows(bucket.runs, rates, self._numbers)
+            key = (bucket.key, None if only is None else only.position)
+            return self._tables.setdefault(key, RowTable()).rows(bucket.runs, rates, self._numbers, bucket.draws)
+        return host_rows(bucket.runs, rates, self._numbers, bucket.draws)
 
     def _launch_of(
         self, bucket: Bucket, scalars: type, rescale: torch.Tensor | None, found_inf: torch.Tensor | None
@@ -129,6 +158,7 @@ class Stepper:
             rule.preamble,
             None if rescale is None else rescale.to(device),
             None if found_inf is None else found_inf.to(device),
+            draws=bucket.draws,
         )
         if any(phase.sums_elements for phase in launch.phases):
             launch.reduce = self._shard_sums(bucket.key, members) or None

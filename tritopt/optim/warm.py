@@ -18,7 +18,7 @@ import torch
 from tritopt.fused import Task, squares_of
 from tritopt.group import Array, Group, Launch, Rows, run_phases, upload_table
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
-from tritopt.optim.members import Bucket, Member, Number
+from tritopt.optim.members import Bucket, Member, Number, Only, groups_of, params_of
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -47,6 +47,7 @@ class WarmStep:
         tasks: their tensors.
         launched: the launches, and for each the engine's groups.
         norm_groups: those of the gradients' norm, if there was one.
+        only: the parameter, if the step was for one.
     """
 
     def __init__(
@@ -56,15 +57,19 @@ class WarmStep:
         tasks: Sequence[Task],
         launched: Sequence[tuple[Bucket, list[Group]]],
         norm_groups: list[Group],
+        only: Only | None,
     ) -> None:
-        self.members = list(members)
+        self.members = _without_gradients(members)
         self.buckets = [bucket for bucket, _ in launched]
+        for bucket in self.buckets:
+            bucket.runs[:] = map(_without_gradients, bucket.runs)
         self._tables = {id(bucket): [_table(bucket, group, tasks) for group in groups] for bucket, groups in launched}
         self._norm_groups = norm_groups
-        self._params = _params_of(opt)
+        self._only = only
+        self._params = params_of(opt, only)
         self._has_grad = [param.grad is not None for param in self._params]
-        self._rules = [opt.rule_of(group) for group in opt.param_groups]
-        self._ways = [_way(group) for group in opt.param_groups]
+        self._rules = [opt.rule_of(group) for group in groups_of(opt, only)]
+        self._ways = [_way(group) for group in groups_of(opt, only)]
         self._states = [opt.state[member.param] for member in members]
         self._values = list(chain.from_iterable(map(dict.values, self._states)))
         self._kept = [local(value) for value in self._values if isinstance(value, torch.Tensor)]
@@ -80,8 +85,8 @@ class WarmStep:
 
     def holds(self, opt: Optimizer, rates: Mapping[int, Number]) -> bool:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
-        params = _params_of(opt)
-        if not _same(params, self._params) or [_way(group) for group in opt.param_groups] != self._ways:
+        params, groups = params_of(opt, self._only), groups_of(opt, self._only)
+        if not _same(params, self._params) or [_way(group) for group in groups] != self._ways:
             return False
         if any(rule.skips_zero_lr for rule in self._rules) and 0.0 in [r for r in rates.values() if type(r) is float]:
             return False
@@ -139,13 +144,14 @@ class WarmStep:
         return True
 
     def _takes_rules(self, opt: Optimizer) -> bool:
-        rules = [opt.rule_of(group) for group in opt.param_groups]
+        groups = groups_of(opt, self._only)
+        rules = [opt.rule_of(group) for group in groups]
         if _same(rules, self._rules):
             return True
         if any((a.phases, a.preamble) != (b.phases, b.preamble) for a, b in zip(rules, self._rules, strict=True)):
             return False
         self._rules = rules
-        rule_of = {id(group): rule for group, rule in zip(opt.param_groups, rules, strict=True)}
+        rule_of = {id(group): rule for group, rule in zip(groups, rules, strict=True)}
         for bucket in self.buckets:
             bucket.runs[:] = [[m._replace(rule=rule_of[id(m.group)]) for m in some] for some in bucket.runs]
         self.members = [member._replace(rule=rule_of[id(member.group)]) for member in self.members]
@@ -169,8 +175,10 @@ def _table(bucket: Bucket, group: Group, tasks: Sequence[Task]) -> _Table:
     return _Table(group, members, in_bucket, words)
 
 
-def _params_of(opt: Optimizer) -> list[torch.Tensor]:
-    return [param for group in opt.param_groups for param in group["params"]]
+def _without_gradients(members: Sequence[Member]) -> list[Member]:
+    """A gradient that is kept here would take its memory for as long as steps are alike."""
+    nothing = torch.empty(0)
+    return [member._replace(grad=nothing) for member in members]
 
 
 def _way(group: dict[str, Any]) -> tuple[Any, ...]:
