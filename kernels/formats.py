@@ -103,21 +103,26 @@ def _master_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _valid(high, remainder):
-    """The remainder, but for one that someone left behind who wrote a weight of 0: below it there is nothing."""
-    return tl.where(((high & 0x7FFF) == 0) & (remainder < 0), 0, remainder)
+def _joined(high, rest):
+    """The bits of the weight, in front, and the remainder's: but not where someone has written a weight of 0 since.
+
+    Below 0 there is nothing, so a remainder that would turn the sign around is that of another weight.
+    """
+    bits = high + rest
+    return tl.where((bits ^ high) < 0, high, bits).to(tl.float32, bitcast=True)
 
 
-def _valid_twin(high: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    return torch.where((high & 0x7FFF == 0) & (remainder < 0), 0, remainder.to(torch.int32))
+def _joined_twin(high: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    bits = high + rest
+    return torch.where((bits ^ high) < 0, high, bits).view(torch.float32)
 
 
 @triton.jit
 def load_split(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """The bits of an fp32 number: those of the bf16 weight in front, and a signed remainder added to them."""
-    high = tl.load(planes[0] + offsets, mask=mask).to(tl.int16, bitcast=True).to(tl.int32)
-    remainder = _valid(high, tl.load(planes[1] + offsets, mask=mask).to(tl.int32))
-    return ((high << 16) + remainder).to(tl.float32, bitcast=True).to(COMPUTE_DTYPE)
+    remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
+    high = tl.load(planes[0] + offsets, mask=mask).to(tl.float32).to(tl.int32, bitcast=True)
+    return _joined(high, remainder).to(COMPUTE_DTYPE)
 
 
 @triton.jit
@@ -133,8 +138,7 @@ def store_split(planes, offsets, mask, value):
 
 def decode_split(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Twin of `load_split`."""
-    high = planes[0].view(torch.int16).to(torch.int32)
-    return ((high << 16) + _valid_twin(high, planes[1])).view(torch.float32).to(dtype)
+    return _joined_twin(planes[0].float().view(torch.int32), planes[1].to(torch.int32)).to(dtype)
 
 
 def encode_split(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
@@ -207,9 +211,9 @@ def encode_stochastic(planes: Sequence[torch.Tensor], value: torch.Tensor, noise
 @triton.jit
 def load_split8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """The upper 24 bits of an fp32 number: those of the bf16 weight in front, and a signed remainder."""
-    high = tl.load(planes[0] + offsets, mask=mask).to(tl.int16, bitcast=True).to(tl.int32)
-    remainder = _valid(high, tl.load(planes[1] + offsets, mask=mask).to(tl.int32))
-    return (((high << 8) + remainder) << 8).to(tl.float32, bitcast=True).to(COMPUTE_DTYPE)
+    remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
+    high = tl.load(planes[0] + offsets, mask=mask).to(tl.float32).to(tl.int32, bitcast=True)
+    return _joined(high, remainder << 8).to(COMPUTE_DTYPE)
 
 
 @triton.jit
@@ -224,8 +228,7 @@ def store_split8(planes, offsets, mask, value, noise):
 
 def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Twin of `load_split8`."""
-    high = planes[0].view(torch.int16).to(torch.int32)
-    return (((high << 8) + _valid_twin(high, planes[1])) << 8).view(torch.float32).to(dtype)
+    return _joined_twin(planes[0].float().view(torch.int32), planes[1].to(torch.int32) << 8).to(dtype)
 
 
 def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:

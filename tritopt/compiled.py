@@ -151,13 +151,13 @@ def _expected_accesses(launched: Launched, warp_size: int) -> tuple[int, int]:
     constants, warps = launched.arguments, launched.options["num_warps"]
     per_thread = constants["BLOCK_SIZE"] // (warp_size * warps)
     sizes = [dtype.primitive_bitwidth // 8 for dtype in constants["DTYPES"]]
-    accesses = [max(1, per_thread * size // 16) for size in sizes]
-    (_, weight_end, load, _), *states = constants["FORMATS"]
+    accesses = [per_thread * size // 16 for size in sizes]  # of 8-bit planes none: a thread's elements fill 8 bytes
+    (_, weight_end, load, *_), *states = constants["FORMATS"]
     planes = zip(accesses[:weight_end], format_of(load).plane_reads, strict=True)
     loads = sum(n for n, is_read in planes if is_read) * constants["READS"][0]
     loads += accesses[weight_end] * constants["READS"][1]
     stores = sum(accesses[:weight_end]) * constants["WRITES"][0]
-    for i, (first, end, _, _) in enumerate(states):
+    for i, (first, end, *_) in enumerate(states):
         loads += sum(accesses[first:end]) * constants["READS"][i + 2]
         stores += sum(accesses[first:end]) * constants["WRITES"][i + 2]
     return loads, stores

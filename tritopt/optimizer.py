@@ -13,17 +13,17 @@ import torch
 from tritopt import registry, validate
 from tritopt.fused import Planner, Task, compute_dtype, is_low_precision, unavailable
 from tritopt.group import Launch
-from tritopt.kernels.formats import MASTER_FP32, PLAIN
+from tritopt.kernels.formats import MASTER_FP32, MASTERS, PLAIN, Format
 from tritopt.kernels.preambles import PREAMBLES
-from tritopt.phases import Phase
-from tritopt.random import Noise
+from tritopt.phases import Apply, Phase
+from tritopt.random import STEPS, Noise, noise_key
 from tritopt.sparse import StandIn
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
     from tritopt.lr_scheduler import LRScheduler
 
-State: TypeAlias = Any  # None, a tensor or a tuple; under multi_precision (fp32 master, one of these)
+State: TypeAlias = Any  # None, a tensor or a tuple; under multi_precision (companion of the weight, one of these)
 Values: TypeAlias = tuple[torch.Tensor, ...]
 
 
@@ -46,7 +46,14 @@ class Optimizer:
         lr_scheduler: called with `num_update`; `learning_rate`, if given, becomes its `base_lr`.
         sym: anything with MXNet's `attr_dict()` and `list_arguments()`; its `__lr_mult__`/`__wd_mult__` are read.
         begin_num_update: count that every parameter starts from.
-        multi_precision: keep an fp32 master for fp16 and bf16 weights.
+        multi_precision: keep a master and fp32 states for fp16 and bf16 weights.
+        master: how it is kept. "fp32": a copy. "split16": 16 bits that complete a bf16 weight to exactly the fp32
+            master, for the same trajectory; such a weight is the master rounded to nearest, away from zero at a tie.
+            "split8": 8 bits in their place, rounded stochastically. "kahan": what the weight lacks, in its dtype.
+            "stochastic": nothing beside a bf16 weight, which is rounded stochastically. None: as without
+            multi_precision. An optimizer that overrides `step` sees fp32 masters, so it takes "fp32" or None.
+        rounding_seed: of the bits of stochastic rounding, which are a function of it, the index, the count and the
+            element.
         param_dict: objects by index, such as `nn.Parameter`, whose `lr_mult`/`wd_mult` attributes are read live.
         aggregate_num: tensors per call that an Updater makes. None: all at once.
         use_fused_step: True: fused or an error. False: the reference `step`. None: fused where it can run.
@@ -89,6 +96,8 @@ class Optimizer:
         sym: Any = None,
         begin_num_update: int = 0,
         multi_precision: bool = False,
+        master: str | None = "fp32",
+        rounding_seed: int = 0,
         param_dict: Mapping[Any, Any] | None = None,
         aggregate_num: float | None = None,
         use_fused_step: bool | None = None,
@@ -118,6 +127,8 @@ class Optimizer:
         self._all_index_update_counts: dict[Hashable, dict[Hashable, int]] = {0: {}}
         self._index_update_count = self._all_index_update_counts[0]
         self.multi_precision = validate.boolean("multi_precision", multi_precision)
+        self.master = _checked_master(type(self), master, self._overrides_step(), lazy_update)
+        self.rounding_seed = validate.count("rounding_seed", rounding_seed)
         self.aggregate_num = (
             math.inf if aggregate_num is None else validate.nonnegative_count("aggregate_num", aggregate_num)
         )
@@ -277,17 +288,64 @@ class Optimizer:
         return zeros if len(zeros) > 1 else next(iter(zeros), None)
 
     def create_state_multi_precision(self, index: Hashable, weight: torch.Tensor) -> State:
-        """`create_state`, or (fp32 master, its state) for an fp16 or bf16 weight under multi_precision."""
-        if self.multi_precision and is_low_precision(weight.dtype):
+        """`create_state`, or (companion, its state) for an fp16 or bf16 weight under multi_precision.
+
+        The companion is what `master` keeps beside the weight, of its shape: the fp32 master ("fp32"), the int16 or int8
+        remainder ("split16", "split8") or the compensation in the weight's dtype ("kahan"). "stochastic" has none, so
+        its state stands alone. States are those of an fp32 weight.
+
+        Raises:
+            ValueError: `master` does not go with the weight's dtype, or not with this optimizer.
+        """
+        fmt = self._format_of(index, weight)
+        if fmt is not PLAIN:
             master = weight.detach().to(torch.float32, copy=True)
-            return master, self.create_state(index, master)
-        if is_low_precision(weight.dtype):
+            inner = self.create_state(index, master)
+            if fmt.companion_of is None:
+                return inner
+            return master if fmt is MASTER_FP32 else fmt.companion_of(weight.detach(), master), inner
+        if is_low_precision(weight.dtype) and self.master is not None:
             # The same text for every parameter, so that Python shows it once.
             warn(
                 f"{type(self).__name__} accumulates in {weight.dtype} and loses small updates; multi_precision=True "
                 "keeps an fp32 master"
             )
         return self.create_state(index, weight.detach())
+
+    def convert_state(self, index: Hashable, weight: torch.Tensor, state: State) -> State:
+        """A state that was saved under another `master`, as this optimizer keeps it; any other is returned as it is.
+
+        weight: the one that was saved with it. "stochastic" and None save no companion, so nothing is made of theirs.
+        Where an fp32 master lies at a tie, half an ulp of the weight cannot be said by 16 bits, and is lost.
+        """
+        fmt = self._format_of(index, weight)
+        if fmt is PLAIN or self._has_companion(fmt, weight, state):
+            return state
+        others = [other for other in MASTERS.values() if other.companion and weight.dtype in other.weight_dtypes]
+        for other in others:
+            if self._has_companion(other, weight, state) and state[0].shape == weight.shape:
+                if fmt.companion_of is None:
+                    return state[1]
+                value = other.decode((weight.detach(), state[0]), torch.float32)
+                return fmt.companion_of(weight.detach(), value), state[1]
+        return state
+
+    def _format_of(self, index: Hashable, weight: torch.Tensor) -> Format:
+        """How the weight is stored. ValueError if `master` does not go with it."""
+        if not (self.multi_precision and self.master is not None and is_low_precision(weight.dtype)):
+            return PLAIN
+        fmt = MASTERS[self.master]
+        if weight.dtype not in fmt.weight_dtypes:
+            raise ValueError(
+                f"parameter {index!r}: master={self.master!r} completes bfloat16 weights, not {weight.dtype}: take "
+                "master='fp32' or 'kahan'"
+            )
+        if fmt.draws and not all(isinstance(phase, Apply) for phase in self.phases):
+            raise ValueError(
+                f"parameter {index!r}: master={self.master!r} is not for {type(self).__name__}, whose kernels draw no "
+                "random bits: take 'fp32', 'split16' or 'kahan'"
+            )
+        return fmt
 
     # Updating.
 
@@ -341,25 +399,26 @@ class Optimizer:
     def _masters(
         self, indices: Sequence[Hashable], weights: Sequence[torch.Tensor], states: Sequence[State]
     ) -> list[bool]:
-        """Which weights have an fp32 master; ValueError for a state without the one that it must have."""
-        masters = [self._keeps_master(weight) for weight in weights]
-        for index, state, has_master in zip(indices, states, masters, strict=True):
-            if has_master and not self._has_master(state):
+        """Which weights have a companion; ValueError for a state without the one that it must have."""
+        formats = [self._format_of(*item) for item in zip(indices, weights, strict=True)]
+        for index, weight, state, fmt in zip(indices, weights, states, formats, strict=True):
+            if fmt.companion and not self._has_companion(fmt, weight, state):
+                dtype = str(fmt.dtype_of_companion(weight.dtype)).removeprefix("torch.")
                 raise ValueError(
-                    f"parameter {index!r}: multi_precision needs a state (float32 master weight, state), got "
-                    f"{_structure(state)}; create it with create_state_multi_precision(index, weight)"
+                    f"parameter {index!r}: multi_precision with master={self.master!r} needs a state ({dtype} "
+                    f"{_COMPANIONS[fmt.name]}, state), got {_structure(state)}; create it with "
+                    "create_state_multi_precision(index, weight), or bring one of another master with "
+                    "convert_state(index, weight, state)"
                 )
-        return masters
+        return [bool(fmt.companion) for fmt in formats]
 
-    def _keeps_master(self, weight: torch.Tensor) -> bool:
-        return self.multi_precision and is_low_precision(weight.dtype)
-
-    def _has_master(self, state: State) -> bool:
-        """Whether this is (fp32 master, state) by its structure, and not a plain pair of states."""
-        if not (isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], torch.Tensor)):
+    def _has_companion(self, fmt: Format, weight: torch.Tensor, state: State) -> bool:
+        """Whether this is (companion, state) of this format by its structure, and not a plain pair of states."""
+        if not (fmt.companion and isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], torch.Tensor)):
             return False
         is_pair_of_states = len(self.state_names) > 1 and isinstance(state[1], torch.Tensor)
-        return state[0].dtype == torch.float32 and (self._overrides_step() or not is_pair_of_states)
+        is_companion = state[0].dtype == fmt.dtype_of_companion(weight.dtype)
+        return is_companion and (self._overrides_step() or not is_pair_of_states)
 
     def _overrides_step(self) -> bool:
         return type(self).step is not Optimizer.step or type(self).fused_step is not Optimizer.fused_step
@@ -434,9 +493,11 @@ class Optimizer:
         """The parameter's tensors, checked."""
         n_states = len(self.state_names)
         planes: Values = (weight.detach(),)
-        inner, has_master = state, self._keeps_master(weight) and self._has_master(state)
-        if has_master:
+        fmt, inner = self._format_of(index, weight), state
+        if self._has_companion(fmt, weight, state):
             planes, inner = (*planes, state[0].detach()), state[1]
+        elif fmt.companion:
+            fmt = PLAIN  # a state of `create_state`, which `update` takes
         values = tuple(value for value in (inner if isinstance(inner, tuple) else (inner,)) if value is not None)
         if len(values) != n_states or not all(isinstance(value, torch.Tensor) for value in values):
             raise ValueError(
@@ -444,10 +505,11 @@ class Optimizer:
                 f"got {_structure(state)}; create them with create_state_multi_precision(index, weight)"
             )
         for plane in planes[1:]:
-            validate.state_tensor(index, plane, weight, weight.shape)
+            validate.state_tensor(index, plane, weight, weight.shape, fmt.dtype_of_companion(weight.dtype))
         for value, shape in zip(values, self.state_shapes(weight.shape), strict=True):
             validate.state_tensor(index, value, weight, shape)
-        return Task(planes, MASTER_FP32 if has_master else PLAIN, grad.detach(), values)
+        noise = (noise_key(self.rounding_seed, index), 0) if fmt.draws else (0, 0)
+        return Task(planes, fmt, grad.detach(), values, noise=noise)
 
     def _apply(self, indices: Sequence[Hashable], tasks: Sequence[Task], on_kernel: Sequence[bool]) -> None:
         """One update of each task, whose counts have been advanced, all of them first."""
@@ -460,20 +522,24 @@ class Optimizer:
             return
         bound = validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
         live = [i for i, lr in enumerate(lrs) if not (lr == 0 and self.skips_zero_lr)]
-        kernel = [i for i in live if on_kernel[i]]
-        if kernel:
-            launch = Launch(
-                self.phases, type(scalars[0]), self.preamble, device_rescale, skip_zero_rescale=self.skips_zero_rescale
-            )
-            self._planner.apply(
-                tuple(indices[i] for i in kernel),
-                [tasks[i] for i in kernel],
-                [(rescale, bound, wds[i], *scalars[i]) for i in kernel],
-                launch,
-            )
+        for draws in (False, True):
+            kernel = [i for i in live if on_kernel[i] and tasks[i].format.draws == draws]
+            if kernel:
+                skip = self.skips_zero_rescale
+                launch = Launch(
+                    self.phases, type(scalars[0]), self.preamble, device_rescale, skip_zero_rescale=skip, draws=draws
+                )
+                steps = [(float(counts[i] % STEPS),) if draws else () for i in kernel]
+                self._planner.apply(
+                    tuple(indices[i] for i in kernel),
+                    [tasks[i] for i in kernel],
+                    [(rescale, bound, wds[i], *scalars[i], *step) for i, step in zip(kernel, steps, strict=True)],
+                    launch,
+                )
         for i in live:
             if not on_kernel[i]:
-                self.apply_reference(tasks[i], (rescale, bound, wds[i]), scalars[i], device_rescale)
+                noise = Noise(*tasks[i].noise, counts[i] % STEPS) if tasks[i].format.draws else None
+                self.apply_reference(tasks[i], (rescale, bound, wds[i]), scalars[i], device_rescale, noise=noise)
 
     def _rescale(self) -> tuple[float, torch.Tensor | None]:
         """rescale_grad as a number, and as a device scalar if it lives on a GPU (then the number is 1)."""
@@ -521,6 +587,31 @@ class Optimizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.param_dict = {}
+
+
+_COMPANIONS = {
+    "fp32 master": "master weight",
+    "split16": "remainder of the weight",
+    "split8": "remainder of the weight",
+    "kahan": "compensation of the weight",
+}
+
+
+def _checked_master(cls: type, master: Any, overrides_step: bool, lazy_update: bool) -> str | None:
+    if master is None:
+        return None
+    if not isinstance(master, str) or master not in MASTERS:
+        raise ValueError(f"master={master!r} must be one of {', '.join(map(repr, MASTERS))}, or None")
+    if master != "fp32" and overrides_step:
+        raise ValueError(
+            f"master={master!r} is not for {cls.__name__}, which overrides step and sees fp32 masters: take "
+            "master='fp32', or define scalars() and reference() in place of step()"
+        )
+    if MASTERS[master].draws and lazy_update:
+        raise ValueError(
+            f"lazy_update=True draws no random bits, which master={master!r} needs: take 'fp32', 'split16' or 'kahan'"
+        )
+    return master
 
 
 def _initial_lr(learning_rate: float | None, lr_scheduler: LRScheduler | None) -> Any:

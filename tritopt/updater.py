@@ -69,11 +69,12 @@ class Updater:
             raise
 
     def _make_ready(self, index: Hashable, weight: torch.Tensor) -> None:
-        """Create the state, or move a loaded one to the weight's device."""
+        """Create the state, or move a loaded one to the weight's device and into the optimizer's format."""
         if index not in self.states:
             self.states[index] = self.optimizer.create_state_multi_precision(index, weight)
         elif not self.states_synced[index]:
-            self.states[index] = self.sync_state_context(self.states[index], weight.device)
+            state = self.sync_state_context(self.states[index], weight.device)
+            self.states[index] = self.optimizer.convert_state(index, weight, state)
         self.states_synced[index] = True
 
     def _chunks(self, weights: Sequence[torch.Tensor]) -> list[list[int]]:
@@ -118,6 +119,7 @@ class Updater:
     def set_states(self, states: bytes) -> None:
         """Take over what `get_states` gave; a dumped optimizer replaces this one, with an empty `param_dict`.
 
+        States of another `master` are converted when their weight is next updated (`Optimizer.convert_state`).
         The bytes are read with `weights_only=True`: they cannot run code. Raises ValueError if they hold anything else.
         """
         try:

@@ -64,7 +64,8 @@ def release_gradients(model_or_params: torch.nn.Module | Iterable[torch.Tensor],
     """
     if not isinstance(opt, Optimizer):
         raise TypeError(
-            f"release_gradients takes an optimizer of tritopt.optim, not {type(opt).__module__}.{type(opt).__qualname__}"
+            f"release_gradients takes an optimizer of tritopt.optim, not a {type(opt).__qualname__} of "
+            f"{type(opt).__module__}: take the class of that name there, if there is one"
         )
     _check_options(opt, opt.param_groups)
     named = _trainable(model_or_params)
@@ -151,7 +152,7 @@ class GradientRelease:
 
     def _before_step(self, opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._done:
-            _check_unscaled(self._opt)
+            _check_unscaled(self._opt, ". Load a checkpoint: this iteration's updates took scaled gradients")
 
     def _after_step(self, opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._done.clear()
@@ -206,13 +207,13 @@ def _check_options(opt: Optimizer, groups: Iterable[dict[str, Any]]) -> None:
         raise RuntimeError("differentiable=True records the step, which a release runs inside backward: use opt.step()")
 
 
-def _check_unscaled(opt: Optimizer) -> None:
+def _check_unscaled(opt: Optimizer, harm: str = "") -> None:
     for name in ("grad_scale", "found_inf"):
         if getattr(opt, name, None) is not None:
             raise RuntimeError(
                 f"{type(opt).__name__} has {name}, as torch.amp.GradScaler sets it, but whether the scaled gradients "
                 "overflow is known only when all are there, and a release updates before: train in bfloat16 without a "
-                "scaler, or remove() the release. Parameters that were updated in this iteration took scaled gradients"
+                f"scaler, or remove() the release{harm}"
             )
 
 

@@ -107,7 +107,8 @@ class Stepper:
     def _take_warm(self, only: Only | None) -> WarmStep | None:
         """What the step may be like. It is kept again after the step: what follows a failure starts cold."""
         if only is not None:
-            return self._warm_of.pop(only.position, None)
+            found = self._warm_of.pop(only.position, None)
+            return found if found is not None and found.members[0].group is only.group else None
         warm, self._warm = self._warm, None
         return warm
 
