@@ -58,7 +58,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def case(cls: type[tritopt.Optimizer], dtype: torch.dtype = torch.float32, master: bool = False) -> Case:
+def case(cls: type[tritopt.Optimizer], dtype: torch.dtype = torch.float32, master: str | None = None) -> Case:
     return Case(cls, {}, dtype, dtype, master, "plain")
 
 
@@ -124,7 +124,7 @@ class Coarse(tritopt.Test):
 @pytest.mark.parametrize("cls", [tritopt.Adam, tritopt.LAMB])
 def test_registered_optimizers_pass(cls: type[tritopt.Optimizer]) -> None:
     rows = list(run_checks([cls], quick=True))
-    assert len(rows) == len(check.cases([cls], quick=True)) == 14
+    assert len(rows) == len(check.cases([cls], quick=True)) == 22
     assert not [row for row in rows if not row.passed]
     if HAS_TRITON:
         assert all(row.fused_vs_reference is not None for row in rows)
@@ -132,7 +132,7 @@ def test_registered_optimizers_pass(cls: type[tritopt.Optimizer]) -> None:
 
 def test_full_check_covers_every_combination() -> None:
     found = check.cases([tritopt.SGD])
-    assert len({(c.weight_dtype, c.grad_dtype, c.master, c.option, str(c.variant)) for c in found}) == len(found) == 36
+    assert len({(c.weight_dtype, c.grad_dtype, c.master, c.option, str(c.variant)) for c in found}) == len(found) == 44
     assert set(check.cases([tritopt.SGD], quick=True)[0].arguments) == {"learning_rate"}
 
 
@@ -168,9 +168,9 @@ def test_what_raises_is_a_failed_row() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "master"),
-    [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float64, False)],
+    [(torch.float32, None), (torch.bfloat16, "fp32"), (torch.bfloat16, None), (torch.float64, None)],
 )
-def test_ported_optimizer_without_kernel_is_checked_against_the_truth(dtype: torch.dtype, master: bool) -> None:
+def test_ported_optimizer_without_kernel_is_checked_against_the_truth(dtype: torch.dtype, master: str | None) -> None:
     row = check_case(case(Ported, dtype, master))
     assert row.passed, row
     assert (row.reason, row.fused_vs_reference) == ("no kernel: reference only", None)
@@ -235,7 +235,7 @@ def test_command_fails_for_a_broken_kernel(here: Path) -> None:
     assert result.exit_code == 1
     assert "2 FAILED" in result.stdout
     assert "tritopt.create('ascending', learning_rate=0.1), weights float32, gradients float32:" in result.stdout
-    assert "7 of 7 checks failed" in result.stdout
+    assert "11 of 11 checks failed" in result.stdout
     assert tritopt.create("ascending").learning_rate == 0.01
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 import tritopt
 from tritopt import cost, docs, registry
 from tritopt.check import Row, cases, environment, load_optimizer, registered, run_checks
+from tritopt.kernels.formats import MASTERS
 from tritopt.kernels.language import HAS_TRITON
 
 MAX_FAILURES = 20
@@ -193,7 +194,7 @@ def _worst(errors: Sequence[float | None]) -> str:
 
 
 def _weights(row: Row) -> str:
-    return row.weight_dtype + (" + fp32 master" if row.master else "")
+    return row.weight_dtype + (f" + {MASTERS[row.master].name}" if row.master else "")
 
 
 def _print_failures(console: Console, failures: Sequence[Row], n_cases: int) -> None:

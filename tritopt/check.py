@@ -22,6 +22,7 @@ import torch
 import tritopt
 from tritopt import fused, phases, registry
 from tritopt.cost import fresh_state, tensors_of
+from tritopt.kernels.formats import MASTERS, PLAIN
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
 from tritopt.optimizer import Optimizer
 
@@ -47,6 +48,14 @@ TOLERANCES = {
     "truth": Tolerance(
         0.5, 2, 16, "half an ulp for the store, two roundings of the weight, and 16 operations that make the movement"
     ),
+    # In place of these two, where a weight or master is stored otherwise. A master is compared as the fp32 number that
+    # is behind it, and an ulp is that of fp32.
+    "kahan master, truth": Tolerance(64, 2, 16, "2^-17: a compensation of 8 bits, half an ulp of bf16 at most"),
+    "kahan master, reordered": Tolerance(128, 1, 8, "2^-16: two of these, rounded apart"),
+    "split8 master, truth": Tolerance(256, 2, 16, "2^-15: one unit of 16 bits, as rounding goes up or down by chance"),
+    "split8 master, reordered": Tolerance(256, 1, 8, "2^-15: the bits drawn are the same, and one unit may be crossed"),
+    "split8 weight, truth": Tolerance(0.51, 2, 16, "half an ulp for the store, and one of the master behind it"),
+    "stochastic weight, truth": Tolerance(1, 2, 16, "one ulp, as rounding goes up or down by chance"),
 }
 
 LEARNING_RATE = 0.1
@@ -58,15 +67,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # A third of the gradients is clipped, and wd * w is too small to cancel any of them.
     "wd, clip, rescale": {"wd": 0.05, "clip_gradient": 1.5, "rescale_grad": 2.0},
 }
-FORMATS: tuple[tuple[torch.dtype, bool, tuple[torch.dtype, ...]], ...] = (
-    (torch.float32, False, (torch.float32, torch.bfloat16)),
-    (torch.float64, False, (torch.float64,)),
-    (torch.float16, False, (torch.float16,)),
-    (torch.float16, True, (torch.float16, torch.float32)),
-    (torch.bfloat16, False, (torch.bfloat16,)),
-    (torch.bfloat16, True, (torch.bfloat16, torch.float32)),
+FORMATS: tuple[tuple[torch.dtype, str | None, tuple[torch.dtype, ...]], ...] = (
+    (torch.float32, None, (torch.float32, torch.bfloat16)),
+    (torch.float64, None, (torch.float64,)),
+    (torch.float16, None, (torch.float16,)),
+    (torch.float16, "fp32", (torch.float16, torch.float32)),
+    (torch.bfloat16, None, (torch.bfloat16,)),
+    (torch.bfloat16, "fp32", (torch.bfloat16, torch.float32)),
+    *((torch.bfloat16, master, (torch.bfloat16,)) for master in MASTERS if master != "fp32"),
 )
-"""Dtype of the weights, whether they have an fp32 master, and dtypes of their gradients."""
+"""Dtype of the weights, `master` of the optimizer or None without multi_precision, and dtypes of the gradients."""
 
 SMALL = phases.Config(block_size=32, chunk_size=64)
 """For the interpreter, which takes about a millisecond per function call and block, however long the block is."""
@@ -80,13 +90,16 @@ class Case:
     variant: dict[str, Any]
     weight_dtype: torch.dtype
     grad_dtype: torch.dtype
-    master: bool
+    master: str | None
+    """The optimizer's argument; None: no multi_precision."""
     option: str
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What the optimizer is constructed with."""
-        master = {"multi_precision": True} if self.master else {}
+        master: dict[str, Any] = {"multi_precision": True} if self.master else {}
+        if self.master not in (None, "fp32"):
+            master["master"] = self.master
         option = {key: value for key, value in OPTIONS[self.option].items() if key != "wd" or self.cls.decays}
         return {"learning_rate": LEARNING_RATE, **self.variant, **option, **master}
 
@@ -118,8 +131,8 @@ class Row:
     """Key of OPTIONS."""
     weight_dtype: str
     grad_dtype: str
-    master: bool
-    """Whether the weights have an fp32 master."""
+    master: str | None
+    """How the weights' master is kept, a key of MASTERS. None: there is none."""
     fused_vs_reference: float | None = None
     """Of the weights, as the two below. None: not compared."""
     fused_vs_truth: float | None = None
@@ -146,8 +159,8 @@ class Contender:
 
     optimizer: Optimizer
     weights: list[torch.Tensor]
-    master: bool
-    """Whether masters are compared. The truth has none: its weights stand for both."""
+    master: str | None
+    """How masters are kept. The truth has none: its weights stand for both."""
 
     def __post_init__(self) -> None:
         self.optimizer.set_lr_mult(LR_MULT)
@@ -156,19 +169,28 @@ class Contender:
     def tensors(self) -> dict[str, torch.Tensor]:
         """By name: the weight, the master if there is one, and the states of each parameter."""
         found = {}
+        fmt = PLAIN if self.master is None else MASTERS[self.master]
         for i, (weight, state) in enumerate(zip(self.weights, self.states, strict=True)):
             values = tensors_of(state)
             found[f"weight {i}"] = weight
-            if self.master:
-                found[f"master {i}"] = values.pop(0) if fused.is_low_precision(weight.dtype) else weight
+            if fmt.companion:
+                is_stored = fused.is_low_precision(weight.dtype)
+                found[f"master {i}"] = fmt.decode((weight, values.pop(0)), torch.float32) if is_stored else weight
             found.update((f"state {at} of weight {i}", value) for at, value in enumerate(values))
         return found
 
     def start_from(self, other: Contender) -> None:
         """Take over all values. The truth's weights come from the masters, which stand behind the weights."""
+        if self.weights[0].dtype == other.weights[0].dtype:
+            for mine, value in zip(self._stored(), other._stored(), strict=True):
+                mine.copy_(value)
+            return
         values = other.tensors()
         for name, tensor in self.tensors().items():
             tensor.copy_(values[name])
+
+    def _stored(self) -> list[torch.Tensor]:
+        return [*self.weights, *tensors_of(self.states)]
 
     def step(self, grads: Sequence[torch.Tensor]) -> None:
         """One update of all parameters."""
@@ -180,11 +202,27 @@ def cases(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False)
     found = []
     for cls in registered() if classes is None else classes:
         for variant, (weight_dtype, master, grad_dtypes), option in product(cls.variants, FORMATS, OPTIONS):
-            if quick and option == "plain" and weight_dtype != torch.float32:
+            # What the options do comes before a weight is stored: one of them will do for most formats.
+            if option == "plain" and ((quick and weight_dtype != torch.float32) or master not in (None, "fp32")):
+                continue
+            if not _goes_with(cls, variant, master):
                 continue
             for grad_dtype in (weight_dtype,) if quick else grad_dtypes:
                 found.append(Case(cls, dict(variant), weight_dtype, grad_dtype, master, option))
     return found
+
+
+def _goes_with(cls: type[Optimizer], variant: dict[str, Any], master: str | None) -> bool:
+    """Whether the optimizer takes this `master`, as its documentation says."""
+    if master in (None, "fp32"):
+        return True
+    if cls.step is not Optimizer.step or cls.fused_step is not Optimizer.fused_step:
+        return False
+    try:
+        launches = cls(**variant).phases
+    except Exception:  # the row that shows it will say why
+        return True
+    return not MASTERS[master].draws or all(isinstance(phase, phases.Apply) for phase in launches)
 
 
 def run_checks(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> Iterator[Row]:
@@ -338,9 +376,10 @@ def _contender(case: Case, weights: Sequence[torch.Tensor], use_fused_step: bool
 def _compare(case: Case, step: int, start: dict[str, torch.Tensor], runs: dict[str, Contender], row: Row) -> None:
     """Enter the differences between all runs into the row."""
     for one, other in combinations(runs, 2):
-        tolerance = TOLERANCES["truth" if other == "truth" else _fused_tolerance(case, runs["fused"].optimizer)]
+        kind = "truth" if other == "truth" else _fused_tolerance(case, runs["fused"].optimizer)
         expected = runs[other].tensors()
         for name, tensor in runs[one].tensors().items():
+            tolerance = _tolerance(case, kind, name)
             error, is_within = _error(tensor, expected[name], start[name], tolerance, case.compute_dtype)
             row.enter(f"{one}_vs_{other}" if name.startswith("weight") else "states", error)
             if not is_within:
@@ -348,6 +387,11 @@ def _compare(case: Case, step: int, start: dict[str, torch.Tensor], runs: dict[s
                     f"step {step}, {name} of shape {tuple(tensor.shape)}: {one} and {other} differ by {error:.3g} ulp; "
                     f"allowed is {tolerance.reason}"
                 )
+
+
+def _tolerance(case: Case, kind: str, name: str) -> Tolerance:
+    """For the tensor of this name: its format's own, if it has one."""
+    return TOLERANCES.get(f"{case.master} {name.partition(' ')[0]}, {kind}", TOLERANCES[kind])
 
 
 def _fused_tolerance(case: Case, optimizer: Optimizer) -> str:

@@ -120,7 +120,7 @@ def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fm
     weight, grad = torch.zeros(64, 64, dtype=weight_dtype), torch.zeros(64, 64, dtype=grad_dtype)
     planes = [weight] if fmt.companion_of is None else [weight, fmt.companion_of(weight, weight.float())]
     opt.multi_precision = False
-    state = fresh_state(opt, 0, fmt.decode(planes, torch.float32) if len(planes) > 1 else weight)
+    state = fresh_state(opt, 0, weight if fmt is PLAIN else fmt.decode(planes, torch.float32))
     task = Task(tuple(planes), fmt, grad, tuple(tensors_of(state)))
     scalars = opt.scalars(0.1, opt.wd, 1)
     # A device scalar and a flag, as under a GradScaler: the most that a launch reads.

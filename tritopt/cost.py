@@ -123,6 +123,7 @@ def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[lis
     planes = [weight.dtype.itemsize]
     if fmt.n_planes > 1:
         planes.append(fmt.dtype_of_companion(weight_dtype).itemsize)
+    if fmt is not PLAIN:
         weight = weight.float()
     return planes, [tensor.nbytes / weight.numel() for tensor in tensors_of(fresh_state(opt, 0, weight))]
 

@@ -290,9 +290,9 @@ class Optimizer:
     def create_state_multi_precision(self, index: Hashable, weight: torch.Tensor) -> State:
         """`create_state`, or (companion, its state) for an fp16 or bf16 weight under multi_precision.
 
-        The companion is what `master` keeps beside the weight, of its shape: the fp32 master ("fp32"), the int16 or int8
-        remainder ("split16", "split8") or the compensation in the weight's dtype ("kahan"). "stochastic" has none, so
-        its state stands alone. States are those of an fp32 weight.
+        The companion is what `master` keeps beside the weight, of its shape: the fp32 master ("fp32"), the int16 or
+        int8 remainder ("split16", "split8") or the compensation in the weight's dtype ("kahan"). "stochastic" has none,
+        so its state stands alone. States are those of an fp32 weight.
 
         Raises:
             ValueError: `master` does not go with the weight's dtype, or not with this optimizer.
@@ -575,6 +575,9 @@ class Optimizer:
         new_weight, new_state = self.reference(w, g, tuple(value.to(dtype) for value in task.state), s)
         for value, new in zip(task.state, new_state, strict=True):
             value.copy_(fit(new, value))
+        if noise is not None:
+            # A kernel that reads offsets runs on tensors that lie in the usual order.
+            noise = noise._replace(row_major=any(isinstance(p, Apply) and p.reads_offsets for p in self.phases))
         # Last: a new state may be the old weight itself.
         task.format.encode(task.weight, fit(new_weight, task.weight[0]), noise)
 

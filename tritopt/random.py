@@ -34,11 +34,14 @@ class Noise(NamedTuple):
     """Position of the first element here in the whole parameter, in units of eight."""
     step: float
     """In [0, STEPS)."""
+    row_major: bool = False
+    """Whether elements are numbered in the usual order of dimensions, and not as they lie in memory."""
 
     def bits16(self, plane: torch.Tensor, stream: int) -> torch.Tensor:
         """16 random bits for each element of a plane, int64; neighbours in memory share a Philox call."""
         places = torch.arange(plane.numel(), device=plane.device)
-        places = places.as_strided(plane.shape, plane.stride()) if is_dense(plane) else places.view(plane.shape)
+        in_memory = is_dense(plane) and not self.row_major
+        places = places.as_strided(plane.shape, plane.stride()) if in_memory else places.view(plane.shape)
         group, lane = self.first + (places >> 3), places & 7
         zero = torch.zeros_like(places)
         counter = (group & _WORD, (group >> 32) & _WORD, zero + int(self.step), zero + stream)

@@ -106,6 +106,10 @@ def _drop_from_group(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
     del opt.param_groups[0]["params"][0]
 
 
+def _replace_group(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.param_groups[1] = {**opt.param_groups[1], "lr": 0.125}
+
+
 def _shared_gradient(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
     for param in params:
         param.grad = torch.zeros_like(param)
@@ -146,6 +150,8 @@ CHANGES: dict[str, Change] = {
     "state deleted": _drop_state,
     "loaded": _load,
     "group added": _add_group,
+    "group replaced": _replace_group,
+    "master": _set("master", "split16"),
     "parameter removed": _drop_from_group,
     "zero gradients": _shared_gradient,
     "loss scale": _flag,

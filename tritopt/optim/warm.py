@@ -69,6 +69,7 @@ class WarmStep:
         self._params = params_of(opt, only)
         self._has_grad = [param.grad is not None for param in self._params]
         self._rules = [opt.rule_of(group) for group in groups_of(opt, only)]
+        self._groups = list(groups_of(opt, only))
         self._ways = [_way(group) for group in groups_of(opt, only)]
         self._states = [opt.state[member.param] for member in members]
         self._values = list(chain.from_iterable(map(dict.values, self._states)))
@@ -86,7 +87,9 @@ class WarmStep:
     def holds(self, opt: Optimizer, rates: Mapping[int, Number]) -> bool:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
         params, groups = params_of(opt, self._only), groups_of(opt, self._only)
-        if not _same(params, self._params) or [_way(group) for group in groups] != self._ways:
+        if not _same(params, self._params) or not _same(groups, self._groups):
+            return False
+        if [_way(group) for group in groups] != self._ways:
             return False
         if any(rule.skips_zero_lr for rule in self._rules) and 0.0 in [r for r in rates.values() if type(r) is float]:
             return False
