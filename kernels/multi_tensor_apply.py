@@ -57,7 +57,7 @@ def _apply_block(
         # The gradient holds some rows of the weight, and the last table which: from here on, the weight's own offsets.
         row = offsets // row_width
         offsets += (tl.load(ptrs[-1] + row, mask=mask) - row) * row_width
-    w = None
+    w = ()  # not None, which Triton 3.6 cannot hand back
     if READS[0]:
         w = FORMATS[0][2](ptrs[: FORMATS[0][1]], offsets, mask, COMPUTE_DTYPE)
     if READS[1]:

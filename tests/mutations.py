@@ -49,7 +49,12 @@ SHARED: list[tuple[str, str, str, dict[str, str]]] = [
     ("sgd", "ops.py", "return tl.where(x < -bound, -bound, x)", {"no lower clip bound": "return x"}),
     ("sgd", "ops.py", "bits + 0x7FFF + ((bits >> 16) & 1)", {"bf16 cut off": "bits"}),
     ("sgd", "formats.py", "tl.store(planes[1] + offsets, value, mask=mask)", {"master not stored": "pass"}),
-    ("sgd", "formats.py", "tl.load(planes[1] + offsets", {"weight read for its master": "tl.load(planes[0] + offsets"}),
+    (
+        "sgd",
+        "formats.py",
+        "return tl.load(planes[1] + offsets",
+        {"weight read for its master": "return tl.load(planes[0] + offsets"},
+    ),
 ]
 
 

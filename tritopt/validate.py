@@ -87,6 +87,12 @@ def bound_or(bound: float | None, unbounded: float) -> float:
     return bound if bound is not None and bound > 0 else unbounded
 
 
+def clip_bound(name: str, value: Any) -> None:
+    """ValueError unless `value` is > 0, or None, which does not clip."""
+    if value is not None and not number(name, value) > 0:
+        raise ValueError(f"{name}={value!r} must be > 0; None does not clip")
+
+
 def moments(beta1: Any, beta2: Any, epsilon: Any) -> tuple[float, float, float]:
     """The three as they are; ValueError unless both betas are in [0, 1) and epsilon >= 0."""
     return fraction("beta1", beta1), fraction("beta2", beta2), nonnegative("epsilon", epsilon)

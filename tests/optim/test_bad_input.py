@@ -21,6 +21,7 @@ from tests.optim.training import (
     train,
     twin,
 )
+from tritopt import optim
 from tritopt.optim import SGD, Adam, AdamW
 
 Class: TypeAlias = Any  # a class of tritopt.optim, with a signature of its own
@@ -110,7 +111,10 @@ def test_bounds_that_are_no_numbers(name: str) -> None:
 
 @EVERY_CLASS
 def test_unknown_keywords(cls: Class) -> None:
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'max_norm'.*multi_precision, max_grad_norm"):
+    with pytest.raises(
+        TypeError,
+        match=r"unexpected keyword argument 'max_norm'.*multi_precision, master, rounding_seed, max_grad_norm",
+    ):
         cls(parameters(), **options_of(cls), max_norm=1.0)
 
 
@@ -355,3 +359,41 @@ def test_fused_true_where_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     set_grads(params, 0)
     with pytest.warns(UserWarning, match="fused=True on the CPU runs the reference: no kernel here"):
         opt.step()
+
+
+def test_a_norm_for_one_group_is_refused() -> None:
+    params = parameters()
+    with pytest.raises(ValueError, match="not a param_group's"):
+        optim.AdamW([{"params": params, "max_grad_norm": 1.0}])
+    opt = optim.AdamW(params[:1])
+    with pytest.raises(ValueError, match="not a param_group's"):
+        opt.add_param_group({"params": params[1:], "max_grad_norm": 1.0})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.0, float("nan"), "x"])
+def test_a_norm_that_is_assigned_later_is_checked(bad: Any) -> None:
+    params = parameters()
+    opt = optim.AdamW(params)
+    set_grads(params, 0)
+    opt.max_grad_norm = bad
+    before = [param.detach().clone() for param in params]
+    with pytest.raises((ValueError, TypeError), match="max_grad_norm="):
+        opt.step()
+    assert_same([param.detach() for param in params], before)
+    assert not opt.state
+
+
+@pytest.mark.parametrize(("one", "other"), [(optim.SGD, optim.AdamW), (optim.AdamW, optim.SGD)])
+def test_a_checkpoint_of_another_optimizer_is_refused(one: Any, other: Any) -> None:
+    params = parameters()
+    options = {optim.SGD: {"momentum": 0.9}, optim.AdamW: {}}
+    saved = one(params, lr=0.1, **options[one])
+    set_grads(params, 0)
+    saved.step()
+    state = saved.state_dict()
+    opt = other(params, lr=0.1, **options[other])
+    state["param_groups"] = opt.state_dict()["param_groups"]
+    with pytest.raises(ValueError, match="another optimizer's"):
+        opt.load_state_dict(state)
+    assert not opt.state

@@ -263,6 +263,7 @@ COMMON = {
     "fused": None,
     "clip_value": None,
     "multi_precision": True,
+    "master": "fp32",
 }
 
 

@@ -55,6 +55,7 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         expected = opt.expected_states(param, group)
         for name in ("step", *opt.rule.scalar_states):
             _check_number(key, name, values.get(name, 0.0))
+        _check_kind(key, values, expected, opt)
         loaded = {name: _loaded(key, name, value, param, expected) for name, value in values.items()}
         state[param] = {name: value for name, value in loaded.items() if value is not None}
         if not _takes_companion(param, state[param], opt.format_of(param, group)):
@@ -117,6 +118,17 @@ def _companions(param: torch.Tensor) -> dict[str, Expected]:
     """Of all formats: a checkpoint may have another one."""
     formats = [fmt for fmt in MASTERS.values() if param.dtype in fmt.weight_dtypes]
     return {fmt.companion: Expected(tuple(param.shape), fmt.dtype_of_companion(param.dtype)) for fmt in formats}
+
+
+def _check_kind(key: Any, values: Mapping[str, Any], expected: Mapping[str, Expected], opt: Optimizer) -> None:
+    companions = {fmt.companion for fmt in MASTERS.values()}
+    found = {name for name, value in values.items() if isinstance(value, torch.Tensor) and value.dim() > 0} - companions
+    needed = set(expected) - companions
+    if found and needed and not found & needed:
+        raise ValueError(
+            f"loaded state dict: parameter {key!r} has {', '.join(sorted(found))}, and {type(opt).__name__} keeps "
+            f"{', '.join(sorted(needed))}: it is another optimizer's"
+        )
 
 
 def _check_number(key: Any, name: str, value: Any) -> None:

@@ -99,6 +99,7 @@ def runs_fused(opt: Optimizer, member: Member) -> bool:
     reason = unavailable(part)
     if reason is None and member.needs_whole:
         reason = f"{type(opt).__name__} has no kernel for tensors that are sharded over processes"
+    reason = reason and reason.replace("use_fused_step=False", "fused=False")
     if reason and wanted and part.device.type == "cpu":
         warn(f"fused=True on the CPU runs the reference: {reason}")
     elif reason and wanted:

@@ -21,6 +21,7 @@ from tritopt.phases import Apply
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 Number: TypeAlias = float | torch.Tensor
 MAX_RULES = 4096
+HOW_BY_DEFAULT = {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
 
 
 class Options(TypedDict, total=False):
@@ -92,9 +93,7 @@ class Optimizer(torch.optim.Optimizer):
         if defaults.get("fused") and defaults.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
         for name in ("max_grad_norm", "clip_value"):
-            bound = options.get(name)
-            if bound is not None and not validate.number(name, bound) > 0:
-                raise ValueError(f"{name}={bound!r} must be > 0; None does not clip")
+            validate.clip_bound(name, options.get(name))
         self.max_grad_norm = options.get("max_grad_norm")
         self.rounding_seed = validate.count("rounding_seed", options.get("rounding_seed", 0))
         self.grad_norm: torch.Tensor | None = None
@@ -108,7 +107,7 @@ class Optimizer(torch.optim.Optimizer):
             "clip_value": options.get("clip_value"),
             "multi_precision": validate.boolean("multi_precision", options.get("multi_precision", True)),
         }
-        super().__init__(params, {**defaults, **ours})
+        super().__init__(params, {**HOW_BY_DEFAULT, **defaults, **ours})
 
     def _forget(self) -> None:
         """Start without what is derived from parameters and states."""
@@ -119,6 +118,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch; ValueError also for parameters that no kernel takes. Nothing is added then."""
+        if isinstance(param_group, dict) and "max_grad_norm" in param_group:
+            raise ValueError(
+                "max_grad_norm is the optimizer's, of all gradients together, not a param_group's: pass it beside lr"
+            )
         super().add_param_group(param_group)
         try:
             for param in param_group["params"]:

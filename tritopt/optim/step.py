@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tritopt import validate
 from tritopt.fused import Planner
 from tritopt.group import Launch, Rows
 from tritopt.optim import distributed
@@ -52,6 +53,7 @@ class Stepper:
 
     def update(self, opt: Optimizer, only: Only | None = None) -> None:
         """Update every parameter that has a gradient, or only one. Checks all before it writes anything."""
+        validate.clip_bound("max_grad_norm", opt.max_grad_norm)
         found_inf, grad_scale = (_scalar(getattr(opt, name, None)) for name in ("found_inf", "grad_scale"))
         on_device = (
             found_inf is not None
