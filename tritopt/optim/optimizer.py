@@ -21,7 +21,7 @@ from tritopt.phases import Apply
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 Number: TypeAlias = float | torch.Tensor
 MAX_RULES = 4096
-HOW_BY_DEFAULT = {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
+HOW_BY_DEFAULT = {"capturable": False, "fused": None}
 
 
 class Options(TypedDict, total=False):
@@ -118,7 +118,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch; ValueError also for parameters that no kernel takes. Nothing is added then."""
-        if isinstance(param_group, dict) and "max_grad_norm" in param_group:
+        # ZeroRedundancyOptimizer puts every argument into its groups, so the same value passes.
+        if isinstance(param_group, dict) and param_group.get("max_grad_norm", self.max_grad_norm) != self.max_grad_norm:
             raise ValueError(
                 "max_grad_norm is the optimizer's, of all gradients together, not a param_group's: pass it beside lr"
             )
