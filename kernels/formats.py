@@ -1,6 +1,6 @@
 """How a value that the arithmetic sees in the compute dtype is stored.
 
-A format is a pair of @triton.jit functions, passed to the driver as constexpr, and their two-line twins in PyTorch:
+A format is a pair of @triton.jit functions, passed to the driver as constexpr, and their twins in PyTorch:
 
     load(planes, offsets, mask, COMPUTE_DTYPE) -> value          decode(planes, dtype) -> tensor
     store(planes, offsets, mask, value)                          encode(planes, tensor), in place
@@ -41,7 +41,6 @@ class Format(NamedTuple):
     """Of plane 1; None: the weight's."""
     companion_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     """Plane 1, from the weight and the fp32 value that the two are to hold."""
-
     draws: bool = False
     """Whether storing takes random bits."""
     can_disagree: bool = False
@@ -150,9 +149,17 @@ def encode_split(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any
     planes[0].copy_(high.to(torch.int16).view(torch.bfloat16))
 
 
+def _fitting(difference: torch.Tensor, half: int) -> torch.Tensor:
+    """A remainder from -half to half - 1; 0 where it is that of another weight.
+
+    A weight that was rounded to even at a tie can lack all of `half`, and gets one less.
+    """
+    return torch.where(difference.abs() <= half, difference.clamp(max=half - 1), 0)
+
+
 def _remainder_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     difference = value.view(torch.int32) - (weight.view(torch.int16).to(torch.int32) << 16)
-    return torch.where(difference.abs() < 0x8000, difference, 0).to(torch.int16)
+    return _fitting(difference, 0x8000).to(torch.int16)
 
 
 @triton.jit
@@ -242,7 +249,7 @@ def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: An
 
 def _remainder8_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     difference = (value.view(torch.int32) >> 8) - (weight.view(torch.int16).to(torch.int32) << 8)
-    return torch.where(difference.abs() < 0x80, difference, 0).to(torch.int8)
+    return _fitting(difference, 0x80).to(torch.int8)
 
 
 def _signed(bits: torch.Tensor) -> torch.Tensor:
@@ -270,16 +277,9 @@ SPLIT8 = Format(
     "master_remainder8", torch.int8, _remainder8_of, draws=True,
 )  # fmt: skip
 STOCHASTIC = Format(
-    "stochastic",
-    1,
-    load_plain,
-    store_stochastic,
-    decode_plain,
-    encode_stochastic,
-    (True,),
-    (torch.bfloat16,),
+    "stochastic", 1, load_plain, store_stochastic, decode_plain, encode_stochastic, (True,), (torch.bfloat16,),
     draws=True,
-)
+)  # fmt: skip
 MASTERS = {"fp32": MASTER_FP32, "split16": SPLIT16, "split8": SPLIT8, "kahan": KAHAN, "stochastic": STOCHASTIC}
 """How an fp16 or bf16 weight keeps what its own bits cannot hold."""
 

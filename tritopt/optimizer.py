@@ -316,7 +316,8 @@ class Optimizer:
         """A state that was saved under another `master`, as this optimizer keeps it; any other is returned as it is.
 
         weight: the one that was saved with it. "stochastic" and None save no companion, so nothing is made of theirs.
-        Where an fp32 master lies at a tie, half an ulp of the weight cannot be said by 16 bits, and is lost.
+        Where an fp32 master lies at a tie above its weight, it becomes its neighbour towards the weight, in fp32 for
+        "split16" and in 24 bits for "split8": a remainder cannot say all of half an ulp.
         """
         fmt = self._format_of(index, weight)
         if fmt is PLAIN or self._has_companion(fmt, weight, state):

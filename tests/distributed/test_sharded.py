@@ -199,7 +199,6 @@ def check_empty_ranks(name: str, fused: bool | None) -> None:
     pair.assert_same(CLOSE)
 
 
-@pytest.mark.skipif("GroupAdaGrad" not in CLASSES, reason="GroupAdaGrad is not there yet")
 def test_whole_rows_stay_where_they_are(worlds: dict[int, World]) -> None:
     worlds[4].run(check_whole_rows)
 
@@ -248,8 +247,6 @@ def check_overflow_in_one_shard() -> None:
 
 @sizes
 def test_random_numbers_differ_between_shards_only(size: int, worlds: dict[int, World]) -> None:
-    if "SGLD" not in CLASSES:
-        pytest.skip("SGLD is not there yet")
     worlds[size].run(check_random_numbers)
 
 

@@ -241,6 +241,33 @@ def test_checkpoints_change_format(old: str | None, new: str | None) -> None:
     run(optim.AdamW, other, range(3, 4), loaded)
 
 
+@pytest.mark.parametrize(("fmt", "bits"), [(SPLIT16, 16), (SPLIT8, 8)], ids=["split16", "split8"])
+def test_masters_at_a_tie_keep_all_but_their_last_bit(fmt: Format, bits: int) -> None:
+    """The weight of an fp32 master is rounded to even there, up or down; a remainder reaches half an ulp down only."""
+    assert fmt.companion_of is not None
+    value = from_bits(0x3F808000, 0x3F818000, 0xBF808000, 0xBF818000)
+    weight = value.bfloat16()
+    found = fmt.decode((weight, fmt.companion_of(weight, value)), torch.float32)
+    assert torch.equal(found.bfloat16().float().sign(), value.sign())
+    assert ((found - value).abs() <= 2.0 ** -(7 + bits)).all()
+    assert torch.equal(found[[1, 3]], value[[1, 3]])  # rounded away from zero, which can be said
+
+
+@pytest.mark.parametrize("new", [*MASTERS, None])
+@pytest.mark.parametrize("old", [*MASTERS, None])
+def test_a_group_changes_its_master_in_training(old: str | None, new: str | None) -> None:
+    params = parameters(BF16, ((3, 5), (40,)))
+    opt = run(optim.AdamW, params, range(3), master=old)
+    before = [master.clone() for master in opt.master_weights()]
+    opt.param_groups[0].update(master=new, lr=0.0)
+    run(optim.AdamW, params, range(3, 4), opt)
+    names = {name for state in opt.state.values() for name in state}
+    assert names & {fmt.companion for fmt in MASTERS.values()} == ({MASTERS[new].companion} if new else set()) - {""}
+    precision = 2.0**-8 if new in (None, "stochastic") else 2.0**-15 if {"kahan", "split8"} & {old, new} else 2.0**-23
+    for a, b in zip(before, opt.master_weights(), strict=True):
+        assert ((a.float() - b.float()).abs() <= precision * a.float().abs()).all()
+
+
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'fp64' must be one of 'fp32', 'split16', .*, or None"):
         make(optim.AdamW, parameters(BF16), master="fp64")

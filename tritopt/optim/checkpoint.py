@@ -17,6 +17,7 @@ from tritopt.warning import warn
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
 
+COMPANIONS = {fmt.companion for fmt in MASTERS.values() if fmt.companion}
 HOW = ("fused", "foreach", "capturable", "differentiable")  # say how to compute, not what
 
 
@@ -58,7 +59,7 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         _check_kind(key, values, expected, opt)
         loaded = {name: _loaded(key, name, value, param, expected) for name, value in values.items()}
         state[param] = {name: value for name, value in loaded.items() if value is not None}
-        if not _takes_companion(param, state[param], opt.format_of(param, group)):
+        if not take_companion(param, state[param], opt.format_of(param, group)):
             without_master.append(key)
         opt.complete_loaded_state(state[param])
     if without_master:
@@ -71,11 +72,11 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         post_hook(opt)
 
 
-def _takes_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> bool:
-    """Bring the saved master into this format. False if one is needed and there is none."""
+def take_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> bool:
+    """Bring the master in a state into this format, or make it from the weight. False if that was rounded."""
     found = next((other for other in MASTERS.values() if other.companion in state), None)
     if found is fmt or not state:
-        return True
+        return True  # a state that is empty is filled at the first gradient
     weight = local(param.detach())
     value = weight.float()
     if found is not None:
@@ -116,14 +117,13 @@ def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapp
 
 def _companions(param: torch.Tensor) -> dict[str, Expected]:
     """Of all formats: a checkpoint may have another one."""
-    formats = [fmt for fmt in MASTERS.values() if param.dtype in fmt.weight_dtypes]
+    formats = [fmt for fmt in MASTERS.values() if fmt.companion and param.dtype in fmt.weight_dtypes]
     return {fmt.companion: Expected(tuple(param.shape), fmt.dtype_of_companion(param.dtype)) for fmt in formats}
 
 
 def _check_kind(key: Any, values: Mapping[str, Any], expected: Mapping[str, Expected], opt: Optimizer) -> None:
-    companions = {fmt.companion for fmt in MASTERS.values()}
-    found = {name for name, value in values.items() if isinstance(value, torch.Tensor) and value.dim() > 0} - companions
-    needed = set(expected) - companions
+    found = {name for name, value in values.items() if isinstance(value, torch.Tensor) and value.dim() > 0} - COMPANIONS
+    needed = set(expected) - COMPANIONS
     if found and needed and not found & needed:
         raise ValueError(
             f"loaded state dict: parameter {key!r} has {', '.join(sorted(found))}, and {type(opt).__name__} keeps "

@@ -19,7 +19,6 @@ from tritopt.optimizer import Optimizer as Rule
 from tritopt.phases import Apply
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
-Number: TypeAlias = float | torch.Tensor
 MAX_RULES = 4096
 HOW_BY_DEFAULT = {"capturable": False, "fused": None}
 
@@ -57,13 +56,15 @@ class Optimizer(torch.optim.Optimizer):
     names. Everything else is here. `Options` are the keyword arguments that all of them take.
 
     `foreach` is accepted and means nothing. `fused=False` runs the reference in PyTorch, `fused=True` insists on the
-    kernel, None takes it where it can run: on a GPU, or under TRITON_INTERPRET=1. `capturable=True` keeps steps, scales
-    and tensor learning rates on the device, so that a CUDA graph can capture the step.
+    kernel (for parameters on the CPU it warns and runs the reference), None takes it where it can run: on a GPU, or
+    under TRITON_INTERPRET=1. `capturable=True` keeps steps, scales and tensor learning rates on the device, so that a
+    CUDA graph can capture the step.
 
     State per parameter: what torch's class of the same name keeps, under its names; `step`; and under multi_precision
-    `master_param`, the fp32 weight. A parameter that something else has written to since the last step (a loaded
-    checkpoint, a clamp) takes its master along. `grad_scale` and `found_inf`, which torch.amp.GradScaler sets, are read
-    on the device: a skipped step writes nothing and does not count.
+    what `master` keeps: `master_param` (fp32), `master_remainder`, `master_remainder8` or `compensation`. A parameter
+    that something else has written to since the last step (a loaded checkpoint, a clamp) takes its master along.
+    `grad_scale` and `found_inf`, which torch.amp.GradScaler sets, are read on the device: a skipped step writes nothing
+    and does not count.
     """
 
     rule: ClassVar[type[Rule]]
@@ -159,10 +160,12 @@ class Optimizer(torch.optim.Optimizer):
         Takes checkpoints of this class and of torch's class of the same name. A state keeps the dtype it was saved in
         where that is wider than this optimizer's own. An fp16 or bf16 parameter without a master in the checkpoint
         gets one from its weight, with a warning. `fused`, `foreach`, `capturable` and `differentiable` say how, not
-        what, to compute, and stay as constructed.
+        what, to compute, and stay as constructed. As in torch, a tensor that needs no conversion is taken over and not
+        copied: load a deepcopy where the saved optimizer goes on training.
 
         Raises:
-            ValueError: other groups, or a state of another shape. Nothing is loaded then.
+            ValueError: other groups, a state of another shape or kind, another optimizer's states, or hyperparameters
+                out of range. Nothing is loaded then.
         """
         checkpoint.load(self, state_dict)
 
@@ -194,7 +197,10 @@ class Optimizer(torch.optim.Optimizer):
             )
 
     def master_weights(self) -> list[torch.Tensor]:
-        """The weights as the arithmetic sees them, in the order of the parameters: masters where there are some."""
+        """The weights as the arithmetic sees them, in the order of the parameters.
+
+        fp32 where there is a master, also one that a remainder completes; else the parameter itself, detached.
+        """
         return [self._master_weight(param, group) for group in self.param_groups for param in group["params"]]
 
     def _master_weight(self, param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -11,6 +11,7 @@ from tritopt import validate
 from tritopt.fused import Planner, Task
 from tritopt.kernels.formats import PLAIN
 from tritopt.optim import distributed
+from tritopt.optim.checkpoint import COMPANIONS, take_companion
 from tritopt.optim.distributed import local, version
 from tritopt.optim.members import Member
 from tritopt.optim.scalar_states import ScalarStates
@@ -18,25 +19,26 @@ from tritopt.optim.scalar_states import ScalarStates
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
 
+Replaced: TypeAlias = list[tuple[torch.Tensor, dict[str, Any]]]
+"""Parameters, and the states they had; empty ones where they had none."""
+
 
 def create_missing(
-    opt: Optimizer, members: Sequence[Member], numbers: ScalarStates, device: torch.device, new: list[torch.Tensor]
+    opt: Optimizer, members: Sequence[Member], numbers: ScalarStates, device: torch.device, replaced: Replaced
 ) -> None:
-    """Create states, and bind their numbers to `device`. `new` gets the parameters that had none."""
+    """Complete states, and bind their numbers to `device`. `replaced` gets what they were before."""
     numbers.bind([opt.state.get(param, {}) for group in opt.param_groups for param in group["params"]], device)
     for member in members:
         param = member.param
         expected = opt.expected_states(param, member.group)
         state = opt.state.get(param, {})
-        if "step" in state and all(name in state for name in expected):
+        is_foreign = not COMPANIONS.isdisjoint(state.keys() - expected.keys())  # the group's `master` has changed
+        if "step" in state and not is_foreign and all(name in state for name in expected):
             continue
         opt.before_new_states(state)
         made = {**state, **numbers.views(member.position)}
-        weight = local(param).detach()
         fmt = opt.format_of(param, member.group)
-        if fmt.companion_of is not None and fmt.companion not in made:
-            companion = fmt.companion_of(weight, weight.float())
-            made[fmt.companion] = distributed.like(param, companion, expected[fmt.companion].shape)
+        take_companion(param, made, fmt)
         part = member.part(param).detach()
         inner = member.rule.create_state(member.name, part if fmt is PLAIN else part.float())
         values = [value for value in (inner if isinstance(inner, tuple) else (inner,)) if value is not None]
@@ -47,9 +49,17 @@ def create_missing(
                     if member.needs_whole
                     else distributed.like(param, value, expected[name].shape)
                 )
-        if not state:
-            new.append(param)
+        replaced.append((param, state))
         opt.state[param] = made
+
+
+def put_back(opt: Optimizer, replaced: Replaced) -> None:
+    """After a failure: the states as they were."""
+    for param, state in replaced:
+        if state:
+            opt.state[param] = state
+        else:
+            del opt.state[param]
 
 
 def task_of(opt: Optimizer, member: Member) -> Task:

@@ -27,7 +27,7 @@ from tritopt.optim.members import (
 )
 from tritopt.optim.rows import RowTable, host_rows
 from tritopt.optim.scalar_states import CPU, ScalarStates
-from tritopt.optim.states import MasterVersions, check_aliases, create_missing, task_of
+from tritopt.optim.states import MasterVersions, Replaced, check_aliases, create_missing, put_back, task_of
 from tritopt.optim.warm import WarmStep
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ class Stepper:
         )
         rates = {id(group): rate(group) for group in groups_of(opt, only)}
         warm = self._take_warm(only)
-        new: list[torch.Tensor] = []
+        replaced: Replaced = []
         try:
-            step = self._step(opt, warm, rates, on_device, new, only)
+            step = self._step(opt, warm, rates, on_device, replaced, only)
             if step is None:
                 return
             rescale = self._gradient_scale(opt, step, grad_scale)
@@ -73,8 +73,7 @@ class Stepper:
                 self._advance(step.members, skip)
                 rows = [self._rows(bucket, rates, on_device, only) for bucket in step.buckets]
         except Exception:
-            for param in new:
-                del opt.state[param]
+            put_back(opt, replaced)
             raise
         for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
             step.launch(bucket, values, self._launch_of(bucket, scalars, rescale, found_inf))
@@ -89,17 +88,17 @@ class Stepper:
         warm: WarmStep | None,
         rates: Mapping[int, Number],
         on_device: bool,
-        new: list[torch.Tensor],
+        replaced: Replaced,
         only: Only | None,
     ) -> ColdStep | WarmStep | None:
-        """What is to be done, checked. `new` gets the parameters whose state was created."""
+        """What is to be done, checked. `replaced` gets the states that were, as they had been."""
         if warm is not None and self._numbers.device == (warm.device if on_device else CPU) and warm.holds(opt, rates):
             return warm
         members = members_of(opt, only)
         if not members:
             return None
         device = local(members[0].param).device if on_device else CPU
-        create_missing(opt, members, self._numbers, device, new)
+        create_missing(opt, members, self._numbers, device, replaced)
         tasks = [task_of(opt, member) for member in members]
         fused = [runs_fused(opt, member) for member in members]
         check_aliases(self._planner, members, tasks)
