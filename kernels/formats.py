@@ -4,10 +4,11 @@ A format is a pair of @triton.jit functions, passed to the driver as constexpr, 
 
     load(planes, offsets, mask, COMPUTE_DTYPE) -> value          decode(planes, dtype) -> tensor
     store(planes, offsets, mask, value)                          encode(planes, tensor), in place
-    store(planes, offsets, mask, value, noise)                   encode(planes, tensor, noise), if it draws: a Noise
+    store(planes, offsets, mask, value, start, noise)            encode(planes, tensor, noise), if it draws: a Noise
 
-`planes` are the tensors that together hold the value, all of the value's shape: pointers in the kernel, tensors in
-PyTorch. Any format goes with any update function; neither knows of the other.
+`planes` are the tensors that together hold the value: pointers in the kernel, tensors in PyTorch. All have the value's
+shape, but for the scales of formats whose elements share them. `start` is the first of the offsets. Any format goes
+with any update function; neither knows of the other. Those of states are in kernels/state_formats.py.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class Format(NamedTuple):
     """Whether storing takes random bits."""
     can_disagree: bool = False
     """Whether plane 1 may hold what no longer rounds to the weight, after someone else has written that."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Of the planes, where it is a format of states."""
+    block: int = 0
+    """How many elements, next to each other in memory, share one of the last plane's; 0: none do."""
 
     def dtype_of_companion(self, weight: torch.dtype) -> torch.dtype:
         """Of plane 1 beside a weight of this dtype."""
@@ -195,14 +200,11 @@ def _compensation_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.where(lacks.isfinite(), lacks, 0.0).to(weight.dtype)
 
 
-WEIGHT_STREAM = tl.constexpr(1)  # of random bits; 0 is SGLD's
-
-
 @triton.jit
-def store_stochastic(planes, offsets, mask, value, noise):
+def store_stochastic(planes, offsets, mask, value, start, noise):
     """The one plane, bf16, rounded up or down with the probabilities that keep the mean."""
     bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
-    bits = (bits + random_bits16(noise, offsets, WEIGHT_STREAM)) & 0xFFFF0000
+    bits = (bits + random_bits16(noise, start, offsets, mask)) & 0xFFFF0000
     rounded = bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
     tl.store(planes[0] + offsets, tl.where(value == value, rounded, float("nan")), mask=mask)
 
@@ -210,7 +212,7 @@ def store_stochastic(planes, offsets, mask, value, noise):
 def encode_stochastic(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_stochastic`."""
     bits = value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    bits = (bits + noise.bits16(planes[0], 1)) & 0xFFFF0000
+    bits = (bits + noise.bits16(planes[0])) & 0xFFFF0000
     rounded = _signed(bits).view(torch.float32)
     planes[0].copy_(torch.where(value.isnan(), torch.nan, rounded))
 
@@ -224,9 +226,9 @@ def load_split8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_split8(planes, offsets, mask, value, noise):
+def store_split8(planes, offsets, mask, value, start, noise):
     """24 bits, rounded up or down with the probabilities that keep the mean; of these the weight is the nearest."""
-    bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + (random_bits16(noise, offsets, WEIGHT_STREAM) >> 8)
+    bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + (random_bits16(noise, start, offsets, mask) >> 8)
     bits = tl.where(value == value, bits.to(tl.int32, bitcast=True), 0x7FC00000) >> 8
     high = (bits + 0x80) >> 8
     tl.store(planes[1] + offsets, (bits - (high << 8)).to(tl.int8), mask=mask)
@@ -240,7 +242,7 @@ def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.T
 
 def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_split8`."""
-    bits = (value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + (noise.bits16(planes[0], 1) >> 8)
+    bits = (value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + (noise.bits16(planes[0]) >> 8)
     bits = torch.where(value.isnan(), 0x7FC00000, _signed(bits & 0xFFFFFFFF)) >> 8
     high = (bits + 0x80) >> 8
     planes[1].copy_(bits - (high << 8))

@@ -8,7 +8,7 @@ Tables, all in device memory, that the host half (tritopt/fused.py) builds:
                  fp64  [n_rows, n_scalars]          behind it, in the same buffer: rescale, clip, wd, the optimizer's
     partial_ptr  fp64  [n_chunks, N_SUMS]           sums that this phase emits, per chunk
     sum_ptr      fp64  [n_tensors, n_earlier]       sums that earlier phases emitted, per tensor
-    noise_ptr    int64 [n_tensors, 2]               key and first position / 8 of random bits, where the weight draws
+    noise_ptr    int64 [n_tensors, 4]               `Task.noise`, where a format draws
 
 The update function is pure arithmetic on blocks of the compute dtype. It returns the new weight and states, and a phase
 with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
@@ -21,12 +21,13 @@ with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.tables import load_last_scalar, load_pointers, load_scalars, load_tuple
+from tritopt.kernels.tables import load_last_scalar, load_pointers, load_scalars, load_tuple, zeros
 
 
 @triton.jit
 def _apply_block(
     ptrs,
+    start,
     offsets,
     mask,
     row_width,
@@ -75,14 +76,14 @@ def _apply_block(
     else:
         new = UPDATE_FN(w, g, state, s)
 
-    if WRITES[0]:
-        if FORMATS[0][4]:
-            FORMATS[0][3](ptrs[: FORMATS[0][1]], offsets, mask, new[0], noise)
-        else:
-            FORMATS[0][3](ptrs[: FORMATS[0][1]], offsets, mask, new[0])
-    for i in tl.static_range(1, len(FORMATS)):
-        if WRITES[i + 1]:
-            FORMATS[i][3](ptrs[FORMATS[i][0] : FORMATS[i][1]], offsets, mask, new[1][i - 1])
+    for i in tl.static_range(0, len(FORMATS)):
+        if WRITES[0] if i == 0 else WRITES[i + 1]:
+            planes = ptrs[FORMATS[i][0] : FORMATS[i][1]]
+            value = new[0] if i == 0 else new[1][i - 1]
+            if FORMATS[i][4]:
+                FORMATS[i][3](planes, offsets, mask, value, start, noise + (i,))
+            else:
+                FORMATS[i][3](planes, offsets, mask, value)
     for i in tl.static_range(N_SUMS):
         term = new[2][i]
         totals = totals[:i] + (totals[i] + (term if mask is None else tl.where(mask, term, 0.0)),) + totals[i + 1 :]
@@ -120,6 +121,7 @@ def multi_tensor_apply(
     COMPUTE_DTYPE: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    TAIL_SIZE: tl.constexpr,
     SOURCE_HASH: tl.constexpr,
 ):
     """Apply UPDATE_FN to chunk `program_id(0)`.
@@ -147,26 +149,31 @@ def multi_tensor_apply(
     noise = ()
     if noise_ptr is not None:
         step = load_last_scalar(table_ptr, tensor, n_tensors, N_SCALARS, len(DTYPES)).to(tl.int32).to(tl.uint32)
-        noise = (tl.load(noise_ptr + 2 * tensor), tl.load(noise_ptr + 2 * tensor + 1), step)
+        noise = load_tuple(noise_ptr + 4 * tensor, 4, tl.int64)
+        # Eight neighbours must share a Philox call in full blocks.
+        is_aligned = is_aligned & ((noise[1] | noise[2] | noise[3]) % 8 == 0)
+        noise = noise + (step,)
 
     n_here = tl.where(is_live, tl.minimum(n_elements - start, CHUNK_SIZE), 0)
     # 128-bit accesses need 16-byte aligned planes and no mask, so a tensor's full blocks take a branch of their own.
     # Its tail, and all of a tensor that is not aligned (a view, a shard), take the masked one; nobody else is slowed.
-    n_full = tl.where(is_aligned, n_here // BLOCK_SIZE, 0)
-    totals = ()
-    for _ in tl.static_range(N_SUMS):
-        totals = totals + (tl.zeros([BLOCK_SIZE], dtype=COMPUTE_DTYPE),)
-    for block in tl.range(0, n_full, num_stages=1):
-        offsets = start + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    # Blocks are smaller there: each of a thread's elements has a pointer for each plane, and registers are for both.
+    n_aligned = tl.where(is_aligned, n_here // BLOCK_SIZE, 0) * BLOCK_SIZE
+    totals = zeros(N_SUMS, BLOCK_SIZE, COMPUTE_DTYPE)
+    for at in tl.range(0, n_aligned, BLOCK_SIZE, num_stages=1):
+        first = start + at
         totals = _apply_block(
-            aligned_ptrs, offsets, None, row_width, common, s, sums, noise, totals,
+            aligned_ptrs, first, first + tl.arange(0, BLOCK_SIZE), None, row_width, common, s, sums, noise, totals,
             UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, COMPUTE_DTYPE,
         )  # fmt: skip
-    for block in tl.range(n_full, tl.cdiv(n_here, BLOCK_SIZE), num_stages=1):
-        offsets = start + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        totals = _apply_block(
-            ptrs, offsets, offsets < n_elements, row_width, common, s, sums, noise, totals,
+    tail_totals = zeros(N_SUMS, TAIL_SIZE, COMPUTE_DTYPE)
+    for at in tl.range(n_aligned, n_here, TAIL_SIZE, num_stages=1):
+        first = start + at
+        offsets = first + tl.arange(0, TAIL_SIZE)
+        tail_totals = _apply_block(
+            ptrs, first, offsets, offsets < n_elements, row_width, common, s, sums, noise, tail_totals,
             UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, COMPUTE_DTYPE,
         )  # fmt: skip
     for i in tl.static_range(N_SUMS):
-        tl.store(partial_ptr + chunk * N_SUMS + i, tl.sum(totals[i]).to(tl.float64))
+        total = tl.sum(totals[i]) + tl.sum(tail_totals[i])
+        tl.store(partial_ptr + chunk * N_SUMS + i, total.to(tl.float64))

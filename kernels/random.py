@@ -52,17 +52,34 @@ def normal(key, offsets, step, STREAM: tl.constexpr):
     return tl.where((words[1] & 1) == 0, size, -size)
 
 
-@triton.jit
-def random_bits16(noise, offsets, STREAM: tl.constexpr):
-    """16 random bits per element, uint32; `noise`: key, first position / 8 and step, as the driver has them.
+_ROUNDING = tl.constexpr(1)  # the stream of rounding; 0 is an optimizer's own
 
-    Eight neighbours share a Philox call: the compiler sees that a thread's elements do, and makes one.
+
+@triton.jit
+def random_bits16(noise, start, offsets, mask):
+    """16 random bits per element, uint32; `noise`: key, where elements are in the whole parameter, step, shift.
+
+    Where: position of the first, length of a row here, and how much longer it is in the whole parameter; 0 and 0 if
+    what is here is one run of it. `shift`: how many places on among eight neighbours an element takes its bits from.
+    Eight neighbours share a Philox call. In full blocks, where positions of rows are multiples of eight, it is written
+    so that the compiler sees one for the eight elements of a thread: it does not, of numbers that start was added to.
     """
-    key, first, step = noise
-    group = first + (offsets >> 3)
+    key, first, width, gap, step, shift = noise
+    if mask is None:
+        places = tl.arange(0, offsets.shape[0])
+        group = (start >> 3) + (places >> 3)
+        if gap != 0:
+            group += (group.to(tl.uint32) // (width >> 3).to(tl.uint32)).to(tl.int64) * (gap >> 3)
+        group += first >> 3
+        lane = (places + shift) & 7
+    else:
+        position = first + offsets
+        if gap != 0:
+            position += (offsets // width) * gap
+        group = position >> 3
+        lane = ((position + shift) & 7).to(tl.int32)
     low = group.to(tl.uint32)
     zero = low * 0
-    words = tl.philox(key, low, (group >> 32).to(tl.uint32), zero + step, zero + STREAM)
-    lane = (offsets & 7).to(tl.int32)
+    words = tl.philox(key, low, (group >> 32).to(tl.uint32), zero + step, zero + _ROUNDING)
     word = tl.where(lane < 2, words[0], tl.where(lane < 4, words[1], tl.where(lane < 6, words[2], words[3])))
     return tl.where((lane & 1) == 0, word & 0xFFFF, word >> 16)

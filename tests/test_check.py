@@ -136,6 +136,68 @@ def test_full_check_covers_every_combination() -> None:
     assert set(check.cases([tritopt.SGD], quick=True)[0].arguments) == {"learning_rate"}
 
 
+class PortedSign(Ported):
+    """Jumps where its momentum is 0, and computes in the weights' dtype."""
+
+    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        for index, weight, grad, state in zip(indices, weights, grads, states, strict=True):
+            self._update_count(index)
+            state[:] = 0.9 * state + 0.1 * grad
+            weight[:] = weight - self._get_lr(index) * torch.sign(state)
+
+
+class LateSign(PortedSign):
+    """In fp32 and below it takes the sign of the momentum before the step."""
+
+    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        before = [state.clone() for state in states]
+        old = [weight.clone() for weight in weights]
+        super().step(indices, weights, grads, states)
+        if weights[0].dtype != torch.float64:
+            for index, weight, start, state in zip(indices, weights, old, before, strict=True):
+                weight[:] = start - self._get_lr(index) * torch.sign(state)
+
+
+@pytest.fixture
+def sizes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel, but the weights that a check on a GPU has."""
+    monkeypatch.setattr(fused, "HAS_TRITON", False)
+    monkeypatch.setattr(check, "INTERPRETED", False)
+    monkeypatch.setattr(check, "device", lambda: torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("sizes_of_a_gpu")
+def test_sums_that_cancel_before_their_sign_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among thousands of elements some cancel to within rounding; a check that took them as they come would fail."""
+    jumping = [case(cls, torch.bfloat16) for cls in (tritopt.Lion, tritopt.Signum, PortedSign)]
+    assert not [row for row in map(check_case, jumping) if not row.passed]
+    wrong = check_case(case(LateSign, torch.bfloat16))
+    assert "reference and truth differ by" in wrong.reason
+    monkeypatch.setattr(check, "JUMP", float("inf"))
+    assert all("reference and truth differ by" in check_case(jump).reason for jump in jumping)
+
+
+@pytest.mark.usefixtures("sizes_of_a_gpu")
+@pytest.mark.parametrize(
+    ("cls", "jumps"), [(tritopt.Signum, range(1, 30)), (tritopt.Adam, range(1)), (tritopt.Ftrl, range(1))]
+)
+def test_gradients_stay_as_drawn_but_for_a_few(
+    cls: type[tritopt.Optimizer], jumps: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = check._jumps
+    counted: list[int] = []
+
+    def counting(*args: Any) -> list[torch.Tensor]:
+        masks = found(*args)
+        counted.extend(int(mask.sum()) for mask in masks)
+        return masks
+
+    monkeypatch.setattr(check, "_jumps", counting)
+    assert check_case(case(cls, torch.bfloat16)).passed
+    assert len(counted) == 3 * 5, "3 steps of 5 weights"
+    assert sum(counted) in jumps
+
+
 @needs_kernels
 def test_a_small_error_in_the_kernel_fails() -> None:
     row = check_case(case(Drifting))

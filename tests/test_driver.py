@@ -191,7 +191,7 @@ def test_offsets_beyond_2_to_the_31(small_chunks: None) -> None:
     constants = phases.phase_constants(Apply(add_scaled), launch, (PLAIN,), (torch.float16, torch.float16), 0)
     multi_tensor_apply[(1,)](
         torch.tensor(words), tensors, torch.zeros(1, dtype=torch.int32), None, None, None, None, None, 1,
-        **constants, CHUNK_SIZE=chunk, BLOCK_SIZE=16,
+        **constants, CHUNK_SIZE=chunk, BLOCK_SIZE=16, TAIL_SIZE=16,
     )  # fmt: skip
     assert weight[-40:].tolist() == [1.0] * 40
     assert weight[-60:-40].tolist() == [0.0] * 20

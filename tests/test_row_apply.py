@@ -159,7 +159,7 @@ def test_offsets_beyond_2_to_the_31() -> None:
         weight, grad = (torch.from_numpy(np.zeros(shape, dtype=np.float16)) for _ in range(2))
     grad[-1] = 3.0
     state = torch.zeros(last + 1, 1)
-    group = Group([0], weight.device, PLAIN, (torch.float16, torch.float16, torch.float32), [weight.shape])
+    group = Group([0], weight.device, (PLAIN,), (torch.float16, torch.float16, torch.float32), [weight.shape])
     words = [weight.data_ptr(), grad.data_ptr(), state.data_ptr(), 0]
     group.device_table = torch.tensor([*words, *np.array([*COMMON, 1.0]).view(np.int64).tolist()])
     # One program alone, whose row is `last`.

@@ -58,6 +58,8 @@ TOLERANCES = {
     "stochastic weight, truth": Tolerance(1, 2, 16, "one ulp, as rounding goes up or down by chance"),
 }
 
+JUMP = 0.5
+"""Share of the largest movement. No smooth formula turns a few roundings into so much; a sign at 0 does."""
 LEARNING_RATE = 0.1
 """A tenth of the weights' size for optimizers that normalise: movement stands out from rounding in every dtype."""
 LR_MULT = {2: 0.5}
@@ -342,15 +344,20 @@ def _run(case: Case, n_steps: int, row: Row) -> None:
         row.reason = f"reference only: {reason}"
     else:
         runs = {"fused": _contender(case, weights, use_fused_step=True), **runs}
-    runs["truth"] = _contender(case, [weight.double() for weight in weights], use_fused_step=False)
+    runs["truth"], *probes = (
+        _contender(case, [weight.double() for weight in weights], use_fused_step=False) for _ in range(3)
+    )
     first, *others = runs.values()
     for step in range(n_steps):
-        for other in others:
+        for other in (*others, *probes):
             other.start_from(first)
         start = {name: tensor.clone() for name, tensor in runs["truth"].tensors().items()}
         grads = [_random_like(weight, case.grad_dtype, random) for weight in weights]
         if step == 0:
             grads[-1].zero_()
+        # With the other sign a gradient adds to what it cancelled: the data change, the tolerances do not.
+        for grad, jumps in zip(grads, _jumps(probes, grads, case.compute_dtype), strict=True):
+            grad.copy_(torch.where(jumps, -grad, grad))
         for name, run in runs.items():
             given = [grad.double() if name == "truth" else _copy(grad) for grad in grads]
             run.step(given)
@@ -371,6 +378,25 @@ def _accepts(case: Case, weight: torch.Tensor) -> bool:
 def _contender(case: Case, weights: Sequence[torch.Tensor], use_fused_step: bool) -> Contender:
     arguments = {**case.arguments, "use_fused_step": use_fused_step}
     return Contender(case.cls(**arguments), [_copy(weight) for weight in weights], case.master)
+
+
+def _jumps(probes: Sequence[Contender], grads: Sequence[torch.Tensor], compute: torch.dtype) -> list[torch.Tensor]:
+    """Where no arithmetic can agree with the truth: it jumps within rounding, as does the sign of a sum that cancels.
+
+    Only the truth decides: from states a few roundings below and above, its `probes` arrive more than a `JUMP` apart.
+    """
+    starts = [weight.clone() for weight in probes[0].weights]
+    apart = TOLERANCES["truth"].moved * torch.finfo(compute).eps
+    for probe, factor in zip(probes, (1 - apart, 1 + apart), strict=True):
+        for state in tensors_of(probe.states):
+            if state.is_floating_point():
+                state.mul_(factor)
+        probe.step([_copy(grad).double() for grad in grads])
+    found = []
+    for start, low, high in zip(starts, *(probe.weights for probe in probes), strict=True):
+        moved = (low - start).abs().max() if start.numel() else 0.0
+        found.append((high - low).abs() > JUMP * moved)
+    return found
 
 
 def _compare(case: Case, step: int, start: dict[str, torch.Tensor], runs: dict[str, Contender], row: Row) -> None:

@@ -121,11 +121,11 @@ def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fm
     planes = [weight] if fmt.companion_of is None else [weight, fmt.companion_of(weight, weight.float())]
     opt.multi_precision = False
     state = fresh_state(opt, 0, weight if fmt is PLAIN else fmt.decode(planes, torch.float32))
-    task = Task(tuple(planes), fmt, grad, tuple(tensors_of(state)))
+    task = Task(tuple(planes), fmt, grad, tuple(tensors_of(state)), state_formats=opt.state_formats())
     scalars = opt.scalars(0.1, opt.wd, 1)
     # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
-    launch = Launch(opt.phases, type(scalars), opt.preamble, torch.ones(()), torch.zeros(()), draws=fmt.draws)
-    Planner().apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * fmt.draws)], launch)
+    launch = Launch(opt.phases, type(scalars), opt.preamble, torch.ones(()), torch.zeros(()), draws=task.draws)
+    Planner().apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
 
 
 def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
@@ -157,9 +157,9 @@ def _expected_accesses(launched: Launched, warp_size: int) -> tuple[int, int]:
     loads = sum(n for n, is_read in planes if is_read) * constants["READS"][0]
     loads += accesses[weight_end] * constants["READS"][1]
     stores = sum(accesses[:weight_end]) * constants["WRITES"][0]
-    for i, (first, end, *_) in enumerate(states):
-        loads += sum(accesses[first:end]) * constants["READS"][i + 2]
-        stores += sum(accesses[first:end]) * constants["WRITES"][i + 2]
+    for i, (first, *_) in enumerate(states):  # what follows the first plane are scales, one for many elements
+        loads += accesses[first] * constants["READS"][i + 2]
+        stores += accesses[first] * constants["WRITES"][i + 2]
     return loads, stores
 
 

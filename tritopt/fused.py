@@ -7,6 +7,7 @@ a new gradient or a reloaded state is always seen.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -36,8 +37,29 @@ class Task(NamedTuple):
     state: tuple[torch.Tensor, ...]
     rows: torch.Tensor | None = None
     """int64: which rows of the weight and the states the rows of the gradient are for; None: all, in order."""
-    noise: tuple[int, int] = (0, 0)
-    """Key and first position / 8 of the random bits, where the format draws (tritopt/random.py: `Noise`)."""
+    noise: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Key, first position, width and gap of the random bits, where a format draws (tritopt/random.py: `Noise`)."""
+    state_formats: tuple[Format, ...] = ()
+    """Of each state, whose planes stand in `state` one after the other. Empty: all plain."""
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Of the weight and of each state."""
+        return (self.format, *(self.state_formats or (PLAIN,) * len(self.state)))
+
+    @property
+    def draws(self) -> bool:
+        """Whether storing takes random bits."""
+        return any(fmt.draws for fmt in self.formats)
+
+    def states(self) -> list[tuple[torch.Tensor, ...]]:
+        """The planes of each state."""
+        planes = iter(self.state)
+        return [tuple(itertools.islice(planes, fmt.n_planes)) for fmt in self.formats[1:]]
+
+    def shared(self) -> set[int]:
+        """`id` of the tensors of numbers that several elements share."""
+        return {id(planes[-1]) for planes, fmt in zip(self.states(), self.formats[1:], strict=True) if fmt.block}
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In the order of the driver's pointer table."""
@@ -130,10 +152,7 @@ class Planner:
         _remember(self._places, key, places)
 
     def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[Group]:
-        signature = tuple(
-            (task.format.name, tuple(t.dtype for t in task.tensors()), task.grad.shape, task.grad.device, task.noise)
-            for task in tasks
-        )
+        signature = tuple((_kind(task), task.grad.shape, task.noise) for task in tasks)
         found = self._plans.get(key)
         if found is None or found[0] != signature:
             found = (signature, _build_groups(tasks))
@@ -174,19 +193,24 @@ def _words(group: Group, tasks: Sequence[Task], rows: Rows) -> np.ndarray[Any, n
     return np.array(words, dtype=np.int64)
 
 
+def _kind(task: Task) -> Hashable:
+    """What tasks of one group have in common."""
+    names = tuple(fmt.name for fmt in task.formats)
+    return task.grad.device, names, tuple(t.dtype for t in task.tensors())
+
+
 def _build_groups(tasks: Sequence[Task]) -> list[Group]:
     members: dict[Hashable, list[int]] = {}
     for i, task in enumerate(tasks):
         if task.grad.numel() > 0:
-            key = (task.grad.device, task.format.name, tuple(t.dtype for t in task.tensors()))
-            members.setdefault(key, []).append(i)
+            members.setdefault(_kind(task), []).append(i)
     groups = []
     for positions in members.values():
         first = tasks[positions[0]]
         dtypes = tuple(t.dtype for t in first.tensors())
         shapes = [tasks[i].grad.shape for i in positions]
         noise = [tasks[i].noise for i in positions]
-        groups.append(Group(positions, first.grad.device, first.format, dtypes, shapes, noise))
+        groups.append(Group(positions, first.grad.device, first.formats, dtypes, shapes, noise))
     return groups
 
 
@@ -207,14 +231,15 @@ def _as_dense(
             continue
         weight = task.weight[0]
         # States of another shape (a row's, a column's) are told apart by position, which only the usual order gives.
-        same_shape = all(t.shape == weight.shape for t in tensors)
+        shared = task.shared()
+        same_shape = all(t.shape == weight.shape for t in tensors if id(t) not in shared)
         keeps_order = same_shape and is_dense(weight) and not by_position
         flat = weight.stride() if keeps_order else _contiguous_strides(weight.shape)
         grad_at = len(task.weight)
         moved = []
         for i, tensor in enumerate(tensors):
             copy, strides = tensor, flat if tensor.shape == weight.shape else _contiguous_strides(tensor.shape)
-            if not _strides_equal(tensor.shape, tensor.stride(), strides):
+            if id(tensor) not in shared and not _strides_equal(tensor.shape, tensor.stride(), strides):
                 copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(
                     tensor
                 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from tritopt.kernels.formats import PLAIN, Format
+from tritopt.kernels.formats import Format
 
 if TYPE_CHECKING:
     from tritopt.phases import Phase
@@ -33,7 +33,7 @@ class Launch:
     """Device flag; anything but 0 skips the update."""
     skip_zero_rescale: bool = False
     draws: bool = False
-    """Whether the weights' format takes random bits; rows then end with the step."""
+    """Whether storing takes random bits; rows then end with the step."""
     reduce: Reduce | None = None
     """Completes sums whose tensors are sharded over processes, between phases."""
 
@@ -71,16 +71,17 @@ class Reduce(Protocol):
 
 @dataclass
 class Group:
-    """Tasks of one device, format and list of dtypes: they share a launch."""
+    """Tasks of one device, list of formats and of dtypes: they share a launch."""
 
     members: list[int]
     device: torch.device
-    format: Format
+    formats: tuple[Format, ...]
+    """Of the weight and of each state."""
     dtypes: tuple[torch.dtype, ...]
     """Of the pointer table's columns: the weight's planes, gradient, states, and int64 where there are rows."""
     shapes: list[torch.Size]
     """Of the members' gradients."""
-    noise: list[tuple[int, int]] = field(default_factory=list)
+    noise: list[tuple[int, int, int, int]] = field(default_factory=list)
     """Of the members: `Task.noise`."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
     device_table: torch.Tensor | None = None
@@ -92,10 +93,9 @@ class Group:
     _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
-    def formats(self) -> tuple[Format, ...]:
-        """Of the weight and of each state."""
-        n_states = len(self.dtypes) - self.format.n_planes - 1 - (self.dtypes[-1] == torch.int64)
-        return (self.format, *[PLAIN] * n_states)
+    def format(self) -> Format:
+        """Of the weight."""
+        return self.formats[0]
 
     def tables(self, name: Hashable, build: Callable[[Sequence[torch.Size]], tuple[Any, ...]]) -> tuple[Any, ...]:
         """What `build` makes of the shapes, arrays on the device; made and uploaded once."""

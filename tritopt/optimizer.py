@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
+from torch import promote_types as promote
 
 from tritopt import registry, validate
 from tritopt.fused import Planner, Task, compute_dtype, is_low_precision, unavailable
 from tritopt.group import Launch
 from tritopt.kernels.formats import MASTER_FP32, MASTERS, PLAIN, Format
 from tritopt.kernels.preambles import PREAMBLES
+from tritopt.kernels.state_formats import SIGNED, SQUARES
 from tritopt.phases import Apply, Phase
 from tritopt.random import STEPS, Noise, noise_key
 from tritopt.sparse import StandIn
+from tritopt.states import FP32, Choice, checked, format_of_planes, formats_of, stored
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 State: TypeAlias = Any  # None, a tensor or a tuple; under multi_precision (companion of the weight, one of these)
 Values: TypeAlias = tuple[torch.Tensor, ...]
+Stored: TypeAlias = Callable[[Values], Values]
 
 
 class Optimizer:
@@ -52,6 +56,10 @@ class Optimizer:
             "split8": 8 bits in their place, rounded stochastically. "kahan": what the weight lacks, in its dtype.
             "stochastic": nothing beside a bf16 weight, which is rounded stochastically. None: as without
             multi_precision. An optimizer that overrides `step` sees fp32 masters, so it takes "fp32" or None.
+        state_dtype: how states are stored: "fp32", "bf16", "fp16", "int8", "fp8" (torch's dtypes do as well), or a dict
+            of these by name of the state, the others fp32. All but fp32 round stochastically; the last three share a
+            scale among 64 neighbours in memory (kernels/state_formats.py). A state that would not bear it stays fp32:
+            see `state_kinds`. None: the (master) weight's dtype.
         rounding_seed: of the bits of stochastic rounding, which are a function of it, the index, the count and the
             element.
         param_dict: objects by index, such as `nn.Parameter`, whose `lr_mult`/`wd_mult` attributes are read live.
@@ -76,8 +84,11 @@ class Optimizer:
     """Whether rescale_grad = 0 skips the update as NaN and Inf do."""
     skips_zero_lr: ClassVar[bool] = False
     """Whether a learning rate of 0 leaves weight and states alone, because the formula divides by it."""
-    state_dtype: ClassVar[torch.dtype | None] = None
+    least_state_dtype: ClassVar[torch.dtype | None] = None
     """None: states have the (master) weight's dtype. float32: at least that."""
+    rereads_states: ClassVar[bool] = False
+    """Whether a later launch reads the new states again, as they are stored. `reference` then takes `stored`: what the
+    states are after they have been."""
     is_per_parameter: ClassVar[bool] = False
     """Whether scalars differ between parameters of equal counts and rates."""
     scalar_states: ClassVar[Mapping[str, float]] = {}
@@ -97,6 +108,7 @@ class Optimizer:
         begin_num_update: int = 0,
         multi_precision: bool = False,
         master: str | None = "fp32",
+        state_dtype: Any = None,
         rounding_seed: int = 0,
         param_dict: Mapping[Any, Any] | None = None,
         aggregate_num: float | None = None,
@@ -128,6 +140,7 @@ class Optimizer:
         self._index_update_count = self._all_index_update_counts[0]
         self.multi_precision = validate.boolean("multi_precision", multi_precision)
         self.master = _checked_master(type(self), master, self._overrides_step(), lazy_update)
+        self.state_dtype = _checked_state_dtype(type(self), state_dtype, self._overrides_step(), lazy_update)
         self.rounding_seed = validate.count("rounding_seed", rounding_seed)
         self.aggregate_num = (
             math.inf if aggregate_num is None else validate.nonnegative_count("aggregate_num", aggregate_num)
@@ -163,6 +176,15 @@ class Optimizer:
     def state_names(self) -> tuple[str, ...]:
         """Names of the state tensors, in the order of `create_state`."""
         return ()
+
+    @property
+    def state_kinds(self) -> Mapping[str, str | None]:
+        """What may be stored in fewer bits, by name: SIGNED or SQUARES of kernels/state_formats.py.
+
+        A state that is not here stays as it is: a number per row or column, which takes no memory; a largest value so
+        far, which rounding would only raise; and what the weight itself is computed from.
+        """
+        return {"mean": SIGNED, "momentum": SIGNED, "momentum_buffer": SIGNED, "mom": SIGNED, "var": SQUARES}
 
     def scalars(self, lr: float, wd: float, count: int) -> tuple[float, ...]:
         """The NamedTuple that `reference` and the kernel read, computed in double.
@@ -278,7 +300,7 @@ class Optimizer:
 
     def create_state(self, index: Hashable, weight: torch.Tensor) -> State:
         """Fresh state for a weight: zeros, laid out like it. None, a tensor, or a tuple if there are several."""
-        dtype = weight.dtype if self.state_dtype is None else torch.promote_types(self.state_dtype, weight.dtype)
+        dtype = weight.dtype if self.least_state_dtype is None else promote(self.least_state_dtype, weight.dtype)
         zeros = tuple(
             torch.zeros_like(weight, dtype=dtype, requires_grad=False)
             if shape == weight.shape
@@ -300,7 +322,7 @@ class Optimizer:
         fmt = self._format_of(index, weight)
         if fmt is not PLAIN:
             master = weight.detach().to(torch.float32, copy=True)
-            inner = self.create_state(index, master)
+            inner = self._stored(weight, self.create_state(index, master))
             if fmt.companion_of is None:
                 return inner
             return master if fmt is MASTER_FP32 else fmt.companion_of(weight.detach(), master), inner
@@ -310,26 +332,68 @@ class Optimizer:
                 f"{type(self).__name__} accumulates in {weight.dtype} and loses small updates; multi_precision=True "
                 "keeps an fp32 master"
             )
-        return self.create_state(index, weight.detach())
+        if self.state_dtype is None:
+            return self.create_state(index, weight.detach())
+        return self._stored(weight, self.create_state(index, weight.detach().float()))
 
     def convert_state(self, index: Hashable, weight: torch.Tensor, state: State) -> State:
-        """A state that was saved under another `master`, as this optimizer keeps it; any other is returned as it is.
+        """A state that was saved under another `master` or `state_dtype`, as this optimizer keeps it.
 
-        weight: the one that was saved with it. "stochastic" and None save no companion, so nothing is made of theirs.
+        What needs no conversion is returned as it is. weight: the one that was saved with it. "stochastic" and None
+        save no companion, so nothing is made of theirs.
         Where an fp32 master lies at a tie above its weight, it becomes its neighbour towards the weight, in fp32 for
         "split16" and in 24 bits for "split8": a remainder cannot say all of half an ulp.
         """
         fmt = self._format_of(index, weight)
         if fmt is PLAIN or self._has_companion(fmt, weight, state):
-            return state
+            inner = state[1] if fmt.companion else state
+            converted = self._stored(weight, inner)
+            return state if converted is inner else (state[0], converted) if fmt.companion else converted
         others = [other for other in MASTERS.values() if other.companion and weight.dtype in other.weight_dtypes]
         for other in others:
             if self._has_companion(other, weight, state) and state[0].shape == weight.shape:
+                inner = self._stored(weight, state[1])
                 if fmt.companion_of is None:
-                    return state[1]
+                    return inner
                 value = other.decode((weight.detach(), state[0]), torch.float32)
-                return fmt.companion_of(weight.detach(), value), state[1]
+                return fmt.companion_of(weight.detach(), value), inner
         return state
+
+    def state_formats(self) -> tuple[Format, ...]:
+        """Of each state. ValueError if `state_dtype` names what is none, or must not be stored so."""
+        kinds = self.state_kinds
+        return formats_of(self.state_dtype, {name: kinds.get(name) for name in self.state_names})
+
+    def _stored(self, weight: torch.Tensor, inner: State) -> State:
+        """States as `state_dtype` has them, and no narrower than without it; the same object if they are."""
+        if self._overrides_step():
+            return inner
+        values = self._values(inner)
+        wanted = self.state_formats()
+        if len(values) != len(wanted) or not all(map(_is_planes, values)):
+            return inner  # the next step says what is wrong
+        plain = weight.dtype if self.least_state_dtype is None else promote(self.least_state_dtype, weight.dtype)
+        if self.state_dtype is not None or self._format_of(None, weight) is not PLAIN:
+            plain = promote(torch.float32, weight.dtype)
+        found = []
+        for name, value, fmt in zip(self.state_names, values, wanted, strict=True):
+            planes = value if isinstance(value, tuple) else (value,)
+            old = format_of_planes(planes, self.state_kinds.get(name))
+            if fmt is PLAIN and old is PLAIN:
+                value = value if value.dtype.itemsize >= plain.itemsize else value.to(plain)
+            elif [plane.dtype for plane in planes] != list(fmt.dtypes):
+                planes = stored(fmt, old.decode(planes, plain if fmt is PLAIN else torch.float32))
+                value = planes if len(planes) > 1 else planes[0]
+            found.append(value)
+        if all(new is old for new, old in zip(found, values, strict=True)):
+            return inner
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def _values(self, inner: State) -> list[Any]:
+        """The states one by one: tensors, or tuples of codes and scales."""
+        values = [value for value in (inner if isinstance(inner, tuple) else (inner,)) if value is not None]
+        is_one = len(self.state_names) == 1 and len(values) == 2 and isinstance(values[0], torch.Tensor)
+        return [tuple(values)] if is_one else values
 
     def _format_of(self, index: Hashable, weight: torch.Tensor) -> Format:
         """How the weight is stored. ValueError if `master` does not go with it."""
@@ -499,18 +563,24 @@ class Optimizer:
             planes, inner = (*planes, state[0].detach()), state[1]
         elif fmt.companion:
             fmt = PLAIN  # a state of `create_state`, which `update` takes
-        values = tuple(value for value in (inner if isinstance(inner, tuple) else (inner,)) if value is not None)
-        if len(values) != n_states or not all(isinstance(value, torch.Tensor) for value in values):
+        values = self._values(inner)
+        if len(values) != n_states or not all(map(_is_planes, values)):
             raise ValueError(
                 f"parameter {index!r}: {type(self).__name__} keeps states ({', '.join(self.state_names)}) per weight, "
                 f"got {_structure(state)}; create them with create_state_multi_precision(index, weight)"
             )
         for plane in planes[1:]:
             validate.state_tensor(index, plane, weight, weight.shape, fmt.dtype_of_companion(weight.dtype))
-        for value, shape in zip(values, self.state_shapes(weight.shape), strict=True):
-            validate.state_tensor(index, value, weight, shape)
-        noise = (noise_key(self.rounding_seed, index), 0) if fmt.draws else (0, 0)
-        return Task(planes, fmt, grad.detach(), values, noise=noise)
+        formats: list[Format] = []
+        flat: list[torch.Tensor] = []
+        for value, wanted, shape in zip(values, self.state_formats(), self.state_shapes(weight.shape), strict=True):
+            of_state = value if isinstance(value, tuple) else (value,)
+            is_plain = wanted is PLAIN or (len(of_state) == 1 and value.dtype == torch.float32)
+            formats.append(PLAIN if is_plain else wanted)
+            validate.state_planes(index, of_state, weight, shape, formats[-1])
+            flat.extend(of_state)
+        task = Task(planes, fmt, grad.detach(), tuple(flat), state_formats=tuple(formats))
+        return task._replace(noise=(noise_key(self.rounding_seed, index), 0, 0, 0)) if task.draws else task
 
     def _apply(self, indices: Sequence[Hashable], tasks: Sequence[Task], on_kernel: Sequence[bool]) -> None:
         """One update of each task, whose counts have been advanced, all of them first."""
@@ -524,7 +594,7 @@ class Optimizer:
         bound = validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
         live = [i for i, lr in enumerate(lrs) if not (lr == 0 and self.skips_zero_lr)]
         for draws in (False, True):
-            kernel = [i for i in live if on_kernel[i] and tasks[i].format.draws == draws]
+            kernel = [i for i in live if on_kernel[i] and tasks[i].draws == draws]
             if kernel:
                 skip = self.skips_zero_rescale
                 launch = Launch(
@@ -539,7 +609,7 @@ class Optimizer:
                 )
         for i in live:
             if not on_kernel[i]:
-                noise = Noise(*tasks[i].noise, counts[i] % STEPS) if tasks[i].format.draws else None
+                noise = Noise(*tasks[i].noise, counts[i] % STEPS) if tasks[i].draws else None
                 self.apply_reference(tasks[i], (rescale, bound, wds[i]), scalars[i], device_rescale, noise=noise)
 
     def _rescale(self) -> tuple[float, torch.Tensor | None]:
@@ -560,7 +630,7 @@ class Optimizer:
         """Update one task in PyTorch. `common`: rescale, clip bound, wd.
 
         `device_rescale` multiplies the first. NaN skips. `fit` makes a result ready to be copied over the old value.
-        `noise`: of the random bits that the weight's format takes.
+        `noise`: of the random bits that formats take.
         """
         rescale, bound, wd = common
         if math.isnan(rescale):
@@ -573,12 +643,25 @@ class Optimizer:
         w = task.format.decode(task.weight, dtype)
         bound = bound if bound <= torch.finfo(dtype).max else math.inf
         g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
-        new_weight, new_state = self.reference(w, g, tuple(value.to(dtype) for value in task.state), s)
-        for value, new in zip(task.state, new_state, strict=True):
-            value.copy_(fit(new, value))
         if noise is not None:
             # A kernel that reads offsets runs on tensors that lie in the usual order.
             noise = noise._replace(row_major=any(isinstance(p, Apply) and p.reads_offsets for p in self.phases))
+        states, formats = task.states(), task.formats
+
+        def load() -> Values:
+            return tuple(fmt.decode(planes, dtype) for planes, fmt in zip(states, formats[1:], strict=True))
+
+        def store(values: Values) -> None:
+            for i, (planes, value) in enumerate(zip(states, values, strict=True), start=1):
+                formats[i].encode(planes, fit(value, planes[0]), noise and noise._replace(shift=i))
+
+        def stored(values: Values) -> Values:
+            store(values)
+            return load()
+
+        again = {"stored": stored} if self.rereads_states and task.state_formats else {}
+        new_weight, new_state = self.reference(w, g, load(), s, **again)
+        store(new_state)
         # Last: a new state may be the old weight itself.
         task.format.encode(task.weight, fit(new_weight, task.weight[0]), noise)
 
@@ -616,6 +699,26 @@ def _checked_master(cls: type, master: Any, overrides_step: bool, lazy_update: b
             f"lazy_update=True draws no random bits, which master={master!r} needs: take 'fp32', 'split16' or 'kahan'"
         )
     return master
+
+
+def _checked_state_dtype(cls: type, state_dtype: Any, overrides_step: bool, lazy_update: bool) -> Choice:
+    choice = checked(state_dtype)
+    if choice is not None and overrides_step:
+        raise ValueError(
+            f"state_dtype={state_dtype!r} is not for {cls.__name__}, which overrides step and sees its states as they "
+            "are: leave it out, or define scalars() and reference() in place of step()"
+        )
+    if choice not in (None, FP32) and lazy_update:
+        raise ValueError(
+            f"lazy_update=True draws no random bits and touches parts of blocks, so state_dtype={state_dtype!r} does "
+            "not go with it: take state_dtype='fp32'"
+        )
+    return choice
+
+
+def _is_planes(value: Any) -> bool:
+    """Whether it is a tensor, or codes and scales."""
+    return all(isinstance(plane, torch.Tensor) for plane in (value if isinstance(value, tuple) else (value,)))
 
 
 def _initial_lr(learning_rate: float | None, lr_scheduler: LRScheduler | None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 TRITON_DTYPES = {
     torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
     torch.int16: tl.int16,
     torch.int64: tl.int64,
     torch.float16: tl.float16,
@@ -35,6 +37,8 @@ class Config(NamedTuple):
 
     block_size: int = 1024
     chunk_size: int = 8192
+    tail_size: int = 256
+    """Of blocks of what is not a whole block, or not aligned."""
     num_warps: int = 4
 
 
@@ -102,7 +106,10 @@ class Apply(NamedTuple):
 
     def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
         """Launch the driver, and where sums are emitted the second stage of the reduction."""
-        tensor_table, chunk_table = group.tables(("chunks", CONFIG.chunk_size), chunk_tables)
+        config = _config_of(group)
+        tensor_table, chunk_table = group.tables(
+            ("chunks", config.chunk_size), partial(chunk_tables, chunk_size=config.chunk_size)
+        )
         n_chunks, n_tensors = len(chunk_table), len(group.members)
         partials = group.empty(n_chunks, self.n_sums) if self.n_sums else None
         multi_tensor_apply[(n_chunks,)](
@@ -116,10 +123,10 @@ class Apply(NamedTuple):
             group.tables("noise", lambda _: (np.array(group.noise, dtype=np.int64),))[0] if launch.draws else None,
             n_tensors,
             **phase_constants(self, launch, group.formats, group.dtypes, 0 if sums is None else sums.shape[1]),
-            CHUNK_SIZE=CONFIG.chunk_size,
-            # One 128-bit access a thread in fp64, which takes twice the registers an element.
-            BLOCK_SIZE=CONFIG.block_size // (4 if group.dtypes[0] == torch.float64 else 1),
-            num_warps=CONFIG.num_warps,
+            CHUNK_SIZE=config.chunk_size,
+            BLOCK_SIZE=config.block_size,
+            TAIL_SIZE=min(config.tail_size, config.block_size),
+            num_warps=config.num_warps,
             enable_fp_fusion=False,
         )
         if partials is None:
@@ -132,10 +139,20 @@ class Apply(NamedTuple):
         return sums
 
 
-def chunk_tables(shapes: Sequence[torch.Size]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _config_of(group: Group) -> Config:
+    """CONFIG, adapted to what is stored."""
+    if group.dtypes[0] == torch.float64:
+        # One 128-bit access a thread, and twice the registers an element.
+        return CONFIG._replace(block_size=CONFIG.block_size // 4)
+    whole = max(1, *(fmt.block for fmt in group.formats))
+    block, chunk, tail = (-(-size // whole) * whole for size in CONFIG[:3])
+    return Config(block, chunk, tail, CONFIG.num_warps)
+
+
+def chunk_tables(shapes: Sequence[torch.Size], chunk_size: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The driver's tables of tensors and of chunks."""
     sizes = np.array([shape.numel() for shape in shapes], dtype=np.int64)
-    chunks = -(-sizes // CONFIG.chunk_size)
+    chunks = -(-sizes // chunk_size)
     widths = [shape[1:].numel() for shape in shapes]
     tensors = np.stack([sizes, np.cumsum(chunks) - chunks, np.array(widths, dtype=np.int64)], axis=1)
     return tensors, np.repeat(np.arange(len(sizes), dtype=np.int32), chunks)

@@ -31,20 +31,28 @@ class Noise(NamedTuple):
     key: int
     """64 bits, signed: of `key_words`."""
     first: int
-    """Position of the first element here in the whole parameter, in units of eight."""
+    """Position of the first element here in the whole parameter."""
+    width: int
+    """Elements here of a row, or of what is split instead; 0: what is here is one run of the whole parameter."""
+    gap: int
+    """How many positions lie between two rows."""
     step: float
     """In [0, STEPS)."""
     row_major: bool = False
     """Whether elements are numbered in the usual order of dimensions, and not as they lie in memory."""
 
-    def bits16(self, plane: torch.Tensor, stream: int) -> torch.Tensor:
+    shift: int = 0
+    """How many places on among its eight neighbours an element takes its bits from."""
+
+    def bits16(self, plane: torch.Tensor) -> torch.Tensor:
         """16 random bits for each element of a plane, int64; neighbours in memory share a Philox call."""
         places = torch.arange(plane.numel(), device=plane.device)
         in_memory = is_dense(plane) and not self.row_major
         places = places.as_strided(plane.shape, plane.stride()) if in_memory else places.view(plane.shape)
-        group, lane = self.first + (places >> 3), places & 7
+        position = self.first + places + (places // self.width * self.gap if self.gap else 0)
+        group, lane = position >> 3, (position + self.shift) & 7
         zero = torch.zeros_like(places)
-        counter = (group & _WORD, (group >> 32) & _WORD, zero + int(self.step), zero + stream)
+        counter = (group & _WORD, (group >> 32) & _WORD, zero + int(self.step), zero + _ROUNDING)
         words = torch.stack(philox4x32((self.key & _WORD, self.key >> 32 & _WORD), counter))
         word = words.gather(0, (lane >> 1)[None])[0]
         return torch.where(lane & 1 == 0, word & 0xFFFF, word >> 16)
@@ -66,9 +74,16 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def lies_like(state: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the elements lie in memory as those of the weight do when a step reads them."""
+    expected = weight.stride() if is_dense(weight) else torch.empty(weight.shape, device="meta").stride()
+    return all(n <= 1 or a == b for n, a, b in zip(weight.shape, state.stride(), expected, strict=True))
+
+
 STEPS = 2**24
 """As many steps stand exactly among scalars, as fp32; then they begin anew, and the numbers with them."""
 _WORD = 2**32 - 1
+_ROUNDING = 1  # the stream of rounding
 
 
 def key_words(seed: int, index: Hashable) -> tuple[int, int]:

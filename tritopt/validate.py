@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tritopt.kernels.formats import Format
+from tritopt.kernels.state_formats import scales_shape
+from tritopt.random import lies_like
+
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -148,6 +152,36 @@ def state_tensor(
             f"parameter {index!r}: state of shape {tuple(state.shape)} on {state.device} for a weight of shape "
             f"{tuple(weight.shape)} on {weight.device}; create it with create_state_multi_precision(index, weight)"
         )
+
+
+def state_planes(
+    index: Hashable, planes: Sequence[torch.Tensor], weight: torch.Tensor, shape: Sequence[int], fmt: Format
+) -> None:
+    """ValueError unless these are the planes of a state of this shape in this format, and can stand beside the weight.
+
+    Elements that share a scale must lie in memory as the weight does when a step reads it.
+    """
+    if weight.dtype == torch.float64 and fmt.dtypes:
+        raise ValueError(
+            f"parameter {index!r}: a float64 weight keeps float64 states, which {fmt.name} is not for; no state_dtype"
+        )
+    if len(planes) != fmt.n_planes or any(p.dtype != dtype for p, dtype in zip(planes, fmt.dtypes, strict=False)):
+        raise ValueError(
+            f"parameter {index!r}: a state of {', '.join(str(plane.dtype) for plane in planes)} is not stored as "
+            f"state_dtype says, in {', '.join(map(str, fmt.dtypes)) or 'one tensor'}; bring it into that with "
+            "convert_state(index, weight, state)"
+        )
+    state_tensor(index, planes[0], weight, shape, fmt.dtypes[0] if fmt.dtypes else None)
+    if not fmt.block:
+        return
+    state_tensor(index, planes[1], weight, scales_shape(shape, fmt.block), fmt.dtypes[1])
+    if not lies_like(planes[0], weight):
+        raise ValueError(
+            f"parameter {index!r}: the weight has strides {weight.stride()}, a state in blocks {planes[0].stride()}: "
+            "it was made for a weight that lay otherwise in memory; make a new state for this one"
+        )
+    if not planes[1].is_contiguous():
+        raise ValueError(f"parameter {index!r}: the scales of a state must be contiguous")
 
 
 def no_aliases(owners: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> None:

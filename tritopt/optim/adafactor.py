@@ -79,9 +79,9 @@ class Adafactor(Optimizer):
             del found["row_var"]
         return found
 
-    def states_of(self, rule: Rule, param: torch.Tensor, state: dict[str, Any]) -> Values:
+    def states_of(self, param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> Values:
         """The rule's states, the empty one included."""
         if param.dim() > 1:
-            return super().states_of(rule, param, state)
+            return super().states_of(param, group, state)
         variance = state["variance"]
         return variance.new_empty(0), variance

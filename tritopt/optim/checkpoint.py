@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
@@ -10,15 +11,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from tritopt.kernels.formats import MASTERS, Format
+from tritopt.kernels.formats import MASTERS, PLAIN, Format
+from tritopt.kernels.state_formats import STATE_FORMATS, scales_shape
 from tritopt.optim.distributed import laid_out, like, local
+from tritopt.random import lies_like
+from tritopt.states import stored
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
 
+_ENDING = re.compile(r"_(fp16|int8|fp8)(_scale)?$")
 COMPANIONS = {fmt.companion for fmt in MASTERS.values() if fmt.companion}
-HOW = ("fused", "foreach", "capturable", "differentiable")  # say how to compute, not what
+# These say how to compute and to store, not what.
+HOW = ("fused", "foreach", "capturable", "differentiable", "multi_precision", "master", "state_dtype")
 
 
 class Expected(NamedTuple):
@@ -57,10 +63,13 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         for name in ("step", *opt.rule.scalar_states):
             _check_number(key, name, values.get(name, 0.0))
         _check_kind(key, values, expected, opt)
-        loaded = {name: _loaded(key, name, value, param, expected) for name, value in values.items()}
+        formats, kinds = opt.state_formats_of(param, group), opt.state_kinds_of(param, group)
+        known = {**_other_forms(param, kinds), **expected}
+        loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
         state[param] = {name: value for name, value in loaded.items() if value is not None}
         if not take_companion(param, state[param], opt.format_of(param, group)):
             without_master.append(key)
+        take_states(param, state[param], formats, kinds, expected)
         opt.complete_loaded_state(state[param])
     if without_master:
         warn(
@@ -86,6 +95,58 @@ def take_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> b
     return found is not None or fmt.companion_of is None
 
 
+def take_states(
+    param: torch.Tensor,
+    state: dict[str, Any],
+    formats: Mapping[str, Format],
+    kinds: Mapping[str, str | None],
+    expected: Mapping[str, Expected],
+) -> None:
+    """Bring the states of a parameter into these formats. One that it lacks is made at the next gradient."""
+    for name, fmt in formats.items():
+        kind = kinds[name] or ""
+        forms = (PLAIN, *[of_kind[kind] for of_kind in STATE_FORMATS.values() if kind in of_kind])
+        found = next((form for form in forms if keys_of(name, form)[0] in state), None)
+        if found is None or is_stored_as(param, state, name, fmt, expected):
+            continue
+        if fmt is PLAIN and found is PLAIN:
+            state[name] = state[name].to(expected[name].dtype)
+            continue
+        planes = [local(state.pop(key)) for key in keys_of(name, found)]
+        value = torch.empty_like(local(param.detach()), dtype=torch.float32).copy_(found.decode(planes, torch.float32))
+        for key, plane in zip(keys_of(name, fmt), stored(fmt, value), strict=True):
+            state[key] = like(param, plane, expected[key].shape)
+
+
+def is_stored_as(
+    param: torch.Tensor, state: Mapping[str, Any], name: str, fmt: Format, expected: Mapping[str, Expected]
+) -> bool:
+    """Whether a state is there in this format; where elements share scales, also in the parameter's order in memory."""
+    keys = [key for key in keys_of(name, fmt) if key in expected]
+    if not all(key in state for key in keys):
+        return False
+    if fmt is PLAIN:
+        return all(state[key].dtype.itemsize >= expected[key].dtype.itemsize for key in keys)
+    return all(state[key].dtype == expected[key].dtype for key in keys) and (
+        not fmt.block or lies_like(local(state[keys[0]]), local(param))
+    )
+
+
+def keys_of(name: str, fmt: Format) -> tuple[str, ...]:
+    """Of `state`, for the planes of a state."""
+    if not fmt.block:
+        return (name,)
+    codes = f"{name}_{fmt.name.partition(' ')[0]}"
+    return codes, f"{codes}_scale"
+
+
+def expected_planes(name: str, fmt: Format, shape: tuple[int, ...], plain: torch.dtype) -> dict[str, Expected]:
+    """Of a state of this shape. `plain`: its dtype, if it is stored as it is."""
+    shapes = (shape, scales_shape(shape, fmt.block)) if fmt.block else (shape,)
+    found = zip(keys_of(name, fmt), shapes, fmt.dtypes or (plain,), strict=True)
+    return {key: Expected(shape, dtype) for key, shape, dtype in found}
+
+
 def _merged(group: dict[str, Any], saved: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The saved group, with our parameters and our ways to compute."""
     kept = {name: group[name] for name in HOW if name in group}
@@ -94,7 +155,6 @@ def _merged(group: dict[str, Any], saved: dict[str, Any], defaults: Mapping[str,
 
 
 def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapping[str, Expected]) -> Any:
-    expected = {**expected, **_companions(param)}
     if value is None or name not in expected:
         # A number may be a view of the vector of an optimizer that goes on stepping.
         return value.clone() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
@@ -115,15 +175,27 @@ def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapp
     return laid_out(param, value.to(device=param.device, dtype=dtype))
 
 
-def _companions(param: torch.Tensor) -> dict[str, Expected]:
-    """Of all formats: a checkpoint may have another one."""
+def _other_forms(param: torch.Tensor, kinds: Mapping[str, str | None]) -> dict[str, Expected]:
+    """Of companions and states in other formats, which a checkpoint may have."""
+    shape = tuple(param.shape)
     formats = [fmt for fmt in MASTERS.values() if fmt.companion and param.dtype in fmt.weight_dtypes]
-    return {fmt.companion: Expected(tuple(param.shape), fmt.dtype_of_companion(param.dtype)) for fmt in formats}
+    found = {fmt.companion: Expected(shape, fmt.dtype_of_companion(param.dtype)) for fmt in formats}
+    plain = torch.promote_types(torch.float32, param.dtype)
+    for name, kind in kinds.items():
+        if kind is not None:
+            for fmt in (PLAIN, *[of_kind[kind] for of_kind in STATE_FORMATS.values()]):
+                found.update(expected_planes(name, fmt, shape, plain))
+    return found
+
+
+def _name_of_state(key: str) -> str:
+    """Without what `keys_of` adds."""
+    return _ENDING.sub("", key)
 
 
 def _check_kind(key: Any, values: Mapping[str, Any], expected: Mapping[str, Expected], opt: Optimizer) -> None:
     found = {name for name, value in values.items() if isinstance(value, torch.Tensor) and value.dim() > 0} - COMPANIONS
-    needed = set(expected) - COMPANIONS
+    found, needed = set(map(_name_of_state, found)), set(map(_name_of_state, set(expected) - COMPANIONS))
     if found and needed and not found & needed:
         raise ValueError(
             f"loaded state dict: parameter {key!r} has {', '.join(sorted(found))}, and {type(opt).__name__} keeps "

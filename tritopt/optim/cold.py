@@ -116,6 +116,6 @@ def _by_launch(
         lr = rates[id(member.group)]
         if member.rule.skips_zero_lr and not isinstance(lr, torch.Tensor) and lr == 0:
             continue
-        key = (member.rule.phases, member.rule.preamble, task.weight[0].device, fused[i], task.format.draws)
+        key = (member.rule.phases, member.rule.preamble, task.weight[0].device, fused[i], task.draws)
         found.setdefault(key, []).append(i)
     return found

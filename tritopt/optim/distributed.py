@@ -67,6 +67,22 @@ def has_whole_rows(tensor: torch.Tensor) -> bool:
     return not is_dtensor(tensor) or all(p.is_replicate() or _dim_of(p) == 0 for p in tensor.placements)
 
 
+def all_blocks_are_whole(param: torch.Tensor, block: int) -> bool:
+    """Whether runs of so many elements lie in one process each, also as rows of a matrix of rows and runs."""
+    if not is_dtensor(param) or not is_sharded(param):
+        return True
+    row = param.shape[1:].numel()
+    n_parts = 1
+    for size, placement in zip(param.device_mesh.shape, param.placements, strict=True):
+        dim = _dim_of(placement)
+        if placement.is_partial() or (dim is not None and dim > 1):
+            return False
+        if dim == 1:
+            n_parts *= size
+    is_even = n_parts == 1 or param.shape[1] % n_parts == 0
+    return param.dim() > 1 and is_even and row % (n_parts * block) == 0
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor, in every process."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
@@ -133,28 +149,34 @@ def key_of_shard(name: Hashable, param: torch.Tensor) -> Hashable:
     return (name, *[x for x, placement in placed if not placement.is_replicate()])
 
 
-def noise_of(seed: int, name: Hashable, param: torch.Tensor) -> tuple[int, int]:
-    """Key and first position / 8 of the random bits of what is here of a parameter.
+def noise_of(seed: int, name: Hashable, param: torch.Tensor) -> tuple[int, int, int, int]:
+    """Key, first position, width and gap of the random bits of what is here of a parameter: tritopt/random.py, `Noise`.
 
-    The whole parameter's positions go on from shard to shard where it is split by rows, at multiples of eight elements:
-    then the bits do not depend on how it is split. Elsewhere each shard draws its own.
+    Elements have their positions in the whole parameter, so the bits do not depend on how it is split; but where two
+    dimensions after the first are, or a part does not lie in the usual order, each shard draws its own.
     """
-    first = _first_position(param)
-    if first is None or first % 8:
-        return noise_key(seed, key_of_shard(name, param)), 0
-    return noise_key(seed, name), first // 8
+    place = _place(param)
+    if place is None:
+        return noise_key(seed, key_of_shard(name, param)), 0, 0, 0
+    return noise_key(seed, name), *place
 
 
-def _first_position(param: torch.Tensor) -> int | None:
-    """Of the local part, in row-major order; None where that is not one run."""
-    if not is_dtensor(param) or not is_sharded(param):
-        return 0
+def _place(param: torch.Tensor) -> tuple[int, int, int] | None:
+    """First position, width and gap of the local part; None where that does not describe it."""
+    if not is_dtensor(param) or not is_sharded(param) or local(param).numel() == 0:
+        return 0, 0, 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if not has_whole_rows(param) or not local(param).is_contiguous():
+    split = {dim for placement in param.placements if (dim := _dim_of(placement))}
+    if len(split) > 1 or not local(param).is_contiguous():
         return None
-    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    return int(offset[0]) * param.shape[1:].numel()
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    first = int(offset[0]) * param.shape[1:].numel()
+    if not split:
+        return first, 0, 0
+    (dim,) = split
+    inner = param.shape[dim + 1 :].numel()
+    return first + int(offset[dim]) * inner, shape[dim] * inner, (param.shape[dim] - shape[dim]) * inner
 
 
 def mark_written(params: Iterable[torch.Tensor]) -> None:

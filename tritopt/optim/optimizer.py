@@ -10,13 +10,15 @@ import torch
 from tritopt import validate
 from tritopt.fused import is_low_precision
 from tritopt.kernels.formats import MASTERS, PLAIN, Format
+from tritopt.kernels.state_formats import BLOCK
 from tritopt.optim import checkpoint
-from tritopt.optim.checkpoint import Expected
-from tritopt.optim.distributed import like, local
+from tritopt.optim.checkpoint import Expected, keys_of
+from tritopt.optim.distributed import all_blocks_are_whole, like, local
 from tritopt.optim.members import Only
 from tritopt.optim.step import Stepper
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.phases import Apply
+from tritopt.states import FP32, checked, formats_of
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 MAX_RULES = 4096
@@ -32,6 +34,13 @@ class Options(TypedDict, total=False):
         master rounded to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in all, rounded
         stochastically. "kahan": what the parameter lacks, in its own dtype; about 16 bits of mantissa in all.
         "stochastic": nothing beside a bf16 parameter, which is rounded stochastically. None is multi_precision=False.
+    state_dtype: how states are stored: "fp32", "bf16", "fp16", "int8" or "fp8" (torch's dtypes do as well), or a dict
+        of these by name of the state, such as {"exp_avg": "int8", "exp_avg_sq": "bf16"}, the others fp32. All but fp32
+        round stochastically. "fp16", "int8" and "fp8" share a scale among 64 neighbours in memory; `state` then holds,
+        in place of "exp_avg", "exp_avg_int8" and "exp_avg_int8_scale", or likewise. A state that would not bear it
+        stays fp32: a largest value so far, factors, what weights are computed from; and so does one with scales of a
+        tensor that is split over processes in the midst of 64 elements. None, the default: fp32 where there is a
+        master, otherwise the parameter's dtype.
     rounding_seed: of the random bits of stochastic rounding, an int >= 0; default 0. They are a function of the seed,
         the parameter (its name where parameters are named, else its position), the step and the element.
     max_grad_norm: clip the gradients' global norm to this in the step, on the device; `opt.grad_norm` holds the norm.
@@ -44,6 +53,7 @@ class Options(TypedDict, total=False):
 
     multi_precision: bool
     master: str | None
+    state_dtype: Any
     rounding_seed: int
     max_grad_norm: float | None
     clip_value: float | None
@@ -105,6 +115,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"master={master!r} must be one of {', '.join(map(repr, MASTERS))}, or None")
         ours = {
             "master": master,
+            "state_dtype": checked(options.get("state_dtype")),
             "clip_value": options.get("clip_value"),
             "multi_precision": validate.boolean("multi_precision", options.get("multi_precision", True)),
         }
@@ -219,16 +230,33 @@ class Optimizer(torch.optim.Optimizer):
         """Shape and dtype of each state tensor of a parameter."""
         rule = self.rule_of(group)
         fmt = self.format_of(param, group)
-        dtype = param.dtype if fmt is PLAIN else torch.float32
-        of_states = dtype if rule.state_dtype is None else torch.promote_types(rule.state_dtype, dtype)
-        shapes = rule.state_shapes(param.shape)
-        found = {
-            name: Expected(tuple(shape), of_states)
-            for name, shape in zip(self.names_of_states(rule, param), shapes, strict=True)
-        }
+        is_wide = fmt is not PLAIN or group["state_dtype"] is not None
+        dtype = torch.promote_types(torch.float32, param.dtype) if is_wide else param.dtype
+        plain = dtype if rule.least_state_dtype is None else torch.promote_types(rule.least_state_dtype, dtype)
+        formats = self.state_formats_of(param, group)
+        found: dict[str, Expected] = {}
+        for (name, of_state), shape in zip(formats.items(), rule.state_shapes(param.shape), strict=True):
+            found.update(checkpoint.expected_planes(name, of_state, tuple(shape), plain))
         if fmt.companion:
             found[fmt.companion] = Expected(tuple(param.shape), fmt.dtype_of_companion(param.dtype))
         return found
+
+    def state_formats_of(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Format]:
+        """How each state of a parameter is stored, in the rule's order. ValueError if its group says what cannot be."""
+        choice, kinds = group["state_dtype"], self.state_kinds_of(param, group)
+        formats = formats_of(choice, kinds)
+        if choice not in (None, FP32) and param.dtype == torch.float64:
+            raise ValueError(
+                f"state_dtype={choice!r} is not for float64 parameters: give their param_group state_dtype=None"
+            )
+        fits = all_blocks_are_whole(param, BLOCK)
+        return {name: PLAIN if fmt.block and not fits else fmt for name, fmt in zip(kinds, formats, strict=True)}
+
+    def state_kinds_of(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, str | None]:
+        """What the states of a parameter hold, by their keys: see `state_kinds` of the rule."""
+        rule = self.rule_of(group)
+        names = zip(self.names_of_states(rule, param), rule.state_names, strict=True)
+        return {key: rule.state_kinds.get(name) for key, name in names}
 
     def format_of(self, param: torch.Tensor, group: dict[str, Any]) -> Format:
         """How the parameter is stored. ValueError if its group wants a master that does not go with its dtype."""
@@ -247,9 +275,10 @@ class Optimizer(torch.optim.Optimizer):
             )
         return fmt
 
-    def states_of(self, rule: Rule, param: torch.Tensor, state: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """A parameter's states, in the rule's order."""
-        return tuple(state[name] for name in self.names_of_states(rule, param))
+    def states_of(self, param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """The planes of a parameter's states, in the rule's order."""
+        formats = self.state_formats_of(param, group)
+        return tuple(state[key] for name, fmt in formats.items() for key in keys_of(name, fmt))
 
     def sparse_error_of(self, group: dict[str, Any]) -> str | None:
         """`sparse_error`, where it depends on the group."""

@@ -16,6 +16,7 @@ from tritopt.kernels.rmsprop import (
     rmsprop_momentum_update,
     rmsprop_update,
 )
+from tritopt.kernels.state_formats import SIGNED, SQUARES
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
 from tritopt.optimizer import Optimizer as Rule
@@ -38,7 +39,7 @@ class TorchRMSpropScalars(NamedTuple):
 class TorchRMSprop(Rule):
     """The recurrence of `RMSprop` below; MXNet's centered form and momentum are others."""
 
-    state_dtype = torch.float32
+    least_state_dtype = torch.float32
     variants = ({}, {"momentum": 0.9}, {"centered": True}, {"centered": True, "momentum": 0.9})
 
     def __init__(
@@ -66,6 +67,11 @@ class TorchRMSprop(Rule):
     def state_names(self) -> tuple[str, ...]:
         """The second moment, the mean if centered, the buffer if there is momentum."""
         return ("square_avg", *["grad_avg"] * self.centered, *["momentum_buffer"] * (self.momentum > 0))
+
+    @property
+    def state_kinds(self) -> dict[str, str | None]:
+        """If centered, rounding would make v - n^2 negative."""
+        return {"momentum_buffer": SIGNED, **({} if self.centered else {"square_avg": SQUARES})}
 
     def scalars(self, lr: Any, wd: float, count: Any) -> TorchRMSpropScalars:
         """Constant but for the learning rate."""

@@ -124,5 +124,5 @@ class SGD(Optimizer):
 
     def before_new_states(self, state: dict[str, Any]) -> None:
         """Momentum that is switched on between steps begins like that of a first step."""
-        if "step" in state and "momentum_buffer" not in state:
+        if "step" in state and not any(key.startswith("momentum_buffer") for key in state):
             state["step"].zero_()

@@ -11,10 +11,11 @@ from tritopt import validate
 from tritopt.fused import Planner, Task
 from tritopt.kernels.formats import PLAIN
 from tritopt.optim import distributed
-from tritopt.optim.checkpoint import COMPANIONS, take_companion
+from tritopt.optim.checkpoint import COMPANIONS, is_stored_as, keys_of, take_companion, take_states
 from tritopt.optim.distributed import local, version
 from tritopt.optim.members import Member
 from tritopt.optim.scalar_states import ScalarStates
+from tritopt.states import stored
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -32,22 +33,33 @@ def create_missing(
         param = member.param
         expected = opt.expected_states(param, member.group)
         state = opt.state.get(param, {})
+        fmt, formats = opt.format_of(param, member.group), opt.state_formats_of(param, member.group)
         is_foreign = not COMPANIONS.isdisjoint(state.keys() - expected.keys())  # the group's `master` has changed
-        if "step" in state and not is_foreign and all(name in state for name in expected):
+        is_complete = "step" in state and (not fmt.companion or fmt.companion in state)
+        if (
+            is_complete
+            and not is_foreign
+            and all(is_stored_as(param, state, name, of_state, expected) for name, of_state in formats.items())
+        ):
             continue
         opt.before_new_states(state)
         made = {**state, **numbers.views(member.position)}
-        fmt = opt.format_of(param, member.group)
         take_companion(param, made, fmt)
+        take_states(param, made, formats, opt.state_kinds_of(param, member.group), expected)
         part = member.part(param).detach()
-        inner = member.rule.create_state(member.name, part if fmt is PLAIN else part.float())
+        if fmt is not PLAIN or member.group["state_dtype"] is not None:
+            part = part.to(torch.promote_types(torch.float32, part.dtype))
+        inner = member.rule.create_state(member.name, part)
         values = [value for value in (inner if isinstance(inner, tuple) else (inner,)) if value is not None]
-        for name, value in zip(opt.names_of_states(member.rule, param), values, strict=True):
-            if name in expected and name not in made:
-                made[name] = (
-                    distributed.laid_out(param, value)
+        for (name, of_state), value in zip(formats.items(), values, strict=True):
+            keys = keys_of(name, of_state)
+            if not all(key in expected and key not in made for key in keys):
+                continue
+            for key, plane in zip(keys, stored(of_state, value), strict=True):
+                made[key] = (
+                    distributed.laid_out(param, plane)
                     if member.needs_whole
-                    else distributed.like(param, value, expected[name].shape)
+                    else distributed.like(param, plane, expected[key].shape)
                 )
         replaced.append((param, state))
         opt.state[param] = made
@@ -74,14 +86,15 @@ def task_of(opt: Optimizer, member: Member) -> Task:
     weight = part(param) if member.group.get("differentiable") else part(param).detach()
     fmt = opt.format_of(param, member.group)
     planes = (weight,) if not fmt.companion else (weight, part(state[fmt.companion]))
-    values = tuple(map(part, opt.states_of(rule, param, state)))
+    values = tuple(map(part, opt.states_of(param, member.group, state)))
+    formats = tuple(opt.state_formats_of(param, member.group).values())
     validate.weight_and_grad(member.name, weight, part(grad))
     for value in planes[1:]:
         validate.state_tensor(member.name, value, weight, weight.shape, fmt.dtype_of_companion(weight.dtype))
-    for value, shape in zip(values, rule.state_shapes(weight.shape), strict=True):
-        validate.state_tensor(member.name, value, weight, shape)
-    noise = distributed.noise_of(opt.rounding_seed, member.name, param) if fmt.draws else (0, 0)
-    return Task(planes, fmt, part(grad), values, noise=noise)
+    task = Task(planes, fmt, part(grad), values, state_formats=formats)
+    for of_state, in_format, shape in zip(task.states(), formats, rule.state_shapes(weight.shape), strict=True):
+        validate.state_planes(member.name, of_state, weight, shape, in_format)
+    return task._replace(noise=distributed.noise_of(opt.rounding_seed, member.name, param)) if task.draws else task
 
 
 def check_aliases(planner: Planner, members: Sequence[Member], tasks: Sequence[Task]) -> None:

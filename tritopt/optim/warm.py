@@ -185,7 +185,8 @@ def _without_gradients(members: Sequence[Member]) -> list[Member]:
 
 
 def _way(group: dict[str, Any]) -> tuple[Any, ...]:
-    return group["fused"], group.get("differentiable"), group["multi_precision"], group["master"]
+    names = ("fused", "differentiable", "multi_precision", "master", "state_dtype")
+    return tuple(map(group.get, names))
 
 
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:

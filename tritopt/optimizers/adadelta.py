@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from tritopt import validate
 from tritopt.exact import sqrt
 from tritopt.kernels.adadelta import adadelta_update
+from tritopt.kernels.state_formats import SQUARES
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
@@ -50,7 +51,8 @@ class AdaDelta(Optimizer):
 
     phases = (Apply(adadelta_update),)
     state_names = ("acc_g", "acc_delta")
-    state_dtype = torch.float32
+    state_kinds: ClassVar = {"acc_g": SQUARES, "acc_delta": SQUARES}
+    least_state_dtype = torch.float32
     variants = ({}, {"rho": 0.5, "epsilon": 0.1})
 
     def __init__(

@@ -79,7 +79,7 @@ class Adafactor(Optimizer):
         ApplyFactored(adafactor_square, adafactor_moment, adafactor_variance, adafactor_direction, adafactor_update),
     )
     state_names = ("row_var", "col_var")
-    state_dtype = torch.float32
+    least_state_dtype = torch.float32
     preamble = "decoupled"
     variants = ({}, {"beta2_decay": -2.0, "epsilon1": 0.5, "epsilon2": 2.0, "clip_threshold": 1.25})
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from tritopt import validate
 from tritopt.exact import sqrt
 from tritopt.kernels.adagrad import adagrad_update
+from tritopt.kernels.state_formats import SQUARES
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
@@ -45,7 +46,8 @@ class AdaGrad(Optimizer):
 
     phases = (Apply(adagrad_update),)
     state_names = ("history",)
-    state_dtype = torch.float32
+    state_kinds: ClassVar = {"history": SQUARES}
+    least_state_dtype = torch.float32
     variants = ({}, {"epsilon": 0.1})
 
     def __init__(

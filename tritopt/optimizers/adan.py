@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from tritopt import validate
 from tritopt.exact import sqrt
 from tritopt.kernels.adan import adan_update
+from tritopt.kernels.state_formats import SIGNED, SQUARES
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
@@ -70,6 +71,12 @@ class Adan(Optimizer):
 
     phases = (Apply(adan_update),)
     state_names = ("mean", "diff", "var", "previous_grad")
+    state_kinds: ClassVar = {
+        "mean": SIGNED,
+        "diff": SIGNED,
+        "var": SQUARES,
+        "previous_grad": SIGNED,
+    }
     preamble = "decoupled"
     variants = ({}, {"beta1": 0.5, "beta2": 0.7, "beta3": 0.8, "epsilon": 1e-3})
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from tritopt import validate
 from tritopt.exact import sqrt
 from tritopt.kernels.ftml import ftml_update
+from tritopt.kernels.state_formats import SQUARES
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
@@ -56,7 +57,8 @@ class FTML(Optimizer):
 
     phases = (Apply(ftml_update),)
     state_names = ("d", "v", "z")
-    state_dtype = torch.float32
+    state_kinds: ClassVar = {"v": SQUARES}  # w = -z / d
+    least_state_dtype = torch.float32
     skips_zero_lr = True
     variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 0.1})
 

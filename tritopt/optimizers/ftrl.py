@@ -53,7 +53,7 @@ class Ftrl(Optimizer):
 
     phases = (Apply(ftrl_update),)
     state_names = ("z", "n")
-    state_dtype = torch.float32
+    least_state_dtype = torch.float32
     preamble = "decoupled"
     skips_zero_lr = True
     supports_lazy_update = True

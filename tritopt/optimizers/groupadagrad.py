@@ -46,7 +46,7 @@ class GroupAdaGrad(Optimizer):
 
     phases = (ApplyRows(groupadagrad_square, groupadagrad_history, groupadagrad_update),)
     state_names = ("history",)
-    state_dtype = torch.float32
+    least_state_dtype = torch.float32
     preamble = "decoupled"
     decays = False
     variants = ({}, {"epsilon": 0.1})

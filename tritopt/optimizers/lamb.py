@@ -10,7 +10,7 @@ import torch
 from tritopt import validate
 from tritopt.exact import sqrt, trust_ratio
 from tritopt.kernels.lamb import lamb_moments, lamb_update
-from tritopt.optimizer import Optimizer, Values
+from tritopt.optimizer import Optimizer, Stored, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
 
@@ -68,7 +68,8 @@ class LAMB(Optimizer):
         Apply(lamb_update, reads_grad=False, writes_states=False),
     )
     state_names = ("mean", "var")
-    state_dtype = torch.float32
+    least_state_dtype = torch.float32
+    rereads_states = True
     preamble = "decoupled"
     variants = ({}, {"beta1": 0.5, "beta2": 0.8, "lower_bound": 1e-3, "upper_bound": 1.5, "bias_correction": False})
 
@@ -106,10 +107,16 @@ class LAMB(Optimizer):
             upper_bound=validate.bound_or(self.upper_bound, math.inf),
         )
 
-    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LAMBScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LAMBScalars, stored: Stored = lambda values: values
+    ) -> tuple[torch.Tensor, Values]:
+        """The recurrence above. u is computed again, from the moments as they are stored."""
+
+        def direction(mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+            return mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon) + s.wd * w
+
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
-        u = mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon) + s.wd * w
-        return w - s.lr * trust_ratio(w, u, s.lower_bound, s.upper_bound) * u, (mean, var)
+        step = s.lr * trust_ratio(w, direction(mean, var), s.lower_bound, s.upper_bound)
+        return w - step * direction(*stored((mean, var))), (mean, var)

@@ -10,7 +10,7 @@ import torch
 from tritopt import validate
 from tritopt.exact import norm, sqrt, trust_ratio
 from tritopt.kernels.lans import lans_gradient, lans_moments, lans_update
-from tritopt.optimizer import Optimizer, Values
+from tritopt.optimizer import Optimizer, Stored, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
 
@@ -75,7 +75,8 @@ class LANS(Optimizer):
         Apply(lans_update, writes_states=False),
     )
     state_names = ("mean", "var")
-    state_dtype = torch.float32
+    least_state_dtype = torch.float32
+    rereads_states = True
     preamble = "rescaled"
     variants = (
         {},
@@ -116,16 +117,22 @@ class LANS(Optimizer):
             upper_bound=validate.bound_or(self.upper_bound, math.inf),
         )
 
-    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LANSScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+    def reference(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LANSScalars, stored: Stored = lambda values: values
+    ) -> tuple[torch.Tensor, Values]:
+        """The recurrence above. The directions are computed again, from the moments as they are stored."""
+
+        def directions(mean: torch.Tensor, var: torch.Tensor) -> Values:
+            root = sqrt(var * s.var_correction) + s.epsilon
+            decay = s.wd * w
+            return mean * s.mean_correction / root + decay, g / root + decay
+
         grad_norm = norm(g)
         g = (g / torch.where(grad_norm == 0, 1.0, grad_norm).to(g.dtype)).clamp(-s.bound, s.bound)
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
-        root = sqrt(var * s.var_correction) + s.epsilon
-        decay = s.wd * w
-        by_mean, by_grad = mean * s.mean_correction / root + decay, g / root + decay
-        mean_ratio, grad_ratio = (trust_ratio(w, d, s.lower_bound, s.upper_bound) for d in (by_mean, by_grad))
+        mean_ratio, grad_ratio = (trust_ratio(w, d, s.lower_bound, s.upper_bound) for d in directions(mean, var))
         mean_step, grad_step = s.lr * s.beta1 * mean_ratio, s.lr * s.one_minus_beta1 * grad_ratio
+        by_mean, by_grad = directions(*stored((mean, var)))
         return w - (mean_step * by_mean + grad_step * by_grad), (mean, var)

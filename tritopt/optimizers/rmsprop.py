@@ -10,6 +10,7 @@ import torch
 from tritopt import validate
 from tritopt.exact import sqrt
 from tritopt.kernels.rmsprop import rmsprop_centered_update, rmsprop_update
+from tritopt.kernels.state_formats import SIGNED, SQUARES
 from tritopt.optimizer import Optimizer, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
@@ -59,7 +60,7 @@ class RMSProp(Optimizer):
         ValueError: rho, momentum or epsilon out of range. TypeError: centered is no bool, or gamma1 or gamma2 is given.
     """
 
-    state_dtype = torch.float32
+    least_state_dtype = torch.float32
     variants = (
         {},
         {"rho": 0.5, "epsilon": 0.1, "clip_weights": 1.0},
@@ -97,6 +98,11 @@ class RMSProp(Optimizer):
     def state_names(self) -> tuple[str, ...]:
         """The second moment; if centered, between the mean and the momentum buffer."""
         return ("mean", "var", "mom") if self.centered else ("var",)
+
+    @property
+    def state_kinds(self) -> dict[str, str | None]:
+        """If centered, rounding would make v - m^2 negative."""
+        return {"mom": SIGNED} if self.centered else {"var": SQUARES}
 
     def scalars(self, lr: float, wd: float, count: int) -> RMSPropScalars:
         """Constant but for the learning rate."""

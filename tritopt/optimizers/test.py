@@ -31,7 +31,7 @@ class Test(Optimizer):
 
     phases = (Apply(test_update, reads_states=False, writes_states=False),)
     state_names = ("unused",)
-    state_dtype = torch.float32
+    least_state_dtype = torch.float32
     clips = False
 
     def scalars(self, lr: float, wd: float, count: int) -> TestScalars:

@@ -1,0 +1,312 @@
+"""How states are stored in fewer bits than they are computed in; kernels/formats.py says what a format is.
+
+All of these round stochastically: a state moves by a thousandth of itself in a step, less than half the distance of two
+stored numbers, and rounding to nearest would never move it. Random bits come from the step's one Philox call for eight
+elements: the weight takes an element's own, state i those of its neighbour i + 1 places on.
+
+All but bf16 share a scale among BLOCK elements that lie next to each other in memory: squares of gradients of 1e-6 are
+no numbers of fp16. It is a power of two, in bf16, so that a number which is stored already stays what it is when the
+scale of its block is formed anew. With a scale that follows the largest element exactly, all others would be rounded
+again in each step.
+
+    format          codes                                     value / scale
+    fp16            float16                                   that number
+    int8, signed    int8, -127 ... 127                        c |c|
+    int8, squares   uint8, 0 ... 255                          c^2
+    fp8, signed     uint8, 1 + 4 + 3 bits as in float8_e4m3fn that number
+    fp8, squares    int8 of 8 unsigned bits, 5 + 3            (8 + mantissa) 2^(exponent - 18), subnormal at exponent 0
+
+What is not 0 is not stored as 0 in fp16 and of squares: what divides by its root would take a step of any size. A
+block with a number that is not finite has the scale NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from tritopt.kernels.formats import Format, decode_plain, encode_stochastic, load_plain, store_stochastic
+from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import cast, sqrt
+from tritopt.kernels.random import random_bits16
+
+BLOCK = 64
+_BLOCK = tl.constexpr(BLOCK)
+_LARGEST_INT8 = tl.constexpr(127 * 127)
+_LARGEST_UINT8 = tl.constexpr(255 * 255)
+_LARGEST_E4M3 = tl.constexpr(2**8)  # and not 448, so that rounding up does not reach NaN
+_LARGEST_E5M3 = tl.constexpr(2**16)
+_LARGEST_FP16 = tl.constexpr(2**15)
+_TO_E4M3 = tl.constexpr(2.0**-120)  # from fp32's exponents to these: the bits that remain are the code
+_TO_E5M3 = tl.constexpr(2.0**-112)
+_FROM_E4M3 = tl.constexpr(2.0**120)
+_FROM_E5M3 = tl.constexpr(2.0**112)
+_TO_FP16 = tl.constexpr(2.0**-112)
+
+
+@triton.jit
+def _spread(per_block, N: tl.constexpr):
+    """One number per block, for each of its elements."""
+    wide = tl.broadcast_to(per_block[:, None], [N // _BLOCK, _BLOCK])
+    return tl.reshape(wide, [N])
+
+
+@triton.jit
+def _scaled(planes, mask, value, start, LARGEST: tl.constexpr):
+    """Store the blocks' scales, and divide sizes by them: at most LARGEST."""
+    n: tl.constexpr = value.shape[0]
+    size = tl.abs(value)
+    size = tl.where(size < float("inf"), size, float("inf"))  # NaN too
+    if mask is not None:
+        size = tl.where(mask, size, 0.0)
+    peak = tl.max(tl.reshape(size, [n // _BLOCK, _BLOCK]), axis=1)
+    bits = (peak * (1.0 / LARGEST)).to(tl.int32, bitcast=True)
+    exponent = tl.minimum(tl.maximum((bits + 0x7FFFFF) >> 23, 1), 253)
+    scale = tl.where(peak < float("inf"), (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
+    ptrs = planes[1] + start // _BLOCK + tl.arange(0, n // _BLOCK)
+    if mask is None:
+        tl.store(ptrs, cast(scale, tl.bfloat16))
+    else:
+        is_there = tl.max(tl.reshape(mask.to(tl.int32), [n // _BLOCK, _BLOCK]), axis=1) > 0
+        tl.store(ptrs, cast(scale, tl.bfloat16), mask=is_there)
+    scaled = size * _spread(((254 - exponent) << 23).to(tl.float32, bitcast=True), n)
+    return tl.where(scaled < LARGEST, scaled, LARGEST * 1.0)
+
+
+def _spread_twin(per_block: torch.Tensor, n: int) -> torch.Tensor:
+    return per_block.repeat_interleave(BLOCK)[:n]
+
+
+def _scaled_twin(planes: Sequence[torch.Tensor], value: torch.Tensor, largest: int) -> torch.Tensor:
+    size = torch.where(value.isfinite(), value.abs(), torch.inf)
+    peak = pad(size, (0, -len(size) % BLOCK)).view(-1, BLOCK).amax(1)
+    bits = (peak * torch.tensor(1.0 / largest, dtype=torch.float32)).view(torch.int32)
+    exponent = ((bits + 0x7FFFFF) >> 23).clamp(1, 253)
+    planes[1].view(-1).copy_(torch.where(peak.isfinite(), (exponent << 23).view(torch.float32), torch.nan))
+    return (size * _spread_twin(((254 - exponent) << 23).view(torch.float32), len(size))).clamp(max=largest)
+
+
+def _in_memory(plane: torch.Tensor) -> torch.Tensor:
+    """A dense tensor's elements as they lie."""
+    return plane.as_strided((plane.numel(),), (1,))
+
+
+def _like_codes(codes: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A value's elements in the order of its codes, fp32."""
+    return _in_memory(torch.empty_like(codes, dtype=torch.float32).copy_(value))
+
+
+def _decoder(
+    numbers: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]:
+    """Twin of a load: `numbers` makes fp32 numbers of codes, whose scale is 1."""
+
+    def decode(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        codes, scales = planes
+        value = torch.empty_like(codes, dtype=torch.float32)
+        scale = _spread_twin(scales.view(-1).float(), codes.numel())
+        _in_memory(value).copy_(numbers(_in_memory(codes)) * scale)
+        return value.to(dtype)
+
+    return decode
+
+
+@triton.jit
+def _root_code(scaled, start, offsets, mask, noise):
+    """The root of each number, rounded up or down with the probabilities that keep the mean of its square."""
+    lower = sqrt(scaled).to(tl.int32).to(tl.float32)
+    chance = random_bits16(noise, start, offsets, mask).to(tl.int32).to(tl.float32) * 2.0**-16
+    goes_up = chance * (lower + lower + 1.0) < scaled - lower * lower
+    return tl.where(goes_up, lower + 1.0, lower)
+
+
+def _root_code_twin(scaled: torch.Tensor, codes: torch.Tensor, noise: Any) -> torch.Tensor:
+    lower = scaled.double().sqrt().float().floor()  # torch's own root in fp32 is not always the nearest
+    chance = _in_memory(torch.empty_like(codes, dtype=torch.float32).copy_(noise.bits16(codes))) * 2.0**-16
+    return torch.where(chance * (lower + lower + 1.0) < scaled - lower * lower, lower + 1.0, lower)
+
+
+@triton.jit
+def _short_float_code(scaled, start, offsets, mask, noise, TO: tl.constexpr):
+    """The upper bits of each number, its exponent moved by the factor TO, rounded up or down by chance."""
+    return (
+        (scaled * TO).to(tl.int32, bitcast=True) + (random_bits16(noise, start, offsets, mask) << 4).to(tl.int32)
+    ) >> 20
+
+
+def _short_float_code_twin(scaled: torch.Tensor, codes: torch.Tensor, noise: Any, to: float) -> torch.Tensor:
+    bits = _in_memory(torch.empty_like(codes, dtype=torch.int32).copy_(noise.bits16(codes)))
+    return ((scaled * to).view(torch.int32) + (bits << 4)) >> 20
+
+
+@triton.jit
+def load_int8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """c |c| times the scale."""
+    code = tl.load(planes[0] + offsets, mask=mask).to(tl.float32)
+    scale = tl.load(planes[1] + offsets // _BLOCK, mask=mask).to(tl.float32)
+    return (code * tl.abs(code) * scale).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_int8(planes, offsets, mask, value, start, noise):
+    """Of either sign."""
+    code = _root_code(_scaled(planes, mask, value, start, _LARGEST_INT8), start, offsets, mask, noise)
+    tl.store(planes[0] + offsets, tl.where(value < 0, -code, code).to(tl.int8), mask=mask)
+
+
+def encode_int8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Twin of `store_int8`."""
+    value = _like_codes(planes[0], value)
+    code = _root_code_twin(_scaled_twin(planes, value, 127 * 127), planes[0], noise)
+    _in_memory(planes[0]).copy_(torch.where(value < 0, -code, code))
+
+
+@triton.jit
+def store_uint8(planes, offsets, mask, value, start, noise):
+    """Of squares."""
+    code = _root_code(_scaled(planes, mask, value, start, _LARGEST_UINT8), start, offsets, mask, noise)
+    code = tl.where((code == 0) & (value > 0), 1.0, code)
+    tl.store(planes[0] + offsets, code.to(tl.int32).to(tl.uint8), mask=mask)
+
+
+def encode_uint8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Twin of `store_uint8`."""
+    value = _like_codes(planes[0], value)
+    code = _root_code_twin(_scaled_twin(planes, value, 255 * 255), planes[0], noise)
+    _in_memory(planes[0]).copy_(torch.where((code == 0) & (value > 0), 1.0, code))
+
+
+@triton.jit
+def load_e4m3(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The number times the scale."""
+    code = tl.load(planes[0] + offsets, mask=mask).to(tl.int32)
+    scale = tl.load(planes[1] + offsets // _BLOCK, mask=mask).to(tl.float32)
+    size = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * _FROM_E4M3
+    return (tl.where(code >= 0x80, -size, size) * scale).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_e4m3(planes, offsets, mask, value, start, noise):
+    """Of either sign."""
+    scaled = _scaled(planes, mask, value, start, _LARGEST_E4M3)
+    code = tl.minimum(_short_float_code(scaled, start, offsets, mask, noise, _TO_E4M3), 0x78)
+    tl.store(planes[0] + offsets, tl.where(value < 0, code | 0x80, code).to(tl.uint8), mask=mask)
+
+
+def encode_e4m3(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Twin of `store_e4m3`."""
+    value = _like_codes(planes[0], value)
+    code = _short_float_code_twin(_scaled_twin(planes, value, 2**8), planes[0], noise, 2.0**-120).clamp(max=0x78)
+    _in_memory(planes[0]).copy_(torch.where(value < 0, code | 0x80, code))
+
+
+@triton.jit
+def load_e5m3(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The number times the scale."""
+    code = tl.load(planes[0] + offsets, mask=mask).to(tl.int32) & 0xFF
+    scale = tl.load(planes[1] + offsets // _BLOCK, mask=mask).to(tl.float32)
+    return ((code << 20).to(tl.float32, bitcast=True) * _FROM_E5M3 * scale).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_e5m3(planes, offsets, mask, value, start, noise):
+    """Of squares."""
+    scaled = _scaled(planes, mask, value, start, _LARGEST_E5M3)
+    code = tl.minimum(_short_float_code(scaled, start, offsets, mask, noise, _TO_E5M3), 0xF8)
+    code = tl.where((code == 0) & (value > 0), 1, code)
+    tl.store(planes[0] + offsets, code.to(tl.int8), mask=mask)
+
+
+def encode_e5m3(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Twin of `store_e5m3`."""
+    value = _like_codes(planes[0], value)
+    code = _short_float_code_twin(_scaled_twin(planes, value, 2**16), planes[0], noise, 2.0**-112).clamp(max=0xF8)
+    code = torch.where((code == 0) & (value > 0), 1, code)
+    _in_memory(planes[0]).copy_(code.to(torch.uint8).view(torch.int8))
+
+
+@triton.jit
+def load_fp16(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The number times the scale."""
+    scale = tl.load(planes[1] + offsets // _BLOCK, mask=mask).to(tl.float32)
+    return (tl.load(planes[0] + offsets, mask=mask).to(tl.float32) * scale).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_fp16(planes, offsets, mask, value, start, noise):
+    """Of either sign, also of squares."""
+    scaled = _scaled(planes, mask, value, start, _LARGEST_FP16)
+    code = (
+        (scaled * _TO_FP16).to(tl.int32, bitcast=True) + (random_bits16(noise, start, offsets, mask) >> 3).to(tl.int32)
+    ) >> 13
+    code = tl.where((code == 0) & (value != 0), 1, code)
+    code = tl.where(value < 0, code | 0x8000, code)
+    tl.store(planes[0] + offsets, code.to(tl.int16).to(tl.float16, bitcast=True), mask=mask)
+
+
+def encode_fp16(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Twin of `store_fp16`."""
+    value = _like_codes(planes[0], value)
+    bits = _in_memory(torch.empty_like(planes[0], dtype=torch.int32).copy_(noise.bits16(planes[0])))
+    code = ((_scaled_twin(planes, value, 2**15) * 2.0**-112).view(torch.int32) + (bits >> 3)) >> 13
+    code = torch.where((code == 0) & (value != 0), 1, code)
+    code = torch.where(value < 0, code | 0x8000, code)
+    _in_memory(planes[0]).copy_(code.to(torch.int16).view(torch.float16))
+
+
+def _square(code: torch.Tensor) -> torch.Tensor:
+    return code.float() * code.float().abs()
+
+
+def _e4m3(code: torch.Tensor) -> torch.Tensor:
+    code = code.to(torch.int32)
+    size = ((code & 0x7F) << 20).view(torch.float32) * 2.0**120
+    return torch.where(code >= 0x80, -size, size)
+
+
+def _e5m3(code: torch.Tensor) -> torch.Tensor:
+    return ((code.to(torch.int32) & 0xFF) << 20).view(torch.float32) * 2.0**112
+
+
+def scales_shape(shape: Sequence[int], block: int) -> tuple[int, ...]:
+    """Of the scales of a state of this shape: its rows stay rows where they are whole blocks."""
+    row = torch.Size(shape[1:]).numel()
+    if len(shape) > 1 and row % block == 0:
+        return shape[0], row // block
+    return (-(-torch.Size(shape).numel() // block),)
+
+
+def _of_states(
+    name: str, load: Any, store: Any, decode: Any, encode: Any, dtypes: tuple[torch.dtype, ...], block: int = 0
+) -> Format:
+    n_planes = len(dtypes)
+    return Format(
+        name, n_planes, load, store, decode, encode, (True,) * n_planes, (), draws=True, dtypes=dtypes, block=block
+    )
+
+
+_BF16 = _of_states("bf16", load_plain, store_stochastic, decode_plain, encode_stochastic, (torch.bfloat16,))
+_FP16 = _of_states(
+    "fp16", load_fp16, store_fp16, _decoder(torch.Tensor.float), encode_fp16, (torch.float16, torch.bfloat16), BLOCK
+)
+_INT8 = _of_states("int8", load_int8, store_int8, _decoder(_square), encode_int8, (torch.int8, torch.bfloat16), BLOCK)
+_UINT8 = _of_states(
+    "int8 of squares", load_int8, store_uint8, _decoder(_square), encode_uint8, (torch.uint8, torch.bfloat16), BLOCK
+)
+_E4M3 = _of_states("fp8", load_e4m3, store_e4m3, _decoder(_e4m3), encode_e4m3, (torch.uint8, torch.bfloat16), BLOCK)
+_E5M3 = _of_states(
+    "fp8 of squares", load_e5m3, store_e5m3, _decoder(_e5m3), encode_e5m3, (torch.int8, torch.bfloat16), BLOCK
+)
+
+SIGNED, SQUARES = "signed", "squares"
+"""Kinds of states: of either sign, linear in the gradients; sums of squares of them, never negative."""
+STATE_FORMATS: dict[str, dict[str, Format]] = {
+    "bf16": {SIGNED: _BF16, SQUARES: _BF16},
+    "fp16": {SIGNED: _FP16, SQUARES: _FP16},
+    "int8": {SIGNED: _INT8, SQUARES: _UINT8},
+    "fp8": {SIGNED: _E4M3, SQUARES: _E5M3},
+}
+"""By name of `state_dtype` and kind."""

@@ -1,0 +1,396 @@
+"""How states are stored: `state_dtype=` of tritopt.optim."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+
+from tests.optim.training import CLASSES, assert_same, everything, options_of, parameters, set_grads
+from tritopt import optim, phases
+from tritopt.kernels.formats import MASTERS, PLAIN, Format
+from tritopt.kernels.state_formats import BLOCK, SIGNED, SQUARES, STATE_FORMATS
+from tritopt.phases import Apply
+from tritopt.random import Noise, noise_key
+from tritopt.states import stored
+
+BF16, F32 = torch.bfloat16, torch.float32
+SHAPES = ((3, 64), (130,), (5, 7), (), (0,))
+FORMATS = {(name, kind): fmt for name, of_kind in STATE_FORMATS.items() for kind, fmt in of_kind.items()}
+EVERY_FORMAT = pytest.mark.parametrize("fmt", FORMATS.values(), ids=["-".join(key) for key in FORMATS])
+EVERY_NAME = pytest.mark.parametrize("name", STATE_FORMATS)
+BY_SUMS = [cls for cls in CLASSES if any(phase.sums_elements for phase in cls.rule().phases)]
+# Bits behind the leading one, at the largest element of a block.
+PRECISION = {"bf16": 7, "fp16": 10, "int8": 5, "fp8": 3}
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=64, chunk_size=64, num_warps=1))
+
+
+def make(cls: Any, params: Any, **options: Any) -> Any:
+    momentum = {"momentum": 0.9} if cls in (optim.SGD, optim.RMSprop) else {}
+    return cls(params, **options_of(cls, lr=0.01, weight_decay=0.1, **momentum), **options)
+
+
+def run(cls: Any, params: list[torch.nn.Parameter], steps: range, opt: Any = None, **options: Any) -> Any:
+    opt = make(cls, params, **options) if opt is None else opt
+    for step in steps:
+        set_grads(params, step)
+        opt.step()
+    return opt
+
+
+def planes_of(fmt: Format, value: torch.Tensor, step: int = 1) -> tuple[torch.Tensor, ...]:
+    planes = stored(fmt, torch.zeros_like(value))
+    fmt.encode(planes, value, Noise(noise_key(0, "state"), 0, 0, 0, step, shift=1))
+    return planes
+
+
+@EVERY_FORMAT
+def test_rounding_keeps_the_mean(fmt: Format) -> None:
+    """Between its two neighbours, with the probabilities that their distances say."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    value = torch.rand(BLOCK, generator=generator, device="cpu") ** 4 + 1e-3
+    value = value if "squares" in fmt.name else value * torch.randn(BLOCK, generator=generator, device="cpu").sign()
+    draws = 4000
+    found = torch.stack([fmt.decode(planes_of(fmt, value, step), F32) for step in range(draws)]).double()
+    low, high = found.amin(0), found.amax(0)
+    assert ((low <= value) & (value <= high)).all()
+    assert ((found == low) | (found == high)).all()
+    deviation = (high - low) / 2 / draws**0.5
+    assert ((found.mean(0) - value).abs() <= 4.5 * deviation + 2.0**-15 * value.abs()).all()
+
+
+@EVERY_FORMAT
+def test_what_is_stored_stays(fmt: Format) -> None:
+    """Rounding anew changes nothing, also where the scale of the block does."""
+    value = torch.randn(3 * BLOCK, generator=torch.Generator("cpu").manual_seed(1), device="cpu").abs()
+    once = fmt.decode(planes_of(fmt, value), F32)
+    once[0] = once[:BLOCK].max()
+    again = fmt.decode(planes_of(fmt, once, step=2), F32)
+    assert torch.equal(again, once)
+    if fmt.block:
+        assert (planes_of(fmt, value)[1].float().log2() % 1 == 0).all()
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+def test_the_largest_of_a_block_keeps_its_size(fmt: Format, scale: float) -> None:
+    value = scale * torch.linspace(0.5, 1.0, BLOCK, device="cpu")
+    found = fmt.decode(planes_of(fmt, value), F32)
+    bits = PRECISION[fmt.name.split()[0]]
+    assert ((found - value).abs() <= 2.0**-bits * value).all()
+
+
+@EVERY_FORMAT
+def test_edges(fmt: Format) -> None:
+    value = torch.zeros(3 * BLOCK, device="cpu")
+    value[0], value[1] = 1.0, 1e-9
+    value[BLOCK] = torch.inf
+    value[BLOCK + 1] = 1.0
+    found = fmt.decode(planes_of(fmt, value), F32)
+    assert (found[2 * BLOCK :] == 0).all()
+    assert abs(found[0] - 1) < 2.0**-5
+    assert (found[2:BLOCK] == 0).all()
+    if "squares" in fmt.name or fmt.name in ("fp16", "bf16"):
+        assert found[1] > 0  # its root divides
+    if fmt.block:
+        assert found[BLOCK : 2 * BLOCK].isnan().all()
+    else:
+        assert found[BLOCK].isinf()
+    nan = fmt.decode(planes_of(fmt, torch.tensor([torch.nan, 1.0], device="cpu")), F32)
+    assert nan[0].isnan()
+
+
+def test_fp8_of_either_sign_is_e4m3() -> None:
+    codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
+    finite = (codes & 0x7F) <= 0x78
+    fmt = STATE_FORMATS["fp8"][SIGNED]
+    found = fmt.decode((codes, torch.ones(4, dtype=BF16, device="cpu")), F32)
+    assert torch.equal(found[finite], codes.view(torch.float8_e4m3fn).float()[finite])
+
+
+@EVERY_NAME
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_kernel_is_the_reference(cls: Any, name: str) -> None:
+    if not all(isinstance(phase, Apply) for phase in cls.rule().phases):
+        master: str | None = "split16"
+    else:
+        master = {"bf16": "split16", "fp16": "stochastic", "int8": "split8", "fp8": "fp32"}[name]
+    shapes = ((3, 64), (5, 7)) if cls is optim.GroupAdaGrad else SHAPES
+    copies = [parameters(BF16, shapes) for _ in range(2)]
+    kernel, reference = (
+        run(cls, p, range(3), fused=fused, master=master, state_dtype=name)
+        for p, fused in zip(copies, (None, False), strict=True)
+    )
+    assert len(everything(kernel)) == len(everything(reference))
+    if cls in BY_SUMS:
+        for a, b in zip(kernel.master_weights(), reference.master_weights(), strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=1e-5)
+    else:
+        assert_same(everything(kernel), everything(reference))
+
+
+@EVERY_NAME
+@pytest.mark.parametrize("master", [*MASTERS, None])
+def test_every_master_goes_with_every_state(master: str | None, name: str) -> None:
+    copies = [parameters(BF16, ((3, 64), (9,))) for _ in range(2)]
+    kernel, reference = (
+        run(optim.AdamW, p, range(2), fused=fused, master=master, state_dtype=name)
+        for p, fused in zip(copies, (None, False), strict=True)
+    )
+    assert_same(everything(kernel), everything(reference))
+    assert torch.float32 not in {v.dtype for key, v in kernel.state[copies[0][0]].items() if key.startswith("exp")}
+
+
+@EVERY_NAME
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_weights(dtype: torch.dtype, name: str) -> None:
+    copies = [parameters(dtype, ((3, 64), (9,))) for _ in range(2)]
+    kernel, reference = (
+        run(optim.Lion, p, range(2), fused=fused, state_dtype=name)
+        for p, fused in zip(copies, (None, False), strict=True)
+    )
+    assert_same(everything(kernel), everything(reference))
+
+
+def test_bytes_that_stay() -> None:
+    """AdamW with bf16 weights, per parameter, without the gradient."""
+    n = 64 * 64
+    for master, state_dtype, expected in (
+        ("fp32", None, 14),
+        ("split16", "bf16", 8),
+        ("split16", "fp16", 8 + 4 / 64),
+        ("split8", "int8", 5 + 4 / 64),
+        ("split8", "fp8", 5 + 4 / 64),
+        ("stochastic", "int8", 4 + 4 / 64),
+    ):
+        weight = torch.nn.Parameter(torch.ones(64, 64, dtype=BF16))
+        opt = run(optim.AdamW, [weight], range(1), fused=False, master=master, state_dtype=state_dtype)
+        states = [value for name, value in opt.state[weight].items() if name != "step"]
+        assert sum(value.nbytes for value in (weight, *states)) == expected * n
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "unaligned", "strided"])
+@EVERY_NAME
+def test_layouts(name: str, layout: str) -> None:
+    def made() -> list[torch.nn.Parameter]:
+        torch.manual_seed(0)
+        tensors = {
+            "transposed": lambda: torch.randn(16, 12).t(),
+            "channels_last": lambda: torch.randn(4, 6, 3, 2).to(memory_format=torch.channels_last),
+            "unaligned": lambda: torch.randn(150)[1:],
+            "strided": lambda: torch.randn(12, 16)[:, ::2],
+        }
+        return [torch.nn.Parameter(tensors[layout]())]
+
+    kernel, reference = made(), made()
+    a, b = (
+        run(optim.AdamW, kernel, range(3), state_dtype=name),
+        run(optim.AdamW, reference, range(3), state_dtype=name, fused=False),
+    )
+    assert_same(everything(a), everything(b))
+
+
+def test_a_weight_that_moves_in_memory_takes_its_states_along() -> None:
+    def trained(moved: bool) -> torch.Tensor:
+        params = parameters(F32, ((4, 32, 2, 2),))
+        opt = run(optim.AdamW, params, range(2), state_dtype={"exp_avg": "int8", "exp_avg_sq": "fp8"})
+        if moved:
+            params[0].data = params[0].data.to(memory_format=torch.channels_last)
+        before = opt.state[params[0]]["exp_avg_int8"].clone()
+        run(optim.AdamW, params, range(2, 3), opt)
+        assert opt.state[params[0]]["exp_avg_int8"].stride() == params[0].stride()
+        assert not torch.equal(before, opt.state[params[0]]["exp_avg_int8"])
+        return params[0].detach()
+
+    # The blocks are others, so are the roundings.
+    torch.testing.assert_close(trained(True), trained(False), rtol=0.02, atol=0.004)
+
+
+@pytest.mark.parametrize("new", [*STATE_FORMATS, "fp32", None])
+@pytest.mark.parametrize("old", [*STATE_FORMATS, "fp32", None])
+@pytest.mark.parametrize("way", ["checkpoint", "group"])
+def test_states_change_format(old: str | None, new: str | None, way: str) -> None:
+    params = parameters(BF16, ((3, 64), (9,)))
+    opt = run(optim.AdamW, params, range(3), state_dtype=old, fused=False)
+    before = [read(opt, p) for p in params]
+    if way == "group":
+        opt.param_groups[0].update(state_dtype=new, lr=0.0, betas=(0.999999, 0.999999))
+        loaded, other = run(optim.AdamW, params, range(3, 4), opt), params
+    else:
+        other = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        loaded = make(optim.AdamW, other, state_dtype=new, fused=False)
+        file = io.BytesIO()
+        torch.save(opt.state_dict(), file)
+        file.seek(0)
+        loaded.load_state_dict(torch.load(file))
+        assert loaded.param_groups[0]["state_dtype"] == new
+    for p, (mean, var) in zip(other, before, strict=True):
+        found = read(loaded, p)
+        bits = min([PRECISION.get(str(name), 20) for name in (old, new)])
+        exact = old == new and way == "checkpoint"
+        for a, b in zip(found, (mean, var), strict=True):
+            assert torch.equal(a, b) if exact else ((a - b).abs() <= 2.0 ** -(bits - 2) * b.abs().max()).all()
+        names = {key for key in loaded.state[p] if key.startswith("exp_avg")}
+        assert len(names) == (2 if new in ("bf16", "fp32", None) else 4)
+    run(optim.AdamW, other, range(4, 5), loaded)
+
+
+def read(opt: Any, param: torch.Tensor) -> list[torch.Tensor]:
+    """Both moments, in fp32."""
+    found, state = [], opt.state[param]
+    for name, fmt in opt.state_formats_of(param, opt.param_groups[0]).items():
+        keys = [key for key in state if key == name or key.startswith((f"{name}_fp", f"{name}_int8"))]
+        found.append((PLAIN if len(keys) == 1 else fmt).decode([state[key] for key in sorted(keys, key=len)], F32))
+    return found
+
+
+def test_a_checkpoint_of_torch_loads_into_any_format() -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 64))
+    theirs = torch.optim.AdamW([weight])
+    weight.grad = torch.randn_like(weight)
+    theirs.step()
+    for name, bits in PRECISION.items():
+        opt = optim.AdamW([weight], state_dtype=name)
+        opt.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        for found, key in zip(read(opt, weight), ("exp_avg", "exp_avg_sq"), strict=True):
+            expected = theirs.state[weight][key]
+            assert ((found - expected).abs() <= 2.0**-bits * expected.abs().max()).all()
+
+
+def test_one_format_for_each_state() -> None:
+    params = parameters(BF16, ((3, 64),))
+    opt = run(optim.AdamW, params, range(2), amsgrad=True, state_dtype={"exp_avg": torch.int8, "exp_avg_sq": "bf16"})
+    found = {name: value.dtype for name, value in opt.state[params[0]].items() if name != "step"}
+    assert found == {
+        "master_param": F32,
+        "exp_avg_int8": torch.int8,
+        "exp_avg_int8_scale": BF16,
+        "exp_avg_sq": BF16,
+        "max_exp_avg_sq": F32,
+    }
+    matrix, vector = parameters(BF16, ((3, 64), (9,)))
+    opt = make(optim.Lion, [{"params": [matrix], "state_dtype": "fp8"}, {"params": [vector]}])
+    run(optim.Lion, [matrix, vector], range(1), opt)
+    assert set(opt.state[matrix]) == {"step", "master_param", "exp_avg_fp8", "exp_avg_fp8_scale"}
+    assert set(opt.state[vector]) == {"step", "master_param", "exp_avg"}
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(ValueError, match="state_dtype='int4' must be one of 'fp32', 'bf16'"):
+        make(optim.AdamW, parameters(BF16), state_dtype="int4")
+    with pytest.raises(ValueError, match=r"no state 'mean'.* known: 'exp_avg', 'exp_avg_sq'"):
+        make(optim.AdamW, parameters(BF16), state_dtype={"mean": "int8"})
+    with pytest.raises(ValueError, match="'max_exp_avg_sq' must not be rounded to int8; take 'fp32'"):
+        make(optim.AdamW, parameters(BF16), amsgrad=True, state_dtype={"max_exp_avg_sq": "int8"})
+    with pytest.raises(ValueError, match="state_dtype='int8' is not for float64 parameters"):
+        make(optim.AdamW, parameters(torch.float64), state_dtype="int8")
+    opt = run(optim.AdamW, parameters(F32, ((3, 64),)), range(1), state_dtype="int8")
+    param = opt.param_groups[0]["params"][0]
+    for key, value in (("exp_avg_int8_scale", torch.zeros(2, dtype=BF16)), ("exp_avg_int8", torch.zeros(3, 5).char())):
+        state = copy.deepcopy(opt.state_dict())
+        state["state"][0][key] = value
+        with pytest.raises(ValueError, match=f"{key} of parameter 0 has shape"):
+            opt.load_state_dict(state)
+    before = param.detach().clone()
+    param.grad = torch.zeros_like(param)
+    opt.state[param]["exp_avg_int8_scale"] = torch.zeros(2, dtype=BF16)
+    with pytest.raises(ValueError, match="parameter 0: state of shape"):
+        opt.step()
+    assert torch.equal(param, before)
+
+
+@EVERY_NAME
+def test_training_continues_from_bytes(name: str) -> None:
+    def trained(resumed: bool) -> list[torch.Tensor]:
+        params = parameters(BF16, ((3, 64), (9,)))
+        opt = run(optim.AdamW, params, range(2), master="split8", state_dtype=name)
+        if resumed:
+            file = io.BytesIO()
+            torch.save(opt.state_dict(), file)
+            file.seek(0)
+            opt = make(optim.AdamW, params, master="split8", state_dtype=name)
+            opt.load_state_dict(torch.load(file))
+        return everything(run(optim.AdamW, params, range(2, 4), opt))
+
+    assert_same(trained(True), trained(False))
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_chunks_and_order_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(order: str, chunk: int, block: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=block, chunk_size=chunk, num_warps=1))
+        params = dict(zip("abc", parameters(BF16, ((300,), (3, 64), (7,))), strict=True))
+        opt = make(optim.AdamW, [(key, params[key]) for key in order], master="stochastic", state_dtype=name)
+        for step in range(3):
+            set_grads(list(params.values()), step)
+            opt.step()
+        return [value for key in "abc" for value in (params[key].detach(), *read(opt, params[key]))]
+
+    expected = trained("abc", 64, 64)
+    assert_same(trained("cab", 64, 64), expected)
+    assert_same(trained("abc", 128, 64), expected)
+    assert_same(trained("bca", 256, 128), expected)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize("rms", [1e-6, 1e-7])
+def test_small_gradients_move_as_far_as_in_fp32(name: str, rms: float) -> None:
+    """A published library's 8-bit updates are four times too long here: its scales are fp16."""
+
+    def trained(state_dtype: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.nn.Parameter(torch.zeros(1024))
+        opt = optim.AdamW([weight], lr=1e-3, weight_decay=0, state_dtype=state_dtype, fused=False)
+        generator, moved = torch.Generator().manual_seed(0), []
+        for step in range(1000):
+            before = weight.detach().clone()
+            weight.grad = rms * (torch.randn(1024, generator=generator) + 0.3)
+            opt.step()
+            if step % 10 == 0:
+                moved.append((weight.detach() - before).double().square().mean())
+        return weight.detach().double(), torch.stack(moved).mean().sqrt()
+
+    (exact, exact_rms), (found, found_rms) = trained(None), trained(name)
+    assert abs(found_rms / exact_rms - 1) < 0.05
+    assert abs((found * exact).sum() / exact.square().sum() - 1) < 0.05
+
+
+def test_second_moments_follow_and_fade() -> None:
+    """A thousandth at a time, which rounding to nearest would not see."""
+    for name in STATE_FORMATS:
+        weight = torch.nn.Parameter(torch.zeros(1024))
+        opt = optim.AdamW([weight], lr=0.0, state_dtype=name, fused=False)
+        sizes = []
+        for size, steps in ((1.0, 300), (0.0, 700)):
+            weight.grad = torch.full_like(weight, size)
+            for _ in range(steps):
+                opt.step()
+            sizes.append(read(opt, weight)[1].mean().item())
+        risen = 1 - 0.999**300
+        assert abs(sizes[0] / risen - 1) < 0.02, name
+        assert abs(sizes[1] / (risen * 0.999**700) - 1) < 0.02, name
+
+
+def test_what_stays_fp32() -> None:
+    kept = {
+        optim.Adamax: {"exp_inf"},
+        optim.Ftrl: {"z", "n"},
+        optim.FTML: {"d", "z"},
+        optim.DCASGD: {"previous_weight"},
+        optim.GroupAdaGrad: {"history"},
+    }
+    for cls, names in kept.items():
+        param = parameters(BF16, ((3, 64),))
+        opt = run(cls, param, range(1), state_dtype="int8")
+        found = {key for key, value in opt.state[param[0]].items() if value.dtype == F32 and value.dim()}
+        assert found - {"master_param"} == names
+    param = parameters(BF16, ((3, 64),))
+    opt = run(optim.RMSprop, param, range(1), centered=True, state_dtype="int8")
+    assert {"square_avg", "grad_avg", "momentum_buffer_int8"} <= set(opt.state[param[0]])
+    assert optim.AdamW.rule().state_kinds["var"] == SQUARES
