@@ -3,8 +3,9 @@
 A format is a pair of @triton.jit functions, passed to the driver as constexpr, and their twins in PyTorch:
 
     load(planes, offsets, mask, COMPUTE_DTYPE) -> value          decode(planes, dtype) -> tensor
-    store(planes, offsets, mask, value)                          encode(planes, tensor), in place
-    store(planes, offsets, mask, value, start, noise)            encode(planes, tensor, noise), if it draws: a Noise
+    store(planes, offsets, mask, value) -> plane 0               encode(planes, tensor), in place
+    store(planes, offsets, mask, value, start, noise) -> same    encode(planes, tensor, noise), if it draws: a Noise
+    shown(planes, value) -> plane 0, of a value that was loaded
 
 `planes` are the tensors that together hold the value: pointers in the kernel, tensors in PyTorch. All have the value's
 shape, but for the scales of formats whose elements share them. `start` is the first of the offsets. Any format goes
@@ -48,12 +49,20 @@ class Format(NamedTuple):
     """Whether plane 1 may hold what no longer rounds to the weight, after someone else has written that."""
     dtypes: tuple[torch.dtype, ...] = ()
     """Of the planes, where it is a format of states."""
+    shown: Any = None
+    """Of weights."""
     block: int = 0
     """How many elements, next to each other in memory, share one of the last plane's; 0: none do."""
 
     def dtype_of_companion(self, weight: torch.dtype) -> torch.dtype:
         """Of plane 1 beside a weight of this dtype."""
         return self.companion_dtype or weight
+
+
+@triton.jit
+def shown_nearest(planes, value):
+    """Rounded to nearest even."""
+    return cast(value, planes[0].dtype.element_ty)
 
 
 @triton.jit
@@ -65,7 +74,9 @@ def load_plain(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 @triton.jit
 def store_plain(planes, offsets, mask, value):
     """The one plane, rounded to nearest even."""
-    tl.store(planes[0] + offsets, cast(value, planes[0].dtype.element_ty), mask=mask)
+    rounded = shown_nearest(planes, value)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
 
 
 def decode_plain(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -88,7 +99,9 @@ def load_master(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 def store_master(planes, offsets, mask, value):
     """The master, and the weight as the master rounded to nearest even."""
     tl.store(planes[1] + offsets, value, mask=mask)
-    tl.store(planes[0] + offsets, cast(value, planes[0].dtype.element_ty), mask=mask)
+    rounded = shown_nearest(planes, value)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
 
 
 def decode_master(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -137,7 +150,16 @@ def store_split(planes, offsets, mask, value):
     bits = tl.where(value == value, bits, 0x7FC00000)
     high = (bits + 0x8000) >> 16
     tl.store(planes[1] + offsets, (bits - (high << 16)).to(tl.int16), mask=mask)
-    tl.store(planes[0] + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+    rounded = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
+
+
+@triton.jit
+def shown_split(planes, value):
+    """Rounded to nearest, away from zero where two are."""
+    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+    return ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 def decode_split(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -182,6 +204,7 @@ def store_kahan(planes, offsets, mask, value):
     lacks = tl.where(tl.abs(lacks) < float("inf"), lacks, 0.0)  # beside an infinite weight or NaN
     tl.store(planes[0] + offsets, weight, mask=mask)
     tl.store(planes[1] + offsets, cast(lacks, planes[1].dtype.element_ty), mask=mask)
+    return weight
 
 
 def decode_kahan(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -205,8 +228,9 @@ def store_stochastic(planes, offsets, mask, value, start, noise):
     """The one plane, bf16, rounded up or down with the probabilities that keep the mean."""
     bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
     bits = (bits + random_bits16(noise, start, offsets, mask)) & 0xFFFF0000
-    rounded = bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
-    tl.store(planes[0] + offsets, tl.where(value == value, rounded, float("nan")), mask=mask)
+    rounded = tl.where(value == value, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), float("nan"))
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
 
 
 def encode_stochastic(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
@@ -232,7 +256,9 @@ def store_split8(planes, offsets, mask, value, start, noise):
     bits = tl.where(value == value, bits.to(tl.int32, bitcast=True), 0x7FC00000) >> 8
     high = (bits + 0x80) >> 8
     tl.store(planes[1] + offsets, (bits - (high << 8)).to(tl.int8), mask=mask)
-    tl.store(planes[0] + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+    rounded = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
 
 
 def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -261,26 +287,26 @@ def _signed(bits: torch.Tensor) -> torch.Tensor:
 
 _LOW = (torch.float16, torch.bfloat16)
 _ALL = (*_LOW, torch.float32, torch.float64)
-PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,), _ALL)
+PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,), _ALL, shown=shown_nearest)
 MASTER_FP32 = Format(
     "fp32 master", 2, load_master, store_master, decode_master, encode_master, (False, True), _LOW,
-    "master_param", torch.float32, _master_of, can_disagree=True,
+    "master_param", torch.float32, _master_of, can_disagree=True, shown=shown_nearest,
 )  # fmt: skip
 SPLIT16 = Format(
     "split16", 2, load_split, store_split, decode_split, encode_split, (True, True), (torch.bfloat16,),
-    "master_remainder", torch.int16, _remainder_of,
+    "master_remainder", torch.int16, _remainder_of, shown=shown_split,
 )  # fmt: skip
 KAHAN = Format(
     "kahan", 2, load_kahan, store_kahan, decode_kahan, encode_kahan, (True, True), _LOW,
-    "compensation", None, _compensation_of, can_disagree=True,
+    "compensation", None, _compensation_of, can_disagree=True, shown=shown_nearest,
 )  # fmt: skip
 SPLIT8 = Format(
     "split8", 2, load_split8, store_split8, decode_split8, encode_split8, (True, True), (torch.bfloat16,),
-    "master_remainder8", torch.int8, _remainder8_of, draws=True,
+    "master_remainder8", torch.int8, _remainder8_of, draws=True, shown=shown_split,
 )  # fmt: skip
 STOCHASTIC = Format(
     "stochastic", 1, load_plain, store_stochastic, decode_plain, encode_stochastic, (True,), (torch.bfloat16,),
-    draws=True,
+    draws=True, shown=shown_nearest,
 )  # fmt: skip
 MASTERS = {"fp32": MASTER_FP32, "split16": SPLIT16, "split8": SPLIT8, "kahan": KAHAN, "stochastic": STOCHASTIC}
 """How an fp16 or bf16 weight keeps what its own bits cannot hold."""

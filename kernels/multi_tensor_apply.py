@@ -6,7 +6,7 @@ Tables, all in device memory, that the host half (tritopt/fused.py) builds:
     chunk_ptr    int32 [n_chunks]                   the tensor a chunk belongs to; one program per chunk
     table_ptr    int64 [n_tensors, n_pointers + 1]  addresses (weight, gradient, states, rows), index of its scalars
                  fp64  [n_rows, n_scalars]          behind it, in the same buffer: rescale, clip, wd, the optimizer's
-    partial_ptr  fp64  [n_chunks, N_SUMS]           sums that this phase emits, per chunk
+    partial_ptr  fp64  [n_chunks, N_TOTALS]         sums that this phase emits, per chunk; then what it tracks
     sum_ptr      fp64  [n_tensors, n_earlier]       sums that earlier phases emitted, per tensor
     noise_ptr    int64 [n_tensors, 4]               `Task.noise`, where a format draws
 
@@ -21,7 +21,8 @@ with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.tables import load_last_scalar, load_pointers, load_scalars, load_tuple, zeros
+from tritopt.kernels.tables import load_last_scalar, load_pointers, load_scalars, load_tuple
+from tritopt.kernels.telemetry import add_terms, track_gradient, track_update, zeros
 
 
 @triton.jit
@@ -44,6 +45,8 @@ def _apply_block(
     READS_OFFSETS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     N_SUMS: tl.constexpr,
+    TRACKS: tl.constexpr,
+    SHOWN_FN: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
     """One block of one tensor.
@@ -52,8 +55,11 @@ def _apply_block(
     what this phase moves of the weight, the gradient and each state.
     """
     g = None
+    terms = ()
     if READS[1]:
         g = tl.load(ptrs[FORMATS[0][1]] + offsets, mask=mask).to(COMPUTE_DTYPE)
+    if TRACKS[0]:
+        terms = track_gradient(g)
     if HAS_ROWS:
         # The gradient holds some rows of the weight, and the last table which: from here on, the weight's own offsets.
         row = offsets // row_width
@@ -76,18 +82,22 @@ def _apply_block(
     else:
         new = UPDATE_FN(w, g, state, s)
 
+    rounded = None
     for i in tl.static_range(0, len(FORMATS)):
         if WRITES[0] if i == 0 else WRITES[i + 1]:
             planes = ptrs[FORMATS[i][0] : FORMATS[i][1]]
             value = new[0] if i == 0 else new[1][i - 1]
             if FORMATS[i][4]:
-                FORMATS[i][3](planes, offsets, mask, value, start, noise + (i,))
+                stored = FORMATS[i][3](planes, offsets, mask, value, start, noise + (i,))
             else:
-                FORMATS[i][3](planes, offsets, mask, value)
-    for i in tl.static_range(N_SUMS):
-        term = new[2][i]
-        totals = totals[:i] + (totals[i] + (term if mask is None else tl.where(mask, term, 0.0)),) + totals[i + 1 :]
-    return totals
+                stored = FORMATS[i][3](planes, offsets, mask, value)
+            if i == 0:
+                rounded = stored
+    if TRACKS[1]:
+        terms = terms + track_update(w, new[0], SHOWN_FN(ptrs[: FORMATS[0][1]], w), rounded)
+    if N_SUMS > 0:
+        terms = new[2] + terms
+    return add_terms(totals, terms, mask)
 
 
 @triton.jit(
@@ -117,6 +127,9 @@ def multi_tensor_apply(
     HAS_ROWS: tl.constexpr,
     N_EARLIER_SUMS: tl.constexpr,
     N_SUMS: tl.constexpr,
+    N_TOTALS: tl.constexpr,
+    TRACKS: tl.constexpr,
+    SHOWN_FN: tl.constexpr,
     SKIP_ZERO_RESCALE: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
@@ -129,6 +142,7 @@ def multi_tensor_apply(
     rescale_ptr, a device scalar, multiplies the table's rescale: NaN or Inf skips the update, so does 0 where
     SKIP_ZERO_RESCALE. noop_ptr: a device flag; not 0 skips. SOURCE_HASH is not read: Triton's disk cache sees neither
     the source of functions inside tuples nor the fields of SCALARS, so a change of those must change the key.
+    TRACKS: whether to sum up the gradient, and the update (kernels/telemetry.py).
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunk_ptr + chunk).to(tl.int64)
@@ -159,21 +173,33 @@ def multi_tensor_apply(
     # Its tail, and all of a tensor that is not aligned (a view, a shard), take the masked one; nobody else is slowed.
     # Blocks are smaller there: each of a thread's elements has a pointer for each plane, and registers are for both.
     n_aligned = tl.where(is_aligned, n_here // BLOCK_SIZE, 0) * BLOCK_SIZE
-    totals = zeros(N_SUMS, BLOCK_SIZE, COMPUTE_DTYPE)
+    totals = zeros(N_TOTALS, BLOCK_SIZE, COMPUTE_DTYPE)
     for at in tl.range(0, n_aligned, BLOCK_SIZE, num_stages=1):
         first = start + at
         totals = _apply_block(
             aligned_ptrs, first, first + tl.arange(0, BLOCK_SIZE), None, row_width, common, s, sums, noise, totals,
-            UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, COMPUTE_DTYPE,
+            UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, TRACKS, SHOWN_FN,
+            COMPUTE_DTYPE,
         )  # fmt: skip
-    tail_totals = zeros(N_SUMS, TAIL_SIZE, COMPUTE_DTYPE)
+    tail_totals = zeros(N_TOTALS, TAIL_SIZE, COMPUTE_DTYPE)
     for at in tl.range(n_aligned, n_here, TAIL_SIZE, num_stages=1):
         first = start + at
         offsets = first + tl.arange(0, TAIL_SIZE)
         tail_totals = _apply_block(
             ptrs, first, offsets, offsets < n_elements, row_width, common, s, sums, noise, tail_totals,
-            UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, COMPUTE_DTYPE,
+            UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, TRACKS, SHOWN_FN,
+            COMPUTE_DTYPE,
         )  # fmt: skip
-    for i in tl.static_range(N_SUMS):
+    if TRACKS[0]:
+        # What of a tensor is not finite shows in the very steps that are skipped for it.
+        n_skipped = tl.where(is_live, 0, tl.minimum(n_elements - start, CHUNK_SIZE))
+        for at in tl.range(0, n_skipped, TAIL_SIZE, num_stages=1):
+            offsets = start + at + tl.arange(0, TAIL_SIZE)
+            g = tl.load(ptrs[FORMATS[0][1]] + offsets, mask=offsets < n_elements).to(COMPUTE_DTYPE)
+            tracked = add_terms(
+                tail_totals[N_SUMS:], track_gradient(g) + tail_totals[N_SUMS + 2 :], offsets < n_elements
+            )
+            tail_totals = tail_totals[:N_SUMS] + tracked
+    for i in tl.static_range(N_TOTALS):
         total = tl.sum(totals[i]) + tl.sum(tail_totals[i])
-        tl.store(partial_ptr + chunk * N_SUMS + i, total.to(tl.float64))
+        tl.store(partial_ptr + chunk * N_TOTALS + i, total.to(tl.float64))

@@ -11,10 +11,13 @@ again in each step.
 
     format          codes                                     value / scale
     fp16            float16                                   that number
-    int8, signed    int8, -127 ... 127                        c |c|
-    int8, squares   uint8, 0 ... 255                          c^2
+    int8, signed    int8, -127 ... 127                        c^3 |c|
+    int8, squares   uint8, 0 ... 255                          c^8 / 2^64
     fp8, signed     uint8, 1 + 4 + 3 bits as in float8_e4m3fn that number
     fp8, squares    int8 of 8 unsigned bits, 5 + 3            (8 + mantissa) 2^(exponent - 18), subnormal at exponent 0
+
+With c^2 for squares, what stands beside an outlier of 1e4 times its size is stored as 1, and hardly moves; with c |c|
+for numbers of either sign it would be stored as 1 or 2, and move by chance.
 
 What is not 0 is not stored as 0 in fp16 and of squares: what divides by its root would take a step of any size. A
 block with a number that is not finite has the scale NaN.
@@ -35,8 +38,8 @@ from tritopt.kernels.random import random_bits16
 
 BLOCK = 64
 _BLOCK = tl.constexpr(BLOCK)
-_LARGEST_INT8 = tl.constexpr(127 * 127)
-_LARGEST_UINT8 = tl.constexpr(255 * 255)
+_LARGEST_INT8 = tl.constexpr(127**4)
+_LARGEST_UINT8 = tl.constexpr(255.0**8 / 2.0**64)  # scales of squares must not leave fp32
 _LARGEST_E4M3 = tl.constexpr(2**8)  # and not 448, so that rounding up does not reach NaN
 _LARGEST_E5M3 = tl.constexpr(2**16)
 _LARGEST_FP16 = tl.constexpr(2**15)
@@ -80,7 +83,7 @@ def _spread_twin(per_block: torch.Tensor, n: int) -> torch.Tensor:
     return per_block.repeat_interleave(BLOCK)[:n]
 
 
-def _scaled_twin(planes: Sequence[torch.Tensor], value: torch.Tensor, largest: int) -> torch.Tensor:
+def _scaled_twin(planes: Sequence[torch.Tensor], value: torch.Tensor, largest: float) -> torch.Tensor:
     size = torch.where(value.isfinite(), value.abs(), torch.inf)
     peak = pad(size, (0, -len(size) % BLOCK)).view(-1, BLOCK).amax(1)
     bits = (peak * torch.tensor(1.0 / largest, dtype=torch.float32)).view(torch.int32)
@@ -115,18 +118,43 @@ def _decoder(
 
 
 @triton.jit
-def _root_code(scaled, start, offsets, mask, noise):
-    """The root of each number, rounded up or down with the probabilities that keep the mean of its square."""
-    lower = sqrt(scaled).to(tl.int32).to(tl.float32)
+def _goes_up(scaled, lower, higher, start, offsets, mask, noise):
+    """Whether a number between two others is rounded up: with the probability that keeps the mean."""
     chance = random_bits16(noise, start, offsets, mask).to(tl.int32).to(tl.float32) * 2.0**-16
-    goes_up = chance * (lower + lower + 1.0) < scaled - lower * lower
-    return tl.where(goes_up, lower + 1.0, lower)
+    return chance * (higher - lower) < scaled - lower
 
 
-def _root_code_twin(scaled: torch.Tensor, codes: torch.Tensor, noise: Any) -> torch.Tensor:
-    lower = scaled.double().sqrt().float().floor()  # torch's own root in fp32 is not always the nearest
+def _goes_up_twin(
+    scaled: torch.Tensor, lower: torch.Tensor, higher: torch.Tensor, codes: torch.Tensor, noise: Any
+) -> torch.Tensor:
     chance = _in_memory(torch.empty_like(codes, dtype=torch.float32).copy_(noise.bits16(codes))) * 2.0**-16
-    return torch.where(chance * (lower + lower + 1.0) < scaled - lower * lower, lower + 1.0, lower)
+    return chance * (higher - lower) < scaled - lower
+
+
+@triton.jit
+def _fourth_power(code):
+    square = code * code
+    return square * square
+
+
+@triton.jit
+def _eighth_power(code):
+    fourth = _fourth_power(code)
+    return fourth * fourth
+
+
+def _fourth_power_twin(code: torch.Tensor) -> torch.Tensor:
+    square = code.float() * code.float()
+    return square * square
+
+
+def _eighth_power_twin(code: torch.Tensor) -> torch.Tensor:
+    fourth = _fourth_power_twin(code)
+    return fourth * fourth
+
+
+def _root_twin(value: torch.Tensor) -> torch.Tensor:
+    return value.double().sqrt().float()  # torch's own in fp32 is not always the nearest
 
 
 @triton.jit
@@ -144,30 +172,50 @@ def _short_float_code_twin(scaled: torch.Tensor, codes: torch.Tensor, noise: Any
 
 @triton.jit
 def load_int8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
-    """c |c| times the scale."""
+    """c^3 |c| times the scale."""
     code = tl.load(planes[0] + offsets, mask=mask).to(tl.float32)
     scale = tl.load(planes[1] + offsets // _BLOCK, mask=mask).to(tl.float32)
-    return (code * tl.abs(code) * scale).to(COMPUTE_DTYPE)
+    size = _fourth_power(code)
+    return (tl.where(code < 0, -size, size) * scale).to(COMPUTE_DTYPE)
 
 
 @triton.jit
 def store_int8(planes, offsets, mask, value, start, noise):
     """Of either sign."""
-    code = _root_code(_scaled(planes, mask, value, start, _LARGEST_INT8), start, offsets, mask, noise)
+    scaled = _scaled(planes, mask, value, start, _LARGEST_INT8)
+    code = sqrt(sqrt(scaled)).to(tl.int32).to(tl.float32)
+    lower, higher = _fourth_power(code), _fourth_power(code + 1.0)
+    code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
+    code = tl.minimum(code, 127.0)  # powers are rounded
     tl.store(planes[0] + offsets, tl.where(value < 0, -code, code).to(tl.int8), mask=mask)
 
 
 def encode_int8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_int8`."""
     value = _like_codes(planes[0], value)
-    code = _root_code_twin(_scaled_twin(planes, value, 127 * 127), planes[0], noise)
+    scaled = _scaled_twin(planes, value, 127**4)
+    code = _root_twin(_root_twin(scaled)).floor()
+    lower, higher = _fourth_power_twin(code), _fourth_power_twin(code + 1.0)
+    code = torch.where(_goes_up_twin(scaled, lower, higher, planes[0], noise), code + 1.0, code).clamp(max=127.0)
     _in_memory(planes[0]).copy_(torch.where(value < 0, -code, code))
+
+
+@triton.jit
+def load_uint8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """c^8 / 2^64 times the scale."""
+    code = tl.load(planes[0] + offsets, mask=mask).to(tl.float32)
+    scale = tl.load(planes[1] + offsets // _BLOCK, mask=mask).to(tl.float32)
+    return (_eighth_power(code) * 2.0**-64 * scale).to(COMPUTE_DTYPE)
 
 
 @triton.jit
 def store_uint8(planes, offsets, mask, value, start, noise):
     """Of squares."""
-    code = _root_code(_scaled(planes, mask, value, start, _LARGEST_UINT8), start, offsets, mask, noise)
+    scaled = _scaled(planes, mask, value, start, _LARGEST_UINT8) * 2.0**64
+    code = sqrt(sqrt(sqrt(scaled))).to(tl.int32).to(tl.float32)
+    lower, higher = _eighth_power(code), _eighth_power(code + 1.0)
+    code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
+    code = tl.minimum(code, 255.0)  # powers are rounded
     code = tl.where((code == 0) & (value > 0), 1.0, code)
     tl.store(planes[0] + offsets, code.to(tl.int32).to(tl.uint8), mask=mask)
 
@@ -175,7 +223,10 @@ def store_uint8(planes, offsets, mask, value, start, noise):
 def encode_uint8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_uint8`."""
     value = _like_codes(planes[0], value)
-    code = _root_code_twin(_scaled_twin(planes, value, 255 * 255), planes[0], noise)
+    scaled = _scaled_twin(planes, value, 255.0**8 / 2.0**64) * 2.0**64
+    code = _root_twin(_root_twin(_root_twin(scaled))).floor()
+    lower, higher = _eighth_power_twin(code), _eighth_power_twin(code + 1.0)
+    code = torch.where(_goes_up_twin(scaled, lower, higher, planes[0], noise), code + 1.0, code).clamp(max=255.0)
     _in_memory(planes[0]).copy_(torch.where((code == 0) & (value > 0), 1.0, code))
 
 
@@ -257,8 +308,13 @@ def encode_fp16(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any)
     _in_memory(planes[0]).copy_(code.to(torch.int16).view(torch.float16))
 
 
-def _square(code: torch.Tensor) -> torch.Tensor:
-    return code.float() * code.float().abs()
+def _from_fourth_root(code: torch.Tensor) -> torch.Tensor:
+    size = _fourth_power_twin(code)
+    return torch.where(code < 0, -size, size)
+
+
+def _from_eighth_root(code: torch.Tensor) -> torch.Tensor:
+    return _eighth_power_twin(code) * 2.0**-64
 
 
 def _e4m3(code: torch.Tensor) -> torch.Tensor:
@@ -292,9 +348,17 @@ _BF16 = _of_states("bf16", load_plain, store_stochastic, decode_plain, encode_st
 _FP16 = _of_states(
     "fp16", load_fp16, store_fp16, _decoder(torch.Tensor.float), encode_fp16, (torch.float16, torch.bfloat16), BLOCK
 )
-_INT8 = _of_states("int8", load_int8, store_int8, _decoder(_square), encode_int8, (torch.int8, torch.bfloat16), BLOCK)
+_INT8 = _of_states(
+    "int8", load_int8, store_int8, _decoder(_from_fourth_root), encode_int8, (torch.int8, torch.bfloat16), BLOCK
+)
 _UINT8 = _of_states(
-    "int8 of squares", load_int8, store_uint8, _decoder(_square), encode_uint8, (torch.uint8, torch.bfloat16), BLOCK
+    "int8 of squares",
+    load_uint8,
+    store_uint8,
+    _decoder(_from_eighth_root),
+    encode_uint8,
+    (torch.uint8, torch.bfloat16),
+    BLOCK,
 )
 _E4M3 = _of_states("fp8", load_e4m3, store_e4m3, _decoder(_e4m3), encode_e4m3, (torch.uint8, torch.bfloat16), BLOCK)
 _E5M3 = _of_states(

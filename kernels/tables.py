@@ -18,15 +18,6 @@ def load_tuple(ptr, N: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
 
 
 @triton.jit
-def zeros(N: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """N blocks of zeros."""
-    values = ()
-    for _ in tl.static_range(N):
-        values = values + (tl.zeros([SIZE], dtype=DTYPE),)
-    return values
-
-
-@triton.jit
 def load_pointers(table_ptr, tensor, N_MOVED: tl.constexpr, DTYPES: tl.constexpr):
     """Pointers to a tensor's planes, gradient and states; the same, said to be 16-byte aligned; and whether they are.
 

@@ -14,6 +14,7 @@ from tritopt.kernels.formats import Format
 
 if TYPE_CHECKING:
     from tritopt.phases import Phase
+    from tritopt.telemetry import Tracked
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -34,6 +35,8 @@ class Launch:
     skip_zero_rescale: bool = False
     draws: bool = False
     """Whether storing takes random bits; rows then end with the step."""
+    tracked: list[Tracked] | None = None
+    """What the phases sum up of gradients and updates; None: nothing."""
     reduce: Reduce | None = None
     """Completes sums whose tensors are sharded over processes, between phases."""
 

@@ -21,6 +21,7 @@ from tritopt.phases import Apply, Phase
 from tritopt.random import STEPS, Noise, noise_key
 from tritopt.sparse import StandIn
 from tritopt.states import FP32, Choice, checked, format_of_planes, formats_of, stored
+from tritopt.telemetry import Telemetry, Tracked, Tracker, measure, refuse, telemetry, whole
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Optimizer:
             see `state_kinds`. None: the (master) weight's dtype.
         rounding_seed: of the bits of stochastic rounding, which are a function of it, the index, the count and the
             element.
+        track: sum up in each step, from registers, what `telemetry` shows.
         param_dict: objects by index, such as `nn.Parameter`, whose `lr_mult`/`wd_mult` attributes are read live.
         aggregate_num: tensors per call that an Updater makes. None: all at once.
         use_fused_step: True: fused or an error. False: the reference `step`. None: fused where it can run.
@@ -110,6 +112,7 @@ class Optimizer:
         master: str | None = "fp32",
         state_dtype: Any = None,
         rounding_seed: int = 0,
+        track: bool = False,
         param_dict: Mapping[Any, Any] | None = None,
         aggregate_num: float | None = None,
         use_fused_step: bool | None = None,
@@ -142,6 +145,9 @@ class Optimizer:
         self.master = _checked_master(type(self), master, self._overrides_step(), lazy_update)
         self.state_dtype = _checked_state_dtype(type(self), state_dtype, self._overrides_step(), lazy_update)
         self.rounding_seed = validate.count("rounding_seed", rounding_seed)
+        self.track = validate.boolean("track", track)
+        self._tracker = Tracker()
+        self._sizes: dict[Hashable, int] = {}
         self.aggregate_num = (
             math.inf if aggregate_num is None else validate.nonnegative_count("aggregate_num", aggregate_num)
         )
@@ -541,6 +547,8 @@ class Optimizer:
         validate.rescale(self.rescale_grad)
         tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
         on_kernel = [self._runs_fused(index, weight, fused) for index, weight in zip(indices, weights, strict=True)]
+        if self.track and any(on_kernel) and not all(isinstance(phase, Apply) for phase in self.phases):
+            refuse(type(self).__name__)
         self._planner.check_aliases(tuple(indices), indices, tasks)
         return tasks, on_kernel
 
@@ -589,7 +597,11 @@ class Optimizer:
         self._known_scalars = {}  # of this step alone: hyperparameters may be assigned between steps
         scalars = [self.scalars_of(*item) for item in zip(indices, lrs, wds, counts, strict=True)]
         rescale, device_rescale = self._rescale()
+        if self.track:
+            self._sizes.update((index, task.grad.numel()) for index, task in zip(indices, tasks, strict=True))
         if not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale):
+            if self.track:
+                self._tracker.add(indices, [whole(i, measure(task.grad)) for i, task in enumerate(tasks)])
             return
         bound = validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
         live = [i for i, lr in enumerate(lrs) if not (lr == 0 and self.skips_zero_lr)]
@@ -600,6 +612,7 @@ class Optimizer:
                 launch = Launch(
                     self.phases, type(scalars[0]), self.preamble, device_rescale, skip_zero_rescale=skip, draws=draws
                 )
+                launch.tracked = [] if self.track else None
                 steps = [(float(counts[i] % STEPS),) if draws else () for i in kernel]
                 self._planner.apply(
                     tuple(indices[i] for i in kernel),
@@ -607,10 +620,24 @@ class Optimizer:
                     [(rescale, bound, wds[i], *scalars[i], *step) for i, step in zip(kernel, steps, strict=True)],
                     launch,
                 )
+                if launch.tracked is not None:
+                    self._tracker.add([indices[i] for i in kernel], launch.tracked)
         for i in live:
             if not on_kernel[i]:
                 noise = Noise(*tasks[i].noise, counts[i] % STEPS) if tasks[i].draws else None
-                self.apply_reference(tasks[i], (rescale, bound, wds[i]), scalars[i], device_rescale, noise=noise)
+                tracked: list[Tracked] | None = [] if self.track else None
+                common = (rescale, bound, wds[i])
+                self.apply_reference(tasks[i], common, scalars[i], device_rescale, noise=noise, tracked=tracked)
+                if tracked is not None:
+                    self._tracker.add([indices[i]], tracked)
+
+    def telemetry(self) -> Telemetry:
+        """A row for each parameter, by index, of its last step: norms, share of weights that stayed, and so on.
+
+        Waits for the device. Empty unless constructed with `track=True`.
+        """
+        indices = list(self._sizes)
+        return telemetry(indices, list(self._sizes.values()), self._tracker.sums(indices))
 
     def _rescale(self) -> tuple[float, torch.Tensor | None]:
         """rescale_grad as a number, and as a device scalar if it lives on a GPU (then the number is 1)."""
@@ -626,19 +653,23 @@ class Optimizer:
         device_rescale: torch.Tensor | None,
         fit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda new, old: new,
         noise: Noise | None = None,
+        tracked: list[Tracked] | None = None,
+        place: int = 0,
     ) -> None:
         """Update one task in PyTorch. `common`: rescale, clip bound, wd.
 
         `device_rescale` multiplies the first. NaN skips. `fit` makes a result ready to be copied over the old value.
-        `noise`: of the random bits that formats take.
+        `noise`: of the random bits that formats take. `tracked` gets what telemetry is made of, for this `place`.
         """
         rescale, bound, wd = common
-        if math.isnan(rescale):
-            return
+        is_skipped = math.isnan(rescale)
         if device_rescale is not None:
             rescale *= float(device_rescale)
-            if not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale):
-                return
+            is_skipped |= not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale)
+        if is_skipped:
+            if tracked is not None:
+                tracked.append(whole(place, measure(task.grad)))
+            return
         dtype = compute_dtype(task.weight[0])
         w = task.format.decode(task.weight, dtype)
         bound = bound if bound <= torch.finfo(dtype).max else math.inf
@@ -662,8 +693,11 @@ class Optimizer:
         again = {"stored": stored} if self.rereads_states and task.state_formats else {}
         new_weight, new_state = self.reference(w, g, load(), s, **again)
         store(new_state)
+        before = None if tracked is None else (w.clone(), task.weight[0].clone())
         # Last: a new state may be the old weight itself.
         task.format.encode(task.weight, fit(new_weight, task.weight[0]), noise)
+        if before is not None and tracked is not None:
+            tracked.append(whole(place, measure(task.grad, (before[0], new_weight), (before[1], task.weight[0]))))
 
     # Pickling.
 

@@ -16,6 +16,7 @@ from tritopt.kernels.language import tl
 from tritopt.kernels.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.multi_tensor_norm import sum_partials
 from tritopt.kernels.preambles import PREAMBLES
+from tritopt.telemetry import OF_GRADIENT, OF_UPDATE, Tracked
 
 if TYPE_CHECKING:
     from tritopt.group import Group, Launch
@@ -111,7 +112,9 @@ class Apply(NamedTuple):
             ("chunks", config.chunk_size), partial(chunk_tables, chunk_size=config.chunk_size)
         )
         n_chunks, n_tensors = len(chunk_table), len(group.members)
-        partials = group.empty(n_chunks, self.n_sums) if self.n_sums else None
+        tracks = tracks_of(self, launch)
+        n_totals = self.n_sums + len(tracks[0]) + len(tracks[1])
+        partials = group.empty(n_chunks, n_totals) if n_totals else None
         multi_tensor_apply[(n_chunks,)](
             group.device_table,
             tensor_table,
@@ -131,12 +134,22 @@ class Apply(NamedTuple):
         )
         if partials is None:
             return None
-        sums = group.empty(n_tensors, self.n_sums)
+        totals = group.empty(n_tensors, n_totals)
         sum_partials[(n_tensors,)](
-            partials, tensor_table, sums, n_chunks, n_tensors, N_SUMS=self.n_sums, BLOCK_SIZE=1024,
+            partials, tensor_table, totals, n_chunks, n_tensors, N_SUMS=n_totals, BLOCK_SIZE=1024,
             enable_fp_fusion=False,
         )  # fmt: skip
-        return sums
+        if launch.tracked is not None and any(tracks):
+            launch.tracked.append(Tracked(group.members, (*tracks[0], *tracks[1]), totals[:, self.n_sums :]))
+        return totals[:, : self.n_sums].contiguous() if self.n_sums else None
+
+
+def tracks_of(phase: Apply, launch: Launch) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a phase sums up of the gradient, and of the update: each by one phase of the step."""
+    if launch.tracked is None:
+        return (), ()
+    reader = next(other for other in launch.phases if isinstance(other, Apply) and other.reads_grad)
+    return OF_GRADIENT if phase is reader else (), OF_UPDATE if phase.writes_weight else ()
 
 
 def _config_of(group: Group) -> Config:
@@ -163,10 +176,11 @@ def phase_constants(
 ) -> dict[str, Any]:
     """The driver's compile-time arguments for one phase, but for the launch's sizes."""
     n_states = len(formats) - 1
+    of_gradient, of_update = tracks_of(phase, launch)
     # Behind the weight's planes stands the gradient, which is plain.
     past_grad = itertools.accumulate((fmt.n_planes for fmt in formats[1:]), initial=formats[0].n_planes + 1)
     ends = [formats[0].n_planes, *itertools.islice(past_grad, 1, None)]
-    functions = (phase.update, *[f for fmt in formats for f in (fmt.load, fmt.store)])
+    functions = (phase.update, formats[0].shown, *[f for fmt in formats for f in (fmt.load, fmt.store)])
     return {
         "UPDATE_FN": phase.update,
         "PREAMBLE_FN": PREAMBLES[launch.preamble].kernel,
@@ -183,6 +197,9 @@ def phase_constants(
         "HAS_ROWS": dtypes[-1] == torch.int64,
         "N_EARLIER_SUMS": n_earlier_sums,
         "N_SUMS": phase.n_sums,
+        "N_TOTALS": phase.n_sums + len(of_gradient) + len(of_update),
+        "TRACKS": (bool(of_gradient), bool(of_update)),
+        "SHOWN_FN": formats[0].shown,
         "SKIP_ZERO_RESCALE": launch.skip_zero_rescale,
         "COMPUTE_DTYPE": tl.float64 if dtypes[0] == torch.float64 else tl.float32,
         "SOURCE_HASH": source_hash(functions, launch.scalars),

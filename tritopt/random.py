@@ -46,16 +46,24 @@ class Noise(NamedTuple):
 
     def bits16(self, plane: torch.Tensor) -> torch.Tensor:
         """16 random bits for each element of a plane, int64; neighbours in memory share a Philox call."""
-        places = torch.arange(plane.numel(), device=plane.device)
+        n = plane.numel()
+        if self.gap:
+            places = torch.arange(n, device=plane.device)
+            position = self.first + places + places // self.width * self.gap
+            groups, which = torch.unique_consecutive(position >> 3, return_inverse=True)
+            bits = self._of_groups(groups).view(-1)[which * 8 + (position & 7)]
+        else:
+            groups = torch.arange(self.first >> 3, (self.first + n + 7) >> 3, device=plane.device)
+            bits = self._of_groups(groups).view(-1)[self.first & 7 :][:n]
         in_memory = is_dense(plane) and not self.row_major
-        places = places.as_strided(plane.shape, plane.stride()) if in_memory else places.view(plane.shape)
-        position = self.first + places + (places // self.width * self.gap if self.gap else 0)
-        group, lane = position >> 3, (position + self.shift) & 7
-        zero = torch.zeros_like(places)
-        counter = (group & _WORD, (group >> 32) & _WORD, zero + int(self.step), zero + _ROUNDING)
-        words = torch.stack(philox4x32((self.key & _WORD, self.key >> 32 & _WORD), counter))
-        word = words.gather(0, (lane >> 1)[None])[0]
-        return torch.where(lane & 1 == 0, word & 0xFFFF, word >> 16)
+        return bits.clone().as_strided(plane.shape, plane.stride()) if in_memory else bits.reshape(plane.shape)
+
+    def _of_groups(self, groups: torch.Tensor) -> torch.Tensor:
+        """Of eight elements each, int64 [groups, 8]."""
+        zero = torch.zeros_like(groups)
+        counter = (groups & _WORD, (groups >> 32) & _WORD, zero + int(self.step), zero + _ROUNDING)
+        words = torch.stack(philox4x32((self.key & _WORD, self.key >> 32 & _WORD), counter), dim=1)
+        return torch.stack((words & 0xFFFF, words >> 16), dim=2).view(-1, 8).roll(-self.shift, 1)
 
 
 def noise_key(seed: int, index: Hashable) -> int:
@@ -137,17 +145,14 @@ def philox4x32(words: tuple[int, int], counter: Words) -> Words:
     key0, key1 = words
     c0, c1, c2, c3 = counter
     for _ in range(10):
-        (high0, low0), (high2, low2) = _product(0xD2511F53, c0), _product(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high2 ^ c1 ^ key0, low2, high0 ^ c3 ^ key1, low0
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64, whose bits are those of the product
+        c0, c1, c2, c3 = _high(second) ^ c1 ^ key0, second & _WORD, _high(first) ^ c3 ^ key1, first & _WORD
         key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
     return c0, c1, c2, c3
 
 
-def _product(factor: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low word of the product, whose 64 bits int64 cannot hold."""
-    low = factor * (word & 0xFFFF)
-    high = factor * (word >> 16) + (low >> 16)
-    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+def _high(product: torch.Tensor) -> torch.Tensor:
+    return (product >> 32) & _WORD
 
 
 def normal(key: Key, offsets: torch.Tensor, step: float, stream: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ EVERY_FORMAT = pytest.mark.parametrize("fmt", FORMATS.values(), ids=["-".join(ke
 EVERY_NAME = pytest.mark.parametrize("name", STATE_FORMATS)
 BY_SUMS = [cls for cls in CLASSES if any(phase.sums_elements for phase in cls.rule().phases)]
 # Bits behind the leading one, at the largest element of a block.
-PRECISION = {"bf16": 7, "fp16": 10, "int8": 5, "fp8": 3}
+PRECISION = {"bf16": 7, "fp16": 10, "int8": 4, "fp8": 3}
 
 
 @pytest.fixture(autouse=True)

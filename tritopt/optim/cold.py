@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,9 @@ from tritopt.optim.clip import global_norm
 from tritopt.optim.distributed import ShardSums, local
 from tritopt.optim.members import Bucket, Member, Number, Only, same_group
 from tritopt.optim.warm import WarmStep
+from tritopt.phases import Apply
 from tritopt.random import Noise
+from tritopt.telemetry import refuse
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
@@ -69,13 +72,17 @@ class ColdStep:
             groups = self._planner.apply((bucket.key, positions), tasks, rows, launch)
             if groups is not None:
                 self._launched.append((bucket, groups))
-        elif launch.noop is None or not launch.noop.item():
-            rule_of = [member.rule for some in bucket.runs for member in some]
-            values, end = rows.values.tolist(), launch.n_scalars - launch.draws
-            for rule, task, i in zip(rule_of, tasks, rows.row_of, strict=True):
-                scalars = launch.scalars(*values[i][3:end])
-                noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
-                rule.apply_reference(task, values[i][:3], scalars, launch.rescale, distributed.fitted, noise)
+            return
+        rule_of = [member.rule for some in bucket.runs for member in some]
+        values, end = rows.values.tolist(), launch.n_scalars - launch.draws
+        is_skipped = launch.noop is not None and bool(launch.noop.item())
+        for place, (rule, task, i) in enumerate(zip(rule_of, tasks, rows.row_of, strict=True)):
+            common = (math.nan, *values[i][1:3]) if is_skipped else values[i][:3]
+            scalars = launch.scalars(*values[i][3:end])
+            noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
+            rule.apply_reference(
+                task, common, scalars, launch.rescale, distributed.fitted, noise, launch.tracked, place
+            )
 
     def finish(self) -> None:
         """After the last launch."""
@@ -105,6 +112,18 @@ def runs_fused(opt: Optimizer, member: Member) -> bool:
     elif reason and wanted:
         raise RuntimeError(f"`fused=True`, parameter {member.name!r}: {reason}")
     return reason is None
+
+
+def check_tracked(opt: Optimizer, members: Sequence[Member], fused: Sequence[bool]) -> None:
+    """ValueError if there is no telemetry of a member."""
+    for member, is_fused in zip(members, fused, strict=True):
+        if is_fused and not all(isinstance(phase, Apply) for phase in member.rule.phases):
+            refuse(type(opt).__name__)
+        if member.needs_whole:
+            raise ValueError(
+                f"track=True needs the kernel of {type(opt).__name__} for tensors that are sharded over processes: "
+                "leave it out, or do without fused=False"
+            )
 
 
 def _by_launch(

@@ -81,6 +81,14 @@ def params_of(opt: Optimizer, only: Only | None) -> list[torch.Tensor]:
     return [param for group in opt.param_groups for param in group["params"]]
 
 
+def names_of(opt: Optimizer) -> list[Hashable]:
+    """Of all parameters: their names where they have some, else their positions."""
+    found: list[Hashable] = []
+    for group in opt.param_groups:
+        found.extend(group.get("param_names") or range(len(found), len(found) + len(group["params"])))
+    return found
+
+
 def members_of(opt: Optimizer, only: Only | None = None) -> list[Member]:
     """All parameters that have a gradient, or the only one."""
     if only is not None:

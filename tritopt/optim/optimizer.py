@@ -19,6 +19,7 @@ from tritopt.optim.step import Stepper
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.phases import Apply
 from tritopt.states import FP32, checked, formats_of
+from tritopt.telemetry import Telemetry
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 MAX_RULES = 4096
@@ -49,6 +50,7 @@ class Options(TypedDict, total=False):
         ZeroRedundancyOptimizer gives each process parameters of its own, and cannot be told from a caller that wants
         this: there call `tritopt.clip_grad_norm_` before the step instead.
     clip_value: bound on each element of the gradient, after the norm is clipped. None: off.
+    track: sum up in each step, from registers, what `telemetry` shows; default False.
     """
 
     multi_precision: bool
@@ -57,6 +59,7 @@ class Options(TypedDict, total=False):
     rounding_seed: int
     max_grad_norm: float | None
     clip_value: float | None
+    track: bool
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -107,6 +110,7 @@ class Optimizer(torch.optim.Optimizer):
             validate.clip_bound(name, options.get(name))
         self.max_grad_norm = options.get("max_grad_norm")
         self.rounding_seed = validate.count("rounding_seed", options.get("rounding_seed", 0))
+        self.track = validate.boolean("track", options.get("track", False))
         self.grad_norm: torch.Tensor | None = None
         """Norm of the last step's gradients before the clip, fp32 [] on the device; None without max_grad_norm."""
         self._forget()
@@ -153,8 +157,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch copies, and the option that is in no group."""
-        ours = {"max_grad_norm": self.max_grad_norm, "rounding_seed": self.rounding_seed, "grad_norm": None}
-        return {**super().__getstate__(), **ours}
+        ours = {name: getattr(self, name) for name in ("max_grad_norm", "rounding_seed", "track")}
+        return {**super().__getstate__(), **ours, "grad_norm": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled, deep-copied and loaded states pass here."""
@@ -213,6 +217,14 @@ class Optimizer(torch.optim.Optimizer):
         fp32 where there is a master, also one that a remainder completes; else the parameter itself, detached.
         """
         return [self._master_weight(param, group) for group in self.param_groups for param in group["params"]]
+
+    def telemetry(self) -> Telemetry:
+        """A row for each parameter, of its last step: norms, share of weights that stayed, non-finite gradients.
+
+        By name where parameters are named, else by position. Waits for the device, and for the other processes that
+        hold shards, all of which must call it. Empty unless constructed with `track=True`.
+        """
+        return self._stepper.telemetry(self)
 
     def _master_weight(self, param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         fmt, state, weight = self.format_of(param, group), self.state.get(param, {}), param.detach()

@@ -12,7 +12,7 @@ from tritopt.fused import Planner
 from tritopt.group import Launch, Rows
 from tritopt.optim import distributed
 from tritopt.optim.clip import clip_factor
-from tritopt.optim.cold import ColdStep, runs_fused
+from tritopt.optim.cold import ColdStep, check_tracked, runs_fused
 from tritopt.optim.distributed import ShardSums, local
 from tritopt.optim.members import (
     Bucket,
@@ -22,6 +22,8 @@ from tritopt.optim.members import (
     groups_of,
     lives_on_device,
     members_of,
+    names_of,
+    params_of,
     rate,
     same_group,
 )
@@ -29,6 +31,7 @@ from tritopt.optim.rows import RowTable, host_rows
 from tritopt.optim.scalar_states import CPU, ScalarStates
 from tritopt.optim.states import MasterVersions, Replaced, check_aliases, create_missing, put_back, task_of
 from tritopt.optim.warm import WarmStep
+from tritopt.telemetry import Telemetry, Tracker, telemetry
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -47,6 +50,7 @@ class Stepper:
         self._tables: dict[Hashable, RowTable] = {}
         self._reductions: dict[Hashable, ShardSums] = {}
         self._versions = MasterVersions()
+        self.tracker = Tracker()
         self._warm: WarmStep | None = None
         self._warm_of: dict[int, WarmStep] = {}
         """Of steps for one parameter, by its position."""
@@ -76,7 +80,11 @@ class Stepper:
             put_back(opt, replaced)
             raise
         for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
-            step.launch(bucket, values, self._launch_of(bucket, scalars, rescale, found_inf))
+            launch = self._launch_of(bucket, scalars, rescale, found_inf)
+            launch.tracked = [] if opt.track else None
+            step.launch(bucket, values, launch)
+            if launch.tracked is not None:
+                self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
         step.finish()
         self._keep_warm(only, step.next(opt))
         if isinstance(step, ColdStep):
@@ -101,9 +109,24 @@ class Stepper:
         create_missing(opt, members, self._numbers, device, replaced)
         tasks = [task_of(opt, member) for member in members]
         fused = [runs_fused(opt, member) for member in members]
+        if opt.track:
+            check_tracked(opt, members, fused)
         check_aliases(self._planner, members, tasks)
         self._versions.refresh(opt, members)
         return ColdStep(self._planner, members, tasks, rates, fused, only)
+
+    def telemetry(self, opt: Optimizer) -> Telemetry:
+        """`Optimizer.telemetry`."""
+        if not opt.track:
+            return Telemetry()
+        params = params_of(opt, None)
+        sums = self.tracker.sums(range(len(params)))
+        reduce = ShardSums(params)
+        if reduce:
+            on_device = sums.to(reduce.device)
+            reduce(on_device)
+            sums = on_device.cpu()
+        return telemetry(names_of(opt), [param.numel() for param in params], sums)
 
     def _take_warm(self, only: Only | None) -> WarmStep | None:
         """What the step may be like. It is kept again after the step: what follows a failure starts cold."""

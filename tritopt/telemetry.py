@@ -1,0 +1,151 @@
+"""What a step does to each tensor: summed up in its kernels' registers, so no byte of a tensor moves for it.
+
+One reads here what a loss curve does not show: a tensor whose stored weight no longer changes because its updates are
+below the distance of two bf16 numbers, gradients that are not finite and of which tensor, updates out of proportion.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+
+OF_GRADIENT = ("grad_square", "nonfinite")
+OF_UPDATE = ("weight_square", "update_square", "unchanged")
+COLUMNS = (*OF_GRADIENT, *OF_UPDATE)
+
+
+class Tracked(NamedTuple):
+    """What one launch summed up."""
+
+    places: Sequence[int]
+    """Of its tensors among those of the launch."""
+    columns: tuple[str, ...]
+    """Some of COLUMNS."""
+    sums: torch.Tensor
+    """fp64 [places, columns], on the device."""
+
+
+class TensorTelemetry(NamedTuple):
+    """One tensor in the last step."""
+
+    name: Hashable
+    elements: int
+    grad_norm: float
+    """Euclidean, of the gradient as it was given: before unscaling and clipping."""
+    weight_norm: float
+    """Of the weight after the step, the master if there is one; 0 if the step was skipped."""
+    update_norm: float
+    """Of the change that was computed, before the weight was rounded."""
+    unchanged: float
+    """Share of elements whose stored weight did not change; 0 to 1."""
+    nonfinite: int
+    """Elements of the gradient that are NaN or infinite."""
+
+
+class Telemetry(list[TensorTelemetry]):
+    """A row for each tensor; printed as a table."""
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("name", *[f.replace("_", " ") for f in TensorTelemetry._fields[1:]])
+        for row in self:
+            numbers = (f"{row.grad_norm:.3e}", f"{row.weight_norm:.3e}", f"{row.update_norm:.3e}")
+            table.add_row(str(row.name), f"{row.elements:,}", *numbers, f"{row.unchanged:.1%}", f"{row.nonfinite:,}")
+        text = io.StringIO()
+        Console(file=text, width=max(100, 60 + max((len(str(row.name)) for row in self), default=0))).print(table)
+        return text.getvalue().rstrip()
+
+
+class Tracker:
+    """What was summed up of each tensor in its last step. Nothing waits for it until somebody asks."""
+
+    def __init__(self) -> None:
+        self._last: dict[Hashable, tuple[list[Tracked], int]] = {}
+
+    def __reduce__(self) -> tuple[type[Tracker], tuple[()]]:
+        """A copy starts without any."""
+        return Tracker, ()
+
+    def add(self, names: Sequence[Hashable], tracked: list[Tracked]) -> None:
+        """Of a launch over these tensors."""
+        self._last.update((name, (tracked, place)) for place, name in enumerate(names))
+
+    def sums(self, names: Sequence[Hashable]) -> torch.Tensor:
+        """fp64 [tensors, COLUMNS], on the CPU; NaN for tensors that had no step."""
+        found = torch.full((len(names), len(COLUMNS)), torch.nan, dtype=torch.float64, device="cpu")
+        launches: dict[int, torch.Tensor] = {}
+        for row, name in enumerate(names):
+            if name in self._last:
+                tracked, place = self._last[name]
+                if id(tracked) not in launches:
+                    launches[id(tracked)] = _joined(tracked)
+                found[row] = launches[id(tracked)][place]
+        return found
+
+
+def _joined(tracked: Sequence[Tracked]) -> torch.Tensor:
+    """fp64 [tensors of the launch, COLUMNS]."""
+    size = 1 + max((max(places) for places, _, _ in tracked), default=-1)
+    found = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device="cpu")
+    for places, columns, values in tracked:
+        at = torch.tensor([COLUMNS.index(column) for column in columns], device="cpu")
+        found[torch.tensor(places, device="cpu")[:, None], at] = values.cpu()
+    return found
+
+
+def telemetry(names: Sequence[Hashable], sizes: Sequence[int], sums: torch.Tensor) -> Telemetry:
+    """The table of the tensors that had a step. sums: fp64 [tensors, COLUMNS]."""
+    rows = []
+    for name, size, values in zip(names, sizes, sums.tolist(), strict=True):
+        of = dict(zip(COLUMNS, values, strict=True))
+        if math.isnan(of["unchanged"]):
+            continue
+        rows.append(
+            TensorTelemetry(
+                name,
+                size,
+                grad_norm=of["grad_square"] ** 0.5,
+                weight_norm=of["weight_square"] ** 0.5,
+                update_norm=of["update_square"] ** 0.5,
+                unchanged=of["unchanged"] / max(size, 1),
+                nonfinite=int(of["nonfinite"]),
+            )
+        )
+    return Telemetry(rows)
+
+
+def measure(
+    grad: torch.Tensor,
+    weights: Sequence[torch.Tensor] = (),
+    shown: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """The reference: COLUMNS of one tensor, fp64.
+
+    weights, shown: before and after the step, as computed and as stored; none if it was skipped.
+    """
+    grad = grad.double()
+    found = torch.zeros(len(COLUMNS), dtype=torch.float64, device=grad.device)
+    found[0], found[1] = grad.square().sum(), (~grad.isfinite()).sum()
+    if weights:
+        old, new = (weight.double() for weight in weights)
+        found[2], found[3], found[4] = new.square().sum(), (new - old).square().sum(), (shown[0] == shown[1]).sum()
+    return found
+
+
+def whole(place: int, columns: torch.Tensor) -> Tracked:
+    """All COLUMNS of one tensor."""
+    return Tracked((place,), COLUMNS, columns[None])
+
+
+def refuse(name: str) -> None:
+    """ValueError: kernels that track nothing."""
+    raise ValueError(
+        f"track=True is not for {name}, whose kernels sum up nothing else: leave it out, or run the reference "
+        "(use_fused_step=False, in tritopt.optim fused=False)"
+    )
