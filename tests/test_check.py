@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 import tritopt
 from tests import mutations
-from tritopt import check, fused, registry
+from tritopt import check, fused, phases, registry
 from tritopt.__main__ import app
-from tritopt.check import Case, Row, check_case, load_optimizer, run_checks
+from tritopt.check import Case, Contender, Row, check_case, load_optimizer, run_checks
 from tritopt.kernels.language import HAS_TRITON, tl, triton  # noqa: F401
+from tritopt.kernels.state_formats import BLOCK, SIGNED, STATE_FORMATS, store_int8
 
 needs_kernels = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +59,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def case(cls: type[tritopt.Optimizer], dtype: torch.dtype = torch.float32, master: str | None = None) -> Case:
-    return Case(cls, {}, dtype, dtype, master, "plain")
+def case(
+    cls: type[tritopt.Optimizer],
+    dtype: torch.dtype = torch.float32,
+    master: str | None = None,
+    state_dtype: str | None = None,
+    **variant: Any,
+) -> Case:
+    return Case(cls, variant, dtype, dtype, master, state_dtype, "plain")
 
 
 @triton.jit
@@ -124,7 +131,7 @@ class Coarse(tritopt.Test):
 @pytest.mark.parametrize("cls", [tritopt.Adam, tritopt.LAMB])
 def test_registered_optimizers_pass(cls: type[tritopt.Optimizer]) -> None:
     rows = list(run_checks([cls], quick=True))
-    assert len(rows) == len(check.cases([cls], quick=True)) == 22
+    assert len(rows) == len(check.cases([cls], quick=True)) == 34
     assert not [row for row in rows if not row.passed]
     if HAS_TRITON:
         assert all(row.fused_vs_reference is not None for row in rows)
@@ -132,8 +139,16 @@ def test_registered_optimizers_pass(cls: type[tritopt.Optimizer]) -> None:
 
 def test_full_check_covers_every_combination() -> None:
     found = check.cases([tritopt.SGD])
-    assert len({(c.weight_dtype, c.grad_dtype, c.master, c.option, str(c.variant)) for c in found}) == len(found) == 44
+    assert len(set(map(str, found))) == len(found) == 50
     assert set(check.cases([tritopt.SGD], quick=True)[0].arguments) == {"learning_rate"}
+    assert all(c.variant for c in found if c.state_dtype), "without momentum there is no state"
+    assert {c.state_dtype for c in found} == {None, *STATE_FORMATS}
+    assert {c.option for c in found if c.state_dtype} == {"wd, clip, rescale"}
+
+
+@pytest.mark.parametrize("cls", [tritopt.Ftrl, tritopt.GroupAdaGrad, tritopt.Test, Ported])
+def test_no_state_takes_another_format(cls: type[tritopt.Optimizer]) -> None:
+    assert not [found for found in check.cases([cls]) if found.state_dtype]
 
 
 class PortedSign(Ported):
@@ -196,6 +211,170 @@ def test_gradients_stay_as_drawn_but_for_a_few(
     assert check_case(case(cls, torch.bfloat16)).passed
     assert len(counted) == 3 * 5, "3 steps of 5 weights"
     assert sum(counted) in jumps
+
+
+@triton.jit
+def store_another_scale(planes, offsets, mask, value, start, noise):  # type: ignore[no-untyped-def]
+    store_int8(planes, offsets, mask, value * 2.0, start, noise)
+
+
+@triton.jit
+def store_without_shift(planes, offsets, mask, value, start, noise):  # type: ignore[no-untyped-def]
+    store_int8(planes, offsets, mask, value, start, (noise[0], noise[1], noise[2], noise[3], noise[4], 0))
+
+
+class Fixed:
+    """In place of random bits: those that round to nearest, or always up."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def bits16(self, plane: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(plane, self.bits, dtype=torch.int64)
+
+
+INT8 = STATE_FORMATS["int8"][SIGNED]
+
+
+def rounds_to_nearest(planes: Any, value: torch.Tensor, noise: Any) -> None:
+    INT8.encode(planes, value, Fixed(0x8000))
+
+
+def rounds_up(planes: Any, value: torch.Tensor, noise: Any) -> None:
+    INT8.encode(planes, value, Fixed(0))
+
+
+def has_no_shift(planes: Any, value: torch.Tensor, noise: Any) -> None:
+    INT8.encode(planes, value, noise._replace(shift=0))
+
+
+def has_another_scale(planes: Any, value: torch.Tensor, noise: Any) -> None:
+    INT8.encode(planes, value, noise)
+    planes[1].mul_(2)
+
+
+def is_one_up(planes: Any, value: torch.Tensor, noise: Any) -> None:
+    INT8.encode(planes, value, noise)
+    planes[0].copy_((planes[0].int() + 1).clamp(max=127))
+
+
+def loses_the_sign(planes: Any, value: torch.Tensor, noise: Any) -> None:
+    INT8.encode(planes, value.abs(), noise)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"store": store_another_scale},
+        {"store": store_without_shift},
+        {"encode": rounds_to_nearest},
+        {"encode": has_no_shift},
+    ],
+    ids=["kernel stores another scale", "kernel has no shift", "twin rounds to nearest", "twin has no shift"],
+)
+def test_a_wrong_half_of_a_format_fails(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = case(tritopt.SGD, state_dtype="int8", momentum=0.9)
+    assert check_case(right).passed
+    monkeypatch.setitem(STATE_FORMATS["int8"], SIGNED, INT8._replace(**wrong))
+    row = check_case(right)
+    assert "state 0 of weight" in row.reason
+    assert "fused and reference differ by" in row.reason
+
+
+@pytest.mark.usefixtures("sizes_of_a_gpu")
+@pytest.mark.parametrize("wrong", [has_another_scale, is_one_up, loses_the_sign])
+def test_a_wrong_format_is_far_from_the_truth(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = case(tritopt.SGD, state_dtype="int8", momentum=0.9)
+    assert check_case(right).passed
+    monkeypatch.setitem(STATE_FORMATS["int8"], SIGNED, INT8._replace(encode=wrong))
+    assert "reference and truth differ by" in check_case(right).reason
+
+
+@needs_kernels
+def test_states_that_sums_round_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a moment was rounded apart, LANS makes another weight of it, and rightly so."""
+    lans, sgd = case(tritopt.LANS, state_dtype="int8"), case(tritopt.SGD, state_dtype="int8", momentum=0.9)
+    monkeypatch.setitem(STATE_FORMATS["int8"], SIGNED, INT8._replace(encode=rounds_up))
+    row = check_case(lans)
+    assert row.passed, row
+    assert row.states is not None
+    assert row.states >= 1
+    assert not check_case(sgd).passed
+    monkeypatch.setattr(check, "_differ", lambda name, ours, expected: torch.zeros_like(ours[name], dtype=torch.bool))
+    reason = check_case(lans).reason
+    assert reason.startswith("step 0, weight")
+    assert "fused and reference differ by" in reason
+
+
+def test_weights_that_states_are_reread_for_are_not_compared_with_the_truth() -> None:
+    row = check_case(case(tritopt.LAMB, state_dtype="fp8"))
+    assert row.passed
+    assert row.reason.endswith("weights not compared with the truth: they are computed from states as these are stored")
+    assert (row.fused_vs_truth, row.reference_vs_truth) == (None, None)
+    assert row.states is not None
+    assert 0 < row.states <= 1
+
+
+OF_STATES = [(name, kind) for name, kinds in STATE_FORMATS.items() for kind in kinds]
+
+
+@pytest.mark.parametrize(("name", "kind"), OF_STATES)
+def test_neighbours(name: str, kind: str) -> None:
+    """Of every number that a format has, at scales 1 and 4 in turn."""
+    fmt = STATE_FORMATS[name][kind]
+    n = 256 ** fmt.dtypes[0].itemsize
+    codes = torch.arange(n, device="cpu").to(torch.int8 if n == 256 else torch.int16).view(fmt.dtypes[0])
+    scale = torch.tensor([1.0, 4.0], device="cpu").repeat(n // 128) if fmt.block else torch.ones(1, device="cpu")
+    planes = (codes, scale.to(fmt.dtypes[1])) if fmt.block else (codes,)
+    numbers = fmt.decode(planes, torch.float32)
+    finite = numbers.isfinite()
+    low, high = (check._neighbour(fmt, planes, places)[finite] for places in (-1, 1))
+    spread = scale.repeat_interleave(n // len(scale))[finite]
+    numbers = numbers[finite] / spread
+    known = numbers.unique().tolist()
+    at = {number: i for i, number in enumerate(known)}
+    places = [at[number] for number in numbers.tolist()]
+    assert (low / spread).tolist() == [known[max(i - 1, 0)] for i in places]
+    assert (high / spread).tolist() == [known[min(i + 1, len(known) - 1)] for i in places]
+    if name == "int8":
+        given = [-2, -1, 0, 1, 126] if kind == SIGNED else [254, 255, 0, 1, 126]
+        higher = [-1, 0, 1, 2, 127] if kind == SIGNED else [255, 255, 1, 2, 127]
+        before, after = (torch.tensor(some, dtype=fmt.dtypes[0], device="cpu") for some in (given, higher))
+        found = check._neighbour(fmt, (before, planes[-1][:1]), 1)
+        assert torch.equal(found, fmt.decode((after, planes[-1][:1]), torch.float32))
+
+
+def test_neighbours_lie_in_memory_as_the_state_does() -> None:
+    opt = tritopt.SGD(momentum=0.9, state_dtype="int8")
+    weight = torch.zeros(6, 11, device="cpu").t()
+    run = Contender(opt, [weight], None)
+    codes, scales = run.states[0]
+    codes.copy_(torch.arange(66, device="cpu").view(11, 6) - 33)
+    scales.copy_(torch.tensor([1.0, 1024.0], device="cpu"))
+    name = "state 0 of weight 0"
+    number, (low, high) = run.tensors()[name], run.neighbours()[name]
+    assert number.stride() == low.stride() == high.stride() == weight.stride()
+    scale = torch.ones(11, 6, device="cpu")
+    scale[9:, 5] = 1024.0
+    for found, step in ((low, -1), (number, 0), (high, 1)):
+        code = codes.float() + step
+        assert torch.equal(found, code**3 * code.abs() * scale)
+
+
+@pytest.mark.parametrize(("config", "block"), [(check.SMALL, 0), (check.SMALL_OF_STATES, BLOCK)])
+def test_weights_of_a_check(config: phases.Config, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks, one of several blocks, and a tail; unaligned; transposed, with more than a block of states."""
+    monkeypatch.setattr(phases, "CONFIG", config)
+    assert not block or not (config.block_size % block or config.chunk_size % block)
+    state_dtype = "int8" if block else None
+    weights = check._weights(case(tritopt.SGD, state_dtype=state_dtype), torch.Generator("cpu").manual_seed(0))
+    _, _, long, unaligned, transposed = weights
+    assert long.numel() > config.chunk_size >= 2 * config.block_size
+    assert config.block_size < long.numel() % config.chunk_size < 2 * config.block_size
+    assert unaligned.data_ptr() % 16
+    assert not transposed.is_contiguous()
+    assert transposed.numel() > block
 
 
 @needs_kernels

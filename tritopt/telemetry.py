@@ -66,7 +66,7 @@ class Tracker:
     """What was summed up of each tensor in its last step. Nothing waits for it until somebody asks."""
 
     def __init__(self) -> None:
-        self._last: dict[Hashable, tuple[list[Tracked], int]] = {}
+        self._last: dict[Hashable, tuple[list[Tracked], int, int]] = {}
 
     def __reduce__(self) -> tuple[type[Tracker], tuple[()]]:
         """A copy starts without any."""
@@ -74,7 +74,7 @@ class Tracker:
 
     def add(self, names: Sequence[Hashable], tracked: list[Tracked]) -> None:
         """Of a launch over these tensors."""
-        self._last.update((name, (tracked, place)) for place, name in enumerate(names))
+        self._last.update((name, (tracked, len(names), place)) for place, name in enumerate(names))
 
     def sums(self, names: Sequence[Hashable]) -> torch.Tensor:
         """fp64 [tensors, COLUMNS], on the CPU; NaN for tensors that had no step."""
@@ -82,16 +82,15 @@ class Tracker:
         launches: dict[int, torch.Tensor] = {}
         for row, name in enumerate(names):
             if name in self._last:
-                tracked, place = self._last[name]
+                tracked, size, place = self._last[name]
                 if id(tracked) not in launches:
-                    launches[id(tracked)] = _joined(tracked)
+                    launches[id(tracked)] = _joined(tracked, size)
                 found[row] = launches[id(tracked)][place]
         return found
 
 
-def _joined(tracked: Sequence[Tracked]) -> torch.Tensor:
-    """fp64 [tensors of the launch, COLUMNS]."""
-    size = 1 + max((max(places) for places, _, _ in tracked), default=-1)
+def _joined(tracked: Sequence[Tracked], size: int) -> torch.Tensor:
+    """fp64 [size, COLUMNS], 0 where a tensor has no elements here."""
     found = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device="cpu")
     for places, columns, values in tracked:
         at = torch.tensor([COLUMNS.index(column) for column in columns], device="cpu")

@@ -150,7 +150,8 @@ def _device_id(weight: torch.Tensor) -> int:
 
 def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     attributes = optimizer.__getstate__()
-    del attributes["_planner"], attributes["_known_scalars"], attributes["_index_update_count"]
+    for name in ("_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes"):
+        del attributes[name]
     device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)
     schedule, name = attributes.pop(_SCHEDULER), type(optimizer).__name__.lower()
     if registry.OPTIMIZERS.get(name) is not type(optimizer):

@@ -54,6 +54,37 @@ def check_shards(name: str, master: str, fused: bool | None) -> None:
             assert_same(full(ours), value, EXACT, f"{key} of {shape}, {layout}")
 
 
+STATES = (
+    ((6, 128), "rows"), ((5, 64), "rows twice"), ((3, 2, 64), "hybrid"), ((2**15,), "rows"), ((4, 256), "columns"),
+    ((6, 128), "blocks"), ((3, 64), "replicated"), ((1, 64), "rows"),
+)  # fmt: skip
+"""Split between the runs of elements that share a scale."""
+
+
+@pytest.mark.parametrize(("state_dtype", "size"), [("bf16", 2), ("fp16", 2), ("fp8", 2), ("int8", 2), ("int8", 4)])
+def test_states_of_shards_equal_one_process(state_dtype: str, size: int, worlds: dict[int, World]) -> None:
+    worlds[size].run(check_states, state_dtype)
+
+
+def check_states(state_dtype: str) -> None:
+    found = layouts()
+    shapes, where = zip(*[(shape, found.get(layout, found["rows"])) for shape, layout in STATES], strict=True)
+    options = {"lr": 0.01, "master": "split8", "state_dtype": state_dtype, "track": True}
+    pair = Pair(tritopt.optim.AdamW, where, shapes, BF16, **options)
+    for _ in range(2):
+        pair.set_grads()
+        pair.one.step()
+        pair.many.step()
+    for (shape, layout), plain, shared in zip(STATES, pair.plain, pair.shared, strict=True):
+        assert list(pair.one.state[plain]) == list(pair.many.state[shared])
+        for key, value in {"weight": plain, **pair.one.state[plain]}.items():
+            ours = shared if key == "weight" else pair.many.state[shared][key]
+            assert_same(full(ours).float(), value.float(), EXACT, f"{key} of {shape}, {layout}")
+    for a, b in zip(pair.one.telemetry(), pair.many.telemetry(), strict=True):
+        assert (a.elements, a.nonfinite, a.unchanged) == (b.elements, b.nonfinite, b.unchanged)
+        assert abs(a.update_norm / b.update_norm - 1) < 1e-6
+
+
 @masters
 def test_columns_and_odd_places_are_the_same_in_replicas(master: str, worlds: dict[int, World]) -> None:
     worlds[4].run(check_replicas, master)

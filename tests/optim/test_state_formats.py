@@ -18,7 +18,7 @@ from tritopt.random import Noise, noise_key
 from tritopt.states import stored
 
 BF16, F32 = torch.bfloat16, torch.float32
-SHAPES = ((3, 64), (130,), (5, 7), (), (0,))
+SHAPES = ((3, 64), (2, 3, 64), (5, 7), (), (0, 64))
 FORMATS = {(name, kind): fmt for name, of_kind in STATE_FORMATS.items() for kind, fmt in of_kind.items()}
 EVERY_FORMAT = pytest.mark.parametrize("fmt", FORMATS.values(), ids=["-".join(key) for key in FORMATS])
 EVERY_NAME = pytest.mark.parametrize("name", STATE_FORMATS)
@@ -139,7 +139,7 @@ def test_kernel_is_the_reference(cls: Any, name: str) -> None:
 @EVERY_NAME
 @pytest.mark.parametrize("master", [*MASTERS, None])
 def test_every_master_goes_with_every_state(master: str | None, name: str) -> None:
-    copies = [parameters(BF16, ((3, 64), (9,))) for _ in range(2)]
+    copies = [parameters(BF16, ((3, 64), (2, 64))) for _ in range(2)]
     kernel, reference = (
         run(optim.AdamW, p, range(2), fused=fused, master=master, state_dtype=name)
         for p, fused in zip(copies, (None, False), strict=True)
@@ -151,7 +151,7 @@ def test_every_master_goes_with_every_state(master: str | None, name: str) -> No
 @EVERY_NAME
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_weights(dtype: torch.dtype, name: str) -> None:
-    copies = [parameters(dtype, ((3, 64), (9,))) for _ in range(2)]
+    copies = [parameters(dtype, ((3, 64), (2, 64))) for _ in range(2)]
     kernel, reference = (
         run(optim.Lion, p, range(2), fused=fused, state_dtype=name)
         for p, fused in zip(copies, (None, False), strict=True)
@@ -182,10 +182,10 @@ def test_layouts(name: str, layout: str) -> None:
     def made() -> list[torch.nn.Parameter]:
         torch.manual_seed(0)
         tensors = {
-            "transposed": lambda: torch.randn(16, 12).t(),
-            "channels_last": lambda: torch.randn(4, 6, 3, 2).to(memory_format=torch.channels_last),
-            "unaligned": lambda: torch.randn(150)[1:],
-            "strided": lambda: torch.randn(12, 16)[:, ::2],
+            "transposed": lambda: torch.randn(64, 6).t(),
+            "channels_last": lambda: torch.randn(3, 16, 2, 2).to(memory_format=torch.channels_last),
+            "unaligned": lambda: torch.randn(193)[1:].view(3, 64),
+            "strided": lambda: torch.randn(3, 128)[:, ::2],
         }
         return [torch.nn.Parameter(tensors[layout]())]
 
@@ -217,7 +217,7 @@ def test_a_weight_that_moves_in_memory_takes_its_states_along() -> None:
 @pytest.mark.parametrize("old", [*STATE_FORMATS, "fp32", None])
 @pytest.mark.parametrize("way", ["checkpoint", "group"])
 def test_states_change_format(old: str | None, new: str | None, way: str) -> None:
-    params = parameters(BF16, ((3, 64), (9,)))
+    params = parameters(BF16, ((3, 64), (2, 64)))
     opt = run(optim.AdamW, params, range(3), state_dtype=old, fused=False)
     before = [read(opt, p) for p in params]
     if way == "group":
@@ -275,7 +275,7 @@ def test_one_format_for_each_state() -> None:
         "exp_avg_sq": BF16,
         "max_exp_avg_sq": F32,
     }
-    matrix, vector = parameters(BF16, ((3, 64), (9,)))
+    matrix, vector = parameters(BF16, ((3, 64), (2, 64)))
     opt = make(optim.Lion, [{"params": [matrix], "state_dtype": "fp8"}, {"params": [vector]}])
     run(optim.Lion, [matrix, vector], range(1), opt)
     assert set(opt.state[matrix]) == {"step", "master_param", "exp_avg_fp8", "exp_avg_fp8_scale"}
@@ -309,7 +309,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 @EVERY_NAME
 def test_training_continues_from_bytes(name: str) -> None:
     def trained(resumed: bool) -> list[torch.Tensor]:
-        params = parameters(BF16, ((3, 64), (9,)))
+        params = parameters(BF16, ((3, 64), (2, 64)))
         opt = run(optim.AdamW, params, range(2), master="split8", state_dtype=name)
         if resumed:
             file = io.BytesIO()
@@ -326,7 +326,7 @@ def test_training_continues_from_bytes(name: str) -> None:
 def test_chunks_and_order_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(order: str, chunk: int, block: int) -> list[torch.Tensor]:
         monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=block, chunk_size=chunk, num_warps=1))
-        params = dict(zip("abc", parameters(BF16, ((300,), (3, 64), (7,))), strict=True))
+        params = dict(zip("abc", parameters(BF16, ((5, 64), (3, 64), (7,))), strict=True))
         opt = make(optim.AdamW, [(key, params[key]) for key in order], master="stochastic", state_dtype=name)
         for step in range(3):
             set_grads(list(params.values()), step)
@@ -345,12 +345,12 @@ def test_small_gradients_move_as_far_as_in_fp32(name: str, rms: float) -> None:
     """A published library's 8-bit updates are four times too long here: its scales are fp16."""
 
     def trained(state_dtype: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = torch.nn.Parameter(torch.zeros(1024))
+        weight = torch.nn.Parameter(torch.zeros(16, 64))
         opt = optim.AdamW([weight], lr=1e-3, weight_decay=0, state_dtype=state_dtype, fused=False)
         generator, moved = torch.Generator().manual_seed(0), []
         for step in range(1000):
             before = weight.detach().clone()
-            weight.grad = rms * (torch.randn(1024, generator=generator) + 0.3)
+            weight.grad = rms * (torch.randn(16, 64, generator=generator) + 0.3)
             opt.step()
             if step % 10 == 0:
                 moved.append((weight.detach() - before).double().square().mean())
@@ -364,7 +364,7 @@ def test_small_gradients_move_as_far_as_in_fp32(name: str, rms: float) -> None:
 def test_second_moments_follow_and_fade() -> None:
     """A thousandth at a time, which rounding to nearest would not see."""
     for name in STATE_FORMATS:
-        weight = torch.nn.Parameter(torch.zeros(1024))
+        weight = torch.nn.Parameter(torch.zeros(16, 64))
         opt = optim.AdamW([weight], lr=0.0, state_dtype=name, fused=False)
         sizes = []
         for size, steps in ((1.0, 300), (0.0, 700)):
@@ -375,6 +375,19 @@ def test_second_moments_follow_and_fade() -> None:
         risen = 1 - 0.999**300
         assert abs(sizes[0] / risen - 1) < 0.02, name
         assert abs(sizes[1] / (risen * 0.999**700) - 1) < 0.02, name
+
+
+def test_scales_are_for_rows_of_whole_blocks_and_for_long_tensors() -> None:
+    """Norms and biases stay fp32, split over processes or not."""
+    shapes = ((3, 64), (2, 32, 2), (96,), (3, 65), (2**15 + 13,), (181, 182))
+    params = parameters(F32, shapes)
+    opt = run(optim.Lion, params, range(2), state_dtype="int8", fused=False)
+    assert [("exp_avg_int8" in opt.state[p], "exp_avg" in opt.state[p]) for p in params] == [
+        (True, False), (True, False), (False, True), (False, True), (True, False), (True, False)
+    ]  # fmt: skip
+    assert [tuple(opt.state[params[i]]["exp_avg_int8_scale"].shape) for i in (0, 1, 4)] == [(3, 1), (2, 1), (513,)]
+    opt = run(optim.Lion, parameters(F32, shapes), range(1), state_dtype="bf16", fused=False)
+    assert all(opt.state[p]["exp_avg"].dtype == BF16 for p in opt.param_groups[0]["params"])
 
 
 def test_what_stays_fp32() -> None:

@@ -32,6 +32,8 @@ class Expected(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    per_block: bool = False
+    """Whether it has a number for each run of elements."""
 
 
 def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -115,7 +117,7 @@ def take_states(
         planes = [local(state.pop(key)) for key in keys_of(name, found)]
         value = torch.empty_like(local(param.detach()), dtype=torch.float32).copy_(found.decode(planes, torch.float32))
         for key, plane in zip(keys_of(name, fmt), stored(fmt, value), strict=True):
-            state[key] = like(param, plane, expected[key].shape)
+            state[key] = like(param, plane, expected[key].shape, expected[key].per_block)
 
 
 def is_stored_as(
@@ -143,8 +145,8 @@ def keys_of(name: str, fmt: Format) -> tuple[str, ...]:
 def expected_planes(name: str, fmt: Format, shape: tuple[int, ...], plain: torch.dtype) -> dict[str, Expected]:
     """Of a state of this shape. `plain`: its dtype, if it is stored as it is."""
     shapes = (shape, scales_shape(shape, fmt.block)) if fmt.block else (shape,)
-    found = zip(keys_of(name, fmt), shapes, fmt.dtypes or (plain,), strict=True)
-    return {key: Expected(shape, dtype) for key, shape, dtype in found}
+    found = zip(keys_of(name, fmt), shapes, fmt.dtypes or (plain,), (False, True), strict=False)
+    return {key: Expected(shape, dtype, per_block) for key, shape, dtype, per_block in found}
 
 
 def _merged(group: dict[str, Any], saved: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapp
         raise ValueError(
             f"loaded state dict: {name} of parameter {key!r} is {found}, and must be a tensor of real numbers"
         )
-    shape, dtype = expected[name]
+    shape, dtype, per_block = expected[name]
     if tuple(value.shape) != shape:
         raise ValueError(
             f"loaded state dict: {name} of parameter {key!r} has shape {tuple(value.shape)}, but a parameter of "
@@ -172,7 +174,7 @@ def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapp
         )
     if value.dtype.itemsize > dtype.itemsize and dtype.itemsize < 4:
         dtype = torch.float32 if value.dtype == torch.float64 else value.dtype
-    return laid_out(param, value.to(device=param.device, dtype=dtype))
+    return laid_out(param, value.to(device=param.device, dtype=dtype), per_block)
 
 
 def _other_forms(param: torch.Tensor, kinds: Mapping[str, str | None]) -> dict[str, Expected]:

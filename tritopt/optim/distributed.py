@@ -67,20 +67,29 @@ def has_whole_rows(tensor: torch.Tensor) -> bool:
     return not is_dtensor(tensor) or all(p.is_replicate() or _dim_of(p) == 0 for p in tensor.placements)
 
 
-def all_blocks_are_whole(param: torch.Tensor, block: int) -> bool:
-    """Whether runs of so many elements lie in one process each, also as rows of a matrix of rows and runs."""
-    if not is_dtensor(param) or not is_sharded(param):
-        return True
-    row = param.shape[1:].numel()
-    n_parts = 1
-    for size, placement in zip(param.device_mesh.shape, param.placements, strict=True):
-        dim = _dim_of(placement)
-        if placement.is_partial() or (dim is not None and dim > 1):
-            return False
-        if dim == 1:
-            n_parts *= size
-    is_even = n_parts == 1 or param.shape[1] % n_parts == 0
-    return param.dim() > 1 and is_even and row % (n_parts * block) == 0
+LONG = 2**15
+"""Elements. What is shorter and has no rows of whole blocks, norms and biases, is next to nothing of a model."""
+
+
+def takes_blocks(param: torch.Tensor, block: int) -> bool:
+    """Whether runs of so many elements may share a number: each run must lie in one process.
+
+    The answer must not depend on how many processes there are, or a checkpoint would have other names on another number
+    of them. So matrices need rows of whole runs; for long tensors that have none it depends after all.
+    """
+    row = param.shape[1:].numel() if param.dim() > 1 else 1
+    n_parts = [1, 1]
+    if is_dtensor(param) and is_sharded(param):
+        for size, placement in zip(param.device_mesh.shape, param.placements, strict=True):
+            dim = _dim_of(placement)
+            if placement.is_partial() or (dim is not None and dim > 1):
+                return False
+            if dim is not None:
+                n_parts[dim] *= size
+        if param.dim() == 1:
+            return param.numel() >= LONG and param.numel() % (n_parts[0] * block) == 0
+        return param.shape[1] % n_parts[1] == 0 and row % (n_parts[1] * block) == 0
+    return row % block == 0 or param.numel() >= LONG
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,19 +97,27 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def like(param: torch.Tensor, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A state made for the local part of a parameter, laid out over the processes as that is. `shape`: of the whole."""
+def like(param: torch.Tensor, value: torch.Tensor, shape: tuple[int, ...], per_block: bool = False) -> torch.Tensor:
+    """A state made for the local part of a parameter, laid out over the processes as that is.
+
+    shape: of the whole. per_block: a number for each run of elements, split as they are.
+    """
     if not is_dtensor(param):
         return value
     from torch.distributed.tensor import DTensor
 
     strides = param.stride() if shape == tuple(param.shape) else torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        value, param.device_mesh, placements_for(param, shape), run_check=False, shape=torch.Size(shape), stride=strides
+        value,
+        param.device_mesh,
+        placements_for(param, shape, per_block),
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=strides,
     )
 
 
-def laid_out(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def laid_out(param: torch.Tensor, value: torch.Tensor, per_block: bool = False) -> torch.Tensor:
     """A state made for the whole parameter, the same in every process, laid out as the parameter is: nothing is sent.
 
     A value that is laid out already is moved if its layout is another.
@@ -109,7 +126,7 @@ def laid_out(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return whole(value)
     from torch.distributed.tensor import DTensor, Replicate
 
-    placements = placements_for(param, tuple(value.shape))
+    placements = placements_for(param, tuple(value.shape), per_block)
     if is_dtensor(value):
         return value.redistribute(param.device_mesh, placements)
     everywhere = DTensor.from_local(value, param.device_mesh, [Replicate()] * param.device_mesh.ndim, run_check=False)
@@ -124,8 +141,13 @@ def fitted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return new
 
 
-def placements_for(param: DTensor, shape: tuple[int, ...]) -> list[Placement]:
-    """Of a state of this shape: as the parameter along dimensions that are as long, replicated elsewhere."""
+def placements_for(param: DTensor, shape: tuple[int, ...], per_block: bool = False) -> list[Placement]:
+    """Of a state of this shape: as the parameter along dimensions that are as long, replicated elsewhere.
+
+    per_block: as the parameter.
+    """
+    if per_block:
+        return list(param.placements)
     from torch.distributed.tensor import Replicate
 
     def fits(dim: int) -> bool:

@@ -13,7 +13,7 @@ from tritopt.kernels.formats import MASTERS, PLAIN, Format
 from tritopt.kernels.state_formats import BLOCK
 from tritopt.optim import checkpoint
 from tritopt.optim.checkpoint import Expected, keys_of
-from tritopt.optim.distributed import all_blocks_are_whole, like, local
+from tritopt.optim.distributed import like, local, takes_blocks
 from tritopt.optim.members import Only
 from tritopt.optim.step import Stepper
 from tritopt.optimizer import Optimizer as Rule
@@ -39,9 +39,10 @@ class Options(TypedDict, total=False):
         of these by name of the state, such as {"exp_avg": "int8", "exp_avg_sq": "bf16"}, the others fp32. All but fp32
         round stochastically. "fp16", "int8" and "fp8" share a scale among 64 neighbours in memory; `state` then holds,
         in place of "exp_avg", "exp_avg_int8" and "exp_avg_int8_scale", or likewise. A state that would not bear it
-        stays fp32: a largest value so far, factors, what weights are computed from; and so does one with scales of a
-        tensor that is split over processes in the midst of 64 elements. None, the default: fp32 where there is a
-        master, otherwise the parameter's dtype.
+        stays fp32: a largest value so far, factors, what weights are computed from. So does one with scales unless the
+        parameter's rows (what has one index along the first dimension) are multiples of 64 elements, so that they may
+        be split over any number of processes, or it has 32768 elements and is not split. None, the default: fp32 where
+        there is a master, otherwise the parameter's dtype.
     rounding_seed: of the random bits of stochastic rounding, an int >= 0; default 0. They are a function of the seed,
         the parameter (its name where parameters are named, else its position), the step and the element.
     max_grad_norm: clip the gradients' global norm to this in the step, on the device; `opt.grad_norm` holds the norm.
@@ -261,7 +262,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dtype={choice!r} is not for float64 parameters: give their param_group state_dtype=None"
             )
-        fits = all_blocks_are_whole(param, BLOCK)
+        fits = takes_blocks(param, BLOCK)
         return {name: PLAIN if fmt.block and not fits else fmt for name, fmt in zip(kinds, formats, strict=True)}
 
     def state_kinds_of(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, str | None]:

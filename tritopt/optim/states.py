@@ -59,7 +59,7 @@ def create_missing(
                 made[key] = (
                     distributed.laid_out(param, plane)
                     if member.needs_whole
-                    else distributed.like(param, plane, expected[key].shape)
+                    else distributed.like(param, plane, expected[key].shape, expected[key].per_block)
                 )
         replaced.append((param, state))
         opt.state[param] = made
