@@ -168,7 +168,7 @@ def multi_tensor_apply(
         is_aligned = is_aligned & ((noise[1] | noise[2] | noise[3]) % 8 == 0)
         noise = noise + (step,)
 
-    n_here = tl.where(is_live, tl.minimum(n_elements - start, CHUNK_SIZE), 0)
+    n_here = tl.where(is_live, tl.minimum(n_elements - start, CHUNK_SIZE), 0).to(tl.int32)
     # 128-bit accesses need 16-byte aligned planes and no mask, so a tensor's full blocks take a branch of their own.
     # Its tail, and all of a tensor that is not aligned (a view, a shard), take the masked one; nobody else is slowed.
     # Blocks are smaller there: each of a thread's elements has a pointer for each plane, and registers are for both.
@@ -192,7 +192,7 @@ def multi_tensor_apply(
         )  # fmt: skip
     if TRACKS[0]:
         # What of a tensor is not finite shows in the very steps that are skipped for it.
-        n_skipped = tl.where(is_live, 0, tl.minimum(n_elements - start, CHUNK_SIZE))
+        n_skipped = tl.where(is_live, 0, tl.minimum(n_elements - start, CHUNK_SIZE)).to(tl.int32)
         for at in tl.range(0, n_skipped, TAIL_SIZE, num_stages=1):
             offsets = start + at + tl.arange(0, TAIL_SIZE)
             g = tl.load(ptrs[FORMATS[0][1]] + offsets, mask=offsets < n_elements).to(COMPUTE_DTYPE)

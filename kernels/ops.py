@@ -56,3 +56,12 @@ def cast(x, dtype: tl.constexpr):
 def sign(x):
     """1, -1, or x itself where it is zero or NaN."""
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+
+
+@triton.jit
+def floor_of_root(x, N: tl.constexpr):
+    """The whole part of the n-th root of x >= 0, fp32; of a number next to an n-th power perhaps that of its neighbour.
+
+    By approximate logarithm and exponential, which take a fifth of the instructions of exact roots.
+    """
+    return tl.exp2(tl.log2(x) * (1.0 / N)).to(tl.int32).to(tl.float32)

@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 
 from tritopt.kernels.formats import Format, decode_plain, encode_stochastic, load_plain, store_stochastic
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import cast, sqrt
+from tritopt.kernels.ops import cast, floor_of_root
 from tritopt.kernels.random import random_bits16
 
 BLOCK = 64
@@ -119,7 +119,11 @@ def _decoder(
 
 @triton.jit
 def _goes_up(scaled, lower, higher, start, offsets, mask, noise):
-    """Whether a number between two others is rounded up: with the probability that keeps the mean."""
+    """Whether a number between two others is rounded up: with the probability that keeps the mean.
+
+    Also where `lower` is the neighbour of what it should be because a root was not exact: a number at `higher` is
+    rounded up to it always, one below `lower` never further down.
+    """
     chance = random_bits16(noise, start, offsets, mask).to(tl.int32).to(tl.float32) * 2.0**-16
     return chance * (higher - lower) < scaled - lower
 
@@ -153,8 +157,8 @@ def _eighth_power_twin(code: torch.Tensor) -> torch.Tensor:
     return fourth * fourth
 
 
-def _root_twin(value: torch.Tensor) -> torch.Tensor:
-    return value.double().sqrt().float()  # torch's own in fp32 is not always the nearest
+def _floor_of_root(value: torch.Tensor, n: int) -> torch.Tensor:
+    return (value.log2() * (1 / n)).exp2().floor()
 
 
 @triton.jit
@@ -183,7 +187,7 @@ def load_int8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 def store_int8(planes, offsets, mask, value, start, noise):
     """Of either sign."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_INT8)
-    code = sqrt(sqrt(scaled)).to(tl.int32).to(tl.float32)
+    code = floor_of_root(scaled, 4)
     lower, higher = _fourth_power(code), _fourth_power(code + 1.0)
     code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
     code = tl.minimum(code, 127.0)  # powers are rounded
@@ -194,7 +198,7 @@ def encode_int8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any)
     """Twin of `store_int8`."""
     value = _like_codes(planes[0], value)
     scaled = _scaled_twin(planes, value, 127**4)
-    code = _root_twin(_root_twin(scaled)).floor()
+    code = _floor_of_root(scaled, 4)
     lower, higher = _fourth_power_twin(code), _fourth_power_twin(code + 1.0)
     code = torch.where(_goes_up_twin(scaled, lower, higher, planes[0], noise), code + 1.0, code).clamp(max=127.0)
     _in_memory(planes[0]).copy_(torch.where(value < 0, -code, code))
@@ -212,7 +216,7 @@ def load_uint8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 def store_uint8(planes, offsets, mask, value, start, noise):
     """Of squares."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_UINT8) * 2.0**64
-    code = sqrt(sqrt(sqrt(scaled))).to(tl.int32).to(tl.float32)
+    code = floor_of_root(scaled, 8)
     lower, higher = _eighth_power(code), _eighth_power(code + 1.0)
     code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
     code = tl.minimum(code, 255.0)  # powers are rounded
@@ -224,7 +228,7 @@ def encode_uint8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any
     """Twin of `store_uint8`."""
     value = _like_codes(planes[0], value)
     scaled = _scaled_twin(planes, value, 255.0**8 / 2.0**64) * 2.0**64
-    code = _root_twin(_root_twin(_root_twin(scaled))).floor()
+    code = _floor_of_root(scaled, 8)
     lower, higher = _eighth_power_twin(code), _eighth_power_twin(code + 1.0)
     code = torch.where(_goes_up_twin(scaled, lower, higher, planes[0], noise), code + 1.0, code).clamp(max=255.0)
     _in_memory(planes[0]).copy_(torch.where((code == 0) & (value > 0), 1.0, code))
