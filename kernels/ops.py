@@ -60,8 +60,11 @@ def sign(x):
 
 @triton.jit
 def floor_of_root(x, N: tl.constexpr):
-    """The whole part of the n-th root of x >= 0, fp32; of a number next to an n-th power perhaps that of its neighbour.
+    """The whole part of the 4th or 8th root of x >= 0, fp32; of a number next to an n-th power perhaps its neighbour's.
 
-    By approximate logarithm and exponential, which take a fifth of the instructions of exact roots.
+    By approximate roots, which take half the instructions of exact ones.
     """
-    return tl.exp2(tl.log2(x) * (1.0 / N)).to(tl.int32).to(tl.float32)
+    root = tl.sqrt(tl.sqrt(x))
+    if N == 8:
+        root = tl.sqrt(root)
+    return root.to(tl.int32).to(tl.float32)

@@ -158,7 +158,8 @@ def _eighth_power_twin(code: torch.Tensor) -> torch.Tensor:
 
 
 def _floor_of_root(value: torch.Tensor, n: int) -> torch.Tensor:
-    return (value.log2() * (1 / n)).exp2().floor()
+    root = value.sqrt().sqrt()
+    return (root.sqrt() if n == 8 else root).floor()
 
 
 @triton.jit
