@@ -13,20 +13,24 @@ import pytest
 pytestmark = pytest.mark.xdist_group("compiles")  # one worker compiles, once
 
 ARCH = os.environ.get("TRITOPT_TEST_ARCH", "90")  # also "80", "100", "gfx942", on demand
-FORMATS = os.environ.get("TRITOPT_TEST_FORMATS", "some")  # "all": every optimizer with every way to keep a master
+# "all": every optimizer with every way to keep a master, and its states in every format that one of them takes
+FORMATS = os.environ.get("TRITOPT_TEST_FORMATS", "some")
 
 PROGRAM = """
 import json, sys, torch, tritopt, tritopt.optim
 arch = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
-from tritopt.compiled import compile_launches
+from tritopt.compiled import compile_launches, compile_norm
+from tritopt.cost import bytes_per_parameter
 from tritopt.kernels.formats import MASTER_FP32, MASTERS, PLAIN
+from tritopt.kernels.state_formats import STATE_FORMATS
 from tritopt.phases import Apply
 from tritopt.registry import OPTIMIZERS
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 common = [(bf16, bf16, MASTER_FP32), (f32, f32, PLAIN)]
 rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, f64, PLAIN)]
 packed = [(bf16, bf16, fmt) for fmt in MASTERS.values() if fmt is not MASTER_FP32]
-rows = []
+is_all = sys.argv[2] == "all"
+rows = [{"case": "norm", **launch._asdict()} for launch in compile_norm(bf16, arch)]
 rules = {found.rule for found in vars(tritopt.optim).values() if hasattr(found, "rule")}
 torchs = {rule.__name__: rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")}
 found = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
@@ -34,10 +38,28 @@ for name, rule in found.items():
     for variant in rule.variants:
         takes_all = all(isinstance(phase, Apply) for phase in rule(**variant).phases)
         wanted = common + (rare if name in ("adamw", "lamb", "sgd", "adan", "lans") else [])
-        wanted += packed if takes_all and (sys.argv[2] == "all" or name in ("adamw", "lion", "signum")) else []
-        for weight, grad, fmt in wanted:
-            for launch in compile_launches(rule(**variant), weight, grad, fmt, arch):
-                rows.append({"case": f"{name} {variant} {weight} {grad} {fmt.name}", **launch._asdict()})
+        wanted += packed if takes_all and (is_all or name in ("adamw", "lion", "signum")) else []
+        wanted = [(*dtypes_and_format, None) for dtypes_and_format in wanted]
+        for choice in STATE_FORMATS if takes_all else ():
+            masters = ["split8"] if is_all or choice in ("int8", "fp8") else []
+            if name in ("adamw", "lion", "lamb", "adan") and not variant:
+                masters += ["split16"] if choice in ("bf16", "fp16") else []
+            elif not is_all:
+                continue
+            has_some = any(fmt is not PLAIN for fmt in rule(**variant, state_dtype=choice).state_formats())
+            wanted += [(bf16, bf16, MASTERS[master], choice) for master in masters if has_some]
+        for weight, grad, fmt, choice in wanted:
+            opt = rule(**variant, state_dtype=choice)
+            case = f"{name} {variant} {weight} {grad} {fmt.name}" + (f", {choice} states" if choice else "")
+            scales = sum(2 / fmt.block for fmt in opt.state_formats() if fmt.block)
+            in_scales = [phase.traffic((0, 0), 0, scales) for phase in opt.phases]
+            cost = bytes_per_parameter(opt, weight, grad, fmt)
+            planes = {
+                "planes_read": cost.read - sum(read for read, _ in in_scales),
+                "planes_written": cost.written - sum(written for _, written in in_scales),
+            }
+            for launch in compile_launches(opt, weight, grad, fmt, arch):
+                rows.append({"case": case, **planes, **launch._asdict()})
 print(json.dumps(rows))
 """
 
@@ -55,7 +77,8 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
-    assert not [row for row in rows if row["spilled_bytes"]]
+    wanted = ("case", "kernel", "registers", "spilled_bytes")
+    assert [[row[name] for name in wanted] for row in rows if row["spilled_bytes"]] == []
 
 
 def test_full_blocks_move_128_bits_at_a_time(rows: list[dict[str, Any]]) -> None:
@@ -83,6 +106,28 @@ def test_rows_move_128_bits_at_a_time(rows: list[dict[str, Any]]) -> None:
     assert found
     for row in found:
         assert (row["wide_loads"], row["wide_stores"]) == expected[row["case"].partition("} torch.")[2]], row["case"]
+
+
+@pytest.mark.skipif(ARCH.startswith("gfx"), reason="LLVM unrolls loops there")
+def test_full_blocks_move_what_the_formula_says(rows: list[dict[str, Any]]) -> None:
+    """Bytes per parameter of the loads and stores in the code; tests/test_traffic.py counts those of scales as well."""
+    moved: dict[str, list[float]] = {}
+    for row in rows:
+        if row["bytes_loaded"] is not None:
+            total = moved.setdefault(row["case"], [0.0, 0.0])
+            total[0] += row["bytes_loaded"]
+            total[1] += row["bytes_stored"]
+    norm = moved.pop("norm")
+    assert norm == [2, 0]
+    expected = {row["case"]: [row["planes_read"], row["planes_written"]] for row in rows if row["case"] in moved}
+    assert moved == expected
+    for stored, with_clip in {
+        "fp32 master": 28 + 2,
+        "split16, bf16 states": 18 + 2,
+        "split8, int8 states": 12 + 2,  # and an eighth in scales
+        "split8, fp8 states": 12 + 2,
+    }.items():
+        assert sum(moved[f"adamw {{}} torch.bfloat16 torch.bfloat16 {stored}"]) + sum(norm) == with_clip
 
 
 def test_kernels_say_their_name(rows: list[dict[str, Any]]) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tritopt
-from tritopt.cost import Traffic, bytes_per_parameter, listings, resident_bytes, tensors_of
-from tritopt.kernels.formats import MASTER_FP32, PLAIN, Format
+from tritopt.cost import PRECISIONS, Traffic, bytes_per_parameter, listings, resident_bytes, tensors_of
+from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT8, SPLIT16, STOCHASTIC, Format
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -31,6 +31,19 @@ FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.flo
         ("adamw", {}, BF16, FP32, MASTER_FP32, 16, 14),
         # Phase 1: g 2, master 4, m and v 8; m and v 8. Phase 2: master 4, m and v 8; master 4, w 2.
         ("lamb", {}, BF16, BF16, MASTER_FP32, 14 + 12, 8 + 6),
+        # w 2, remainder 1, g 2, m and v 1 and a 64th of 2 each; the same without g
+        ("adamw", {"state_dtype": "int8"}, BF16, BF16, SPLIT8, 7 + 4 / 64, 5 + 4 / 64),
+        # Only one of the states
+        ("adamw", {"state_dtype": {"var": "fp8"}}, BF16, BF16, SPLIT16, 2 + 2 + 2 + 4 + 1 + 2 / 64, 4 + 4 + 1 + 2 / 64),
+        ("adamw", {"state_dtype": "bf16"}, FP32, FP32, PLAIN, 4 + 4 + 4, 4 + 4),
+        ("adamw", {"state_dtype": "fp32"}, BF16, BF16, PLAIN, 2 + 2 + 8, 2 + 8),
+        ("lion", {}, BF16, BF16, STOCHASTIC, 2 + 2 + 4, 2 + 4),
+        ("lion", {}, BF16, BF16, KAHAN, 4 + 2 + 4, 4 + 4),
+        ("lion", {"state_dtype": "fp16"}, BF16, BF16, KAHAN, 4 + 2 + 2 + 2 / 64, 4 + 2 + 2 / 64),
+        # Four states of 2
+        ("adan", {"state_dtype": "bf16"}, BF16, BF16, SPLIT16, 4 + 2 + 8, 4 + 8),
+        # Large matrices: their rows' states do not count. g three times, w twice; w.
+        ("adafactor", {}, BF16, BF16, SPLIT16, 6 + 8, 4),
         # States stay fp32. Phase 1: g 2, w 2, m and v 8; m and v 8. Phase 2: w 2, m and v 8; w 2.
         ("lamb", {}, BF16, BF16, PLAIN, 12 + 10, 8 + 2),
     ],
@@ -41,8 +54,8 @@ def test_traffic(
     weight: torch.dtype,
     grad: torch.dtype,
     fmt: Format,
-    read: int,
-    written: int,
+    read: float,
+    written: float,
 ) -> None:
     opt = tritopt.create(name, **arguments)
     assert bytes_per_parameter(opt, weight, grad, fmt) == Traffic(read, written)
@@ -56,11 +69,43 @@ def test_the_optimizer_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "fmt", "expected"),
-    [(FP32, PLAIN, 12), (BF16, MASTER_FP32, 2 + 4 + 8), (BF16, PLAIN, 6), (FP64, PLAIN, 24)],
+    ("weight", "fmt", "state_dtype", "expected"),
+    [
+        (FP32, PLAIN, None, 12),
+        (FP32, PLAIN, "fp8", 4 + 2 + 4 / 64),
+        (BF16, MASTER_FP32, None, 2 + 4 + 8),
+        (FP16, MASTER_FP32, "fp16", 2 + 4 + 4 + 4 / 64),
+        (BF16, SPLIT16, None, 2 + 2 + 8),
+        (BF16, SPLIT16, "bf16", 2 + 2 + 4),
+        (BF16, SPLIT8, None, 2 + 1 + 8),
+        (BF16, SPLIT8, "int8", 2 + 1 + 2 + 4 / 64),
+        (BF16, SPLIT8, {"mean": "bf16", "var": "int8"}, 2 + 1 + 2 + 1 + 2 / 64),
+        (BF16, KAHAN, None, 2 + 2 + 8),
+        (BF16, STOCHASTIC, None, 2 + 8),
+        (BF16, PLAIN, None, 6),
+        (BF16, PLAIN, "fp32", 10),
+        (FP64, PLAIN, None, 24),
+    ],
 )
-def test_resident_bytes_of_adam(weight: torch.dtype, fmt: Format, expected: int) -> None:
-    assert resident_bytes(tritopt.create("adam"), weight, fmt) == expected
+def test_resident_bytes_of_adam(weight: torch.dtype, fmt: Format, state_dtype: Any, expected: float) -> None:
+    assert resident_bytes(tritopt.create("adam", state_dtype=state_dtype), weight, fmt) == expected
+
+
+@pytest.mark.parametrize("name", ["adafactor", "groupadagrad"])
+def test_what_a_row_shares_does_not_count(name: str) -> None:
+    opt = tritopt.create(name)
+    assert (resident_bytes(opt, FP32), resident_bytes(opt, BF16, MASTER_FP32)) == (4, 6)
+
+
+def test_whole_numbers_print_as_such() -> None:
+    assert repr(bytes_per_parameter(tritopt.create("adam"), FP32, FP32)) == "Traffic(read=16, written=12)"
+    assert repr(resident_bytes(tritopt.create("adam"), FP32)) == "12"
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in MASTERS.values() if fmt.draws], ids=lambda fmt: fmt.name)
+def test_what_an_optimizer_refuses_is_refused(fmt: Format) -> None:
+    with pytest.raises(ValueError, match="not for Adafactor, whose kernels draw no random bits"):
+        bytes_per_parameter(tritopt.create("adafactor"), BF16, BF16, fmt)
 
 
 def test_a_master_needs_16_bit_weights() -> None:
@@ -78,13 +123,34 @@ def test_without_phases_nothing_is_known() -> None:
     assert (listing.kernels, listing.moved, listing.resident["fp32"]) == ((), {}, 4)
 
 
+def test_listings_leave_out_what_is_refused() -> None:
+    class Stepping(tritopt.Optimizer):
+        """Sees its states as they are."""
+
+        def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            raise NotImplementedError
+
+    (own,) = listings([Stepping])
+    assert list(own.resident) == ["fp32", "bf16 + fp32 master", "bf16"]
+    (adafactor,) = listings([tritopt.Adafactor])
+    assert list(adafactor.moved) == list(adafactor.resident)
+    assert set(PRECISIONS) - set(adafactor.moved) == {"split8, int8 states"}
+
+
 def test_listings_have_a_row_for_each_set_of_launches() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rows = list(listings([tritopt.SGD, tritopt.Adam]))
     assert [(row.optimizer, row.arguments) for row in rows] == [("sgd", {}), ("sgd", {"momentum": 0.9}), ("adam", {})]
     assert rows[2].states == ("mean", "var")
-    assert [traffic.total for traffic in rows[2].moved.values()] == [28, 28, 26, 14]
+    assert {name: traffic.total for name, traffic in rows[2].moved.items()} == {
+        "fp32": 28,
+        "bf16 + fp32 master": 28,
+        "bf16 + 16-bit remainder": 26,
+        "split16, bf16 states": 18,
+        "split8, int8 states": 12.125,
+        "bf16": 14,
+    }
 
 
 def test_tensors_of_a_state() -> None:

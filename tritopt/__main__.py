@@ -1,4 +1,4 @@
-"""The command line: `tritopt list`, `tritopt check`. Arguments and tables; cost.py and check.py do the work."""
+"""The command line: `tritopt list`, `check` and `numerics`. Arguments and tables; their modules do the work."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import tritopt
-from tritopt import cost, docs, registry
-from tritopt.check import Row, cases, environment, load_optimizer, registered, run_checks
+from tritopt import cost, docs, numerics_plot, registry
+from tritopt import numerics as report
+from tritopt.check import Row, cases, device, environment, load_optimizer, registered, run_checks
 from tritopt.kernels.formats import MASTERS
 from tritopt.kernels.language import HAS_TRITON
 
@@ -30,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+AnyRow = TypeVar("AnyRow")
 
 
 def _print_version(wanted: bool) -> None:
@@ -50,7 +55,7 @@ def main(
 @app.command("list")
 def list_optimizers(
     as_json: AsJson = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: AsMarkdown = False,
 ) -> None:
     """List the optimizers: their launches, states, and bytes that a step reads and writes per parameter."""
     listings = list(cost.listings())
@@ -65,9 +70,16 @@ def list_optimizers(
             line[1:1], line[len(line) :] = extra[:1], extra[1:]
         typer.echo("\n".join(f"| {' | '.join(line)} |" for line in lines))
         return
-    table = Table(caption="bytes: read and written by a step, per parameter; gradients have the weights' dtype")
-    for name in header:
-        table.add_column(name, justify="right" if name.startswith("bytes") else "left")
+    table = Table(
+        caption="numbers: bytes that a step reads and writes per parameter; gradients have the weights' dtype",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    for i, name in enumerate(header[:3]):
+        table.add_column(name, width=max(len(part) + 1 for row in rows for part in row[i].split(", ")))
+    for name in cost.PRECISIONS:
+        # One word a line: without a terminal there are 120 columns.
+        table.add_column(name.replace(" ", "\n"), justify="right")
     for row in rows:
         table.add_row(*row)
     _console().print(table)
@@ -83,9 +95,17 @@ def _documented(listing: cost.Listing) -> list[str]:
 
 
 def _listed(listing: cost.Listing) -> list[str]:
-    moved = [str(listing.moved[name].total) if name in listing.moved else "?" for name in cost.PRECISIONS]
+    # "-": the optimizer refuses it.
+    moved = [
+        _short(listing.moved[name].total) if name in listing.moved else "-" if listing.moved else "?"
+        for name in cost.PRECISIONS
+    ]
     launches = f"{len(listing.kernels)}: {', '.join(listing.kernels)}" if listing.kernels else "no kernel"
     return [_call(listing.optimizer, listing.arguments), launches, ", ".join(listing.states) or "none", *moved]
+
+
+def _short(n: float) -> str:
+    return f"{n:.1f}".removesuffix(".0")
 
 
 @app.command()
@@ -111,7 +131,7 @@ def check(
     console = _console()
     if not as_json:
         console.print(_where(machine), soft_wrap=True)
-    rows = list(_with_progress(run_checks(classes, quick), len(cases(classes, quick)), shown=not as_json))
+    rows = list(_with_progress(run_checks(classes, quick), "checking", len(cases(classes, quick)), not as_json))
     passed = _all_passed(rows)
     if as_json:
         typer.echo(
@@ -123,6 +143,65 @@ def check(
             console.print(note)
         _print_failures(console, [row for row in rows if not row.passed], len(rows))
     raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def numerics(
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help="A class of tritopt.optim.")] = "AdamW",
+    storage: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="NAME", help="Only this one, such as split8+int8; may be repeated."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates of each format.")] = report.STEPS,
+    lr: Annotated[float, typer.Option(help="Learning rate of the network.")] = report.DIGITS_LR,
+    no_digits: Annotated[bool, typer.Option("--no-digits", help="No network, which needs scikit-learn.")] = False,
+    plot: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="Draw it, as .png or .svg; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+    markdown: AsMarkdown = False,
+) -> None:
+    """What each storage format costs in bytes, and how far it leads from a float64 truth.
+
+    On a small network (scikit-learn's digits) and on a synthetic stress. Takes minutes; --steps 100 takes seconds.
+    """
+    try:
+        formats, cls = report.find_formats(storage), report.find_optimizer(optimizer)
+        for path in plot or ():
+            numerics_plot.check_path(path)
+        run = report.Report(cls, formats, steps, lr, with_digits=not no_digits)
+    except (ImportError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    rows = list(_with_progress(run.rows(), "training", len(run), shown=not (as_json or markdown)))
+    for path in plot or ():
+        numerics_plot.save_plot(rows, path)
+    if as_json:
+        typer.echo("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]")
+    else:
+        _print_summary(rows, markdown)
+
+
+def _print_summary(rows: Sequence[report.Row], markdown: bool) -> None:
+    columns = ["format", *(column.title for column in report.COLUMNS)]
+    lines = [[name, *cells] for name, cells in report.summary(rows).items()]
+    if markdown:
+        rule = ["---", *["---:"] * len(report.COLUMNS)]
+        typer.echo("\n".join(f"| {' | '.join(line)} |" for line in [columns, rule, *lines]))
+        return
+    table = Table(
+        title=f"{rows[0].optimizer}, {max(row.steps for row in rows)} steps, {device()}",
+        caption=report.EXPLANATION,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    for at, name in enumerate(columns):
+        # One word a line: without a terminal there are 120 columns.
+        table.add_column(name.replace(" ", "\n"), justify="right" if at else "left")
+    for line in lines:
+        table.add_row(*line)
+    _console().print(table)
+    for name, reason in {row.format: row.refused for row in rows if row.refused}.items():
+        _console().print(f"{name}: {reason}", soft_wrap=True)
 
 
 def _interpret_without_gpu() -> None:
@@ -138,9 +217,9 @@ def _console() -> Console:
     return console if console.is_terminal else Console(markup=False, highlight=False, width=120)
 
 
-def _with_progress(rows: Iterable[Row], total: int, shown: bool) -> Iterable[Row]:
+def _with_progress(rows: Iterable[AnyRow], what: str, total: int, shown: bool) -> Iterable[AnyRow]:
     console = Console(stderr=True)
-    return track(rows, "checking", total, console=console, transient=True, disable=not (shown and console.is_terminal))
+    return track(rows, what, total, console=console, transient=True, disable=not (shown and console.is_terminal))
 
 
 def _where(machine: dict[str, Any]) -> str:
@@ -161,7 +240,7 @@ def _summary(rows: Sequence[Row]) -> Table:
         "weights",
         caption="largest error in ulp of the weights' dtype; of states and masters, in ulp of their own",
     )
-    for name in ("cases", "fused - reference", "fused - truth", "reference - truth", "states"):
+    for name in ("cases", "fused -\nreference", "fused -\ntruth", "reference -\ntruth", "states"):
         table.add_column(name, justify="right")
     table.add_column("")
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -194,7 +273,8 @@ def _worst(errors: Sequence[float | None]) -> str:
 
 
 def _weights(row: Row) -> str:
-    return row.weight_dtype + (f" + {MASTERS[row.master].name}" if row.master else "")
+    master = f" + {MASTERS[row.master].name}" if row.master else ""
+    return row.weight_dtype + master + (f", {row.state_dtype} states" if row.state_dtype else "")
 
 
 def _print_failures(console: Console, failures: Sequence[Row], n_cases: int) -> None:

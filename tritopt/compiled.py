@@ -57,6 +57,12 @@ class CompiledLaunch(NamedTuple):
     expected_wide_loads: int | None
     """As many as that branch of the driver needs if each access is 128 bits wide; None for other kernels."""
     expected_wide_stores: int | None
+    bytes_loaded: float | None
+    """Per element of a full block, by accesses of several words; scales that elements share, which are narrow, apart.
+
+    8-bit planes count: 8 bytes a thread, 256 in a row of a warp. None for other kernels, and for AMD GPUs.
+    """
+    bytes_stored: float | None
 
 
 def compile_launches(
@@ -71,14 +77,23 @@ def compile_launches(
 
     Raises RuntimeError under TRITON_INTERPRET=1, which replaces kernels by Python.
     """
+    return _compiled(lambda: _step(opt, weight_dtype, grad_dtype, fmt), arch)
+
+
+def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunch]:
+    """Likewise, the launches that a global norm of gradients takes (max_grad_norm)."""
+    return _compiled(lambda: Planner().squares("compile", [torch.zeros(64, 64, dtype=dtype)]), arch)
+
+
+def _compiled(step: Callable[[], Any], arch: int | str) -> list[CompiledLaunch]:
     if INTERPRETED:
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
     with mock.patch.object(phases, "CONFIG", phases.NVIDIA if isinstance(arch, int) else phases.AMD):
-        launches = recorded_launches(lambda: _step(opt, weight_dtype, grad_dtype, fmt))
+        launches = recorded_launches(step)
     return [_describe(launched, arch) for launched in launches]
 
 
-def recorded_launches(step: Callable[[], None]) -> list[Launched]:
+def recorded_launches(step: Callable[[], Any]) -> list[Launched]:
     """The launches that `step` makes, none of which happens."""
     launches: list[Launched] = []
 
@@ -129,29 +144,45 @@ def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fm
 
 
 def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
+    """What runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
-    expected = (
-        _expected_accesses(launched, 32 if isinstance(arch, int) else 64)
-        if "FORMATS" in launched.arguments
-        else (None, None)
-    )
+    name, is_driver = binary.metadata.name, "FORMATS" in launched.arguments
+    per_thread = _elements_of_a_thread(launched, 32 if isinstance(arch, int) else 64) if is_driver else 0
+    expected: tuple[int | None, int | None] = (None, None)
+    if is_driver:
+        expected = _expected_accesses(launched, per_thread)
     if not isinstance(arch, int):
         assembly = binary.asm["amdgcn"]
         loads, stores = (len(re.findall(f"global_{kind}_dwordx4", assembly)) for kind in ("load", "store"))
         registers, spilled = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
-        return CompiledLaunch(binary.metadata.name, registers, spilled, loads, stores, *expected)
-    found = _ACCESS.findall(binary.asm["ptx"])
-    wide = Counter(kind for kind, lanes, bits in found if int(lanes or 1) * int(bits) == 128)
+        return CompiledLaunch(name, registers, spilled, loads, stores, *expected, None, None)
+    found = [(kind, int(words or 1), int(bits)) for kind, words, bits in _ACCESS.findall(binary.asm["ptx"])]
+    wide = Counter(kind for kind, words, bits in found if words * bits == 128)
+    # Tables, scales and the masked branch, whose pointers are not aligned, are accessed word by word.
+    loaded, stored = (
+        sum(words * bits for kind, words, bits in found if kind == wanted and words > 1) / 8 / per_thread
+        if is_driver
+        else None
+        for wanted in ("ld", "st")
+    )
     registers, spilled = _resources(binary.asm["cubin"])
-    return CompiledLaunch(binary.metadata.name, registers, spilled, wide["ld"], wide["st"], *expected)
+    more = phases.more_registers(registers)
+    if is_driver and spilled and "maxnreg" not in launched.options:
+        return _describe(launched._replace(options={**launched.options, **more}), arch)
+    return CompiledLaunch(name, registers, spilled, wide["ld"], wide["st"], *expected, loaded, stored)
 
 
-def _expected_accesses(launched: Launched, warp_size: int) -> tuple[int, int]:
+def _elements_of_a_thread(launched: Launched, warp_size: int) -> int:
+    """In a full block of the driver."""
+    return int(launched.arguments["BLOCK_SIZE"]) // (warp_size * int(launched.options["num_warps"]))
+
+
+def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
     """128-bit loads and stores that one thread of the driver needs for a full block."""
-    constants, warps = launched.arguments, launched.options["num_warps"]
-    per_thread = constants["BLOCK_SIZE"] // (warp_size * warps)
+    constants = launched.arguments
     sizes = [dtype.primitive_bitwidth // 8 for dtype in constants["DTYPES"]]
-    accesses = [per_thread * size // 16 for size in sizes]  # of 8-bit planes none: a thread's elements fill 8 bytes
+    # Of 8-bit planes none: a thread's elements fill 64 bits, and those of neighbours whole sectors all the same.
+    accesses = [per_thread * size // 16 for size in sizes]
     (_, weight_end, load, *_), *states = constants["FORMATS"]
     planes = zip(accesses[:weight_end], format_of(load).plane_reads, strict=True)
     loads = sum(n for n, is_read in planes if is_read) * constants["READS"][0]

@@ -11,26 +11,39 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt import registry
-from tritopt.kernels.formats import MASTER_FP32, PLAIN, SPLIT16, Format
+from tritopt.kernels.formats import MASTER_FP32, MASTERS, PLAIN, SPLIT8, SPLIT16, Format
+from tritopt.kernels.state_formats import BLOCK
 from tritopt.optimizer import Optimizer, State
+from tritopt.states import Choice
 
-PRECISIONS: dict[str, tuple[torch.dtype, Format]] = {
-    "fp32": (torch.float32, PLAIN),
-    "bf16 + fp32 master": (torch.bfloat16, MASTER_FP32),
-    "bf16 + 16-bit remainder": (torch.bfloat16, SPLIT16),
-    "bf16": (torch.bfloat16, PLAIN),
+
+class Precision(NamedTuple):
+    """What is stored how. Gradients have the weights' dtype."""
+
+    weight_dtype: torch.dtype
+    fmt: Format = PLAIN
+    state_dtype: Choice = None
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32),
+    "bf16 + fp32 master": Precision(torch.bfloat16, MASTER_FP32),
+    "bf16 + 16-bit remainder": Precision(torch.bfloat16, SPLIT16),
+    "split16, bf16 states": Precision(torch.bfloat16, SPLIT16, "bf16"),
+    "split8, int8 states": Precision(torch.bfloat16, SPLIT8, "int8"),
+    "bf16": Precision(torch.bfloat16),
 }
-"""Dtype of weights and gradients, and storage format, that `tritopt list` shows."""
+"""What `tritopt list` shows."""
 
 
 class Traffic(NamedTuple):
-    """Bytes per parameter that one step must move."""
+    """Bytes per parameter that one step must move. Fractions are those of scales that 64 elements share."""
 
-    read: int
-    written: int
+    read: float
+    written: float
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """Both directions."""
         return self.read + self.written
 
@@ -45,9 +58,9 @@ class Listing:
     """Update functions, one per launch; "?" where Triton is missing. Empty: no kernel."""
     states: tuple[str, ...]
     moved: dict[str, Traffic]
-    """By name of PRECISIONS. Empty: no kernel."""
-    resident: dict[str, int]
-    """Bytes per parameter in memory, likewise, without gradients."""
+    """By name of PRECISIONS, but for those that the optimizer refuses. Empty: no kernel."""
+    resident: dict[str, float]
+    """Bytes per parameter in memory, by name likewise, without gradients."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -57,27 +70,37 @@ class Listing:
 def bytes_per_parameter(
     opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN
 ) -> Traffic:
-    """Bytes per parameter that the phases of a fused step read and write; tables and sums per tensor do not count.
+    """Bytes per parameter that the phases of a fused step read and write, states stored as `opt.state_dtype` says.
+
+    Tables and sums per tensor do not count, nor do states of a matrix's rows: as if all were large matrices. A global
+    gradient norm (max_grad_norm) reads the gradient once more.
 
     >>> import tritopt
     >>> bytes_per_parameter(tritopt.create("adam"), torch.bfloat16, torch.bfloat16, MASTER_FP32)
     Traffic(read=14, written=14)
+    >>> bytes_per_parameter(tritopt.create("adam", state_dtype="int8"), torch.bfloat16, torch.bfloat16, SPLIT8)
+    Traffic(read=7.0625, written=5.0625)
 
     Raises:
-        ValueError: the optimizer has no kernel, or the format does not go with the dtype.
+        ValueError: the optimizer has no kernel, or refuses the format, or that does not go with the dtype.
     """
     if not opt.phases:
         raise ValueError(f"{type(opt).__name__} declares no phases, so the bytes its step moves are not known")
     planes, states = _stored(opt, weight_dtype, fmt)
     weight_read = sum(size for size, is_read in zip(planes, fmt.plane_reads, strict=True) if is_read)
-    moved = [phase.traffic((weight_read, sum(planes)), grad_dtype.itemsize, sum(states)) for phase in opt.phases]
-    return Traffic(round(sum(read for read, _ in moved)), round(sum(written for _, written in moved)))
+    moved = [phase.traffic((weight_read, sum(planes)), grad_dtype.itemsize, states) for phase in opt.phases]
+    return Traffic(_shortest(sum(read for read, _ in moved)), _shortest(sum(written for _, written in moved)))
 
 
-def resident_bytes(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format = PLAIN) -> int:
-    """Bytes per parameter of the weight's planes and the states, gradients not included."""
+def resident_bytes(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format = PLAIN) -> float:
+    """Bytes per parameter of the weight's planes and the states, which count as above; gradients not included."""
     planes, states = _stored(opt, weight_dtype, fmt)
-    return sum(planes) + round(sum(states))
+    return _shortest(sum(planes) + states)
+
+
+def _shortest(n: float) -> float:
+    """Whole numbers as int, which print without a point. Sums of bytes over 64 are exact."""
+    return int(n) if n == int(n) else n
 
 
 def fresh_state(opt: Optimizer, index: Hashable, weight: torch.Tensor) -> State:
@@ -100,32 +123,48 @@ def listings(classes: Sequence[type[Optimizer]] | None = None) -> Iterator[Listi
 
 def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
     opt = cls(**arguments)
+    moved, resident = {}, {}
+    for name, (dtype, fmt, state_dtype) in PRECISIONS.items():
+        master: dict[str, Any] = {} if fmt is PLAIN else {"multi_precision": True, "master": _name_of(fmt)}
+        try:
+            stores = cls(**arguments, **master, state_dtype=state_dtype)
+            resident[name] = resident_bytes(stores, dtype, fmt)
+        except ValueError:
+            continue  # a format that this optimizer refuses
+        if opt.phases:
+            moved[name] = bytes_per_parameter(stores, dtype, dtype, fmt)
     return Listing(
         optimizer=cls.__name__.lower(),
         arguments=arguments,
         kernels=tuple(name for phase in opt.phases for name in phase.kernels),
         states=tuple(opt.state_names),
-        moved={
-            name: bytes_per_parameter(opt, dtype, dtype, fmt) for name, (dtype, fmt) in PRECISIONS.items() if opt.phases
-        },
-        resident={name: resident_bytes(opt, dtype, fmt) for name, (dtype, fmt) in PRECISIONS.items()},
+        moved=moved,
+        resident=resident,
     )
 
 
-def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], list[float]]:
-    """Bytes per parameter of each plane of the weight and of each state; of a matrix, where a row's state is small."""
+def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], float]:
+    """Bytes per parameter of each plane of the weight, and of the states; as they are allocated for a matrix."""
     if weight_dtype not in fmt.weight_dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in fmt.weight_dtypes)
         raise ValueError(f"format {fmt.name!r} stores {names} weights, not {weight_dtype}; pass PLAIN")
     opt = copy.copy(opt)
-    opt.multi_precision = False
-    weight = torch.empty(256, 256, dtype=weight_dtype)
-    planes = [weight.dtype.itemsize]
-    if fmt.n_planes > 1:
-        planes.append(fmt.dtype_of_companion(weight_dtype).itemsize)
-    if fmt is not PLAIN:
-        weight = weight.float()
-    return planes, [tensor.nbytes / weight.numel() for tensor in tensors_of(fresh_state(opt, 0, weight))]
+    opt.multi_precision = fmt is not PLAIN
+    if opt.multi_precision:
+        opt.master = _name_of(fmt)
+    # Whole blocks, and rows longer than one: what a row shares is less than scales are, and does not count.
+    weight = torch.zeros(72, 72, dtype=weight_dtype, device="cpu")
+    state = fresh_state(opt, "weight", weight)
+    planes = [weight]
+    if fmt.companion:
+        companion, state = state
+        planes.append(companion)
+    states = [tensor for tensor in tensors_of(state) if tensor.numel() * BLOCK >= weight.numel()]
+    return [plane.dtype.itemsize for plane in planes], sum(t.nbytes for t in states) / weight.numel()
+
+
+def _name_of(fmt: Format) -> str:
+    return next(name for name, known in MASTERS.items() if known is fmt)
 
 
 def tensors_of(state: Any) -> list[torch.Tensor]:

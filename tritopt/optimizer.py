@@ -54,9 +54,10 @@ class Optimizer:
         multi_precision: keep a master and fp32 states for fp16 and bf16 weights.
         master: how it is kept. "fp32": a copy. "split16": 16 bits that complete a bf16 weight to exactly the fp32
             master, for the same trajectory; such a weight is the master rounded to nearest, away from zero at a tie.
-            "split8": 8 bits in their place, rounded stochastically. "kahan": what the weight lacks, in its dtype.
-            "stochastic": nothing beside a bf16 weight, which is rounded stochastically. None: as without
-            multi_precision. An optimizer that overrides `step` sees fp32 masters, so it takes "fp32" or None.
+            "split8": 8 bits in their place, rounded stochastically. "kahan": what the weight lacks, in its dtype;
+            updates below 2^-17 of a bf16 weight can be lost. "stochastic": nothing beside a bf16 weight, which is
+            rounded stochastically. None: as without multi_precision. An optimizer that overrides `step` sees fp32
+            masters, so it takes "fp32" or None.
         state_dtype: how states are stored: "fp32", "bf16", "fp16", "int8", "fp8" (torch's dtypes do as well), or a dict
             of these by name of the state, the others fp32. All but fp32 round stochastically; the last three share a
             scale among 64 neighbours in memory (kernels/state_formats.py). A state that would not bear it stays fp32:

@@ -115,7 +115,8 @@ class Apply(NamedTuple):
         tracks = tracks_of(self, launch)
         n_totals = self.n_sums + len(tracks[0]) + len(tracks[1])
         partials = group.empty(n_chunks, n_totals) if n_totals else None
-        multi_tensor_apply[(n_chunks,)](
+        variant = (self, group.formats, group.dtypes, launch.preamble, bool(n_totals))
+        kernel = multi_tensor_apply[(n_chunks,)](
             group.device_table,
             tensor_table,
             chunk_table,
@@ -131,7 +132,10 @@ class Apply(NamedTuple):
             TAIL_SIZE=min(config.tail_size, config.block_size),
             num_warps=config.num_warps,
             enable_fp_fusion=False,
+            **_MORE_REGISTERS.get(variant, {}),
         )
+        if getattr(kernel, "n_spills", 0) and variant not in _MORE_REGISTERS:
+            _MORE_REGISTERS[variant] = more_registers(kernel.n_regs)
         if partials is None:
             return None
         totals = group.empty(n_tensors, n_totals)
@@ -142,6 +146,18 @@ class Apply(NamedTuple):
         if launch.tracked is not None and any(tracks):
             launch.tracked.append(Tracked(group.members, (*tracks[0], *tracks[1]), totals[:, self.n_sums :]))
         return totals[:, : self.n_sums].contiguous() if self.n_sums else None
+
+
+_MORE_REGISTERS: dict[Hashable, dict[str, int]] = {}
+"""Options of launches that spilled the first time."""
+
+
+def more_registers(n: int) -> dict[str, int]:
+    """Options for a kernel that spills with so many registers a thread.
+
+    NVIDIA's compiler spills a few bytes to fit one more block on a core, unless it is told how many it may take.
+    """
+    return {} if torch.version.hip else {"maxnreg": min(n + 32, 255)}
 
 
 def tracks_of(phase: Apply, launch: Launch) -> tuple[tuple[str, ...], tuple[str, ...]]:
