@@ -340,7 +340,8 @@ def test_all_of_a_dumped_optimizer_comes_back_but_param_dict() -> None:
     assert type(opt) is tritopt.LAMB
     assert opt.param_dict == {}
     ours, theirs = (
-        {k: v for k, v in vars(o).items() if k not in ("param_dict", "_planner", "_tracker")} for o in (opt, updater.optimizer)
+        {k: v for k, v in vars(o).items() if k not in ("param_dict", "_planner", "_tracker")}
+        for o in (opt, updater.optimizer)
     )
     assert ours == theirs
     assert opt._index_update_count is opt._all_index_update_counts[2]
