@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".svg")
-DASHES = ("-", "--", ":", "-.")
+DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "v")
 OUTLIERS = (SAME_OUTLIERS, ANY_OUTLIERS)
 
 
@@ -36,24 +36,20 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
     drift, update, price = figure.subplots(1, 3)
     for i, name in enumerate(formats):
         own = {row.case: row for row in rows if row.format == name}
-        color = f"C{i % 10}"
-        style = {"color": color, "linestyle": DASHES[i // 10 % len(DASHES)], "marker": "o", "markersize": 3}
+        color, turn = f"C{i % 10}", i // 10 % len(DASHES)
+        marker = {"color": color, "marker": MARKERS[turn], "markersize": 5}
+        style = {**marker, "linestyle": DASHES[turn]}
         _line(drift, [(lr, own[case].drift) for case, lr in RATES.items()], name, style)
         _line(update, [(rms, own[case].update) for case, rms in GRADIENTS.items()], name, style)
         moved = own[next(iter(GRADIENTS))].moved
         for cases, fill in ((tuple(GRADIENTS), color), (OUTLIERS, "none")):
             worst = max((value for case in cases if (value := own[case].drift) is not None), default=None)
-            if worst is None or moved is None:
-                continue
-            price.plot([moved], [worst], marker="o", linestyle="", color=color, markerfacecolor=fill)
-            if fill == color:
-                where = {"textcoords": "offset points", "xytext": (4, (3, -9)[i % 2]), "fontsize": 7}
-                price.annotate(name, (moved, worst), **where)
+            if worst is not None and moved is not None:
+                price.plot([moved], [worst], linestyle="", markerfacecolor=fill, **marker)
     drift.set(title="drift", xlabel="learning rate: an update's share of the weight", xscale="log")
     update.set(title="size of updates", xlabel="rms of the gradients", xscale="log")
     update.set(ylabel="rms, as a share of the truth's", yscale="log", ylim=(1e-3, 10))
     price.set(title="drift, filled: gradients of any rms, hollow: outliers", xlabel="bytes moved per parameter")
-    price.margins(x=0.15)
     for axes in (drift, price):
         axes.set(ylabel="distance from the truth, as a share of its movement", yscale="log")
     for axes in (drift, update, price):
