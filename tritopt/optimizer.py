@@ -572,20 +572,22 @@ class Optimizer:
             planes, inner = (*planes, state[0].detach()), state[1]
         elif fmt.companion:
             fmt = PLAIN  # a state of `create_state`, which `update` takes
-        values = self._values(inner)
-        if len(values) != n_states or not all(map(_is_planes, values)):
+        values, wanted = self._values(inner), self.state_formats()
+        is_right = len(values) == n_states and all(map(_is_planes, values))
+        if not is_right or any(isinstance(v, tuple) and not f.block for v, f in zip(values, wanted, strict=True)):
             raise ValueError(
                 f"parameter {index!r}: {type(self).__name__} keeps states ({', '.join(self.state_names)}) per weight, "
-                f"got {_structure(state)}; create them with create_state_multi_precision(index, weight)"
+                f"got {_structure(state)}; create them with create_state_multi_precision(index, weight), or bring "
+                "those of another state_dtype with convert_state(index, weight, state)"
             )
         for plane in planes[1:]:
             validate.state_tensor(index, plane, weight, weight.shape, fmt.dtype_of_companion(weight.dtype))
         formats: list[Format] = []
         flat: list[torch.Tensor] = []
-        for value, wanted, shape in zip(values, self.state_formats(), self.state_shapes(weight.shape), strict=True):
+        for value, stored_as, shape in zip(values, wanted, self.state_shapes(weight.shape), strict=True):
             of_state = value if isinstance(value, tuple) else (value,)
-            is_plain = wanted is PLAIN or (len(of_state) == 1 and value.dtype == torch.float32)
-            formats.append(PLAIN if is_plain else wanted)
+            is_plain = stored_as is PLAIN or (len(of_state) == 1 and value.dtype == torch.float32)
+            formats.append(PLAIN if is_plain else stored_as)
             validate.state_planes(index, of_state, weight, shape, formats[-1])
             flat.extend(of_state)
         task = Task(planes, fmt, grad.detach(), tuple(flat), state_formats=tuple(formats))
@@ -753,7 +755,9 @@ def _checked_state_dtype(cls: type, state_dtype: Any, overrides_step: bool, lazy
 
 def _is_planes(value: Any) -> bool:
     """Whether it is a tensor, or codes and scales."""
-    return all(isinstance(plane, torch.Tensor) for plane in (value if isinstance(value, tuple) else (value,)))
+    if isinstance(value, tuple):
+        return len(value) == 2 and all(isinstance(plane, torch.Tensor) for plane in value)
+    return isinstance(value, torch.Tensor)
 
 
 def _initial_lr(learning_rate: float | None, lr_scheduler: LRScheduler | None) -> Any:

@@ -114,7 +114,7 @@ def test_bounds_that_are_no_numbers(name: str) -> None:
 def test_unknown_keywords(cls: Class) -> None:
     with pytest.raises(
         TypeError,
-        match=r"unexpected keyword argument 'max_norm'.*multi_precision, master, rounding_seed, max_grad_norm",
+        match=r"unexpected keyword argument 'max_norm'.*multi_precision, master, state_dtype, rounding_seed",
     ):
         cls(parameters(), **options_of(cls), max_norm=1.0)
 

@@ -181,7 +181,7 @@ def test_no_master_where_none_is_wanted_or_needed(cls: Any, dtype: torch.dtype) 
     params = parameters(dtype)
     opt = cls(params, lr=0.01, multi_precision=False)
     train(opt, params, range(1, 2))
-    least = torch.promote_types(dtype, cls.rule.state_dtype or dtype)
+    least = torch.promote_types(dtype, cls.rule.least_state_dtype or dtype)
     for p in params:
         assert MASTER_FP32.companion not in opt.state[p]
         assert {v.dtype for k, v in opt.state[p].items() if k not in ("step", *cls.rule.scalar_states)} <= {least}

@@ -264,6 +264,7 @@ COMMON = {
     "clip_value": None,
     "multi_precision": True,
     "master": "fp32",
+    "state_dtype": None,
 }
 
 

@@ -143,7 +143,7 @@ def test_groups_hold_torchs_defaults(name: str) -> None:
         key: value for key, value in theirs.items() if key != "params"
     }
     extra = set(ours) - set(theirs)
-    assert extra <= {"capturable", "fused", "clip_value", "multi_precision", "master"}
+    assert extra <= {"capturable", "fused", "clip_value", "multi_precision", "master", "state_dtype"}
 
 
 @pytest.mark.parametrize("name", NAMES)
