@@ -1,0 +1,108 @@
+"""`tritopt check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tritopt.check import Row, cases, environment, load_optimizer, registered, run_checks
+from tritopt.commands.console import AsJson, call, console, interpret_without_gpu, where, with_progress
+from tritopt.kernels.formats import MASTERS
+
+MAX_FAILURES = 20
+
+
+def check(
+    target: Annotated[str | None, typer.Argument(metavar="MODULE:CLASS", help="An optimizer of your own.")] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer combinations, fewer steps.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check optimizers on this machine: fused against reference, both against a float64 truth.
+
+    Exits with 1 if a check fails. Without a GPU the kernels run in Triton's interpreter.
+    """
+    interpret_without_gpu()
+    try:
+        # A target alone stands for itself, not for everybody.
+        classes = registered(optimizer or ([] if target else None))
+        if target:
+            classes.append(load_optimizer(target))
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    machine = environment()
+    terminal = console()
+    if not as_json:
+        terminal.print(where(machine), soft_wrap=True)
+    rows = list(with_progress(run_checks(classes, quick), "checking", len(cases(classes, quick)), not as_json))
+    passed = _all_passed(rows)
+    if as_json:
+        typer.echo(
+            json.dumps({**machine, "quick": quick, "passed": passed, "rows": [asdict(row) for row in rows]}, indent=2)
+        )
+    else:
+        terminal.print(_summary(rows))
+        for note in [] if machine["fused_unavailable"] else _notes(rows):
+            terminal.print(note)
+        _print_failures(terminal, [row for row in rows if not row.passed], len(rows))
+    raise typer.Exit(0 if passed else 1)
+
+
+def _summary(rows: Sequence[Row]) -> Table:
+    """The worst of each optimizer and kind of weights."""
+    table = Table(
+        "optimizer",
+        "weights",
+        caption="largest error in ulp of the weights' dtype; of states and masters, in ulp of their own",
+    )
+    for name in ("cases", "fused -\nreference", "fused -\ntruth", "reference -\ntruth", "states"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.optimizer, _weights(row)), []).append(row)
+    for key, members in groups.items():
+        columns = ("fused_vs_reference", "fused_vs_truth", "reference_vs_truth", "states")
+        worst = [_worst([getattr(row, column) for row in members]) for column in columns]
+        style = "" if _all_passed(members) else "red"
+        table.add_row(*key, str(len(members)), *worst, _verdict(members), style=style)
+    return table
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    return "ok" if _all_passed(rows) else f"{sum(not row.passed for row in rows)} FAILED"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Why kernels of rows that passed were not compared."""
+    return sorted({f"{row.optimizer}: {row.reason}" for row in rows if row.passed and row.reason})
+
+
+def _all_passed(rows: Sequence[Row]) -> bool:
+    return all(row.passed for row in rows)
+
+
+def _worst(errors: Sequence[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{max(known):.3g}" if known else "-"
+
+
+def _weights(row: Row) -> str:
+    master = f" + {MASTERS[row.master].name}" if row.master else ""
+    return row.weight_dtype + master + (f", {row.state_dtype} states" if row.state_dtype else "")
+
+
+def _print_failures(terminal: Console, failures: Sequence[Row], n_cases: int) -> None:
+    for row in failures[:MAX_FAILURES]:
+        made = call("tritopt.create", {"": row.optimizer, **row.arguments})
+        stored = f"weights {_weights(row)}, gradients {row.grad_dtype}"
+        terminal.print(f"\n{made}, {stored}:\n  {row.reason}", soft_wrap=True)
+    if len(failures) > MAX_FAILURES:
+        terminal.print(f"\nand {len(failures) - MAX_FAILURES} more, which --json lists")
+    terminal.print(f"\n{len(failures)} of {n_cases} checks failed" if failures else f"all {n_cases} checks passed")
