@@ -6,6 +6,7 @@ Stage 1 is a phase of the driver that emits sums per chunk. Stage 2, here, adds 
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import div, is_finite, sqrt
 
 
 @triton.jit
@@ -27,3 +28,27 @@ def sum_partials(partial_ptr, tensor_ptr, sum_ptr, n_chunks, n_tensors, N_SUMS: 
             chunks = start + tl.arange(0, BLOCK_SIZE)
             total += tl.load(partial_ptr + chunks * N_SUMS + i, mask=chunks < end, other=0.0)
         tl.store(sum_ptr + tensor * N_SUMS + i, tl.sum(total))
+
+
+@triton.jit(do_not_specialize=["n"])
+def clip_factor(
+    square_ptr, n, max_norm_ptr, inverse_ptr, norm_ptr, factor_ptr, EPSILON: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """norm = sqrt(sum of n squares) * inverse; factor = min(1, max_norm / (norm + EPSILON)) * inverse.
+
+    All fp64 but for norm_ptr, fp32. inverse_ptr, that of a loss scale, may be None. The factor is NaN, which skips an
+    update, where the norm is not finite.
+    """
+    total = tl.zeros([BLOCK_SIZE], dtype=tl.float64)
+    for start in tl.range(0, n, BLOCK_SIZE, num_stages=1):
+        offsets = start + tl.arange(0, BLOCK_SIZE)
+        total += tl.load(square_ptr + offsets, mask=offsets < n, other=0.0)
+    norm = sqrt(tl.sum(total))
+    if inverse_ptr is not None:
+        norm = norm * tl.load(inverse_ptr)
+    factor = div(tl.load(max_norm_ptr), norm + EPSILON)
+    factor = tl.where(factor < 1, factor, 1.0)
+    if inverse_ptr is not None:
+        factor = factor * tl.load(inverse_ptr)
+    tl.store(norm_ptr, norm.to(tl.float32))
+    tl.store(factor_ptr, tl.where(is_finite(norm), factor, float("nan")))

@@ -144,7 +144,7 @@ def test_ten_thousand_tensors_in_one_call(monkeypatch: pytest.MonkeyPatch) -> No
     launches = []
 
     class Recorder:
-        def __getitem__(self, grid: tuple[int]) -> Any:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def launch(*args: Any, **constants: Any) -> None:
                 launches.append((grid, [a.cpu() if isinstance(a, torch.Tensor) else a for a in args]))
                 if not INTERPRETED:
@@ -157,7 +157,7 @@ def test_ten_thousand_tensors_in_one_call(monkeypatch: pytest.MonkeyPatch) -> No
     buffer, grad = torch.zeros(n, 4), torch.ones(n, 4)
     add([plain_task(w, g) for w, g in zip(buffer, grad, strict=True)], [float(i % 7) for i in range(n)])
     ((grid, (table, tensor_table, chunk_table, *_)),) = launches
-    assert grid == (n,)
+    assert grid == (n, 1, 1)
     assert chunk_table.tolist() == list(range(n))
     assert tensor_table.tolist() == [[4, i, 1] for i in range(n)]
     rows = table[: 3 * n].view(n, 3)

@@ -157,7 +157,7 @@ def test_adamw(dtype: torch.dtype, master: str | None, state_dtype: str | None, 
 )
 def test_a_global_norm_reads_the_gradient_once_more(master: str, state_dtype: str | None, moved: float) -> None:
     step = Step(optim.AdamW, BF16, {"master": master, "state_dtype": state_dtype, "max_grad_norm": 1.0})
-    assert step.kernels == ["multi_tensor_apply", "sum_partials", "multi_tensor_apply"]
+    assert step.kernels == ["multi_tensor_apply", "sum_partials", "clip_factor", "multi_tensor_apply"]
     assert step.read + step.written == moved
     resident, read, written = step.by_formula
     assert step.counted == (resident, read + 2, written)

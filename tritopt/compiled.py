@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for any GPU and without one: registers, spills, access widths.
+"""What the compiler makes of the kernels, for any GPU and without one: registers, spills, what the hot loops do.
 
 Needs kernels that are not interpreted: run with TRITON_INTERPRET unset.
 """
@@ -17,14 +17,17 @@ from unittest import mock
 import torch
 
 from tritopt import phases
+from tritopt.config import AMD, NVIDIA, Config
 from tritopt.cost import fresh_state, tensors_of
 from tritopt.fused import Planner, Task
 from tritopt.group import Launch
+from tritopt.hot_loop import hot_loops, parse_gcn, parse_sass
 from tritopt.kernels.formats import PLAIN, Format, format_of
 from tritopt.kernels.language import INTERPRETED, triton
+from tritopt.kernels.state_formats import BLOCK
 from tritopt.optimizer import Optimizer
 
-_ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?\.(?:v(\d)\.)?[a-z](\d+)\b")
+_VECTOR = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.v\d")
 _TYPES = {
     torch.int8: "*i8",
     torch.int16: "*i16",
@@ -46,23 +49,38 @@ class Launched(NamedTuple):
 
 
 class CompiledLaunch(NamedTuple):
-    """One launch of an optimizer, compiled."""
+    """One launch of an optimizer, compiled.
+
+    What follows `num_warps` is of its hot loops (tritopt/hot_loop.py); a launch without one works on what is small
+    beside the tensors.
+    """
 
     kernel: str
     registers: int
+    """A thread."""
     spilled_bytes: int
-    wide_loads: int
-    """128-bit loads in the code, all of them in the branch of full blocks."""
-    wide_stores: int
+    """A thread."""
+    shared_bytes: int
+    """A program."""
+    num_warps: int
+    elements: int
+    """That a thread has in an iteration; 0: there is no hot loop."""
+    loads: Counter[int]
+    """Accesses to global memory that a thread makes for these, by their width in bits."""
+    stores: Counter[int]
     expected_wide_loads: int | None
-    """As many as that branch of the driver needs if each access is 128 bits wide; None for other kernels."""
+    """As many of 128 bits as the driver needs if each access is that wide; None for other kernels."""
     expected_wide_stores: int | None
     bytes_loaded: float | None
-    """Per element of a full block, by accesses of several words; scales that elements share, which are narrow, apart.
+    """Per parameter. Of what a block of neighbours shares, its share; what a row shares is taken as nothing.
 
-    8-bit planes count: 8 bytes a thread, 256 in a row of a warp. None for other kernels, and for AMD GPUs.
+    Of Adafactor's kernels, what they load for matrices, not for vectors.
     """
     bytes_stored: float | None
+    instructions: float | None
+    """That are issued, per parameter, on the shortest path."""
+    arithmetic: float | None
+    """Those among them that compute."""
 
 
 def compile_launches(
@@ -88,7 +106,9 @@ def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunc
 def _compiled(step: Callable[[], Any], arch: int | str) -> list[CompiledLaunch]:
     if INTERPRETED:
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
-    with mock.patch.object(phases, "CONFIG", phases.NVIDIA if isinstance(arch, int) else phases.AMD):
+    # A copy, since the very object that is shipped leaves the choice to each phase.
+    config = Config(*(NVIDIA if isinstance(arch, int) else AMD))
+    with mock.patch.object(phases, "CONFIG", config):
         launches = recorded_launches(step)
     return [_describe(launched, arch) for launched in launches]
 
@@ -146,35 +166,67 @@ def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fm
 def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
     """What runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
-    name, is_driver = binary.metadata.name, "FORMATS" in launched.arguments
-    per_thread = _elements_of_a_thread(launched, 32 if isinstance(arch, int) else 64) if is_driver else 0
-    expected: tuple[int | None, int | None] = (None, None)
-    if is_driver:
-        expected = _expected_accesses(launched, per_thread)
-    if not isinstance(arch, int):
+    if isinstance(arch, int):
+        registers, spilled = _resources(binary.asm["cubin"])
+        if "FORMATS" in launched.arguments and spilled and "maxnreg" not in launched.options:
+            more = phases.more_registers(registers)
+            return _describe(launched._replace(options={**launched.options, **more}), arch)
+        # Disassembling takes long, and a loop of single words is not hot.
+        has_vectors = _VECTOR.search(binary.asm["ptx"]) is not None
+        code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=binary.asm["cubin"]) if has_vectors else "")
+    else:
         assembly = binary.asm["amdgcn"]
-        loads, stores = (len(re.findall(f"global_{kind}_dwordx4", assembly)) for kind in ("load", "store"))
-        registers, spilled = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
-        return CompiledLaunch(name, registers, spilled, loads, stores, *expected, None, None)
-    found = [(kind, int(words or 1), int(bits)) for kind, words, bits in _ACCESS.findall(binary.asm["ptx"])]
-    wide = Counter(kind for kind, words, bits in found if words * bits == 128)
-    # Tables, scales and the masked branch, whose pointers are not aligned, are accessed word by word.
-    loaded, stored = (
-        sum(words * bits for kind, words, bits in found if kind == wanted and words > 1) / 8 / per_thread
-        if is_driver
-        else None
-        for wanted in ("ld", "st")
+        registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
+        spilled = 4 * spills
+        code = parse_gcn(assembly)
+    loops = hot_loops(code)
+    elements = _elements_of_a_thread(launched, 32 if isinstance(arch, int) else 64) if loops else 0
+    loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
+    stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
+    is_driver = "FORMATS" in launched.arguments
+    expected = _expected_accesses(launched, elements) if is_driver else (None, None)
+    masked = _masked_bytes(launched)
+    return CompiledLaunch(
+        binary.metadata.name,
+        registers,
+        spilled,
+        binary.metadata.shared,
+        binary.metadata.num_warps,
+        elements,
+        loads,
+        stores,
+        expected[0],
+        expected[1],
+        _bytes(loads, elements, is_driver) - masked[0] if loops else None,
+        _bytes(stores, elements, is_driver) - masked[1] if loops else None,
+        sum(loop.instructions for loop in loops) / elements if loops else None,
+        sum(loop.arithmetic for loop in loops) / elements if loops else None,
     )
-    registers, spilled = _resources(binary.asm["cubin"])
-    more = phases.more_registers(registers)
-    if is_driver and spilled and "maxnreg" not in launched.options:
-        return _describe(launched._replace(options={**launched.options, **more}), arch)
-    return CompiledLaunch(name, registers, spilled, wide["ld"], wide["st"], *expected, loaded, stored)
 
 
 def _elements_of_a_thread(launched: Launched, warp_size: int) -> int:
-    """In a full block of the driver."""
-    return int(launched.arguments["BLOCK_SIZE"]) // (warp_size * int(launched.options["num_warps"]))
+    """In one iteration over full blocks."""
+    constants = launched.arguments
+    block = (
+        constants["BLOCK_SIZE"] if "BLOCK_SIZE" in constants else constants["BB"] * constants["BR"] * constants["BC"]
+    )
+    return int(block) // (warp_size * int(launched.options["num_warps"]))
+
+
+def _bytes(accesses: Counter[int], elements: int, is_driver: bool) -> float:
+    """Per parameter. A thread that accesses less than a byte for each of its elements shares that with others."""
+    own = sum(bits // 8 * count for bits, count in accesses.items() if bits >= 8 * elements) / elements
+    scales = sum(bits // 8 * count for bits, count in accesses.items() if bits < 8 * elements) / BLOCK
+    return own + (scales if is_driver else 0)
+
+
+def _masked_bytes(launched: Launched) -> tuple[int, int]:
+    """Loaded and stored per parameter in the code, but never of a matrix: a vector's second moment."""
+    constants = launched.arguments
+    if "IS_UPDATE" not in constants:
+        return 0, 0
+    size = constants["DTYPES"][constants["N_PLANES"] + 2].primitive_bitwidth // 8
+    return size, 0 if constants["IS_UPDATE"] else size
 
 
 def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
@@ -196,10 +248,15 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of stack plus local memory, which is where spills go."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _tool(name: str, *options: str, cubin: bytes) -> str:
+    """What one of the tools that Triton ships says of a binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+        return subprocess.run([tool, *options, file], capture_output=True, text=True, check=True).stdout

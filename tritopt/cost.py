@@ -84,12 +84,20 @@ def bytes_per_parameter(
     Raises:
         ValueError: the optimizer has no kernel, or refuses the format, or that does not go with the dtype.
     """
+    moved = phase_traffic(opt, weight_dtype, grad_dtype, fmt)
+    return Traffic(_shortest(sum(phase.read for phase in moved)), _shortest(sum(phase.written for phase in moved)))
+
+
+def phase_traffic(
+    opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN
+) -> list[Traffic]:
+    """Likewise, of each phase."""
     if not opt.phases:
         raise ValueError(f"{type(opt).__name__} declares no phases, so the bytes its step moves are not known")
     planes, states = _stored(opt, weight_dtype, fmt)
     weight_read = sum(size for size, is_read in zip(planes, fmt.plane_reads, strict=True) if is_read)
-    moved = [phase.traffic((weight_read, sum(planes)), grad_dtype.itemsize, states) for phase in opt.phases]
-    return Traffic(_shortest(sum(read for read, _ in moved)), _shortest(sum(written for _, written in moved)))
+    weight = (weight_read, sum(planes))
+    return [Traffic(*map(_shortest, phase.traffic(weight, grad_dtype.itemsize, states))) for phase in opt.phases]
 
 
 def resident_bytes(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format = PLAIN) -> float:

@@ -136,7 +136,8 @@ class Planner:
         rows = Rows.of([(1.0, np.inf, 0.0)] * len(tasks))
         for group in groups:
             upload_table(group, _words(group, tasks, rows), rows.values)
-        return squares_of(groups, len(tasks), tensors[0].device if tensors else torch.device("cpu"), reduce)
+        device = tensors[0].device if tensors else torch.device("cpu")
+        return squares_of(groups, len(tasks), device, reduce).view(-1)
 
     def groups_of_squares(self, key: Hashable) -> list[Group]:
         """Those of the last `squares` with this key; none if there was none."""
@@ -175,17 +176,23 @@ class NoScalars(NamedTuple):
     """Scalars of a phase that has none."""
 
 
+_SQUARES = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
+_OF_SQUARES = Launch((_SQUARES,), NoScalars, "decoupled")
+
+
 def squares_of(groups: Sequence[Group], n: int, device: torch.device, reduce: Reduce | None) -> torch.Tensor:
-    """Sums of squares, fp64 [n], of tensors whose tables are uploaded; 0 for those that no group has."""
-    phase = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
-    found = run_phases(groups, Launch((phase,), NoScalars, "decoupled"), n)
+    """Sums of squares, fp64 [n, 1], of tensors whose tables are uploaded; 0 for those that no group has."""
+    found = run_phases(groups, _OF_SQUARES, n)
+    if len(groups) == 1 and len(groups[0].members) == n and reduce is None:
+        assert found[0] is not None
+        return found[0]
     sums = torch.zeros(n, 1, dtype=torch.float64, device=device)
     for group, values in zip(groups, found, strict=True):
         assert values is not None
         sums.index_copy_(0, group.places.to(device), values.to(device))
     if reduce is not None:
         reduce(sums)
-    return sums[:, 0]
+    return sums
 
 
 def _words(group: Group, tasks: Sequence[Task], rows: Rows) -> np.ndarray[Any, np.dtype[np.int64]]:

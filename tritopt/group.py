@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tritopt.telemetry import Tracked
 
 Array: TypeAlias = np.ndarray[Any, Any]
+Prepared = TypeVar("Prepared")
+MAX_READY = 16
 
 
 @dataclass
@@ -93,6 +95,9 @@ class Group:
     """Pinned, for a table that is uploaded while a CUDA graph is captured: each replay reads it again."""
     captured: list[torch.Tensor] = field(default_factory=list)
     """What CUDA graphs read when they are replayed."""
+    is_captured: bool = False
+    """Whether `device_table` is a CUDA graph's, which each replay writes."""
+    _ready: list[tuple[Any, Any]] = field(default_factory=list)
     _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
@@ -106,6 +111,16 @@ class Group:
             made = build(self.shapes)
             self._tables[name] = tuple(_upload(x, self.device) if isinstance(x, np.ndarray) else x for x in made)
         return self._tables[name]
+
+    def ready(self, key: tuple[Any, ...], make: Callable[[], Prepared]) -> Prepared:
+        """What was made for an equal key. A few tuples are compared, since hashing kernels takes longer."""
+        for known, found in self._ready:
+            if known == key:
+                return found  # type: ignore[no-any-return]
+        made = make()
+        self._ready.append((key, made))
+        del self._ready[:-MAX_READY]
+        return made
 
     @property
     def places(self) -> torch.Tensor:
@@ -124,27 +139,53 @@ def upload_table(group: Group, words: Array, scalars: Array | torch.Tensor) -> N
     words: int64 [members, pointers + 1], addresses and index of the scalars' row. scalars: `Rows.values`.
     """
     tail = np.zeros(scalars.numel()) if isinstance(scalars, torch.Tensor) else scalars.reshape(-1)
-    table = np.concatenate([words.reshape(-1), tail.view(np.int64)])
-    with on_device_of(group):
-        stream = torch.cuda.current_stream(group.device).cuda_stream if group.device.type == "cuda" else 0
-        # A table is freed to the stream it was made on, so another stream gets its own.
-        if group.device_table is None or group.stream != stream or not np.array_equal(table, group.host_table):
-            group.host_table, group.stream = table, stream
-            group.device_table = _uploaded_table(group, table)
-        if isinstance(scalars, torch.Tensor):
-            group.device_table[words.size :].view(torch.float64).copy_(scalars.reshape(-1))
+    n_words = words.size
+    is_new = group.host_table.size != n_words + tail.size
+    if is_new or not np.array_equal(group.host_table[:n_words], words.reshape(-1)):
+        # Not in place: on the CPU the device's table is this very memory, and may be one that somebody still reads.
+        group.host_table = np.concatenate([words.reshape(-1), tail.view(np.int64)])
+        group.device_table = None
+    refresh_table(group, n_words, scalars)
+
+
+def refresh_table(group: Group, n_words: int, scalars: Array | torch.Tensor, is_dirty: bool = False) -> None:
+    """Likewise, where the addresses already stand in `group.host_table`. `is_dirty`: and others than the device has."""
+    stream = current_stream(group.device)
+    # A table is freed to the stream it was made on, so another stream gets its own.
+    is_dirty = is_dirty or group.device_table is None or group.stream != stream
+    if not isinstance(scalars, torch.Tensor):
+        tail = group.host_table[n_words:]
+        values = scalars.reshape(-1).view(np.int64)
+        if tail.tobytes() != values.tobytes():
+            tail[:] = values
+            is_dirty = True
+    if is_dirty:
+        if group.stream != stream:
+            group.device_table = None
+        group.stream = stream
+        with on_device_of(group):
+            group.device_table = _uploaded_table(group, group.host_table)
+    if isinstance(scalars, torch.Tensor):
+        assert group.device_table is not None
+        group.device_table[n_words:].view(torch.float64).copy_(scalars.reshape(-1))
 
 
 def _uploaded_table(group: Group, table: Array) -> torch.Tensor:
     """`_upload`, which may also be captured: pinned memory is made before, and belongs to the graph afterwards."""
     host = torch.from_numpy(table)
     if group.device.type != "cuda":
-        return host.clone()  # the scalars behind the addresses may be written in place
+        # What is written to one is written to the other.
+        known = group.device_table
+        return known if known is not None and known.data_ptr() == host.data_ptr() else host
     staging, group.staging = group.staging, None
     if not torch.cuda.is_current_stream_capturing():
         fits = staging is not None and staging.shape == host.shape
         group.staging = staging if fits else torch.empty_like(host, pin_memory=True)
-        return _upload(table, group.device)
+        if group.device_table is None or group.is_captured:
+            group.is_captured = False
+            return _upload(table, group.device)
+        # The launches of the step before, which read it, come first on this stream.
+        return group.device_table.copy_(host.pin_memory(), non_blocking=True)
     if staging is None or staging.shape != host.shape:
         raise RuntimeError(
             "a CUDA graph captured an optimizer's first step: run a few steps before the capture, and do not change "
@@ -152,6 +193,7 @@ def _uploaded_table(group: Group, table: Array) -> torch.Tensor:
         )
     staging.copy_(host)
     group.captured.append(staging)
+    group.is_captured = True
     return staging.to(group.device, non_blocking=True)
 
 
@@ -196,9 +238,21 @@ def _upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
 
 
 def on_device_of(group: Group) -> AbstractContextManager[Any]:
+    """`on_device`."""
+    return on_device(group.device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Launches go to the current device."""
-    if group.device.type == "cuda":
-        make: Callable[[torch.device], AbstractContextManager[Any]] = torch.cuda.device
-        return make(group.device)
-    # A GPU does not warn of 0 / 0 in lanes past the end; nor should NumPy, which the interpreter computes with.
-    return np.errstate(all="ignore")
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    make: Callable[[torch.device], AbstractContextManager[Any]] = torch.cuda.device
+    return make(device)
+
+
+_HERE: AbstractContextManager[Any] = nullcontext()
+
+
+def current_stream(device: torch.device) -> int:
+    """Its handle; 0 on the CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

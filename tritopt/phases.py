@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from tritopt import autotune
+from tritopt.config import AMD as AMD
+from tritopt.config import GENERIC, adapted
+from tritopt.config import NVIDIA as NVIDIA
+from tritopt.config import Config as Config
 from tritopt.kernels.formats import Format
 from tritopt.kernels.language import tl
 from tritopt.kernels.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.multi_tensor_norm import sum_partials
 from tritopt.kernels.preambles import PREAMBLES
+from tritopt.launch import Launcher
 from tritopt.telemetry import OF_GRADIENT, OF_UPDATE, Tracked
 
 if TYPE_CHECKING:
@@ -33,19 +39,8 @@ TRITON_DTYPES = {
 }
 
 
-class Config(NamedTuple):
-    """Launch parameters. 8 elements a thread, one 128-bit access per 16-bit plane; in fp64 a quarter of block_size."""
-
-    block_size: int = 1024
-    chunk_size: int = 8192
-    tail_size: int = 256
-    """Of blocks of what is not a whole block, or not aligned."""
-    num_warps: int = 4
-
-
-NVIDIA = Config()
-AMD = Config(block_size=2048)  # a warp has 64 threads there
-CONFIG = AMD if torch.version.hip else NVIDIA
+CONFIG = GENERIC
+"""What phases have that do not choose (tritopt/autotune.py). Another value is for all: tests and the compiler's."""
 
 
 class Phase(Protocol):
@@ -107,45 +102,77 @@ class Apply(NamedTuple):
 
     def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
         """Launch the driver, and where sums are emitted the second stage of the reduction."""
-        config = _config_of(group)
-        tensor_table, chunk_table = group.tables(
+        n_earlier = 0 if sums is None else sums.shape[1]
+        is_tracked = launch.tracked is not None
+        how = (launch.preamble, launch.scalars, launch.skip_zero_rescale, launch.draws, is_tracked, n_earlier)
+        key = (self, *how, _config_of(self, group, launch, n_earlier), group.stream)
+        return group.ready(key, lambda: _Applied(self, group, launch, n_earlier))(group, launch, sums)
+
+
+class _Applied:
+    """A phase's launches for one group, with the tables and the scratch that they need."""
+
+    def __init__(self, phase: Apply, group: Group, launch: Launch, n_earlier_sums: int) -> None:
+        config = _config_of(phase, group, launch, n_earlier_sums)
+        self._tensor_table, self._chunk_table = group.tables(
             ("chunks", config.chunk_size), partial(chunk_tables, chunk_size=config.chunk_size)
         )
-        n_chunks, n_tensors = len(chunk_table), len(group.members)
-        tracks = tracks_of(self, launch)
-        n_totals = self.n_sums + len(tracks[0]) + len(tracks[1])
-        partials = group.empty(n_chunks, n_totals) if n_totals else None
-        variant = (self, group.formats, group.dtypes, launch.preamble, bool(n_totals))
-        kernel = multi_tensor_apply[(n_chunks,)](
+        self._noise = group.tables("noise", _noise_table(group))[0] if launch.draws else None
+        self._n_chunks, self._n_tensors = len(self._chunk_table), len(group.members)
+        self._n_sums = phase.n_sums
+        self._tracks = tracks_of(phase, launch)
+        self._n_totals = phase.n_sums + len(self._tracks[0]) + len(self._tracks[1])
+        self._variant = (phase, group.formats, group.dtypes, launch.preamble, bool(self._n_totals), config)
+        self._constants = {
+            **phase_constants(phase, launch, group.formats, group.dtypes, n_earlier_sums),
+            "CHUNK_SIZE": config.chunk_size,
+            "BLOCK_SIZE": config.block_size,
+            "TAIL_SIZE": min(config.tail_size, config.block_size),
+            "num_warps": config.num_warps,
+            "enable_fp_fusion": False,
+        }
+        self._apply = self._launcher()
+        self._sum = Launcher(
+            sum_partials, self._n_tensors, {"N_SUMS": self._n_totals, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
+        )
+        # What is tracked is read later, perhaps after other steps: it gets memory of its own each time.
+        self._scratch = None if launch.tracked is not None else self._fresh(group)
+
+    def __call__(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        partials, totals = self._scratch or self._fresh(group)
+        compiled = self._apply(
             group.device_table,
-            tensor_table,
-            chunk_table,
+            self._tensor_table,
+            self._chunk_table,
             launch.rescale,
             launch.noop,
             partials,
             sums,
-            group.tables("noise", lambda _: (np.array(group.noise, dtype=np.int64),))[0] if launch.draws else None,
-            n_tensors,
-            **phase_constants(self, launch, group.formats, group.dtypes, 0 if sums is None else sums.shape[1]),
-            CHUNK_SIZE=config.chunk_size,
-            BLOCK_SIZE=config.block_size,
-            TAIL_SIZE=min(config.tail_size, config.block_size),
-            num_warps=config.num_warps,
-            enable_fp_fusion=False,
-            **_MORE_REGISTERS.get(variant, {}),
+            self._noise,
+            self._n_tensors,
         )
-        if getattr(kernel, "n_spills", 0) and variant not in _MORE_REGISTERS:
-            _MORE_REGISTERS[variant] = more_registers(kernel.n_regs)
-        if partials is None:
+        if getattr(compiled, "n_spills", 0) and self._variant not in _MORE_REGISTERS:
+            _MORE_REGISTERS[self._variant] = more_registers(compiled.n_regs)
+            self._apply = self._launcher()
+        if totals is None:
             return None
-        totals = group.empty(n_tensors, n_totals)
-        sum_partials[(n_tensors,)](
-            partials, tensor_table, totals, n_chunks, n_tensors, N_SUMS=n_totals, BLOCK_SIZE=1024,
-            enable_fp_fusion=False,
-        )  # fmt: skip
-        if launch.tracked is not None and any(tracks):
-            launch.tracked.append(Tracked(group.members, (*tracks[0], *tracks[1]), totals[:, self.n_sums :]))
-        return totals[:, : self.n_sums].contiguous() if self.n_sums else None
+        self._sum(partials, self._tensor_table, totals, self._n_chunks, self._n_tensors)
+        if launch.tracked is not None and any(self._tracks):
+            columns = (*self._tracks[0], *self._tracks[1])
+            launch.tracked.append(Tracked(group.members, columns, totals[:, self._n_sums :]))
+        if self._n_sums == self._n_totals:
+            return totals
+        return totals[:, : self._n_sums].contiguous() if self._n_sums else None
+
+    def _launcher(self) -> Launcher:
+        more = _MORE_REGISTERS.get(self._variant, {})
+        return Launcher(multi_tensor_apply, self._n_chunks, {**self._constants, **more})
+
+    def _fresh(self, group: Group) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Partial sums and sums of tensors, if there are any."""
+        if not self._n_totals:
+            return None, None
+        return group.empty(self._n_chunks, self._n_totals), group.empty(self._n_tensors, self._n_totals)
 
 
 _MORE_REGISTERS: dict[Hashable, dict[str, int]] = {}
@@ -168,14 +195,19 @@ def tracks_of(phase: Apply, launch: Launch) -> tuple[tuple[str, ...], tuple[str,
     return OF_GRADIENT if phase is reader else (), OF_UPDATE if phase.writes_weight else ()
 
 
-def _config_of(group: Group) -> Config:
-    """CONFIG, adapted to what is stored."""
-    if group.dtypes[0] == torch.float64:
-        # One 128-bit access a thread, and twice the registers an element.
-        return CONFIG._replace(block_size=CONFIG.block_size // 4)
-    whole = max(1, *(fmt.block for fmt in group.formats))
-    block, chunk, tail = (-(-size // whole) * whole for size in CONFIG[:3])
-    return Config(block, chunk, tail, CONFIG.num_warps)
+def _config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> Config:
+    """CONFIG or, where that is what is shipped, the phase's choice; adapted to what is stored."""
+    if CONFIG is not GENERIC:
+        return adapted(CONFIG, group.formats, group.dtypes)
+    return autotune.config_of(phase, group, launch, n_earlier, _source_of)
+
+
+def _source_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> str:
+    return str(phase_constants(phase, launch, group.formats, group.dtypes, n_earlier)["SOURCE_HASH"])
+
+
+def _noise_table(group: Group) -> Callable[[object], tuple[np.ndarray[Any, Any]]]:
+    return lambda _: (np.array(group.noise, dtype=np.int64),)
 
 
 def chunk_tables(shapes: Sequence[torch.Size], chunk_size: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -200,7 +232,7 @@ def phase_constants(
     return {
         "UPDATE_FN": phase.update,
         "PREAMBLE_FN": PREAMBLES[launch.preamble].kernel,
-        "SCALARS": launch.scalars,
+        "SCALARS": as_constant(launch.scalars),
         "N_SCALARS": launch.n_scalars,
         "N_OWN_SCALARS": len(launch.scalars._fields),  # type: ignore[attr-defined]
         "FORMATS": tuple(
@@ -220,6 +252,11 @@ def phase_constants(
         "COMPUTE_DTYPE": tl.float64 if dtypes[0] == torch.float64 else tl.float32,
         "SOURCE_HASH": source_hash(functions, launch.scalars),
     }
+
+
+def as_constant(scalars: type) -> Any:
+    """A NamedTuple class as a compile-time argument: bare, Triton takes it for a tuple and iterates over it."""
+    return tl.constexpr(scalars)
 
 
 _HASHES: dict[Hashable, str] = {}

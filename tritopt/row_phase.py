@@ -49,6 +49,7 @@ class ApplyRows(NamedTuple):
         """Bytes per parameter (read, written). The gradient is read twice, the second time mostly from the cache."""
         return weight[0] + 2 * grad + states, weight[1] + states
 
+    @np.errstate(all="ignore")  # Triton's interpreter computes with NumPy, also in lanes past the end
     def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> None:
         """One launch; rows that fit into less than a block get a smaller one and fewer warps."""
         config = phases.CONFIG
@@ -88,7 +89,7 @@ def group_constants(group: Group, launch: Launch) -> dict[str, Any]:
     moved = group.dtypes[: group.format.n_planes + 1]  # by whole vectors: the weight's planes and the gradient
     return {
         "PREAMBLE_FN": PREAMBLES[launch.preamble].kernel,
-        "SCALARS": launch.scalars,
+        "SCALARS": phases.as_constant(launch.scalars),
         "N_SCALARS": launch.n_scalars,
         "N_PLANES": group.format.n_planes,
         "LOAD_FN": group.format.load,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tritopt import optim
+from tritopt import optim, walk
 from tritopt.optim.cold import ColdStep
 from tritopt.optim.warm import WarmStep
 
@@ -127,7 +127,26 @@ def _nan(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
     params[2].grad[0, 0] = torch.nan  # type: ignore[index]
 
 
+def _grad_data_moved(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    params[2].grad.data = params[2].grad.data.clone() * 2  # type: ignore[union-attr]
+
+
+def _swap_tensors(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    other = torch.full((4, 3), 3.0, requires_grad=True)
+    other.grad = params[2].grad
+    torch.utils.swap_tensors(params[2], other)
+
+
+def _gradient_appears(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    _drop_gradient(opt, params)
+    opt.step()
+    params[1].grad = torch.ones(5)
+
+
 CHANGES: dict[str, Change] = {
+    "gradient moved": _grad_data_moved,
+    "tensors swapped": _swap_tensors,
+    "gradient appears": _gradient_appears,
     "lr": _set("lr", 0.5),
     "lr tensor": _set("lr", torch.tensor(0.25)),
     "betas": _set("betas", (0.5, 0.7)),
@@ -160,8 +179,11 @@ CHANGES: dict[str, Change] = {
 }
 
 
+@pytest.mark.parametrize("language", ["c", "python"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_noticed(change: str) -> None:
+def test_a_change_is_noticed(change: str, language: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if language == "python":
+        monkeypatch.setattr(walk, "_found", [walk.IN_PYTHON])
     runs = []
     for is_warm in (True, False):
         params = parameters()
@@ -235,3 +257,47 @@ def test_a_failed_step_changes_nothing_and_is_not_reused() -> None:
     opt.param_groups[1]["betas"] = (0.9, 0.999)
     opt.step()
     assert not torch.equal(params[1], before[1])
+
+
+def test_parameters_that_share_a_version_stay_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views of one tensor: telling autograd of a write to one tells of a write to all."""
+    flat = torch.randn(12).to(torch.bfloat16)
+    params = [torch.nn.Parameter(part) for part in flat.view(3, 4)]
+    opt = optim.AdamW(params, lr=0.1)
+    set_grads(list(params), 0)
+    for _ in range(2):
+        opt.step()
+    monkeypatch.setattr(ColdStep, "__init__", None)
+    for _ in range(3):
+        opt.step()
+    monkeypatch.undo()
+    with torch.no_grad():
+        params[1].fill_(2.0)
+    opt.step()
+    assert torch.allclose(opt.state[params[1]]["master_param"], torch.full((4,), 2.0), atol=0.2)
+
+
+def test_the_norm_that_was_read_is_not_overwritten() -> None:
+    params = parameters()
+    opt = options(params, optim.AdamW)
+    norms = []
+    for step in range(4):
+        set_grads(params, step)
+        opt.step()
+        norms.append(opt.grad_norm)
+        expected = torch.stack([param.grad.double().square().sum() for param in params]).sum().sqrt()  # type: ignore[union-attr]
+        torch.testing.assert_close(norms[-1], expected.float())
+    assert len({float(norm) for norm in norms if norm is not None}) == 4
+
+
+def test_a_sparse_gradient_is_noticed() -> None:
+    params = parameters()
+    opt = options(params, optim.AdamW)
+    for step in range(3):
+        set_grads(params, step)
+        opt.step()
+    before = values(opt, params)
+    params[2].grad = params[2].grad.to_sparse()  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(values(opt, params), before, strict=True))

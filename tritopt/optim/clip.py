@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Hashable, Iterable, Sequence
 from types import GeneratorType
@@ -13,9 +14,11 @@ import torch
 from tritopt import validate
 from tritopt.exact import norm
 from tritopt.fused import Planner, Task, compute_dtype, unavailable
-from tritopt.group import Launch, Rows
+from tritopt.group import Launch, Rows, current_stream, on_device
 from tritopt.kernels.formats import PLAIN
+from tritopt.kernels.multi_tensor_norm import clip_factor
 from tritopt.kernels.scale import scale_update
+from tritopt.launch import Launcher
 from tritopt.optim.distributed import ShardSums, aligned, local, whole
 from tritopt.phases import Apply
 from tritopt.warning import warn
@@ -112,19 +115,60 @@ def global_norm(
 
     Fused where it can be. Bit-identical from run to run. `reduce`: that of these parameters, if it is at hand.
     """
+    return squares(planner, key, params, grads, reduce).sum().sqrt()
+
+
+def squares(
+    planner: Planner,
+    key: Hashable,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    reduce: ShardSums | None = None,
+) -> torch.Tensor:
+    """Sum of squares of each gradient, fp64 [grads], likewise."""
     parts = [_dense(local(aligned(grad, param)).detach()) for grad, param in zip(grads, params, strict=True)]
     reduce = ShardSums(params) if reduce is None else reduce
     if all(unavailable(part) is None for part in parts):
-        return planner.squares(key, parts, reduce if reduce else None).sum().sqrt()
-    squares = torch.stack([norm(part.to(compute_dtype(part))).square().to(parts[0].device) for part in parts])
+        return planner.squares(key, parts, reduce if reduce else None)
+    found = torch.stack([norm(part.to(compute_dtype(part))).square().to(parts[0].device) for part in parts])
     if reduce:
-        reduce(squares[:, None])
-    return squares.sum().sqrt()
+        reduce(found[:, None])
+    return found
 
 
-def clip_factor(total: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """What brings gradients of this norm to at most `max_norm`, fp64 []; NaN where the norm is not finite."""
-    return torch.where(total.isfinite(), _factor(total, max_norm), torch.nan)
+class Clip:
+    """Norm and clip factor from the gradients' squares, step after step, in one launch where kernels can run."""
+
+    def __init__(self) -> None:
+        self.norm: torch.Tensor | None = None
+        """Of the last step, fp32 []; overwritten by the next."""
+        self._factor = torch.empty(0)
+        self._bound = torch.empty(0)
+        self._max_norm = math.nan
+        self._launch: Launcher | None = None
+        self._stream = 0
+
+    def __call__(self, found: torch.Tensor, max_norm: float, inverse: torch.Tensor | None) -> torch.Tensor:
+        """What gradients are multiplied by, fp64 []: at most `inverse`, that of a loss scale; NaN skips the update."""
+        if unavailable(found) is not None:
+            norm = found.sum().sqrt()
+            norm = norm if inverse is None else norm * inverse
+            self.norm = norm.float()
+            factor = torch.where(norm.isfinite(), _factor(norm, max_norm), torch.nan)
+            return factor if inverse is None else factor * inverse
+        stream = current_stream(found.device)
+        if self._launch is None or self.norm is None or self.norm.device != found.device or stream != self._stream:
+            self.norm = torch.empty((), dtype=torch.float32, device=found.device)
+            self._factor, self._bound = (torch.empty((), dtype=torch.float64, device=found.device) for _ in range(2))
+            self._max_norm = math.nan
+            constants = {"EPSILON": EPSILON, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
+            self._launch, self._stream = Launcher(clip_factor, 1, constants), stream
+        if max_norm != self._max_norm:
+            self._max_norm = max_norm
+            self._bound.fill_(max_norm)
+        with on_device(found.device):
+            self._launch(found, found.numel(), self._bound, inverse, self.norm, self._factor)
+        return self._factor
 
 
 def _factor(total: torch.Tensor, max_norm: float) -> torch.Tensor:

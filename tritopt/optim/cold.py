@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +11,12 @@ import torch
 from tritopt.fused import Planner, Task, unavailable
 from tritopt.group import Group, Launch, Rows
 from tritopt.optim import distributed
-from tritopt.optim.clip import global_norm
+from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, local
-from tritopt.optim.members import Bucket, Member, Number, Only, same_group
+from tritopt.optim.hypers import Hypers
+from tritopt.optim.members import Bucket, Member, Number, Only, launch_for, same_group
+from tritopt.optim.rows import host_rows
+from tritopt.optim.scalar_states import ScalarStates
 from tritopt.optim.warm import WarmStep
 from tritopt.phases import Apply
 from tritopt.random import Noise
@@ -51,14 +54,33 @@ class ColdStep:
         self.members = list(members)
         self._launched: list[tuple[Bucket, list[Group]]] = []
         self.buckets = [
-            Bucket(key, same_group([members[i] for i in places], members[0].rule.is_per_parameter), places, *key[-2:])
+            Bucket(
+                key,
+                same_group([members[i] for i in places], members[0].rule.is_per_parameter),
+                places,
+                *key[-2:],
+                key[2],
+            )
             for key, places in _by_launch(members, tasks, rates, fused).items()
         ]
+        self.reduce: ShardSums | None = None
+        """Of the gradients' norm, once it was asked for."""
+        self.positions = [member.position for member in self.members]
 
-    def norm(self, reduce: ShardSums) -> torch.Tensor:
-        """Of all gradients together, fp64 []."""
+    def squares(self, reduce: ShardSums) -> torch.Tensor:
+        """Sum of squares of each gradient, fp64 [members]."""
         params, grads = [member.param for member in self.members], [member.grad for member in self.members]
-        return global_norm(self._planner, self._key, params, grads, reduce)
+        return squares(self._planner, self._key, params, grads, reduce)
+
+    def host_rows(self, bucket: Bucket, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
+        """Of the bucket's members."""
+        return host_rows(bucket.runs, hypers, numbers, bucket.draws)
+
+    def launch_of(
+        self, bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]
+    ) -> Launch:
+        """Of a bucket."""
+        return launch_for(bucket, scalars, shard_sums)
 
     @property
     def _key(self) -> Hashable:
@@ -88,14 +110,14 @@ class ColdStep:
         """After the last launch."""
         distributed.mark_written(member.param for member in self.members)
 
-    def next(self, opt: Optimizer) -> WarmStep | None:
+    def next(self, opt: Optimizer, hypers: Hypers) -> WarmStep | None:
         """The next step, if it can be like this one."""
         if sum(len(bucket.places) for bucket, _ in self._launched) != len(self.members):
             return None
         if any(task.grad is not local(m.grad) for m, task in zip(self.members, self._tasks, strict=True)):
             return None
         norm_groups = self._planner.groups_of_squares(self._key)
-        return WarmStep(opt, self.members, self._tasks, self._launched, norm_groups, self._only)
+        return WarmStep(opt, hypers, self.members, self._tasks, self._launched, norm_groups, self._only)
 
 
 def runs_fused(opt: Optimizer, member: Member) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
 from tritopt import validate
 from tritopt.fused import unavailable
-from tritopt.optim.distributed import aligned, has_whole_rows, is_sharded, local
+from tritopt.group import Launch
+from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.phases import Apply
 from tritopt.row_phase import ApplyRows
@@ -58,6 +59,17 @@ class Bucket(NamedTuple):
     is_fused: bool
     draws: bool
     """Whether its weights' format takes random bits."""
+    device: torch.device
+
+
+def launch_for(bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]) -> Launch:
+    """A bucket's launch, but for what comes with each step."""
+    members = [member for some in bucket.runs for member in some]
+    rule = members[0].rule
+    launch = Launch(rule.phases, scalars, rule.preamble, draws=bucket.draws)
+    if any(phase.sums_elements for phase in launch.phases):
+        launch.reduce = shard_sums(bucket.key, members) or None
+    return launch
 
 
 class Only(NamedTuple):

@@ -15,6 +15,7 @@ from tritopt.optim import checkpoint
 from tritopt.optim.checkpoint import Expected, keys_of
 from tritopt.optim.distributed import like, local, takes_blocks
 from tritopt.optim.members import Only
+from tritopt.optim.observed import observed
 from tritopt.optim.step import Stepper
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.phases import Apply
@@ -113,8 +114,6 @@ class Optimizer(torch.optim.Optimizer):
         self.max_grad_norm = options.get("max_grad_norm")
         self.rounding_seed = validate.count("rounding_seed", options.get("rounding_seed", 0))
         self.track = validate.boolean("track", options.get("track", False))
-        self.grad_norm: torch.Tensor | None = None
-        """Norm of the last step's gradients before the clip, fp32 [] on the device; None without max_grad_norm."""
         self._forget()
         master = options.get("master", "fp32")
         if master is not None and master not in MASTERS:
@@ -131,6 +130,12 @@ class Optimizer(torch.optim.Optimizer):
         """Start without what is derived from parameters and states."""
         self._rules: dict[Hashable, Rule] = {}
         self._stepper = Stepper({"step": 0.0, **self.rule.scalar_states})
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """Norm of the last step's gradients before the clip, fp32 [] on the device; None without max_grad_norm."""
+        norm = self._stepper.grad_norm
+        return None if norm is None else norm.clone()
 
     # torch's protocol.
 
@@ -160,7 +165,7 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What torch copies, and the option that is in no group."""
         ours = {name: getattr(self, name) for name in ("max_grad_norm", "rounding_seed", "track")}
-        return {**super().__getstate__(), **ours, "grad_norm": None}
+        return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled, deep-copied and loaded states pass here."""
@@ -186,7 +191,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         checkpoint.load(self, state_dict)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @observed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient. A failed step leaves weights, states and counts untouched.
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from tritopt import validate
 from tritopt.group import Array, Rows
 from tritopt.optim.distributed import key_of_shard, local
+from tritopt.optim.hypers import Hypers
 from tritopt.optim.members import Member, Number
 from tritopt.optim.scalar_states import ScalarStates
 from tritopt.random import STEPS
@@ -20,7 +21,7 @@ Runs: TypeAlias = Sequence[Sequence[Member]]
 """Members, those of one param_group together (`members.same_group`)."""
 
 
-def host_rows(runs: Runs, rates: Mapping[int, Number], numbers: ScalarStates, draws: bool = False) -> tuple[type, Rows]:
+def host_rows(runs: Runs, hypers: Hypers, numbers: ScalarStates, draws: bool = False) -> tuple[type, Rows]:
     """The type of the rule's scalars, and the members' rows: one for all that share hyperparameters and numbers.
 
     `draws`: whether a row ends with the step, for random bits.
@@ -30,15 +31,74 @@ def host_rows(runs: Runs, rates: Mapping[int, Number], numbers: ScalarStates, dr
     row_of = np.empty(sum(map(len, runs)), dtype=np.int64)
     start = 0
     for some in runs:
-        common, name, lr, rule = _common(some), _name(some), rates[id(some[0].group)], some[0].rule
+        hyper, name = hypers.of(some[0].group), _name(some)
         different, which = _distinct(np.stack([vector.numpy() for vector in _numbers(some, numbers)], axis=1))
         rows = np.empty(len(different), dtype=np.int64)
         for i, (count, *others) in enumerate(different.tolist()):
-            scalars = rule.scalars_at(name, lr, common[2], int(count), *others)
-            rows[i] = index.setdefault((*common, *scalars, *_step(draws, count)), len(index))
+            scalars = hyper.rule.scalars_at(name, hyper.rate, hyper.common[2], int(count), *others)
+            rows[i] = index.setdefault((*hyper.common, *scalars, *_step(draws, count)), len(index))
         row_of[start : start + len(some)] = rows[which]
         start += len(some)
     return type(scalars), Rows(np.array(list(index), dtype=np.float64), row_of)
+
+
+class HostRows:
+    """`host_rows` of one launch, step after step.
+
+    Where all members have made as many steps, there is one row for each rule and decay, or a few that differ in the
+    learning rate alone: those are formed together.
+    """
+
+    def __init__(self, runs: Runs, draws: bool, positions: list[int]) -> None:
+        """`positions`: those of all members of the step."""
+        self._runs = runs
+        self._draws = draws
+        own = [member.position for some in runs for member in some]
+        # The very list, if it says the same: what is known of one is known of the other.
+        self._positions = positions if own == positions else own
+        self._sizes = [len(some) for some in runs]
+        self._row_of = np.empty(0, dtype=np.int64)
+        self._kinds: dict[tuple[Any, ...], dict[float, int]] = {}
+        self._generation = -1
+
+    def rows(self, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
+        """As `host_rows`. Rates are numbers."""
+        shared = numbers.shared(self._positions)
+        if shared is None:
+            return host_rows(self._runs, hypers, numbers, self._draws)
+        if self._generation != hypers.generation:
+            self._sort(hypers)
+            self._generation = hypers.generation
+        count, *others = shared
+        end, rows, scalars = _step(self._draws, count), [], None
+        for (common, rule, name), rates in self._kinds.items():
+            if len(rates) == 1:
+                (lr,) = rates
+                scalars = rule.scalars_at(name, lr, common[2], int(count), *others)
+                rows.append((*common, *scalars, *end))
+                continue
+            vector = torch.tensor(list(rates), dtype=torch.float64)
+            scalars = rule.scalars_at(name, vector, common[2], int(count), *others)
+            columns = [x.tolist() if isinstance(x, torch.Tensor) else [x] * len(rates) for x in scalars]
+            rows += [(*common, *values, *end) for values in zip(*columns, strict=True)]
+        return type(scalars), Rows(np.array(rows, dtype=np.float64), self._row_of)
+
+    def _sort(self, hypers: Hypers) -> None:
+        """Which members have a row in common."""
+        self._kinds = {}
+        places = []
+        for some in self._runs:
+            lr, common, rule, *_ = hypers.of(some[0].group)
+            name = _name(some) if rule.is_per_parameter else None
+            rates = self._kinds.setdefault((common, rule, name), {})
+            rates.setdefault(float(lr), len(rates))
+            places.append((rates, float(lr)))
+        firsts = accumulate(map(len, self._kinds.values()), initial=0)
+        starts = dict(zip(map(id, self._kinds.values()), firsts, strict=False))  # one more than there are
+        rows = np.array([starts[id(rates)] + rates[lr] for rates, lr in places], dtype=np.int64)
+        row_of = np.repeat(rows, self._sizes)
+        if not np.array_equal(row_of, self._row_of):
+            self._row_of = row_of
 
 
 class RowTable:
@@ -48,17 +108,15 @@ class RowTable:
         self._constants = np.empty(0)
         self._values = torch.empty(0)
 
-    def rows(
-        self, runs: Runs, rates: Mapping[int, Number], numbers: ScalarStates, draws: bool = False
-    ) -> tuple[type, Rows]:
+    def rows(self, runs: Runs, hypers: Hypers, numbers: ScalarStates, draws: bool = False) -> tuple[type, Rows]:
         """A rule's scalars are tensors, fp64 [members of a group] or [], where they depend on step or learning rate."""
         scalars: Any = None
         blocks: list[tuple[Number, ...]] = []
         sizes = []
         for some in runs:
-            common, lr = _common(some), rates[id(some[0].group)]
+            lr, common, rule, *_ = hypers.of(some[0].group)
             count, *others = _numbers(some, numbers)
-            scalars = some[0].rule.scalars_at(_name(some), lr, common[2], count, *others)
+            scalars = rule.scalars_at(_name(some), lr, common[2], count, *others)
             rescale = _unless_zero_lr(common[0], some[0], lr)
             blocks.append((rescale, *common[1:], *scalars, *_step(draws, count)))
             sizes.append(len(some))
@@ -93,14 +151,6 @@ def _distinct(numbers: Array) -> tuple[Array, Array]:
 def _numbers(some: Sequence[Member], numbers: ScalarStates) -> list[torch.Tensor]:
     positions = [member.position for member in some]
     return [numbers.get(name, positions) for name in ("step", *some[0].rule.scalar_states)]
-
-
-def _common(some: Sequence[Member]) -> tuple[float, float, float]:
-    """Rescale, clip bound, decay."""
-    group = some[0].group
-    bound = validate.bound_or(group["clip_value"], math.inf) if some[0].rule.clips else math.inf
-    decay = validate.finite("weight_decay", float(group.get("weight_decay", 0.0)))
-    return -1.0 if group.get("maximize") else 1.0, bound, decay
 
 
 def _unless_zero_lr(rescale: float, member: Member, lr: Number) -> Number:

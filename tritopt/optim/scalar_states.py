@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 CPU = torch.device("cpu")
+MAX_LISTS = 64
 
 
 class ScalarStates:
@@ -28,6 +29,10 @@ class ScalarStates:
         self._views: list[dict[str, torch.Tensor]] = []
         self._taken: set[int] = set()
         self._places: dict[tuple[int, ...], torch.Tensor | slice] = {}
+        self._shared: tuple[Sequence[int], list[int], list[float]] | None = None
+        """What `shared` found last; NumPy's additions below do not count as new versions."""
+        self._of_lists: dict[int, tuple[Sequence[int], torch.Tensor | slice]] = {}
+        """By `id` of lists, which are kept and must not change."""
 
     def bind(self, states: Sequence[dict[str, Any]], device: torch.device) -> None:
         """Make the numbers of all states (empty ones have none yet) views of vectors on `device`."""
@@ -39,6 +44,8 @@ class ScalarStates:
             return
         self.device = device
         self._places.clear()
+        self._of_lists.clear()
+        self._shared = None
         for name, initial in self.initial.items():
             values = [torch.as_tensor(state.get(name, initial)).detach().reshape(()) for state in states]
             self._vectors[name] = torch.stack([value.to(device, torch.float32) for value in values])
@@ -56,35 +63,69 @@ class ScalarStates:
         """These parameters' numbers, fp64 [positions]."""
         return self._vectors[name][self._at(positions)].double()
 
-    def advance(self, positions: Sequence[int], skip: torch.Tensor | None) -> None:
-        """Count one step of these parameters, none where `skip`, a bool [] on the device, is true."""
-        increment = 1.0 if skip is None else 1.0 - skip.float()
+    def shared(self, positions: Sequence[int]) -> list[float] | None:
+        """The numbers of these parameters, where all have the same; on the CPU."""
+        versions = [vector._version for vector in self._vectors.values()]
+        if self._shared is not None and self._shared[0] is positions and self._shared[1] == versions:
+            return self._shared[2]
+        at, found = self._at(positions), []
+        for vector in self._vectors.values():
+            values = vector.numpy()
+            some = values[at] if isinstance(at, slice) else values[at.numpy()]
+            if not (some == some[0]).all():
+                return None
+            found.append(float(some[0]))
+        self._shared = (positions, versions, found)
+        return found
+
+    def advance(self, positions: Sequence[int], skip: torch.Tensor | None, on_host: bool) -> None:
+        """Count one step of these parameters, none where `skip`, a bool [] on the device, is true.
+
+        on_host: the numbers are on the CPU, and not as a device's.
+        """
         vector, at = self._vectors["step"], self._at(positions)
+        if on_host:
+            # NumPy, on the same memory: a fifth of what torch's dispatcher takes.
+            vector.numpy()[at if isinstance(at, slice) else at.numpy()] += np.float32(1)
+            if self._shared is not None and self._shared[0] is positions:
+                count, *others = self._shared[2]
+                self._shared = (*self._shared[:2], [float(np.float32(count) + np.float32(1)), *others])
+            else:
+                self._shared = None
+            return
+        self._shared = None
+        increment = 1.0 if skip is None else 1.0 - skip.float()
         if isinstance(at, slice):
             vector[at] += increment
         else:
             vector.index_add_(0, at, torch.ones(len(positions), device=self.device) * increment)
 
-    @contextmanager
-    def restored_on_error(self) -> Iterator[None]:
-        """Put all numbers back if the body raises."""
-        before = {name: vector.clone() for name, vector in self._vectors.items()}
-        try:
-            yield
-        except BaseException:
-            for name, vector in before.items():
-                self._vectors[name].copy_(vector)
-            raise
+    def copies(self, on_host: bool) -> list[Any]:
+        """Of all numbers, for `restore`."""
+        return [vector.numpy().copy() if on_host else vector.clone() for vector in self._vectors.values()]
+
+    def restore(self, copies: Sequence[Any]) -> None:
+        """As they were."""
+        self._shared = None
+        for vector, before in zip(self._vectors.values(), copies, strict=True):
+            vector.copy_(torch.as_tensor(before))
 
     def multiply(self, name: str, positions: Sequence[int], factors: torch.Tensor, skip: torch.Tensor | None) -> None:
         """Multiply these parameters' numbers by factors, fp64 [positions], in fp32."""
+        self._shared = None
         at = self._at(positions)
         factors = factors.float() if skip is None else torch.where(skip, 1.0, factors.float())
         self._vectors[name][at] = self._vectors[name][at] * factors
 
     def _at(self, positions: Sequence[int]) -> torch.Tensor | slice:
+        known = self._of_lists.get(id(positions))
+        if known is not None:
+            return known[1]
         key = tuple(positions)
         if key not in self._places:
             is_run = key == tuple(range(key[0], key[0] + len(key)))
             self._places[key] = slice(key[0], key[0] + len(key)) if is_run else torch.tensor(key, device=self.device)
+        if len(self._of_lists) >= MAX_LISTS:
+            self._of_lists.clear()
+        self._of_lists[id(positions)] = (positions, self._places[key])
         return self._places[key]

@@ -9,25 +9,23 @@ import torch
 
 from tritopt import validate
 from tritopt.fused import Planner
-from tritopt.group import Launch, Rows
+from tritopt.group import Rows
 from tritopt.optim import distributed
-from tritopt.optim.clip import clip_factor
+from tritopt.optim.clip import Clip
 from tritopt.optim.cold import ColdStep, check_tracked, runs_fused
-from tritopt.optim.distributed import ShardSums, local
+from tritopt.optim.distributed import ShardSums, is_dtensor, local
+from tritopt.optim.hypers import Hypers
 from tritopt.optim.members import (
     Bucket,
     Member,
-    Number,
     Only,
     groups_of,
-    lives_on_device,
     members_of,
     names_of,
     params_of,
-    rate,
     same_group,
 )
-from tritopt.optim.rows import RowTable, host_rows
+from tritopt.optim.rows import RowTable
 from tritopt.optim.scalar_states import CPU, ScalarStates
 from tritopt.optim.states import MasterVersions, Replaced, check_aliases, create_missing, put_back, task_of
 from tritopt.optim.warm import WarmStep
@@ -50,43 +48,51 @@ class Stepper:
         self._tables: dict[Hashable, RowTable] = {}
         self._reductions: dict[Hashable, ShardSums] = {}
         self._versions = MasterVersions()
+        self._clip = Clip()
+        self.grad_norm: torch.Tensor | None = None
+        """Of the last step; its memory is the next one's too."""
         self.tracker = Tracker()
+        self._hypers = Hypers()
         self._warm: WarmStep | None = None
+        self._hypers_of: dict[int, Hypers] = {}
+        """Of steps for one parameter, by its position; likewise the next."""
         self._warm_of: dict[int, WarmStep] = {}
-        """Of steps for one parameter, by its position."""
 
     def update(self, opt: Optimizer, only: Only | None = None) -> None:
         """Update every parameter that has a gradient, or only one. Checks all before it writes anything."""
         validate.clip_bound("max_grad_norm", opt.max_grad_norm)
-        found_inf, grad_scale = (_scalar(getattr(opt, name, None)) for name in ("found_inf", "grad_scale"))
-        on_device = (
-            found_inf is not None
-            or self._numbers.device != CPU
-            or any(group["capturable"] or lives_on_device(group["lr"]) for group in opt.param_groups)
-        )
-        rates = {id(group): rate(group) for group in groups_of(opt, only)}
+        found_inf, grad_scale = _scalar(getattr(opt, "found_inf", None)), _scalar(getattr(opt, "grad_scale", None))
+        hypers = self._hypers if only is None else self._hypers_of.setdefault(only.position, Hypers())
+        hypers.refresh(opt, groups_of(opt, only))
+        on_device = found_inf is not None or self._numbers.device != CPU or hypers.on_device
         warm = self._take_warm(only)
         replaced: Replaced = []
         try:
-            step = self._step(opt, warm, rates, on_device, replaced, only)
+            step = self._step(opt, warm, hypers, on_device, replaced, only)
             if step is None:
                 return
             rescale = self._gradient_scale(opt, step, grad_scale)
             skip = _skip(found_inf, rescale, self._numbers.device) if on_device else None
-            with self._numbers.restored_on_error():
-                self._advance(step.members, skip)
-                rows = [self._rows(bucket, rates, on_device, only) for bucket in step.buckets]
+            before = self._numbers.copies(not on_device)
+            try:
+                self._advance(step, skip, not on_device)
+                rows = [self._rows(step, bucket, hypers, on_device, only) for bucket in step.buckets]
+            except BaseException:
+                self._numbers.restore(before)
+                raise
         except Exception:
             put_back(opt, replaced)
             raise
         for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
-            launch = self._launch_of(bucket, scalars, rescale, found_inf)
+            launch = step.launch_of(bucket, scalars, self._shard_sums)
+            launch.rescale = _on(rescale, bucket.device)
+            launch.noop = _on(found_inf, bucket.device)
             launch.tracked = [] if opt.track else None
             step.launch(bucket, values, launch)
             if launch.tracked is not None:
                 self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
         step.finish()
-        self._keep_warm(only, step.next(opt))
+        self._keep_warm(only, step.next(opt, hypers))
         if isinstance(step, ColdStep):
             self._versions.remember(opt, step.members)
 
@@ -94,13 +100,13 @@ class Stepper:
         self,
         opt: Optimizer,
         warm: WarmStep | None,
-        rates: Mapping[int, Number],
+        hypers: Hypers,
         on_device: bool,
         replaced: Replaced,
         only: Only | None,
     ) -> ColdStep | WarmStep | None:
         """What is to be done, checked. `replaced` gets the states that were, as they had been."""
-        if warm is not None and self._numbers.device == (warm.device if on_device else CPU) and warm.holds(opt, rates):
+        if warm is not None and self._numbers.device == (warm.device if on_device else CPU) and warm.holds(opt, hypers):
             return warm
         members = members_of(opt, only)
         if not members:
@@ -113,7 +119,7 @@ class Stepper:
             check_tracked(opt, members, fused)
         check_aliases(self._planner, members, tasks)
         self._versions.refresh(opt, members)
-        return ColdStep(self._planner, members, tasks, rates, fused, only)
+        return ColdStep(self._planner, members, tasks, hypers.rates, fused, only)
 
     def telemetry(self, opt: Optimizer) -> Telemetry:
         """`Optimizer.telemetry`."""
@@ -146,18 +152,20 @@ class Stepper:
         self, opt: Optimizer, step: ColdStep | WarmStep, grad_scale: torch.Tensor | None
     ) -> torch.Tensor | None:
         """What gradients are multiplied by, fp64 [] on the device: loss scale and clip. NaN: skip."""
-        opt.grad_norm = None
+        self.grad_norm = None
         inverse = None if grad_scale is None else 1.0 / grad_scale.double()
         if opt.max_grad_norm is None:
             return inverse
-        norm = step.norm(self._shard_sums("norm", step.members))
-        norm = norm if inverse is None else norm * inverse.to(norm.device)
-        opt.grad_norm = norm.float()
-        factor = clip_factor(norm, opt.max_grad_norm)
-        return factor if inverse is None else factor * inverse.to(norm.device)
+        if step.reduce is None:
+            step.reduce = self._shard_sums("norm", step.members)
+        found = step.squares(step.reduce)
+        factor = self._clip(found, opt.max_grad_norm, None if inverse is None else inverse.to(found.device))
+        self.grad_norm = self._clip.norm
+        return factor
 
-    def _advance(self, members: Sequence[Member], skip: torch.Tensor | None) -> None:
-        self._numbers.advance([member.position for member in members], skip)
+    def _advance(self, step: ColdStep | WarmStep, skip: torch.Tensor | None, on_host: bool) -> None:
+        members = step.members
+        self._numbers.advance(step.positions, skip, on_host)
         for name in members[0].rule.scalar_states:
             for some in same_group(members):
                 positions = [member.position for member in some]
@@ -165,32 +173,17 @@ class Stepper:
                 self._numbers.multiply(name, positions, factors, skip)
 
     def _rows(
-        self, bucket: Bucket, rates: Mapping[int, Number], on_device: bool, only: Only | None
+        self, step: ColdStep | WarmStep, bucket: Bucket, hypers: Hypers, on_device: bool, only: Only | None
     ) -> tuple[type, Rows]:
         if on_device:
             key = (bucket.key, None if only is None else only.position)
-            return self._tables.setdefault(key, RowTable()).rows(bucket.runs, rates, self._numbers, bucket.draws)
-        return host_rows(bucket.runs, rates, self._numbers, bucket.draws)
-
-    def _launch_of(
-        self, bucket: Bucket, scalars: type, rescale: torch.Tensor | None, found_inf: torch.Tensor | None
-    ) -> Launch:
-        members = [member for some in bucket.runs for member in some]
-        rule, device = members[0].rule, local(members[0].param).device
-        launch = Launch(
-            rule.phases,
-            scalars,
-            rule.preamble,
-            None if rescale is None else rescale.to(device),
-            None if found_inf is None else found_inf.to(device),
-            draws=bucket.draws,
-        )
-        if any(phase.sums_elements for phase in launch.phases):
-            launch.reduce = self._shard_sums(bucket.key, members) or None
-        return launch
+            return self._tables.setdefault(key, RowTable()).rows(bucket.runs, hypers, self._numbers, bucket.draws)
+        return step.host_rows(bucket, hypers, self._numbers)
 
     def _shard_sums(self, key: Hashable, members: Sequence[Member]) -> ShardSums:
         """Of these parameters; made once, because that uploads."""
+        if not any(is_dtensor(member.param) for member in members):
+            return ShardSums([])
         key = (key, tuple(member.position for member in members))
         if key not in self._reductions:
             self._reductions[key] = ShardSums([member.param for member in members])
@@ -202,6 +195,10 @@ def _scalar(value: object) -> torch.Tensor | None:
     if value is None:
         return None
     return distributed.whole(torch.as_tensor(value)).detach().reshape(())
+
+
+def _on(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return value if value is None or value.device == device else value.to(device)
 
 
 def _skip(found_inf: torch.Tensor | None, rescale: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -1,41 +1,70 @@
 """A step like the one before: only gradients' addresses and scalars are new, so only those are looked at.
 
 What a step checks and derives holds as long as parameters, states and their memory are the same ones, and gradients
-look the same. A `WarmStep` asks whether they are, in a few passes over the lists that run in C: what is left
-for 400 tensors is mostly the reading of `.grad` and of addresses.
+look the same. A `WarmStep` asks whether they are (tritopt/walk.py).
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, compress
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tritopt.fused import Task, squares_of
-from tritopt.group import Array, Group, Launch, Rows, run_phases, upload_table
+from tritopt.group import Array, Group, Launch, Rows, refresh_table, run_phases, upload_table
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
-from tritopt.optim.members import Bucket, Member, Number, Only, groups_of, params_of
+from tritopt.optim.hypers import Hypers
+from tritopt.optim.members import Bucket, Member, Only, groups_of, launch_for, params_of
+from tritopt.optim.rows import HostRows
+from tritopt.optim.scalar_states import ScalarStates
+from tritopt.walk import n_words, walk
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
 
-_data_ptr, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.is_contiguous
-_dtype, _grad, _layout, _version = map(operator.attrgetter, ("dtype", "grad", "layout", "_version"))
 _NO_ROW = np.array([[1.0, np.inf, 0.0]])
 
 
-class _Table(NamedTuple):
+class _Table:
     """The engine's group, and its table of addresses, but for those of gradients."""
 
-    group: Group
-    members: Array
-    """Places of the group's members among all."""
-    in_bucket: Array
-    words: Array
+    def __init__(self, group: Group, members: Array, in_bucket: Array, words: Array, columns: slice) -> None:
+        self.group = group
+        self._members = _slice_if_run(members)
+        """Places of the group's members among all."""
+        self._in_bucket = _slice_if_run(in_bucket)
+        self._words = words
+        self._columns = columns
+        """Of what is the gradient's address."""
+        self._grads: Array | None = None
+        self._row_of: Array | None = None
+
+    def upload(self, grads: Array, row_of: Array, values: Array | torch.Tensor) -> None:
+        """Bring to the device what is new: addresses of the gradients are new where their array is."""
+        group, n_words = self.group, self._words.size
+        n_values = values.numel() if isinstance(values, torch.Tensor) else values.size
+        if row_of is not self._row_of or group.host_table.size != n_words + n_values:
+            self._words[:, -1] = row_of[self._in_bucket]
+            self._words[:, self._columns] = grads[self._members, None]
+            upload_table(group, self._words, values)
+        elif grads is not self._grads:
+            words = group.host_table[:n_words].reshape(self._words.shape)
+            words[:, self._columns] = grads[self._members, None]
+            refresh_table(group, n_words, values, is_dirty=True)
+        else:
+            refresh_table(group, n_words, values)
+        self._grads, self._row_of = grads, row_of
+
+
+class _Update(NamedTuple):
+    """A bucket's."""
+
+    tables: list[_Table]
+    rows: HostRows
+    launches: list[Launch]
+    """One, once it was made."""
 
 
 class WarmStep:
@@ -43,6 +72,7 @@ class WarmStep:
 
     Args:
         opt: the optimizer.
+        hypers: its hyperparameters.
         members: all parameters that had a gradient.
         tasks: their tensors.
         launched: the launches, and for each the engine's groups.
@@ -53,6 +83,7 @@ class WarmStep:
     def __init__(
         self,
         opt: Optimizer,
+        hypers: Hypers,
         members: Sequence[Member],
         tasks: Sequence[Task],
         launched: Sequence[tuple[Bucket, list[Group]]],
@@ -60,138 +91,188 @@ class WarmStep:
         only: Only | None,
     ) -> None:
         self.members = _without_gradients(members)
+        self.positions = [member.position for member in members]
+        self.reduce: ShardSums | None = None
+        """Of the gradients' norm, once it was asked for."""
         self.buckets = [bucket for bucket, _ in launched]
         for bucket in self.buckets:
             bucket.runs[:] = map(_without_gradients, bucket.runs)
-        self._tables = {id(bucket): [_table(bucket, group, tasks) for group in groups] for bucket, groups in launched}
-        self._norm_groups = norm_groups
+        self._updates = {
+            id(bucket): _Update(
+                [_table(bucket, g, tasks) for g in groups], HostRows(bucket.runs, bucket.draws, self.positions), []
+            )
+            for bucket, groups in launched
+        }
+        self._no_rows = np.zeros(len(members), np.int64)
+        self._norm_tables = [_norm_table(group) for group in norm_groups]
         self._only = only
-        self._params = params_of(opt, only)
-        self._has_grad = [param.grad is not None for param in self._params]
-        self._rules = [opt.rule_of(group) for group in groups_of(opt, only)]
+        self._walk = walk()
+        self._hypers = hypers
+        self._generation = hypers.generation
         self._groups = list(groups_of(opt, only))
-        self._ways = [_way(group) for group in groups_of(opt, only)]
-        self._states = [opt.state[member.param] for member in members]
-        self._values = list(chain.from_iterable(map(dict.values, self._states)))
-        self._kept = [local(value) for value in self._values if isinstance(value, torch.Tensor)]
+        self._ways = [hypers.of(group).way for group in self._groups]
+        self._rules = [hypers.of(group).rule for group in self._groups]
+        self._params = params_of(opt, only)
+        has_grad = [param.grad is not None for param in self._params]
+        self._with_grad = None if all(has_grad) else np.flatnonzero(has_grad)
+        self._states = self._states_now(opt)
+        self._values = [tuple(state.values()) for state in self._states]
+        self._editions = np.zeros(len(self._states), np.int64)
         self._is_sharded = any(is_dtensor(member.param) for member in members)
-        grads = [local(member.grad) for member in members]
-        self._dtypes = list(map(_dtype, grads))
-        self._contiguous = list(map(_is_contiguous, grads))
-        self._strides = [(i, grad.stride()) for i, grad in enumerate(grads) if not grad.is_contiguous()]
-        self._grads = _addresses(grads)
-        self._fixed = self._fixed_addresses()
-        self._versions = self._read_versions()
-        self.device = grads[0].device
+        of_members = [value for member in members for value in opt.state[member.param].values()]
+        self._kept = [local(value) for value in of_members if isinstance(value, torch.Tensor)]
+        self._members_params = [member.param for member in self.members]
+        grads = [None if param.grad is None else local(param.grad) for param in self._params]
+        self._n_words = n_words(grads)
+        self._found = np.zeros(len(grads), np.int64)
+        self._kinds = self._walk.describe(grads, self._found, self._n_words)
+        self._grads = self._of_members(self._found)
+        fixed = self._fixed_tensors()
+        self._fixed = np.zeros(len(fixed), np.int64)
+        self._walk.addresses(fixed, self._fixed)
+        self._fixed_list = None if self._is_sharded else fixed
+        # A master must follow a weight that somebody else has written to.
+        self._led = [m.param for m, task in zip(members, tasks, strict=True) if task.format.can_disagree]
+        self._versions = self._versions_now()
+        self._bump: Array | None = None
+        self.device = local(members[0].param).device
 
-    def holds(self, opt: Optimizer, rates: Mapping[int, Number]) -> bool:
+    def holds(self, opt: Optimizer, hypers: Hypers) -> bool:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
-        params, groups = params_of(opt, self._only), groups_of(opt, self._only)
-        if not _same(params, self._params) or not _same(groups, self._groups):
+        ask = self._walk
+        is_held = self._only is not None or ask.hold(hypers.lists, self._params)
+        if not is_held or not self._takes_hypers(opt, hypers):
             return False
-        if [_way(group) for group in groups] != self._ways:
+        states = self._states_now(opt)
+        if not ask.same(states, self._states) or ask.changed(self._states, self._values, self._editions):
             return False
-        if any(rule.skips_zero_lr for rule in self._rules) and 0.0 in [r for r in rates.values() if type(r) is float]:
+        if not ask.lie_at(self._fixed_tensors() if self._fixed_list is None else self._fixed_list, self._fixed):
             return False
-        states = [opt.state.get(member.param) for member in self.members]
-        if not _same(states, self._states):
+        if self._led and self._versions_now().tobytes() != self._versions.tobytes():
             return False
-        if not _same(list(chain.from_iterable(map(dict.values, self._states))), self._values):
-            return False
-        if self._fixed_addresses() != self._fixed or self._read_versions() != self._versions:
-            return False
-        grads = list(map(_grad, params))
-        if [grad is not None for grad in grads] != self._has_grad:
-            return False
-        return self._takes_grads(list(compress(grads, self._has_grad))) and self._takes_rules(opt)
+        return self._takes_grads(self._params)
 
-    def norm(self, reduce: ShardSums) -> torch.Tensor:
-        """Of all gradients together, fp64 []."""
-        for group in self._norm_groups:
-            addresses = self._grads[group.members]
-            upload_table(group, np.stack([addresses, addresses, np.zeros_like(addresses)], axis=1), _NO_ROW)
-        found = squares_of(self._norm_groups, len(self.members), self.device, reduce if reduce else None)
-        return found.sum().sqrt()
+    def squares(self, reduce: ShardSums) -> torch.Tensor:
+        """Sum of squares of each gradient, fp64 [members, 1]."""
+        for table in self._norm_tables:
+            table.upload(self._grads, self._no_rows, _NO_ROW)
+        groups = [table.group for table in self._norm_tables]
+        return squares_of(groups, len(self.members), self.device, reduce if reduce else None)
+
+    def host_rows(self, bucket: Bucket, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
+        """Of the bucket's members."""
+        return self._updates[id(bucket)].rows.rows(hypers, numbers)
+
+    def launch_of(
+        self, bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]
+    ) -> Launch:
+        """Of a bucket; the same each time."""
+        launches = self._updates[id(bucket)].launches
+        if not launches:
+            launches.append(launch_for(bucket, scalars, shard_sums))
+        return launches[0]
 
     def launch(self, bucket: Bucket, rows: Rows, launch: Launch) -> None:
         """Update the bucket's parameters."""
-        tables = self._tables[id(bucket)]
-        for group, members, in_bucket, words in tables:
-            words[:, group.format.n_planes] = self._grads[members]
-            words[:, -1] = rows.row_of[in_bucket]
-            upload_table(group, words, rows.values)
+        tables = self._updates[id(bucket)].tables
+        for table in tables:
+            table.upload(self._grads, rows.row_of, rows.values)
         run_phases([table.group for table in tables], launch, len(bucket.places))
 
     def finish(self) -> None:
         """Autograd must learn of writes that it did not make."""
-        torch.autograd.graph.increment_version([member.param for member in self.members])
-        self._versions = self._read_versions()
+        torch.autograd.graph.increment_version(self._members_params)
+        if not self._led:
+            return
+        if self._bump is None:  # not 1 where parameters are views of one tensor, and share its version
+            before, self._versions = self._versions, self._versions_now()
+            self._bump = self._versions - before
+        else:
+            self._versions = self._versions + self._bump
 
-    def next(self, opt: Optimizer) -> WarmStep:
+    def next(self, opt: Optimizer, hypers: Hypers) -> WarmStep:
         """The next step may be like this one."""
         return self
 
-    def _takes_grads(self, grads: list[Any]) -> bool:
+    def _states_now(self, opt: Optimizer) -> list[dict[str, Any]]:
+        """Of all parameters, in the order of their first step: to look them up one by one takes longer."""
+        return list(opt.state.values()) if self._only is None else [opt.state.get(self._only.param, {})]
+
+    def _takes_grads(self, params: list[torch.Tensor]) -> bool:
+        found = np.empty(len(params), np.int64)
         if self._is_sharded:
-            for grad, member in zip(grads, self.members, strict=True):
-                if is_dtensor(member.param) and getattr(grad, "placements", None) != member.param.placements:
+            grads = [param.grad for param in params]
+            for grad, param in zip(grads, params, strict=True):
+                if grad is not None and is_dtensor(param) and getattr(grad, "placements", None) != param.placements:
                     return False
-            grads = list(map(local, grads))
-        if list(map(_dtype, grads)) != self._dtypes or set(map(_layout, grads)) != {torch.strided}:
+            locals_ = [None if grad is None else local(grad) for grad in grads]
+            kinds = self._walk.describe(locals_, found, self._n_words)
+        else:
+            kinds = self._walk.gradients(params, found, self._n_words)
+        if self._kinds is None or kinds != self._kinds:
             return False
-        if list(map(_is_contiguous, grads)) != self._contiguous:
-            return False
-        if any(grads[i].stride() != stride for i, stride in self._strides):
-            return False
-        self._grads = _addresses(grads)
+        if found.tobytes() != self._found.tobytes():
+            self._found, self._grads = found, self._of_members(found)
         return True
 
-    def _takes_rules(self, opt: Optimizer) -> bool:
-        groups = groups_of(opt, self._only)
-        rules = [opt.rule_of(group) for group in groups]
-        if _same(rules, self._rules):
+    def _of_members(self, found: Array) -> Array:
+        return found if self._with_grad is None else found[self._with_grad]
+
+    def _takes_hypers(self, opt: Optimizer, hypers: Hypers) -> bool:
+        if hypers is self._hypers and hypers.generation == self._generation:
             return True
-        if any((a.phases, a.preamble) != (b.phases, b.preamble) for a, b in zip(rules, self._rules, strict=True)):
+        groups = groups_of(opt, self._only)
+        if not self._walk.same(list(groups), self._groups):
             return False
-        self._rules = rules
-        rule_of = {id(group): rule for group, rule in zip(groups, rules, strict=True)}
-        for bucket in self.buckets:
-            bucket.runs[:] = [[m._replace(rule=rule_of[id(m.group)]) for m in some] for some in bucket.runs]
-        self.members = [member._replace(rule=rule_of[id(member.group)]) for member in self.members]
+        of_groups = [hypers.of(group) for group in groups]
+        if [hyper.way for hyper in of_groups] != self._ways:
+            return False
+        if any(hyper.rule.skips_zero_lr and type(hyper.rate) is float and hyper.rate == 0 for hyper in of_groups):
+            return False
+        rules = [hyper.rule for hyper in of_groups]
+        if not self._walk.same(rules, self._rules):
+            if any((a.phases, a.preamble) != (b.phases, b.preamble) for a, b in zip(rules, self._rules, strict=True)):
+                return False
+            self._rules = rules
+            rule_of = {id(group): rule for group, rule in zip(groups, rules, strict=True)}
+            for bucket in self.buckets:
+                bucket.runs[:] = [[m._replace(rule=rule_of[id(m.group)]) for m in some] for some in bucket.runs]
+            self.members = [member._replace(rule=rule_of[id(member.group)]) for member in self.members]
+        self._hypers, self._generation = hypers, hypers.generation
         return True
 
-    def _fixed_addresses(self) -> bytes:
-        """Of what must not move: parameters and states."""
-        params: Iterable[torch.Tensor] = (member.param for member in self.members)
-        return _addresses(chain(map(local, params) if self._is_sharded else params, self._kept)).tobytes()
+    def _fixed_tensors(self) -> list[torch.Tensor]:
+        """Those that must not move: parameters and states."""
+        return [*(map(local, self._members_params) if self._is_sharded else self._members_params), *self._kept]
 
-    def _read_versions(self) -> list[int]:
-        """Of the parameters, which tell of writes by others: a master must follow."""
-        params = [member.param for member in self.members]
-        return list(map(_version, [*params, *map(local, params)] if self._is_sharded else params))
+    def _versions_now(self) -> Array:
+        params = [*self._led, *map(local, self._led)] if self._is_sharded else self._led
+        found = np.zeros(len(params), np.int64)
+        self._walk.versions(params, found)
+        return found
+
+
+def _slice_if_run(places: Array) -> Array | slice:
+    """An index that needs no copy, where that says the same."""
+    is_run = len(places) > 0 and np.array_equal(places, np.arange(places[0], places[0] + len(places)))
+    return slice(int(places[0]), int(places[0]) + len(places)) if is_run else places
 
 
 def _table(bucket: Bucket, group: Group, tasks: Sequence[Task]) -> _Table:
     in_bucket = np.array(group.members, dtype=np.int64)
     members = np.array(bucket.places, dtype=np.int64)[in_bucket]
     words = np.array([[*[t.data_ptr() for t in tasks[i].tensors()], 0] for i in members], dtype=np.int64)
-    return _Table(group, members, in_bucket, words)
+    column = group.format.n_planes
+    return _Table(group, members, in_bucket, words, slice(column, column + 1))
+
+
+def _norm_table(group: Group) -> _Table:
+    """A gradient's norm is that of a weight which is the gradient."""
+    members = np.array(group.members, dtype=np.int64)
+    return _Table(group, members, members, np.zeros((len(members), 3), np.int64), slice(0, 2))
 
 
 def _without_gradients(members: Sequence[Member]) -> list[Member]:
     """A gradient that is kept here would take its memory for as long as steps are alike."""
     nothing = torch.empty(0)
     return [member._replace(grad=nothing) for member in members]
-
-
-def _way(group: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("fused", "differentiable", "multi_precision", "master", "state_dtype")
-    return tuple(map(group.get, names))
-
-
-def _same(a: Sequence[object], b: Sequence[object]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-def _addresses(tensors: Iterable[torch.Tensor]) -> Array:
-    return np.fromiter(map(_data_ptr, tensors), np.int64)

@@ -1,0 +1,156 @@
+"""Hyperparameters are read again where they have changed, and only there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tritopt import optim, walk
+from tritopt.optim import hypers as module
+from tritopt.optim.hypers import Hypers
+from tritopt.optim.rows import HostRows, host_rows
+
+
+@pytest.fixture(params=["c", "python"], autouse=True)
+def language(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "python":
+        monkeypatch.setattr(walk, "_found", [walk.IN_PYTHON])
+
+
+def optimizer(n: int = 3, cls: Any = optim.AdamW, **options: Any) -> optim.Optimizer:
+    groups = [{"params": [torch.zeros(2, requires_grad=True)], "lr": 0.1 * (i + 1)} for i in range(n)]
+    return cls(groups, **options)  # type: ignore[no-any-return]
+
+
+def test_what_is_unchanged_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    opt, hypers = optimizer(), Hypers()
+    hypers.refresh(opt, opt.param_groups)
+    generation = hypers.generation
+    monkeypatch.setattr(module, "_hyper", None)
+    hypers.refresh(opt, opt.param_groups)
+    assert hypers.generation == generation
+    opt.param_groups[1]["lr"] = 0.7  # what a scheduler does
+    hypers.refresh(opt, opt.param_groups)
+    assert hypers.generation == generation + 1
+    assert [hypers.of(group).rate for group in opt.param_groups] == [0.1, 0.7, 0.1 * 3]
+    opt.param_groups[1]["lr"] = float("0.7")  # another object, the same number
+    hypers.refresh(opt, opt.param_groups)
+    assert hypers.generation == generation + 1
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf")])
+def test_a_rate_out_of_range_is_not_taken_up(lr: float) -> None:
+    opt, hypers = optimizer(), Hypers()
+    hypers.refresh(opt, opt.param_groups)
+    opt.param_groups[1]["lr"] = lr
+    for _ in range(2):
+        with pytest.raises(ValueError, match="lr"):
+            hypers.refresh(opt, opt.param_groups)
+    opt.param_groups[1]["lr"] = 0.5
+    hypers.refresh(opt, opt.param_groups)
+    assert hypers.of(opt.param_groups[1]).rate == 0.5
+
+
+def test_values_that_change_in_place_are_read_each_time() -> None:
+    opt, hypers = optimizer(), Hypers()
+    first, second, third = opt.param_groups
+    first["betas"] = [0.9, 0.99]
+    second["lr"] = torch.tensor(0.25, dtype=torch.float64)
+    hypers.refresh(opt, opt.param_groups)
+    rule, other = hypers.of(first).rule, hypers.of(third).rule
+    first["betas"][0] = 0.5
+    second["lr"].fill_(0.5)
+    hypers.refresh(opt, opt.param_groups)
+    assert hypers.of(first).rule is not rule
+    assert hypers.of(second).rate == 0.5
+    assert hypers.of(third).rule is other
+    first["betas"], second["lr"] = (0.9, 0.99), 0.125
+    hypers.refresh(opt, opt.param_groups)
+    assert hypers.of(first).rule is rule
+    assert hypers.of(second).rate == 0.125
+
+
+def test_other_changes_are_read_in_full() -> None:
+    opt, hypers = optimizer(), Hypers()
+    hypers.refresh(opt, opt.param_groups)
+    group = opt.param_groups[0]
+    group["weight_decay"], group["lr"] = 0.5, 0.9
+    hypers.refresh(opt, opt.param_groups)
+    assert hypers.of(group).common[2] == 0.5
+    assert hypers.of(group).rate == 0.9
+    group["maximize"] = True
+    hypers.refresh(opt, opt.param_groups)
+    assert hypers.of(group).common[0] == -1.0
+    opt.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.3})
+    hypers.refresh(opt, opt.param_groups)
+    assert len(hypers.rates) == 4
+    opt.param_groups[0] = {**group, "lr": 0.4}
+    hypers.refresh(opt, opt.param_groups)
+    assert hypers.of(opt.param_groups[0]).rate == 0.4
+
+
+CLASSES = [cls for cls in vars(optim).values() if isinstance(cls, type) and hasattr(cls, "rule")]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_rates_in_a_vector_give_the_rows_that_one_by_one_give(cls: Any) -> None:
+    """To the bit: a resumed run starts with the slow way."""
+    groups = [{"params": [torch.ones(2, 2, requires_grad=True)], "lr": 0.01 * 1.37**i} for i in range(5)]
+    decay = 0.0 if cls is optim.GroupAdaGrad else 0.01  # which has none
+    groups.append({"params": [torch.ones(2, 2, requires_grad=True)], "lr": 0.01, "weight_decay": decay})
+    opt = cls(groups)
+    for _ in range(3):
+        for group in opt.param_groups:
+            group["params"][0].grad = torch.full((2, 2), 0.5)
+        opt.step()
+    stepper = opt._stepper
+    warm = stepper._warm
+    if warm is None:
+        pytest.skip("no kernel for these")
+    (bucket,) = warm.buckets
+    found = HostRows(bucket.runs, bucket.draws, warm.positions).rows(stepper._hypers, stepper._numbers)
+    expected = host_rows(bucket.runs, stepper._hypers, stepper._numbers, bucket.draws)
+    assert found[0] is expected[0]
+    assert found[1].values[found[1].row_of].tolist() == expected[1].values[expected[1].row_of].tolist()
+    opt.state[opt.param_groups[0]["params"][0]]["step"].fill_(9.0)  # members that are not alike go one by one
+    other = HostRows(bucket.runs, bucket.draws, warm.positions).rows(stepper._hypers, stepper._numbers)
+    again = host_rows(bucket.runs, stepper._hypers, stepper._numbers, bucket.draws)
+    assert other[1].values.tolist() == again[1].values.tolist()
+
+
+class Watcher:
+    """Counts what a hook sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __call__(self, opt: optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.seen.append((opt, args, kwargs))
+
+
+def test_the_profiler_sees_a_step() -> None:
+    opt = optimizer(1)
+    opt.param_groups[0]["params"][0].grad = torch.ones(2)
+    opt.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        opt.step()
+    assert "Optimizer.step#AdamW.step" in {event.key for event in profile.key_averages()}
+
+
+def test_hooks_see_a_step_as_it_was_called() -> None:
+    opt, before, after = optimizer(1), Watcher(), Watcher()
+    opt.param_groups[0]["params"][0].grad = torch.ones(2)
+    opt.step()
+    handles = [opt.register_step_pre_hook(before), opt.register_step_post_hook(after)]
+    assert opt.step(closure=lambda: 5.0) == 5.0
+    for watcher in (before, after):
+        ((seen, args, kwargs),) = watcher.seen
+        assert seen is opt
+        assert args == (opt,)
+        assert set(kwargs) == {"closure"}
+    for handle in handles:
+        handle.remove()
+    opt.step()
+    assert len(before.seen) == 1

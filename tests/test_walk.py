@@ -1,0 +1,184 @@
+"""Walks in C say what those in Python say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tritopt import walk
+from tritopt.walk import IN_PYTHON, Walk, n_words
+
+IN_C = walk.in_c()
+pytestmark = pytest.mark.skipif(IN_C is None, reason="no C compiler, or no Python.h")
+
+
+class Subclass(torch.Tensor):
+    """Like a tensor, but for its gradient."""
+
+    grad = None
+
+
+@pytest.fixture(params=["c", "python"])
+def ask(request: pytest.FixtureRequest) -> Walk:
+    found = IN_C if request.param == "c" else IN_PYTHON
+    assert found is not None
+    return found
+
+
+def tensors() -> list[torch.Tensor]:
+    base = torch.arange(24.0)
+    return [base, base[3:], base.view(4, 6).t(), torch.zeros(()), torch.zeros(0, 3), torch.zeros(2).half()]
+
+
+def test_addresses(ask: Walk) -> None:
+    some = [*tensors(), torch.nn.Parameter(torch.zeros(3)), torch.zeros(2).as_subclass(Subclass)]
+    out = np.zeros(len(some), np.int64)
+    ask.addresses(some, out)
+    assert out.tolist() == [tensor.data_ptr() for tensor in some]
+    assert ask.lie_at(some, out)
+    some[-2].data = some[-2].data.clone()
+    assert not ask.lie_at(some, out)
+    assert ask.lie_at([], np.zeros(0, np.int64))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_an_array_of_another_size_is_refused(size: int) -> None:
+    assert IN_C is not None
+    for call in (IN_C.addresses, IN_C.versions, IN_C.lie_at):
+        with pytest.raises(ValueError, match="bytes"):
+            call([torch.zeros(1)] * 2, np.zeros(size, np.int64))
+
+
+def test_descriptions_differ_where_tensors_do(ask: Walk) -> None:
+    plain = torch.zeros(4, 4)
+    seen: list[Any] = []
+    for other in (plain, torch.zeros(4, 4, dtype=torch.int32), torch.zeros(2, 8), torch.zeros(4, 5)[:, :4], plain.t()):
+        out = np.zeros(2, np.int64)
+        said = ask.describe([plain, other], out, n_words([plain, other]))
+        assert out.tolist() == [plain.data_ptr(), other.data_ptr()]
+        assert said is not None
+        assert said not in seen
+        seen.append(said)
+    assert ask.describe([plain, torch.zeros(4, 4)], np.zeros(2, np.int64), 12) == seen[0]
+
+
+def test_what_is_not_as_expected_has_no_description(ask: Walk) -> None:
+    plain, out = torch.zeros(4, 4), np.zeros(2, np.int64)
+    sparse = plain.to_sparse()
+    assert ask.describe([plain, sparse], out, 12) is None
+    assert ask.describe([sparse, plain], out, 12) is None
+    assert ask.describe([plain, torch.zeros(4)], out, 12) is None
+    assert ask.describe([plain, torch.zeros(4, 1, 4)], out, 12) is None
+    assert ask.describe([plain, None], out, 12) is None
+    first = ask.describe([plain, None], out, n_words([plain, None]))
+    assert first is not None
+    assert out.tolist() == [plain.data_ptr(), -1]
+    assert ask.describe([plain, torch.zeros(())], out, 8) not in (None, first)
+
+
+def test_gradients_are_described(ask: Walk) -> None:
+    params: list[torch.Tensor] = [torch.nn.Parameter(tensor.float()) for tensor in tensors()]
+    params[0].grad = torch.ones_like(params[0])
+    params[2].grad = torch.ones(6, 4).t().contiguous().t() if params[2].shape == (6, 4) else torch.ones(params[2].shape)
+    grads = [param.grad for param in params]
+    out, expected = np.zeros(len(params), np.int64), np.zeros(len(params), np.int64)
+    said = ask.gradients(params, out, n_words(grads))
+    assert said is not None
+    assert said == ask.describe(grads, expected, n_words(grads))
+    assert out.tolist() == expected.tolist()
+    params[1].grad = torch.ones_like(params[1])
+    assert ask.gradients(params, out, n_words(grads)) is None
+
+
+def test_a_subclass_is_asked_for_its_own_gradient(ask: Walk) -> None:
+    param = torch.zeros(3).as_subclass(Subclass).requires_grad_()
+    out = np.zeros(1, np.int64)
+    assert ask.gradients([param], out, 2) is not None
+    assert out.tolist() == [-1]
+
+
+def test_versions(ask: Walk) -> None:
+    some = [torch.zeros(2), torch.nn.Parameter(torch.zeros(2))]
+    some[0].add_(1)
+    torch.autograd.graph.increment_version(some)
+    out = np.zeros(2, np.int64)
+    ask.versions(some, out)
+    assert out.tolist() == [tensor._version for tensor in some] == [2, 1]
+
+
+def test_the_same_objects(ask: Walk) -> None:
+    a = [torch.zeros(2), torch.zeros(2), "x"]
+    assert ask.same(a, list(a))
+    assert not ask.same(a, a[:2])
+    assert not ask.same(a[:2], [a[0], torch.zeros(2)])
+    assert ask.hold([a[:1], [], a[1:]], a)
+    assert not ask.hold([a[:1]], a)
+    assert not ask.hold([a, a], a)
+    assert not ask.hold([a[1:], a[:1]], a)
+
+
+def test_dicts_that_have_changed(ask: Walk) -> None:
+    value = torch.zeros(2)
+    dicts: list[dict[Any, Any]] = [{"a": value, "b": 1.5}, {"a": 2.5}, {}]
+    before, editions = [tuple(some.values()) for some in dicts], np.zeros(3, np.int64)
+    assert ask.changed(dicts, before, editions) == []
+    assert ask.changed(dicts, before, editions) == []
+    dicts[1]["a"] = float("2.5")  # equal, and another
+    assert ask.changed(dicts, before, editions) == [1]
+    assert ask.changed(dicts, before, editions) == [1]
+    dicts[1]["a"] = before[1][0]
+    assert ask.changed(dicts, before, editions) == []
+    dicts[0]["c"] = 1
+    dicts[2]["c"] = 1
+    assert ask.changed(dicts, before, editions) == [0, 2]
+    del dicts[0]["c"], dicts[2]["c"]
+    dicts[0].update(a=torch.zeros(2))
+    assert ask.changed(dicts, before, editions) == [0]
+    with pytest.raises(ValueError, match="as many"):
+        ask.changed(dicts, before[:1], editions)
+
+
+def test_objects_are_not_kept_alive() -> None:
+    assert IN_C is not None
+    param = torch.nn.Parameter(torch.zeros(3))
+    param.grad = torch.zeros(3)
+    out, dicts = np.zeros(1, np.int64), [dict[Any, Any](a=object())]
+    counts = [sys.getrefcount(x) for x in (param, param.grad, dicts[0]["a"], dicts[0])]
+    for _ in range(10):
+        IN_C.gradients([param], out, 4)
+        IN_C.describe([param.grad], out, 4)
+        IN_C.describe([param.grad.to_sparse()], out, 4)
+        IN_C.versions([param], out)
+        IN_C.lie_at([param], out)
+        IN_C.changed(dicts, [(1,)], out)
+        IN_C.same([param], [param])
+        IN_C.hold([[param]], [param])
+    assert [sys.getrefcount(x) for x in (param, param.grad, dicts[0]["a"], dicts[0])] == counts
+
+
+@pytest.mark.parametrize(("value", "expected"), [("python", "True"), ("", "False")])
+def test_the_environment_can_insist_on_python(value: str, expected: str) -> None:
+    program = "from tritopt import walk; print(walk.walk() is walk.IN_PYTHON)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "TRITOPT_WALK": value}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == expected
+
+
+def test_without_a_compiler_python_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import build
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(build, "compile_module_from_src", fail)
+    monkeypatch.setattr(walk, "_found", [])
+    assert walk.in_c() is None
+    assert walk.walk() is IN_PYTHON

@@ -1,0 +1,158 @@
+"""`tritopt tune`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from tritopt import numerics, tuning, tuning_cache
+from tritopt.check import device, environment
+from tritopt.commands.console import AsJson, console, where, with_progress
+from tritopt.config import Config
+
+
+def tune(
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A class of tritopt.optim; may be repeated. AdamW by default."),
+    ] = None,
+    storage: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="NAME", help="Such as split8+int8, as numerics has them; may be repeated."),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE",
+            help="small, medium, large; +tiny: of tiny tensors; or a number of elements; may be repeated.",
+        ),
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the cache and what is shipped; measure nothing.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete the cache, of all GPUs; measure nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure launch configurations on this GPU, ahead of time, and keep the best.
+
+    Training then takes them without a measurement. Runs on scratch tensors. Results of training do not depend on it.
+    """
+    if show and clear:
+        raise typer.BadParameter("--show and --clear exclude each other")
+    if clear:
+        _clear(as_json)
+        return
+    if show:
+        _show(as_json)
+        return
+    try:
+        classes = list(dict.fromkeys(map(numerics.find_optimizer, optimizer or ["AdamW"])))
+        formats = numerics.find_formats(storage or tuning.FORMATS)
+        sizes = tuning.find_sizes(size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if device().type != "cuda":
+        typer.echo(
+            "tritopt tune measures on a GPU, and there is none (or TRITON_INTERPRET=1 is set); --show and --clear work "
+            "without",
+            err=True,
+        )
+        raise typer.Exit(2)
+    if not as_json:
+        console().print(where(environment()), soft_wrap=True)
+    run = tuning.Tuning(classes, formats, sizes, device())
+    rows = list(with_progress(run.rows(), "tuning", len(run), shown=not as_json))
+    if as_json:
+        typer.echo(json.dumps([row.to_json() for row in rows], indent=2))
+    else:
+        print_rows(rows)
+
+
+def print_rows(rows: Sequence[tuning.Row]) -> None:
+    """Default against best."""
+    table = _table("optimizer", "format", "kernel", "size", "default", "best", caption=_EXPLANATION)
+    for title in ("default\nus", "best\nus", "default\nGB/s", "best\nGB/s"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        times = (row.microseconds, row.default_microseconds, row.gigabytes_per_second, row.default_gigabytes_per_second)
+        if None in times or row.best is None or row.default is None:
+            continue
+        best_us, default_us, best_gb, default_gb = (f"{number:.4g}" for number in times)
+        best = "as it is" if row.best == row.default else _written(row.best)
+        names = (row.optimizer, row.format, row.kernel, row.size, _written(row.default), best)
+        table.add_row(*names, default_us, best_us, default_gb, best_gb)
+    console().print(table)
+    for row in rows:
+        if row.reason:
+            of = ", ".join(filter(None, (row.optimizer, row.format, row.kernel, row.size)))
+            console().print(f"{of}: {row.reason}", soft_wrap=True)
+
+
+_EXPLANATION = "block x elements of a chunk, tail, warps; medians of a launch on scratch; GB/s: bytes that must move"
+
+
+def _written(config: Config | dict[str, Any]) -> str:
+    """As tables have it; fields that later versions add stand behind by name."""
+    fields = dict(config) if isinstance(config, dict) else config._asdict()
+    first = [fields.pop(name) for name in ("block_size", "chunk_size", "tail_size", "num_warps")]
+    text = "{} x {}, {}, {}".format(*first)
+    return text + "".join(f", {name} {value}" for name, value in fields.items() if value)
+
+
+def _table(*columns: str, **options: Any) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), **options)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _clear(as_json: bool) -> None:
+    try:
+        deleted = [str(path) for path in tuning_cache.clear()]
+    except OSError as error:
+        typer.echo(f"cannot delete {error.filename}: {error.strerror}", err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps({"deleted": deleted}, indent=2))
+    else:
+        typer.echo("\n".join(f"deleted {path}" for path in deleted) or "nothing to delete")
+
+
+def _show(as_json: bool) -> None:
+    shipped, cached, folder = tuning.shipped_rows(), tuning.cached_rows(), tuning_cache.folder()
+    if as_json:
+        contents = {"folder": None if folder is None else str(folder), "shipped": shipped, "cached": cached}
+        typer.echo(json.dumps(contents, indent=2))
+        return
+    terminal = console()
+    columns = ("gpu", "phases", "size", "block_size", "chunk_size", "tail_size", "num_warps", "mark")
+    table = _table(*[name.replace("_", " ") for name in columns], title="shipped", caption=_SHIPPED)
+    for row in shipped:
+        table.add_row(*[str(row[name]) for name in columns])
+    terminal.print(table)
+    if not cached:
+        terminal.print(f"nothing tuned yet in {folder}" if folder else "no home directory, so there is no cache")
+        return
+    table = _table("gpu", "kernel", "formats", "size", "default", "best", title=f"tuned, in {folder}")
+    for title in ("default\nus", "best\nus"):
+        table.add_column(title, justify="right")
+    for row in cached:
+        configs = [_written(row[name]) for name in ("default", "config")]
+        times = [f"{row[name]:.4g}" for name in ("default_microseconds", "microseconds")]
+        table.add_row(row["gpu"], row["kernel"], _stored(row), row["size"], *configs, *times)
+    terminal.print(table)
+
+
+_SHIPPED = (
+    "wide phases load more than 8 bytes an element; small: below 8 million elements, medium: below 128 million; "
+    "assumed: by reasons, not measured"
+)
+
+
+def _stored(row: dict[str, Any]) -> str:
+    """The weight's format and dtype, and the states'."""
+    weight, *states = row["formats"]
+    return f"{row['dtypes'][0]} {weight}" + (f"; {', '.join(states)}" if states else "")

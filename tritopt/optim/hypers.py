@@ -1,0 +1,131 @@
+"""What the param_groups say, read again only where it has changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tritopt import validate
+from tritopt.optim.members import Number, lives_on_device, rate
+from tritopt.optimizer import Optimizer as Rule
+from tritopt.walk import walk
+
+if TYPE_CHECKING:
+    from tritopt.optim.optimizer import Optimizer
+
+_SETTLED = (float, int, bool, str, torch.dtype, type(None))
+"""Types whose values do not change without becoming other objects."""
+_LISTS = ("params", "param_names")
+
+
+class Hyper(NamedTuple):
+    """One group's."""
+
+    rate: Number
+    """fp64 [] where it is read on the device."""
+    common: tuple[float, float, float]
+    """Rescale, clip bound, decay."""
+    rule: Rule
+    way: tuple[Any, ...]
+    """What decides how the step is made."""
+    on_device: bool
+    """Whether its scalars are formed there."""
+
+
+class Hypers:
+    """Of some param_groups."""
+
+    def __init__(self) -> None:
+        self.groups: list[dict[str, Any]] = []
+        self.lists: list[list[torch.Tensor]] = []
+        """Their parameters."""
+        self.rates: dict[int, Number] = {}
+        """By `id` of the group."""
+        self.on_device = False
+        self.generation = 0
+        """Counts the changes, but for those of rates that are read on the device."""
+        self._hypers: list[Hyper] = []
+        self._values: list[tuple[Any, ...]] = []
+        self._editions = np.zeros(0, np.int64)
+        self._unsettled: list[int] = []
+        self._walk = walk()
+
+    def refresh(self, opt: Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+        """Take up what has changed. ValueError for values out of range; then nothing is taken up."""
+        groups = list(groups)
+        if not self._walk.same(groups, self.groups):
+            hypers = [_hyper(opt, group) for group in groups]
+            self._unsettled = [i for i, group in enumerate(groups) if not _is_settled(group)]
+            self._values = [tuple(group.values()) for group in groups]
+            self._editions = np.zeros(len(groups), np.int64)
+            self.groups = groups
+            self._take(hypers)
+            return
+        moved = self._walk.changed(groups, self._values, self._editions)
+        if not moved and not self._unsettled:
+            return
+        hypers, unsettled = list(self._hypers), set(self._unsettled)
+        values = {i: tuple(groups[i].values()) for i in moved}
+        for i in {*moved, *unsettled}:
+            if i not in unsettled and _differs_in_rate(groups[i], values[i], self._values[i]):
+                hypers[i] = hypers[i]._replace(rate=rate(groups[i]))  # what a scheduler does to all, each step
+            else:
+                hypers[i] = _hyper(opt, groups[i])
+        for i, some in values.items():
+            self._values[i] = some
+            self._editions[i] = 0
+            (unsettled.discard if _is_settled(groups[i]) else unsettled.add)(i)
+        self._unsettled = sorted(unsettled)
+        self._take(hypers)
+
+    def of(self, group: dict[str, Any]) -> Hyper:
+        """Of one of the groups."""
+        return self._hypers[self._places[id(group)]]
+
+    def _take(self, hypers: list[Hyper]) -> None:
+        is_same = len(hypers) == len(self._hypers) and all(map(_agree, hypers, self._hypers))
+        self._hypers = hypers
+        self._places = {id(group): i for i, group in enumerate(self.groups)}
+        self.lists = [group["params"] for group in self.groups]
+        self.rates = {id(group): hyper.rate for group, hyper in zip(self.groups, hypers, strict=True)}
+        self.on_device = any(hyper.on_device for hyper in hypers)
+        self.generation += not is_same
+
+
+def _differs_in_rate(group: dict[str, Any], new: tuple[Any, ...], old: tuple[Any, ...]) -> bool:
+    """Whether the learning rate is another number, and nothing else is new."""
+    if type(group["lr"]) is not float or len(new) != len(old):
+        return False
+    at = next(i for i, name in enumerate(group) if name == "lr")
+    return type(old[at]) is float and all(a is b for i, (a, b) in enumerate(zip(new, old, strict=True)) if i != at)
+
+
+def _agree(a: Hyper, b: Hyper) -> bool:
+    if a[1:] != b[1:] or isinstance(a.rate, torch.Tensor) != isinstance(b.rate, torch.Tensor):
+        return False
+    return isinstance(a.rate, torch.Tensor) or a.rate == b.rate
+
+
+def _hyper(opt: Optimizer, group: dict[str, Any]) -> Hyper:
+    rule = opt.rule_of(group)
+    bound = validate.bound_or(group["clip_value"], math.inf) if rule.clips else math.inf
+    decay = validate.finite("weight_decay", float(group.get("weight_decay", 0.0)))
+    common = (-1.0 if group.get("maximize") else 1.0, bound, decay)
+    choice = group["state_dtype"]
+    way = (
+        *map(group.get, ("fused", "differentiable", "multi_precision", "master")),
+        tuple(choice.items()) if isinstance(choice, dict) else choice,
+    )
+    return Hyper(rate(group), common, rule, way, bool(group["capturable"] or lives_on_device(group["lr"])))
+
+
+def _is_settled(group: dict[str, Any]) -> bool:
+    return all(name in _LISTS or _is_fixed(value) for name, value in group.items())
+
+
+def _is_fixed(value: Any) -> bool:
+    return all(map(_is_fixed, value)) if type(value) is tuple else type(value) in _SETTLED

@@ -1,0 +1,325 @@
+/* Walks over lists of tensors, for tritopt/walk.py, which says what each function does and has it in Python as well. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdint.h>
+#include <string.h>
+
+/* torch's C interface for compiled code (torch/csrc/inductor/aoti_torch/c/shim.h). A handle points to a tensor, which is
+   one pointer. Functions return 0, or another number where torch raised. */
+typedef int32_t (*get_number_fn)(void *handle, int32_t *out);
+typedef int32_t (*get_size_fn)(void *handle, int64_t *out);
+typedef int32_t (*get_sizes_fn)(void *handle, int64_t **out);
+typedef int32_t (*get_address_fn)(void *handle, void **out);
+/* What torch.compile's wrappers call to get a tensor's address. */
+typedef void *(*address_fn)(PyObject *tensor);
+
+static struct {
+  address_fn address;
+  get_number_fn dtype, layout;
+  get_size_fn dim;
+  get_sizes_fn sizes, strides;
+  get_address_fn data_ptr;
+  int32_t strided;
+} torch;
+
+/* What tensors' attributes are read by: a lookup by name takes longer than the reading. Only for these two classes, since
+   a subclass may have attributes of its own. */
+static struct {
+  PyTypeObject *tensor, *parameter;
+  PyObject *cdata_name, *grad_name, *version_name;
+  getter grad, version;
+} classes;
+
+static getter getter_of(PyObject *name) {
+  PyObject *found = PyObject_GetAttr((PyObject *)classes.tensor, name);
+  getter get = NULL;
+  if (!found) PyErr_Clear();
+  else if (Py_TYPE(found) == &PyGetSetDescr_Type && !((PyGetSetDescrObject *)found)->d_getset->closure)
+    get = ((PyGetSetDescrObject *)found)->d_getset->get;
+  Py_XDECREF(found);
+  return get;
+}
+
+static inline PyObject *attribute(PyObject *object, PyObject *name, getter get) {
+  PyTypeObject *type = Py_TYPE(object);
+  return get && (type == classes.parameter || type == classes.tensor) ? get(object, NULL) : PyObject_GetAttr(object, name);
+}
+
+/* Where a Python tensor keeps its implementation, which `_cdata` gives seven times slower. Found out by `locate`; -1: ask. */
+static Py_ssize_t impl_at = -1;
+
+static PyObject *locate(PyObject *self, PyObject *args) {
+  PyObject *tensors;
+  if (!PyArg_ParseTuple(args, "O!", &PyList_Type, &tensors)) return NULL;
+  for (Py_ssize_t at = sizeof(PyObject); at + sizeof(void *) <= (size_t)classes.tensor->tp_basicsize; at += sizeof(void *)) {
+    Py_ssize_t n_right = 0, n = PyList_GET_SIZE(tensors);
+    for (Py_ssize_t i = 0; i < n; i++) {
+      PyObject *tensor = PyList_GET_ITEM(tensors, i), *number;
+      if (!PyObject_TypeCheck(tensor, classes.tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
+      if (!(number = PyObject_GetAttr(tensor, classes.cdata_name))) return NULL;
+      n_right += *(void **)((char *)tensor + at) == PyLong_AsVoidPtr(number);
+      Py_DECREF(number);
+    }
+    if (n > 0 && n_right == n) {
+      impl_at = at;
+      break;
+    }
+  }
+  return PyLong_FromSsize_t(impl_at);
+}
+
+static inline void *impl_of(PyObject *tensor) {
+  if (impl_at >= 0 && PyObject_TypeCheck(tensor, classes.tensor)) return *(void **)((char *)tensor + impl_at);
+  PyObject *number = PyObject_GetAttr(tensor, classes.cdata_name);
+  void *impl = number ? PyLong_AsVoidPtr(number) : NULL;
+  Py_XDECREF(number);
+  if (!impl && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a tensor without an implementation");
+  return impl;
+}
+
+static PyObject *bind(PyObject *self, PyObject *args) {
+  unsigned long long f[7];
+  int strided;
+  PyObject *tensor, *parameter;
+  if (!PyArg_ParseTuple(args, "O!O!KKKKKKKi", &PyType_Type, &tensor, &PyType_Type, &parameter, f, f + 1, f + 2, f + 3,
+                        f + 4, f + 5, f + 6, &strided))
+    return NULL;
+  Py_INCREF(tensor);
+  Py_INCREF(parameter);
+  classes.tensor = (PyTypeObject *)tensor;
+  classes.parameter = (PyTypeObject *)parameter;
+  classes.grad = getter_of(classes.grad_name);
+  classes.version = getter_of(classes.version_name);
+  torch.address = (address_fn)(uintptr_t)f[0];
+  torch.dtype = (get_number_fn)(uintptr_t)f[1];
+  torch.layout = (get_number_fn)(uintptr_t)f[2];
+  torch.dim = (get_size_fn)(uintptr_t)f[3];
+  torch.sizes = (get_sizes_fn)(uintptr_t)f[4];
+  torch.strides = (get_sizes_fn)(uintptr_t)f[5];
+  torch.data_ptr = (get_address_fn)(uintptr_t)f[6];
+  torch.strided = strided;
+  Py_RETURN_NONE;
+}
+
+/* The buffer of an int64 array with room for n numbers. */
+static int64_t *room(PyObject *array, Py_buffer *view, Py_ssize_t n) {
+  if (PyObject_GetBuffer(array, view, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0) return NULL;
+  if (view->len == n * (Py_ssize_t)sizeof(int64_t)) return view->buf;
+  PyErr_Format(PyExc_ValueError, "out has %zd bytes, not those of %zd int64", view->len, n);
+  PyBuffer_Release(view);
+  return NULL;
+}
+
+static PyObject *addresses(PyObject *self, PyObject *args) {
+  PyObject *tensors, *array;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!O", &PyList_Type, &tensors, &array)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(tensors);
+  int64_t *out = room(array, &view, n);
+  if (!out) return NULL;
+  for (Py_ssize_t i = 0; i < n; i++) out[i] = (int64_t)(uintptr_t)torch.address(PyList_GET_ITEM(tensors, i));
+  PyBuffer_Release(&view);
+  Py_RETURN_NONE;
+}
+
+/* Of one tensor: writes its address, and up to `room` words that say how it lies in memory. Returns their number. */
+static Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, Py_ssize_t n_free) {
+  if (tensor == Py_None) { /* no gradient */
+    if (n_free < 2) return 0;
+    *address = to[0] = to[1] = -1;
+    return 2;
+  }
+  void *impl = impl_of(tensor), *data = NULL;
+  if (!impl) return -1;
+  void *handle = &impl;
+  int32_t dtype, layout;
+  int64_t dim, *sizes, *strides;
+  if (torch.layout(handle, &layout) || layout != torch.strided) return 0;
+  if (torch.dtype(handle, &dtype) || torch.dim(handle, &dim) || torch.sizes(handle, &sizes) ||
+      torch.strides(handle, &strides) || torch.data_ptr(handle, &data))
+    return 0;
+  if (n_free < 2 + 2 * dim) return 0;
+  *address = (int64_t)(uintptr_t)data;
+  to[0] = dtype;
+  to[1] = dim;
+  memcpy(to + 2, sizes, dim * sizeof(int64_t));
+  memcpy(to + 2 + dim, strides, dim * sizeof(int64_t));
+  return 2 + 2 * dim;
+}
+
+/* Room for n addresses, and for words that say how tensors lie in memory. */
+typedef struct {
+  Py_buffer view;
+  int64_t *addresses;
+  PyObject *words;
+  Py_ssize_t used, n_words;
+} sheet;
+
+static int open_sheet(sheet *to, PyObject *array, Py_ssize_t n, Py_ssize_t n_words) {
+  to->used = 0;
+  to->n_words = n_words;
+  to->addresses = room(array, &to->view, n);
+  if (!to->addresses) return -1;
+  to->words = PyBytes_FromStringAndSize(NULL, n_words * (Py_ssize_t)sizeof(int64_t));
+  if (!to->words) PyBuffer_Release(&to->view);
+  return to->words ? 0 : -1;
+}
+
+static Py_ssize_t note(sheet *to, Py_ssize_t i, PyObject *tensor) {
+  int64_t *words = (int64_t *)(void *)PyBytes_AS_STRING(to->words);
+  Py_ssize_t found = describe_one(tensor, to->addresses + i, words + to->used, to->n_words - to->used);
+  to->used += found > 0 ? found : 0;
+  return found;
+}
+
+/* The words; None where a tensor was not as expected, NULL after an error. */
+static PyObject *close_sheet(sheet *to, Py_ssize_t found) {
+  PyBuffer_Release(&to->view);
+  if (found > 0 && to->used == to->n_words) return to->words;
+  Py_DECREF(to->words);
+  if (found < 0) return NULL;
+  Py_RETURN_NONE;
+}
+
+static PyObject *describe(PyObject *self, PyObject *args) {
+  PyObject *tensors, *array;
+  Py_ssize_t n_words, found = 1;
+  sheet to;
+  if (!PyArg_ParseTuple(args, "O!On", &PyList_Type, &tensors, &array, &n_words)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(tensors);
+  if (open_sheet(&to, array, n, n_words) < 0) return NULL;
+  for (Py_ssize_t i = 0; i < n && found > 0; i++) found = note(&to, i, PyList_GET_ITEM(tensors, i));
+  return close_sheet(&to, found);
+}
+
+static PyObject *gradients(PyObject *self, PyObject *args) {
+  PyObject *params, *array;
+  Py_ssize_t n_words, found = 1;
+  sheet to;
+  if (!PyArg_ParseTuple(args, "O!On", &PyList_Type, &params, &array, &n_words)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(params);
+  if (open_sheet(&to, array, n, n_words) < 0) return NULL;
+  for (Py_ssize_t i = 0; i < n && found > 0; i++) {
+    PyObject *grad = attribute(PyList_GET_ITEM(params, i), classes.grad_name, classes.grad);
+    found = grad ? note(&to, i, grad) : -1;
+    Py_XDECREF(grad);
+  }
+  return close_sheet(&to, found);
+}
+
+static PyObject *lie_at(PyObject *self, PyObject *args) {
+  PyObject *tensors, *array;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!O", &PyList_Type, &tensors, &array)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(tensors), i = 0;
+  int64_t *at = room(array, &view, n);
+  if (!at) return NULL;
+  while (i < n && at[i] == (int64_t)(uintptr_t)torch.address(PyList_GET_ITEM(tensors, i))) i++;
+  PyBuffer_Release(&view);
+  return PyBool_FromLong(i == n);
+}
+
+static PyObject *same(PyObject *self, PyObject *args) {
+  PyObject *a, *b;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &a, &PyList_Type, &b)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(a);
+  if (n != PyList_GET_SIZE(b)) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < n; i++)
+    if (PyList_GET_ITEM(a, i) != PyList_GET_ITEM(b, i)) Py_RETURN_FALSE;
+  Py_RETURN_TRUE;
+}
+
+static PyObject *hold(PyObject *self, PyObject *args) {
+  PyObject *lists, *items;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &lists, &PyList_Type, &items)) return NULL;
+  Py_ssize_t k = 0, n = PyList_GET_SIZE(items);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(lists); i++) {
+    PyObject *list = PyList_GET_ITEM(lists, i);
+    if (!PyList_Check(list)) return PyErr_Format(PyExc_TypeError, "a list of lists");
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); j++, k++)
+      if (k >= n || PyList_GET_ITEM(list, j) != PyList_GET_ITEM(items, k)) Py_RETURN_FALSE;
+  }
+  return PyBool_FromLong(k == n);
+}
+
+/* Changes with every write to a dict, and no two dicts ever have the same; 0 where Python no longer has it. */
+static inline int64_t edition(PyObject *dict) {
+#if PY_VERSION_HEX < 0x030C0000
+  return (int64_t)((PyDictObject *)dict)->ma_version_tag;
+#else
+  return 0;
+#endif
+}
+
+static PyObject *changed(PyObject *self, PyObject *args) {
+  PyObject *dicts, *before, *array;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!O!O", &PyList_Type, &dicts, &PyList_Type, &before, &array)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(dicts);
+  if (n != PyList_GET_SIZE(before)) return PyErr_Format(PyExc_ValueError, "as many dicts as tuples");
+  int64_t *editions = room(array, &view, n);
+  PyObject *out = editions ? PyList_New(0) : NULL;
+  for (Py_ssize_t i = 0; out && i < n; i++) {
+    PyObject *dict = PyList_GET_ITEM(dicts, i), *values = PyList_GET_ITEM(before, i), *value;
+    if (!PyDict_Check(dict) || !PyTuple_Check(values)) {
+      PyErr_Format(PyExc_TypeError, "lists of dicts and of tuples");
+      Py_CLEAR(out);
+      break;
+    }
+    int64_t now = edition(dict);
+    if (now && now == editions[i]) continue;
+    Py_ssize_t at = 0, k = 0;
+    int is_same = PyDict_GET_SIZE(dict) == PyTuple_GET_SIZE(values);
+    while (is_same && PyDict_Next(dict, &at, NULL, &value)) is_same = value == PyTuple_GET_ITEM(values, k++);
+    editions[i] = is_same ? now : 0;
+    if (is_same) continue;
+    PyObject *index = PyLong_FromSsize_t(i);
+    if (!index || PyList_Append(out, index) < 0) Py_CLEAR(out);
+    Py_XDECREF(index);
+  }
+  if (editions) PyBuffer_Release(&view);
+  return out;
+}
+
+static PyObject *versions(PyObject *self, PyObject *args) {
+  PyObject *tensors, *array;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!O", &PyList_Type, &tensors, &array)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(tensors);
+  int64_t *out = room(array, &view, n);
+  if (!out) return NULL;
+  for (Py_ssize_t i = 0; i < n; i++) {
+    PyObject *value = attribute(PyList_GET_ITEM(tensors, i), classes.version_name, classes.version);
+    out[i] = value ? PyLong_AsLongLong(value) : -1;
+    Py_XDECREF(value);
+    if (PyErr_Occurred()) {
+      PyBuffer_Release(&view);
+      return NULL;
+    }
+  }
+  PyBuffer_Release(&view);
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {{"bind", bind, METH_VARARGS, NULL},
+                                {"locate", locate, METH_VARARGS, NULL},
+                                {"addresses", addresses, METH_VARARGS, NULL},
+                                {"describe", describe, METH_VARARGS, NULL},
+                                {"gradients", gradients, METH_VARARGS, NULL},
+                                {"lie_at", lie_at, METH_VARARGS, NULL},
+                                {"same", same, METH_VARARGS, NULL},
+                                {"hold", hold, METH_VARARGS, NULL},
+                                {"changed", changed, METH_VARARGS, NULL},
+                                {"versions", versions, METH_VARARGS, NULL},
+                                {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tritopt_walk", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit_tritopt_walk(void) {
+  classes.cdata_name = PyUnicode_InternFromString("_cdata");
+  classes.grad_name = PyUnicode_InternFromString("grad");
+  classes.version_name = PyUnicode_InternFromString("_version");
+  return classes.cdata_name && classes.grad_name && classes.version_name ? PyModule_Create(&module) : NULL;
+}

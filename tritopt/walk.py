@@ -1,0 +1,178 @@
+"""What a warm step asks of every tensor of a list: whether it is the one it was, and where it lies.
+
+In Python each question takes 40 to 80 ns a tensor, most of which is Python's own: 400 parameters with their gradients
+and states would take 0.3 ms a step. tritopt/walk.c asks the same in C, in 2 to 40 ns, through torch's interfaces for
+compiled code. Triton builds it, as it builds its own launchers, when it is first needed, and keeps it in its cache on
+disk. Where that fails, for want of a C compiler or of one of torch's interfaces, the functions below do the same,
+slower. `TRITOPT_WALK=python` insists on them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+import os
+import sysconfig
+from collections.abc import Hashable
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tritopt.group import Array
+from tritopt.kernels.language import HAS_TRITON
+
+_INTERFACES = ("dtype", "layout", "dim", "sizes", "strides", "data_ptr")
+
+
+class Walk(Protocol):
+    """The questions."""
+
+    def addresses(self, tensors: list[torch.Tensor], out: Array) -> None:
+        """Where strided tensors lie, into int64 [tensors]."""
+        ...
+
+    def lie_at(self, tensors: list[torch.Tensor], addresses: Array) -> bool:
+        """Whether that is where they lie, int64 [tensors]."""
+        ...
+
+    def describe(self, tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
+        """Addresses of tensors, -1 for None; returns what says their dtypes, shapes and strides.
+
+        None if one is not strided, or if they have not `n_words` in all (`n_words`).
+        """
+        ...
+
+    def gradients(self, params: list[torch.Tensor], out: Array, n_words: int) -> Hashable | None:
+        """`describe` of their gradients."""
+        ...
+
+    def same(self, a: list[Any], b: list[Any]) -> bool:
+        """Whether these are the same objects."""
+        ...
+
+    def hold(self, lists: list[list[Any]], items: list[Any]) -> bool:
+        """Whether the lists hold these very items, one after the other."""
+        ...
+
+    def changed(self, dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
+        """Places of the dicts whose values are not the objects that they were before.
+
+        editions: int64 [dicts], zeros at first, and again where `before` is another. It is written: what is known to be
+        unchanged is not compared again.
+        """
+        ...
+
+    def versions(self, tensors: list[torch.Tensor], out: Array) -> None:
+        """How often autograd was told of writes, into int64 [tensors]."""
+        ...
+
+
+def n_words(tensors: list[Any]) -> int:
+    """Of the words with which `Walk.describe` describes these."""
+    return sum(2 + 2 * (0 if tensor is None else tensor.dim()) for tensor in tensors)
+
+
+def _addresses(tensors: list[torch.Tensor], out: Array) -> None:
+    out[:] = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
+def _lie_at(tensors: list[torch.Tensor], addresses: Array) -> bool:
+    return bool(list(map(torch.Tensor.data_ptr, tensors)) == addresses.tolist())
+
+
+def _describe(tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
+    words: list[Any] = []
+    for i, tensor in enumerate(tensors):
+        if tensor is not None and tensor.layout is not torch.strided:
+            return None
+        out[i] = -1 if tensor is None else tensor.data_ptr()
+        words.append(None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()))
+    n = sum(2 + 2 * (0 if word is None else len(word[1])) for word in words)
+    return tuple(words) if n == n_words else None
+
+
+def _gradients(params: list[torch.Tensor], out: Array, n_words: int) -> Hashable | None:
+    return _describe([param.grad for param in params], out, n_words)
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _hold(lists: list[list[Any]], items: list[Any]) -> bool:
+    return _same(list(chain.from_iterable(lists)), items)
+
+
+def _changed(dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
+    if len(dicts) != len(before):
+        raise ValueError("as many dicts as tuples")
+    values = list(chain.from_iterable(map(dict.values, dicts)))
+    if list(map(len, dicts)) == list(map(len, before)) and _same(values, list(chain.from_iterable(before))):
+        return []
+    return [i for i, (d, old) in enumerate(zip(dicts, before, strict=True)) if not _same(list(d.values()), list(old))]
+
+
+def _versions(tensors: list[torch.Tensor], out: Array) -> None:
+    out[:] = np.fromiter(map(operator.attrgetter("_version"), tensors), np.int64, len(tensors))
+
+
+IN_PYTHON: Walk = SimpleNamespace(
+    addresses=_addresses,
+    lie_at=_lie_at,
+    describe=_describe,
+    gradients=_gradients,
+    same=_same,
+    hold=_hold,
+    changed=_changed,
+    versions=_versions,
+)
+_found: list[Walk] = []
+
+
+def walk() -> Walk:
+    """In C if it can be had; asked for once."""
+    if not _found:
+        _found.append(IN_PYTHON if os.environ.get("TRITOPT_WALK") == "python" else in_c() or IN_PYTHON)
+    return _found[0]
+
+
+def in_c() -> Walk | None:
+    """Built, or taken from Triton's cache; None if that fails."""
+    if not (HAS_TRITON and (Path(sysconfig.get_path("include")) / "Python.h").exists()):
+        return None
+    try:
+        from torch._C._dynamo import guards
+        from triton.runtime.build import compile_module_from_src
+
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        functions = [getattr(library, f"aoti_torch_get_{name}") for name in _INTERFACES]
+        places = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+        address = guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
+        made: Any = compile_module_from_src(Path(__file__).with_name("walk.c").read_text(), "tritopt_walk")
+        made.bind(torch.Tensor, torch.nn.Parameter, address, *places, library.aoti_torch_layout_strided())
+        made.locate([torch.empty(n).requires_grad_(n > 1) for n in range(4)] + [torch.nn.Parameter(torch.empty(1))])
+        return made if _agrees(made) else None
+    except Exception:  # whatever a compiler, a loader, or another version of torch or Triton comes up with
+        return None
+
+
+def _agrees(made: Walk) -> bool:
+    """Whether it says of some tensors what Python says, and refuses what it should."""
+    tensors = [torch.empty(3, 5).t(), torch.nn.Parameter(torch.empty(2, dtype=torch.bfloat16)), torch.empty(())]
+    found, expected = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    _addresses(tensors, expected)
+    made.addresses(tensors, found)
+    if not np.array_equal(found, expected):
+        return False
+    said = made.describe(tensors, found, n_words(tensors))
+    words = [x for t in tensors for x in (t.dim(), *t.shape, *t.stride())]
+    numbers = np.frombuffer(said, np.int64).tolist() if isinstance(said, bytes) else []
+    # The dtype stands before each; which number it has is torch's affair.
+    starts = np.cumsum([0] + [2 + 2 * t.dim() for t in tensors])[:3]
+    kept = [x for i, x in enumerate(numbers) if i not in starts]
+    sparse = torch.zeros(2, 2).to_sparse()
+    return np.array_equal(found, expected) and kept == words and made.describe([sparse], found[:1], 6) is None
