@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,8 @@ class Hypers:
         self.on_device = False
         self.generation = 0
         """Counts the changes, but for those of rates that are read on the device."""
+        self.kinds = 0
+        """Likewise, but for those of any rates."""
         self._hypers: list[Hyper] = []
         self._values: list[tuple[Any, ...]] = []
         self._editions = np.zeros(0, np.int64)
@@ -66,21 +69,38 @@ class Hypers:
             self._take(hypers)
             return
         moved = self._walk.changed(groups, self._values, self._editions)
-        if not moved and not self._unsettled:
+        if not self._unsettled and (not moved or self._takes_rates(moved)):
             return
         hypers, unsettled = list(self._hypers), set(self._unsettled)
-        values = {i: tuple(groups[i].values()) for i in moved}
         for i in {*moved, *unsettled}:
-            if i not in unsettled and _differs_in_rate(groups[i], values[i], self._values[i]):
-                hypers[i] = hypers[i]._replace(rate=rate(groups[i]))  # what a scheduler does to all, each step
-            else:
-                hypers[i] = _hyper(opt, groups[i])
-        for i, some in values.items():
-            self._values[i] = some
+            hypers[i] = _hyper(opt, groups[i])
+        for i in moved:
+            self._values[i] = tuple(groups[i].values())
             self._editions[i] = 0
             (unsettled.discard if _is_settled(groups[i]) else unsettled.add)(i)
         self._unsettled = sorted(unsettled)
         self._take(hypers)
+
+    def _takes_rates(self, moved: Sequence[int]) -> bool:
+        """What a scheduler does to all groups in each step. False if more than rates is new; then nothing is taken."""
+        taken = []
+        for i in moved:
+            group = self.groups[i]
+            values, before = tuple(group.values()), self._values[i]
+            lr, at = group["lr"], list(group).index("lr")
+            if type(lr) is not float or len(values) != len(before) or type(before[at]) is not float:
+                return False
+            if not all(map(is_, values[:at], before[:at])) or not all(map(is_, values[at + 1 :], before[at + 1 :])):
+                return False
+            taken.append((i, values, lr if math.isfinite(lr) else validate.finite("lr", lr)))
+        for i, values, lr in taken:
+            self._values[i] = values
+            old = self._hypers[i]
+            if lr != old.rate:
+                self._hypers[i] = Hyper(lr, *old[1:])
+                self.rates[id(self.groups[i])] = lr
+                self.generation += 1
+        return True
 
     def of(self, group: dict[str, Any]) -> Hyper:
         """Of one of the groups."""
@@ -94,14 +114,7 @@ class Hypers:
         self.rates = {id(group): hyper.rate for group, hyper in zip(self.groups, hypers, strict=True)}
         self.on_device = any(hyper.on_device for hyper in hypers)
         self.generation += not is_same
-
-
-def _differs_in_rate(group: dict[str, Any], new: tuple[Any, ...], old: tuple[Any, ...]) -> bool:
-    """Whether the learning rate is another number, and nothing else is new."""
-    if type(group["lr"]) is not float or len(new) != len(old):
-        return False
-    at = next(i for i, name in enumerate(group) if name == "lr")
-    return type(old[at]) is float and all(a is b for i, (a, b) in enumerate(zip(new, old, strict=True)) if i != at)
+        self.kinds += not is_same
 
 
 def _agree(a: Hyper, b: Hyper) -> bool:

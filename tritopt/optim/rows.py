@@ -58,8 +58,12 @@ class HostRows:
         self._positions = positions if own == positions else own
         self._sizes = [len(some) for some in runs]
         self._row_of = np.empty(0, dtype=np.int64)
+        self._group_ids = [id(some[0].group) for some in runs]
         self._kinds: dict[tuple[Any, ...], dict[float, int]] = {}
-        self._generation = -1
+        """By what but the rate decides a row: rates, and their places among them."""
+        self._rates_of: list[dict[float, int]] = []
+        """Of each run."""
+        self._generation = self._kinds_at = -1
 
     def rows(self, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
         """As `host_rows`. Rates are numbers."""
@@ -85,18 +89,22 @@ class HostRows:
 
     def _sort(self, hypers: Hypers) -> None:
         """Which members have a row in common."""
-        self._kinds = {}
-        places = []
-        for some in self._runs:
-            lr, common, rule, *_ = hypers.of(some[0].group)
-            name = _name(some) if rule.is_per_parameter else None
-            rates = self._kinds.setdefault((common, rule, name), {})
-            rates.setdefault(float(lr), len(rates))
-            places.append((rates, float(lr)))
+        if self._kinds_at != hypers.kinds:
+            self._kinds, self._rates_of = {}, []
+            for some in self._runs:
+                _, common, rule, *_ = hypers.of(some[0].group)
+                name = _name(some) if rule.is_per_parameter else None
+                self._rates_of.append(self._kinds.setdefault((common, rule, name), {}))
+            self._kinds_at = hypers.kinds
+        for rates in self._kinds.values():
+            rates.clear()
+        given = hypers.rates
+        lrs = [float(given[key]) for key in self._group_ids]
+        within = [rates.setdefault(lr, len(rates)) for rates, lr in zip(self._rates_of, lrs, strict=True)]
         firsts = accumulate(map(len, self._kinds.values()), initial=0)
         starts = dict(zip(map(id, self._kinds.values()), firsts, strict=False))  # one more than there are
-        rows = np.array([starts[id(rates)] + rates[lr] for rates, lr in places], dtype=np.int64)
-        row_of = np.repeat(rows, self._sizes)
+        rows = [starts[id(rates)] + i for rates, i in zip(self._rates_of, within, strict=True)]
+        row_of = np.repeat(np.array(rows, dtype=np.int64), self._sizes)
         if not np.array_equal(row_of, self._row_of):
             self._row_of = row_of
 
