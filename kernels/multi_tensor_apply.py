@@ -88,7 +88,8 @@ def _apply_block(
             planes = ptrs[FORMATS[i][0] : FORMATS[i][1]]
             value = new[0] if i == 0 else new[1][i - 1]
             if FORMATS[i][4]:
-                stored = FORMATS[i][3](planes, offsets, mask, value, start, noise + (i,))
+                at = tl.full([], i, tl.int32)  # a bare number is none that Triton 3.6 puts into a tuple
+                stored = FORMATS[i][3](planes, offsets, mask, value, start, noise + (at,))
             else:
                 stored = FORMATS[i][3](planes, offsets, mask, value)
             if i == 0:

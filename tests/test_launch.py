@@ -86,6 +86,12 @@ for name in tritopt.names():
             _step(opt, torch.float32, torch.float32, PLAIN)
         found[name] = len(launches)
         launches.clear()
+from tritopt.kernels.formats import MASTERS
+for master, states in (("split8", "int8"), ("split16", "bf16")):
+    for _ in range(2):
+        _step(OPTIMIZERS["adamw"](state_dtype=states), torch.bfloat16, torch.bfloat16, MASTERS[master])
+    found[master] = len(launches)
+    launches.clear()
 from tritopt.optim import clip
 clip.unavailable = lambda tensor: None
 norm = clip.Clip()
@@ -117,7 +123,7 @@ def recorded(spills: str, optimizer: str = "adamw") -> tuple[list[Any], list[str
 def test_every_optimizer_passes_through_triton() -> None:
     """Up to the GPU: Triton's binding of arguments is not what compiling alone goes through."""
     launches = run(EVERYTHING, "0")
-    assert launches.pop("clip") == 4
+    assert [launches.pop(name) for name in ("clip", "split8", "split16")] == [4, 2, 2]
     assert set(launches) == {name for name in tritopt.names() if tritopt.create(name).phases}
     assert all(n >= 2 and n % 2 == 0 for n in launches.values())
     assert launches["adamw"] == 2

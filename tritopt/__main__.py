@@ -1,4 +1,4 @@
-"""The command line: `tritopt list`, `check`, `numerics`. Each command has its file in tritopt/commands."""
+"""The command line. Each command has its file in tritopt/commands."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Annotated
 import typer
 
 import tritopt
+from tritopt.commands.bench import bench
 from tritopt.commands.check import check
+from tritopt.commands.inspect import inspect
 from tritopt.commands.list import list_optimizers
 from tritopt.commands.numerics import numerics
+from tritopt.commands.tune import tune
 
 app = typer.Typer(
     help="Triton fused optimizers for PyTorch.",
@@ -18,8 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("list")(list_optimizers)
+app.command()(bench)
 app.command()(check)
+app.command()(inspect)
 app.command()(numerics)
+app.command()(tune)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,191 @@
+"""`tritopt inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tritopt import inspect as report
+from tritopt.commands.console import AsJson, console, with_progress
+from tritopt.gpus import ARCHITECTURES, GPUS, find_gpu
+
+_EXPLANATION = """\
+regs, shared: registers of a thread, bytes of shared memory of a program
+loads, stores: accesses that a thread makes for its elements on the hot path, number x bits
+bytes: per parameter, read off the code; what must move stands beside it where that differs
+instr: instructions issued per parameter on the hot path; on AMD, those of vector arithmetic
+progs: programs that a multiprocessor holds at once
+ms: that 1e9 parameters take at least, by the vendor's peaks of bandwidth and of instructions issued
+Nothing here was measured on a GPU."""
+
+
+def inspect(
+    optimizer: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this one, or norm; may be repeated.")
+    ] = None,
+    storage: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="NAME", help="Only this one, such as split8+int8; may be repeated."),
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(ARCHITECTURES)}; may be repeated.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help=f"Whose time is told: {', '.join(GPUS)}.")] = None,
+    grad_dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"Of the gradients: {', '.join(report.GRAD_DTYPES)}.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every optimizer, also of tritopt.optim, in every format. Takes minutes.")
+    ] = False,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows to it, for --diff.")] = None,
+    diff: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Compile what it holds again, and show what changed; exits with 1 if worse."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the compiler makes of the kernels, and the time that leaves at least. Needs no GPU.
+
+    Shown are all optimizers with bf16 weights and an fp32 master, and AdamW in the main formats, for sm_90.
+    """
+    if save is not None and not save.parent.is_dir():
+        raise typer.BadParameter(f"--save {save}: there is no folder {save.parent}")
+    try:
+        saved = [] if diff is None else report.load(diff)
+        is_chosen = everything or any(option is not None for option in (optimizer, storage, target, gpu, grad_dtype))
+        if saved and not is_chosen:
+            selection = report.Selection([step.rows[0].case for step in report.steps_of(saved)], {})
+        else:
+            selection = report.select(optimizer, storage, target, gpu, grad_dtype, everything)
+        if saved:
+            selection = report.in_both(selection, saved)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    try:
+        found = report.inspect_cases(selection.cases)
+        shown = with_progress(found, "compiling", len(selection.cases), not as_json)
+        rows = [row for of_case in shown for row in of_case]
+    except RuntimeError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    changes = report.compare(saved, rows)
+    if save is not None:
+        save.write_text(report.dump(rows), encoding="utf-8")
+    if as_json:
+        typer.echo(report.dump(rows), nl=False)
+    elif diff is not None:
+        _print_changes(changes, len(selection.cases), diff)
+    else:
+        _print_rows(rows)
+        for label, reason in selection.refused.items() if storage else ():
+            console().print(f"{label}: {reason}", soft_wrap=True)
+    raise typer.Exit(1 if any(change.is_worse for change in changes) else 0)
+
+
+def _print_rows(rows: Sequence[report.Row]) -> None:
+    terminal = console()
+    steps = report.steps_of(rows)
+    for gpu in dict.fromkeys(row.gpu for row in rows):
+        _print_table(terminal, [step for step in steps if step.rows[0].gpu == gpu])
+    terminal.print(_EXPLANATION)
+    for step in steps:
+        if not step.moves_what_it_must:
+            first = step.rows[0]
+            loaded, stored = step.total("bytes_loaded"), step.total("bytes_stored")
+            terminal.print(
+                f"{first.case.label}, {first.target}: the code loads {loaded:g} and stores {stored:g} bytes per "
+                f"parameter, where {first.step_read:g} and {first.step_written:g} must move",
+                soft_wrap=True,
+            )
+
+
+def _print_table(terminal: Console, steps: Sequence[report.Step]) -> None:
+    gpu = find_gpu(steps[0].rows[0].gpu)
+    title = f"{gpu.target}, Triton {steps[0].rows[0].triton}; time on {gpu.name}, {gpu.bandwidth / 1e12:g} TB/s"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("step", overflow="fold", min_width=19)
+    table.add_column("kernel", no_wrap=True)
+    for name in ("regs", "shared", "loads", "stores", "bytes", "instr", "progs", "ms"):
+        table.add_column(name, justify="right", max_width=11)
+    table.add_column("bound", no_wrap=True)
+    for step in steps:
+        _add_step(table, step)
+    terminal.print(table)
+
+
+def _add_step(table: Table, step: report.Step) -> None:
+    case = step.rows[0].case
+    # The first argument says which variant it is: the others are those of a test.
+    arguments = [f"{key}={value!r}" for key, value in case.arguments.items()]
+    written = f"({arguments[0]}{', ...' if arguments[1:] else ''})" if arguments else ""
+    name = f"{case.optimizer}{written} {case.storage}"
+    if case.grad_dtype:
+        name += f", {case.grad_dtype} gradients"
+    for row in step.rows:
+        if not row.elements and not row.spilled_bytes:
+            continue  # --json has it
+        spilled = f"\n{row.spilled_bytes} spilled" if row.spilled_bytes else ""
+        table.add_row(
+            name,
+            row.kernel.removeprefix("multi_tensor_"),
+            f"{row.registers}{spilled}",
+            str(row.shared_bytes),
+            report.widths(row.loads),
+            report.widths(row.stores),
+            _bytes(row),
+            _number(row.instructions if ARCHITECTURES[row.target].issues_all else row.arithmetic),
+            str(row.programs),
+            _number(row.milliseconds, 2),
+            row.bound or "",
+        )
+        name = ""
+    if len(step.hot) > 1:
+        total = f"{step.total('bytes_loaded') + step.total('bytes_stored'):g}"
+        must = step.rows[0].step_read + step.rows[0].step_written
+        issues_all = ARCHITECTURES[step.rows[0].target].issues_all
+        table.add_row(
+            *("", "all", "", "", "", ""),
+            total if step.moves_what_it_must else f"{total}, must {must:g}",
+            _number(step.total("instructions" if issues_all else "arithmetic")),
+            "",
+            _number(step.total("milliseconds"), 2),
+        )
+
+
+def _bytes(row: report.Row) -> str:
+    if row.bytes_loaded is None or row.bytes_stored is None:
+        return ""
+    moved = (row.bytes_loaded, row.bytes_stored)
+    text = f"{sum(moved):g}"
+    if row.must_load is None or row.must_store is None or moved == (row.must_load, row.must_store):
+        return text
+    return f"{text}, must {row.must_load + row.must_store:g}"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _print_changes(changes: Sequence[report.Change], n_cases: int, file: Path) -> None:
+    terminal = console()
+    if not changes:
+        terminal.print(f"{n_cases} steps: all as in {file}", soft_wrap=True)
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for name in ("step", "target", "kernel", "column", "saved", "now", ""):
+        table.add_column(name, overflow="fold")
+    for change in changes:
+        verdict = "worse" if change.is_worse else "better" if change.is_better else ""
+        style = {"worse": "red", "better": "green"}.get(verdict, "")
+        target = find_gpu(change.case.gpu).target
+        values = [f"{value:g}" if isinstance(value, float) else str(value) for value in (change.saved, change.now)]
+        table.add_row(change.case.label, target, change.kernel, change.column, *values, verdict, style=style)
+    terminal.print(table)
+    n_worse = sum(change.is_worse for change in changes)
+    terminal.print(f"{n_cases} steps: {len(changes)} changes, {n_worse} of them worse")

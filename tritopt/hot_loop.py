@@ -1,0 +1,238 @@
+"""The loops of a compiled kernel in which a thread spends its time: what one iteration executes, and what it moves.
+
+Read off the assembly, NVIDIA's SASS or AMD's GCN. A hot loop is an innermost one with 128-bit accesses to global
+memory, which only full blocks get. What counts is its shortest path: a branch for one rare case (a root of a denormal
+number, a tensor that was split by columns) does not, nor does what it calls. Lanes are taken to be active.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+WIDE = 128
+"""Bits of the widest access that every GPU has."""
+_CALL_COST = 10**6  # any way around a call is shorter
+
+
+class Instruction(NamedTuple):
+    """One line of assembly."""
+
+    name: str
+    """With its modifiers, such as LDG.E.128."""
+    label: str = ""
+    """Where it may branch to."""
+    falls_through: bool = True
+    """Whether the next one may follow."""
+    calls: bool = False
+    is_arithmetic: bool = True
+    """Neither access to memory nor control."""
+    access: tuple[str, int] | None = None
+    """("load" or "store", bits a thread) in global memory."""
+
+
+class Code(NamedTuple):
+    """A kernel's assembly."""
+
+    instructions: Sequence[Instruction]
+    labels: dict[str, int]
+    """Position of the instruction behind each."""
+
+
+@dataclass(frozen=True)
+class HotLoop:
+    """One iteration, as written in the source: of an unrolled loop, the share of one."""
+
+    instructions: float
+    """That a thread executes."""
+    arithmetic: float
+    """Those among them that neither access memory nor branch. On AMD, which issues the others beside them: vector ones.
+    """
+    loads: Counter[int]
+    """Number of accesses to global memory by their width in bits."""
+    stores: Counter[int]
+
+
+# NVIDIA
+
+_SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<rest>[^;]*);")
+_SASS_LABEL = re.compile(r"^(\.L_x_\d+):")
+_SASS_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+# Memory, synchronisation and control.
+_SASS_OTHER = re.compile(
+    r"(LD|ST|LDG|STG|LDS|STS|LDSM|STSM|LDL|STL|U?LDC|LDCU|RED|ATOM[GS]?|CCTL|MEMBAR|ERRBAR|(LDG)?DEPBAR|BAR|SYNCS)|"
+    r"(BRA|BRX|JMP|CALL|RET|EXIT|BSSY|BSYNC|BREAK|BMOV|WARPSYNC|YIELD|NANOSLEEP|NOP)"
+)
+
+
+def parse_sass(text: str) -> Code:
+    """What `nvdisasm -c` prints."""
+    instructions: list[Instruction] = []
+    labels = {}
+    for line in text.splitlines():
+        if match := _SASS_LABEL.match(line):
+            labels[match[1]] = len(instructions)
+        elif match := _SASS_LINE.match(line):
+            name, *modifiers = match["name"].split(".")
+            target = re.search(r"\.L_x_\d+", match["rest"]) if name == "BRA" else None
+            # A branch has its condition before the name, or for BRA.U as its first operand.
+            is_conditional = bool(match["predicate"]) or "," in match["rest"]
+            access = None
+            if name in ("LDG", "STG"):
+                width = next((_SASS_WIDTHS[m] for m in reversed(modifiers) if m in _SASS_WIDTHS), 32)
+                access = ("load" if name == "LDG" else "store", width)
+            instructions.append(
+                Instruction(
+                    match["name"],
+                    label=target[0] if target else "",
+                    falls_through=name not in ("BRA", "EXIT", "RET", "BRX", "JMP") or is_conditional,
+                    calls=name == "CALL",
+                    is_arithmetic=not _SASS_OTHER.fullmatch(name),
+                    access=access,
+                )
+            )
+    return Code(instructions, labels)
+
+
+# AMD
+
+_GCN_LINE = re.compile(r"^\s+(?P<name>[a-z]\w*)(?P<rest>[^;]*)")
+_GCN_LABEL = re.compile(r"^(\.LBB\w+):")
+_GCN_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+)")
+_GCN_WIDTHS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "sshort": 16, "dword": 32}
+
+
+def parse_gcn(text: str) -> Code:
+    """Triton's "amdgcn"."""
+    instructions: list[Instruction] = []
+    labels = {}
+    for line in text.splitlines():
+        if match := _GCN_LABEL.match(line):
+            labels[match[1]] = len(instructions)
+        elif line.lstrip().startswith("."):
+            continue
+        elif match := _GCN_LINE.match(line):
+            name = match["name"]
+            target = re.search(r"\.LBB\w+", match["rest"]) if name.startswith(("s_branch", "s_cbranch")) else None
+            # Lanes are taken to be active, so what skips a block for want of them does not jump.
+            is_skip, is_always = name == "s_cbranch_execz", name in ("s_branch", "s_cbranch_execnz")
+            found = _GCN_ACCESS.match(name)
+            instructions.append(
+                Instruction(
+                    name,
+                    label=target[0] if target and not is_skip else "",
+                    falls_through=not is_always and name not in ("s_endpgm", "s_setpc_b64"),
+                    calls=name == "s_swappc_b64",
+                    is_arithmetic=name.startswith("v_"),
+                    access=(found[1], _gcn_width(found[2])) if found else None,
+                )
+            )
+    return Code(instructions, labels)
+
+
+def _gcn_width(kind: str) -> int:
+    kind = kind.split("_")[0]
+    return 32 * int(kind[-1]) if kind.startswith("dwordx") else _GCN_WIDTHS[kind]
+
+
+# Both
+
+
+@dataclass(frozen=True)
+class _Loop:
+    code: Code
+    first: int
+    last: int
+
+    @cached_property
+    def accesses(self) -> Counter[tuple[str, int]]:
+        return _accesses(self.code.instructions[self.first : self.last + 1])
+
+    def holds(self, other: _Loop) -> bool:
+        return self != other and self.first <= other.first and other.last <= self.last
+
+    @cached_property
+    def path(self) -> list[Instruction]:
+        """The shortest way from the first instruction to a branch back; empty: that is no loop, only a jump back."""
+        code = self.code.instructions
+        came_from: dict[int, int] = {}
+        queue = [(0, self.first, -1)]
+        while queue:
+            cost, at, before = heapq.heappop(queue)
+            if at in came_from:
+                continue
+            came_from[at] = before
+            if self.code.labels.get(code[at].label) == self.first:
+                path = []
+                while at >= 0:
+                    path.append(code[at])
+                    at = came_from[at]
+                return path[::-1]
+            for following in self._after(at):
+                heapq.heappush(queue, (cost + (_CALL_COST if code[at].calls else 1), following, at))
+        return []
+
+    def _after(self, at: int) -> Iterator[int]:
+        instruction = self.code.instructions[at]
+        if instruction.falls_through:
+            yield at + 1
+        target = self.code.labels.get(instruction.label, -1)
+        if self.first < target <= self.last:
+            yield target
+
+
+def hot_loops(code: Code) -> list[HotLoop]:
+    """In the order of the code; none if the kernel has no 128-bit accesses in a loop."""
+    ends: dict[int, int] = {}
+    for at, instruction in enumerate(code.instructions):
+        target = code.labels.get(instruction.label, len(code.instructions))
+        if target <= at:
+            ends[target] = max(at, ends.get(target, 0))
+    loops = [loop for first, last in sorted(ends.items()) if _is_wide((loop := _Loop(code, first, last)).accesses)]
+    loops = [loop for loop in loops if loop.path]
+    inner = [loop for loop in loops if not any(loop.holds(other) for other in loops)]
+    # An unrolled loop leaves iterations over, for straight code around it or for a loop that is not unrolled.
+    remainders = [found for block in _blocks(code, inner) if _is_wide(found := _accesses(block))]
+    whole = [loop for loop in inner if all(_ratio(other.accesses, loop.accesses) < 2 for other in inner)]
+    remainders += [loop.accesses for loop in inner if loop not in whole]
+    return [_described(loop, max([1, *[_ratio(loop.accesses, found) for found in remainders]])) for loop in whole]
+
+
+def _blocks(code: Code, loops: Sequence[_Loop]) -> Iterator[Sequence[Instruction]]:
+    """Runs of instructions outside of the loops, up to the next branch or label."""
+    ends = {at + 1 for at, found in enumerate(code.instructions) if found.label or not found.falls_through}
+    cuts = sorted({0, len(code.instructions), *code.labels.values(), *ends})
+    for first, end in pairwise(cuts):
+        if not any(loop.first <= first <= loop.last for loop in loops):
+            yield code.instructions[first:end]
+
+
+def _described(loop: _Loop, times_unrolled: int) -> HotLoop:
+    accesses = _accesses(loop.path)
+    loads, stores = (
+        Counter({bits: count // times_unrolled for (kind, bits), count in accesses.items() if kind == wanted})
+        for wanted in ("load", "store")
+    )
+    n_arithmetic = sum(found.is_arithmetic for found in loop.path)
+    return HotLoop(len(loop.path) / times_unrolled, n_arithmetic / times_unrolled, loads, stores)
+
+
+def _accesses(instructions: Sequence[Instruction]) -> Counter[tuple[str, int]]:
+    return Counter(found.access for found in instructions if found.access)
+
+
+def _is_wide(accesses: Counter[tuple[str, int]]) -> bool:
+    return any(bits >= WIDE for _, bits in accesses)
+
+
+def _ratio(many: Counter[tuple[str, int]], few: Counter[tuple[str, int]]) -> int:
+    """How many times the one contains the other; 0: it does not, or not everything as often."""
+    ratios = {many[key] / count for key, count in few.items()}
+    ratio = min(ratios)
+    return int(ratio) if len(ratios) == 1 and many.keys() == few.keys() and ratio == int(ratio) else 0
