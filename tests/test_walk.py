@@ -88,18 +88,29 @@ def test_gradients_are_described(ask: Walk) -> None:
     params[2].grad = torch.ones(6, 4).t().contiguous().t() if params[2].shape == (6, 4) else torch.ones(params[2].shape)
     grads = [param.grad for param in params]
     out, expected = np.zeros(len(params), np.int64), np.zeros(len(params), np.int64)
-    said = ask.gradients(params, out, n_words(grads))
+    said = ask.describe(grads, expected, n_words(grads))
     assert said is not None
-    assert said == ask.describe(grads, expected, n_words(grads))
+    assert ask.gradients_are(params, said, out)
     assert out.tolist() == expected.tolist()
-    params[1].grad = torch.ones_like(params[1])
-    assert ask.gradients(params, out, n_words(grads)) is None
+    for i, other in ((1, torch.ones_like(params[1])), (0, None), (2, torch.ones(params[2].shape).to_sparse())):
+        before, params[i].grad = params[i].grad, other
+        assert not ask.gradients_are(params, said, out)
+        params[i].grad = before
+    moved = params[0].grad.clone()
+    params[0].grad.data = moved
+    assert ask.gradients_are(params, said, out)
+    assert out[0] == moved.data_ptr()
+    params[0].grad.data = moved.double()
+    assert not ask.gradients_are(params, said, out)
+    assert not ask.gradients_are(params[:-1], said, out[:-1])
 
 
 def test_a_subclass_is_asked_for_its_own_gradient(ask: Walk) -> None:
     param = torch.zeros(3).as_subclass(Subclass).requires_grad_()
     out = np.zeros(1, np.int64)
-    assert ask.gradients([param], out, 2) is not None
+    said = ask.describe([None], out, 2)
+    out[0] = 0
+    assert ask.gradients_are([param], said, out)
     assert out.tolist() == [-1]
 
 
@@ -151,8 +162,9 @@ def test_objects_are_not_kept_alive() -> None:
     out, dicts = np.zeros(1, np.int64), [dict[Any, Any](a=object())]
     counts = [sys.getrefcount(x) for x in (param, param.grad, dicts[0]["a"], dicts[0])]
     for _ in range(10):
-        IN_C.gradients([param], out, 4)
-        IN_C.describe([param.grad], out, 4)
+        said = IN_C.describe([param.grad], out, 4)
+        assert IN_C.gradients_are([param], said, out)
+        assert not IN_C.gradients_are([param, param], said, np.zeros(2, np.int64))
         IN_C.describe([param.grad.to_sparse()], out, 4)
         IN_C.versions([param], out)
         IN_C.lie_at([param], out)

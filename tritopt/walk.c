@@ -124,11 +124,13 @@ static PyObject *addresses(PyObject *self, PyObject *args) {
   Py_RETURN_NONE;
 }
 
-/* Of one tensor: writes its address, and up to `room` words that say how it lies in memory. Returns their number. */
-static Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, Py_ssize_t n_free) {
+/* Of one tensor: its address, and up to `n_free` words that say how it lies in memory. They are written, or if `is_known`
+   compared with what stands there. Returns their number; 0 if it is not as expected, -1 after an error. */
+static Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, Py_ssize_t n_free, int is_known) {
   if (tensor == Py_None) { /* no gradient */
-    if (n_free < 2) return 0;
-    *address = to[0] = to[1] = -1;
+    if (n_free < 2 || (is_known && (to[0] != -1 || to[1] != -1))) return 0;
+    *address = -1;
+    if (!is_known) to[0] = to[1] = -1;
     return 2;
   }
   void *impl = impl_of(tensor), *data = NULL;
@@ -141,72 +143,55 @@ static Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, 
       torch.strides(handle, &strides) || torch.data_ptr(handle, &data))
     return 0;
   if (n_free < 2 + 2 * dim) return 0;
+  size_t n_bytes = dim * sizeof(int64_t);
   *address = (int64_t)(uintptr_t)data;
+  if (is_known)
+    return to[0] == dtype && to[1] == dim && !memcmp(to + 2, sizes, n_bytes) && !memcmp(to + 2 + dim, strides, n_bytes)
+               ? 2 + 2 * dim
+               : 0;
   to[0] = dtype;
   to[1] = dim;
-  memcpy(to + 2, sizes, dim * sizeof(int64_t));
-  memcpy(to + 2 + dim, strides, dim * sizeof(int64_t));
+  memcpy(to + 2, sizes, n_bytes);
+  memcpy(to + 2 + dim, strides, n_bytes);
   return 2 + 2 * dim;
-}
-
-/* Room for n addresses, and for words that say how tensors lie in memory. */
-typedef struct {
-  Py_buffer view;
-  int64_t *addresses;
-  PyObject *words;
-  Py_ssize_t used, n_words;
-} sheet;
-
-static int open_sheet(sheet *to, PyObject *array, Py_ssize_t n, Py_ssize_t n_words) {
-  to->used = 0;
-  to->n_words = n_words;
-  to->addresses = room(array, &to->view, n);
-  if (!to->addresses) return -1;
-  to->words = PyBytes_FromStringAndSize(NULL, n_words * (Py_ssize_t)sizeof(int64_t));
-  if (!to->words) PyBuffer_Release(&to->view);
-  return to->words ? 0 : -1;
-}
-
-static Py_ssize_t note(sheet *to, Py_ssize_t i, PyObject *tensor) {
-  int64_t *words = (int64_t *)(void *)PyBytes_AS_STRING(to->words);
-  Py_ssize_t found = describe_one(tensor, to->addresses + i, words + to->used, to->n_words - to->used);
-  to->used += found > 0 ? found : 0;
-  return found;
-}
-
-/* The words; None where a tensor was not as expected, NULL after an error. */
-static PyObject *close_sheet(sheet *to, Py_ssize_t found) {
-  PyBuffer_Release(&to->view);
-  if (found > 0 && to->used == to->n_words) return to->words;
-  Py_DECREF(to->words);
-  if (found < 0) return NULL;
-  Py_RETURN_NONE;
 }
 
 static PyObject *describe(PyObject *self, PyObject *args) {
   PyObject *tensors, *array;
-  Py_ssize_t n_words, found = 1;
-  sheet to;
+  Py_ssize_t n_words, found = 1, used = 0;
+  Py_buffer view;
   if (!PyArg_ParseTuple(args, "O!On", &PyList_Type, &tensors, &array, &n_words)) return NULL;
   Py_ssize_t n = PyList_GET_SIZE(tensors);
-  if (open_sheet(&to, array, n, n_words) < 0) return NULL;
-  for (Py_ssize_t i = 0; i < n && found > 0; i++) found = note(&to, i, PyList_GET_ITEM(tensors, i));
-  return close_sheet(&to, found);
+  int64_t *out = room(array, &view, n);
+  PyObject *said = out ? PyBytes_FromStringAndSize(NULL, n_words * (Py_ssize_t)sizeof(int64_t)) : NULL;
+  int64_t *words = said ? (int64_t *)(void *)PyBytes_AS_STRING(said) : NULL;
+  for (Py_ssize_t i = 0; said && i < n && found > 0; i++) {
+    found = describe_one(PyList_GET_ITEM(tensors, i), out + i, words + used, n_words - used, 0);
+    used += found > 0 ? found : 0;
+  }
+  if (out) PyBuffer_Release(&view);
+  if (!said || (found > 0 && used == n_words)) return said;
+  Py_DECREF(said);
+  if (found < 0) return NULL;
+  Py_RETURN_NONE;
 }
 
-static PyObject *gradients(PyObject *self, PyObject *args) {
-  PyObject *params, *array;
-  Py_ssize_t n_words, found = 1;
-  sheet to;
-  if (!PyArg_ParseTuple(args, "O!On", &PyList_Type, &params, &array, &n_words)) return NULL;
-  Py_ssize_t n = PyList_GET_SIZE(params);
-  if (open_sheet(&to, array, n, n_words) < 0) return NULL;
+static PyObject *gradients_are(PyObject *self, PyObject *args) {
+  PyObject *params, *said, *array;
+  Py_ssize_t found = 1, used = 0;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!SO", &PyList_Type, &params, &said, &array)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(params), n_words = PyBytes_GET_SIZE(said) / (Py_ssize_t)sizeof(int64_t);
+  int64_t *words = (int64_t *)(void *)PyBytes_AS_STRING(said), *out = room(array, &view, n);
+  if (!out) return NULL;
   for (Py_ssize_t i = 0; i < n && found > 0; i++) {
     PyObject *grad = attribute(PyList_GET_ITEM(params, i), classes.grad_name, classes.grad);
-    found = grad ? note(&to, i, grad) : -1;
+    found = grad ? describe_one(grad, out + i, words + used, n_words - used, 1) : -1;
+    used += found > 0 ? found : 0;
     Py_XDECREF(grad);
   }
-  return close_sheet(&to, found);
+  PyBuffer_Release(&view);
+  return found < 0 ? NULL : PyBool_FromLong(found > 0 && used == n_words);
 }
 
 static PyObject *lie_at(PyObject *self, PyObject *args) {
@@ -307,7 +292,7 @@ static PyMethodDef methods[] = {{"bind", bind, METH_VARARGS, NULL},
                                 {"locate", locate, METH_VARARGS, NULL},
                                 {"addresses", addresses, METH_VARARGS, NULL},
                                 {"describe", describe, METH_VARARGS, NULL},
-                                {"gradients", gradients, METH_VARARGS, NULL},
+                                {"gradients_are", gradients_are, METH_VARARGS, NULL},
                                 {"lie_at", lie_at, METH_VARARGS, NULL},
                                 {"same", same, METH_VARARGS, NULL},
                                 {"hold", hold, METH_VARARGS, NULL},

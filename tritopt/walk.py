@@ -46,8 +46,8 @@ class Walk(Protocol):
         """
         ...
 
-    def gradients(self, params: list[torch.Tensor], out: Array, n_words: int) -> Hashable | None:
-        """`describe` of their gradients."""
+    def gradients_are(self, params: list[torch.Tensor], said: Any, out: Array) -> bool:
+        """Whether `describe` says this of their gradients; their addresses."""
         ...
 
     def same(self, a: list[Any], b: list[Any]) -> bool:
@@ -95,8 +95,9 @@ def _describe(tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
     return tuple(words) if n == n_words else None
 
 
-def _gradients(params: list[torch.Tensor], out: Array, n_words: int) -> Hashable | None:
-    return _describe([param.grad for param in params], out, n_words)
+def _gradients_are(params: list[torch.Tensor], said: Any, out: Array) -> bool:
+    grads = [param.grad for param in params]
+    return bool(_describe(grads, out, n_words(grads)) == said)
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:
@@ -124,7 +125,7 @@ IN_PYTHON: Walk = SimpleNamespace(
     addresses=_addresses,
     lie_at=_lie_at,
     describe=_describe,
-    gradients=_gradients,
+    gradients_are=_gradients_are,
     same=_same,
     hold=_hold,
     changed=_changed,

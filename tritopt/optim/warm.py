@@ -199,6 +199,8 @@ class WarmStep:
         return list(opt.state.values()) if self._only is None else [opt.state.get(self._only.param, {})]
 
     def _takes_grads(self, params: list[torch.Tensor]) -> bool:
+        if self._kinds is None:
+            return False
         found = np.empty(len(params), np.int64)
         if self._is_sharded:
             grads = [param.grad for param in params]
@@ -206,10 +208,9 @@ class WarmStep:
                 if grad is not None and is_dtensor(param) and getattr(grad, "placements", None) != param.placements:
                     return False
             locals_ = [None if grad is None else local(grad) for grad in grads]
-            kinds = self._walk.describe(locals_, found, self._n_words)
-        else:
-            kinds = self._walk.gradients(params, found, self._n_words)
-        if self._kinds is None or kinds != self._kinds:
+            if self._walk.describe(locals_, found, self._n_words) != self._kinds:
+                return False
+        elif not self._walk.gradients_are(params, self._kinds, found):
             return False
         if found.tobytes() != self._found.tobytes():
             self._found, self._grads = found, self._of_members(found)
