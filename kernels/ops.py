@@ -28,8 +28,8 @@ def sqrt(x):
 @triton.jit
 def clip(x, bound):
     """Clamp to [-bound, bound]. NaN stays NaN (min and max would drop it); an infinite bound changes nothing."""
-    x = tl.where(x > bound, bound, x)
-    return tl.where(x < -bound, -bound, x)
+    x = tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -67,4 +67,20 @@ def floor_of_root(x, N: tl.constexpr):
     root = tl.sqrt(tl.sqrt(x))
     if N == 8:
         root = tl.sqrt(root)
-    return root.to(tl.int32).to(tl.float32)
+    return tl.floor(root)
+
+
+@triton.jit
+def _larger_or_nan(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_or_nan(x, AXIS: tl.constexpr):
+    """The largest along an axis; NaN if there is one."""
+    if _INTERPRETED:
+        # The interpreter calls any other function for each element.
+        peak = tl.max(tl.where(x == x, x, float("inf")), axis=AXIS)
+        return tl.where(tl.max((x != x).to(tl.int32), axis=AXIS) > 0, float("nan"), peak)
+    else:
+        return tl.reduce(x, AXIS, _larger_or_nan)

@@ -28,18 +28,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
 from tritopt.kernels.formats import Format, decode_plain, encode_stochastic, load_plain, store_stochastic
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import cast, floor_of_root
+from tritopt.kernels.ops import cast, floor_of_root, max_or_nan
 from tritopt.kernels.random import random_bits16
 
 BLOCK = 64
 _BLOCK = tl.constexpr(BLOCK)
 _LARGEST_INT8 = tl.constexpr(127**4)
-_LARGEST_UINT8 = tl.constexpr(255.0**8 / 2.0**64)  # scales of squares must not leave fp32
+LARGEST_SQUARE = float((np.float32(255) ** 4 * np.float32(2.0**-32)) ** 2)
+"""Code 255 in fp32's arithmetic; scales of squares must not leave fp32."""
+_LARGEST_UINT8 = tl.constexpr(LARGEST_SQUARE)
 _LARGEST_E4M3 = tl.constexpr(2**8)  # and not 448, so that rounding up does not reach NaN
 _LARGEST_E5M3 = tl.constexpr(2**16)
 _LARGEST_FP16 = tl.constexpr(2**15)
@@ -59,13 +62,13 @@ def _spread(per_block, N: tl.constexpr):
 
 @triton.jit
 def _scaled(planes, mask, value, start, LARGEST: tl.constexpr):
-    """Store the blocks' scales, and divide sizes by them: at most LARGEST."""
+    """Store the blocks' scales, and divide sizes by them: at most LARGEST, but for rounding, or not finite."""
     n: tl.constexpr = value.shape[0]
     size = tl.abs(value)
-    size = tl.where(size < float("inf"), size, float("inf"))  # NaN too
     if mask is not None:
         size = tl.where(mask, size, 0.0)
-    peak = tl.max(tl.reshape(size, [n // _BLOCK, _BLOCK]), axis=1)
+    peak = max_or_nan(tl.reshape(size, [n // _BLOCK, _BLOCK]), 1)
+    peak = tl.where(peak < float("inf"), peak, float("inf"))  # NaN too
     bits = (peak * (1.0 / LARGEST)).to(tl.int32, bitcast=True)
     exponent = tl.minimum(tl.maximum((bits + 0x7FFFFF) >> 23, 1), 253)
     scale = tl.where(peak < float("inf"), (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
@@ -75,8 +78,12 @@ def _scaled(planes, mask, value, start, LARGEST: tl.constexpr):
     else:
         is_there = tl.max(tl.reshape(mask.to(tl.int32), [n // _BLOCK, _BLOCK]), axis=1) > 0
         tl.store(ptrs, cast(scale, tl.bfloat16), mask=is_there)
-    scaled = size * _spread(((254 - exponent) << 23).to(tl.float32, bitcast=True), n)
-    return tl.where(scaled < LARGEST, scaled, LARGEST * 1.0)
+    return size * _spread(((254 - exponent) << 23).to(tl.float32, bitcast=True), n)
+
+
+def _at_most(scaled: torch.Tensor, largest: float) -> torch.Tensor:
+    """NaN becomes `largest`, too."""
+    return torch.where(scaled < largest, scaled, largest)
 
 
 def _spread_twin(per_block: torch.Tensor, n: int) -> torch.Tensor:
@@ -84,12 +91,13 @@ def _spread_twin(per_block: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _scaled_twin(planes: Sequence[torch.Tensor], value: torch.Tensor, largest: float) -> torch.Tensor:
-    size = torch.where(value.isfinite(), value.abs(), torch.inf)
+    size = value.abs()
     peak = pad(size, (0, -len(size) % BLOCK)).view(-1, BLOCK).amax(1)
+    peak = torch.where(peak.isfinite(), peak, torch.inf)
     bits = (peak * torch.tensor(1.0 / largest, dtype=torch.float32)).view(torch.int32)
     exponent = ((bits + 0x7FFFFF) >> 23).clamp(1, 253)
     planes[1].view(-1).copy_(torch.where(peak.isfinite(), (exponent << 23).view(torch.float32), torch.nan))
-    return (size * _spread_twin(((254 - exponent) << 23).view(torch.float32), len(size))).clamp(max=largest)
+    return size * _spread_twin(((254 - exponent) << 23).view(torch.float32), len(size))
 
 
 def _in_memory(plane: torch.Tensor) -> torch.Tensor:
@@ -124,7 +132,9 @@ def _goes_up(scaled, lower, higher, start, offsets, mask, noise):
     Also where `lower` is the neighbour of what it should be because a root was not exact: a number at `higher` is
     rounded up to it always, one below `lower` never further down.
     """
-    chance = random_bits16(noise, start, offsets, mask).to(tl.int32).to(tl.float32) * 2.0**-16
+    bits = random_bits16(noise, start, offsets, mask)
+    # 2^23 + bits, put together: a conversion takes longer.
+    chance = ((bits | 0x4B000000).to(tl.float32, bitcast=True) - 2.0**23) * 2.0**-16
     return chance * (higher - lower) < scaled - lower
 
 
@@ -133,6 +143,15 @@ def _goes_up_twin(
 ) -> torch.Tensor:
     chance = _in_memory(torch.empty_like(codes, dtype=torch.float32).copy_(noise.bits16(codes))) * 2.0**-16
     return chance * (higher - lower) < scaled - lower
+
+
+@triton.jit
+def _low_bits(x):
+    """Whole numbers from -2^15 to 2^16 as int32, of which the lower 16 bits are theirs: an addition, no conversion.
+
+    Beside 1.5 * 2^23 the last bit of an fp32 number is a 1.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -180,28 +199,28 @@ def load_int8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """c^3 |c| times the scale."""
     code = tl.load(planes[0] + offsets, mask=mask).to(tl.float32)
     scale = tl.load(planes[1] + offsets // _BLOCK, mask=mask).to(tl.float32)
-    size = _fourth_power(code)
-    return (tl.where(code < 0, -size, size) * scale).to(COMPUTE_DTYPE)
+    return ((code * tl.abs(code)) * (code * code) * scale).to(COMPUTE_DTYPE)
 
 
 @triton.jit
 def store_int8(planes, offsets, mask, value, start, noise):
     """Of either sign."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_INT8)
+    scaled = tl.minimum(scaled, _LARGEST_INT8 * 1.0)  # NaN too
     code = floor_of_root(scaled, 4)
     lower, higher = _fourth_power(code), _fourth_power(code + 1.0)
     code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
-    code = tl.minimum(code, 127.0)  # powers are rounded
-    tl.store(planes[0] + offsets, tl.where(value < 0, -code, code).to(tl.int8), mask=mask)
+    code = tl.where(value < 0, -code, code)
+    tl.store(planes[0] + offsets, _low_bits(code).to(tl.int8), mask=mask)
 
 
 def encode_int8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_int8`."""
     value = _like_codes(planes[0], value)
-    scaled = _scaled_twin(planes, value, 127**4)
+    scaled = _at_most(_scaled_twin(planes, value, 127**4), 127**4)
     code = _floor_of_root(scaled, 4)
     lower, higher = _fourth_power_twin(code), _fourth_power_twin(code + 1.0)
-    code = torch.where(_goes_up_twin(scaled, lower, higher, planes[0], noise), code + 1.0, code).clamp(max=127.0)
+    code = torch.where(_goes_up_twin(scaled, lower, higher, planes[0], noise), code + 1.0, code)
     _in_memory(planes[0]).copy_(torch.where(value < 0, -code, code))
 
 
@@ -216,47 +235,48 @@ def load_uint8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 @triton.jit
 def store_uint8(planes, offsets, mask, value, start, noise):
     """Of squares."""
-    scaled = _scaled(planes, mask, value, start, _LARGEST_UINT8) * 2.0**64
+    scaled = _scaled(planes, mask, value, start, _LARGEST_UINT8)
+    scaled = tl.minimum(scaled, _LARGEST_UINT8) * 2.0**64  # NaN too
     code = floor_of_root(scaled, 8)
     lower, higher = _eighth_power(code), _eighth_power(code + 1.0)
     code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
-    code = tl.minimum(code, 255.0)  # powers are rounded
     code = tl.where((code == 0) & (value > 0), 1.0, code)
-    tl.store(planes[0] + offsets, code.to(tl.int32).to(tl.uint8), mask=mask)
+    tl.store(planes[0] + offsets, _low_bits(code).to(tl.uint8), mask=mask)
 
 
 def encode_uint8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_uint8`."""
     value = _like_codes(planes[0], value)
-    scaled = _scaled_twin(planes, value, 255.0**8 / 2.0**64) * 2.0**64
+    scaled = _at_most(_scaled_twin(planes, value, LARGEST_SQUARE), LARGEST_SQUARE) * 2.0**64
     code = _floor_of_root(scaled, 8)
     lower, higher = _eighth_power_twin(code), _eighth_power_twin(code + 1.0)
-    code = torch.where(_goes_up_twin(scaled, lower, higher, planes[0], noise), code + 1.0, code).clamp(max=255.0)
+    code = torch.where(_goes_up_twin(scaled, lower, higher, planes[0], noise), code + 1.0, code)
     _in_memory(planes[0]).copy_(torch.where((code == 0) & (value > 0), 1.0, code))
 
 
 @triton.jit
 def load_e4m3(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """The number times the scale."""
-    code = tl.load(planes[0] + offsets, mask=mask).to(tl.int32)
+    code = tl.load(planes[0] + offsets, mask=mask).to(tl.int8, bitcast=True).to(tl.int32)
     scale = tl.load(planes[1] + offsets // _BLOCK, mask=mask).to(tl.float32)
-    size = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * _FROM_E4M3
-    return (tl.where(code >= 0x80, -size, size) * scale).to(COMPUTE_DTYPE)
+    number = ((code << 20) & -0x78100000).to(tl.float32, bitcast=True) * _FROM_E4M3
+    return (number * scale).to(COMPUTE_DTYPE)
 
 
 @triton.jit
 def store_e4m3(planes, offsets, mask, value, start, noise):
     """Of either sign."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_E4M3)
-    code = tl.minimum(_short_float_code(scaled, start, offsets, mask, noise, _TO_E4M3), 0x78)
-    tl.store(planes[0] + offsets, tl.where(value < 0, code | 0x80, code).to(tl.uint8), mask=mask)
+    code = _short_float_code(scaled, start, offsets, mask, noise, _TO_E4M3)
+    sign = (value.to(tl.int32, bitcast=True) >> 24) & 0x80
+    tl.store(planes[0] + offsets, (code | sign).to(tl.uint8), mask=mask)
 
 
 def encode_e4m3(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_e4m3`."""
     value = _like_codes(planes[0], value)
-    code = _short_float_code_twin(_scaled_twin(planes, value, 2**8), planes[0], noise, 2.0**-120).clamp(max=0x78)
-    _in_memory(planes[0]).copy_(torch.where(value < 0, code | 0x80, code))
+    code = _short_float_code_twin(_scaled_twin(planes, value, 2**8), planes[0], noise, 2.0**-120)
+    _in_memory(planes[0]).copy_(torch.where(value.signbit(), code | 0x80, code) & 0xFF)
 
 
 @triton.jit
@@ -271,15 +291,15 @@ def load_e5m3(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 def store_e5m3(planes, offsets, mask, value, start, noise):
     """Of squares."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_E5M3)
-    code = tl.minimum(_short_float_code(scaled, start, offsets, mask, noise, _TO_E5M3), 0xF8)
-    code = tl.where((code == 0) & (value > 0), 1, code)
+    code = _short_float_code(scaled, start, offsets, mask, noise, _TO_E5M3)
+    code = tl.maximum(code, tl.minimum(value.to(tl.int32, bitcast=True), 1))
     tl.store(planes[0] + offsets, code.to(tl.int8), mask=mask)
 
 
 def encode_e5m3(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_e5m3`."""
     value = _like_codes(planes[0], value)
-    code = _short_float_code_twin(_scaled_twin(planes, value, 2**16), planes[0], noise, 2.0**-112).clamp(max=0xF8)
+    code = _short_float_code_twin(_scaled_twin(planes, value, 2**16), planes[0], noise, 2.0**-112)
     code = torch.where((code == 0) & (value > 0), 1, code)
     _in_memory(planes[0]).copy_(code.to(torch.uint8).view(torch.int8))
 

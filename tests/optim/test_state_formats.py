@@ -137,6 +137,34 @@ def test_kernel_is_the_reference(cls: Any, name: str) -> None:
 
 
 @EVERY_NAME
+@pytest.mark.parametrize("block_size", [BLOCK, 8 * BLOCK], ids=["full blocks", "tail"])
+def test_kernel_is_the_reference_at_edges(name: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside outliers, at zeros of either sign, at the ends of fp32, and where something is not finite."""
+    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=block_size, chunk_size=512, num_warps=1))
+    grad = torch.zeros(6, BLOCK)
+    grad[0, :6] = torch.tensor([1e4, 1e-6, -1e-9, -0.0, 1.0, -1.0])
+    grad[1] = torch.linspace(-1, 1, BLOCK)
+    grad[2] = -torch.linspace(1e-20, 1e-15, BLOCK)
+    grad[3] = torch.linspace(1e12, 1e18, BLOCK)
+    grad[4, :2] = torch.tensor([torch.inf, 1.0])
+    grad[5, :2] = torch.tensor([torch.nan, -1.0])
+    found = []
+    for fused in (None, False):
+        param = torch.nn.Parameter(torch.ones_like(grad))
+        param.grad = grad.clone()
+        opt = optim.Adam([param], lr=0.01, state_dtype=name, fused=fused)
+        for _ in range(3):
+            opt.step()
+        state = {key: value for key, value in opt.state[param].items() if key != "step"}
+        found.append((param.detach(), state))
+    (weight, state), (expected_weight, expected) = found
+    assert_same([weight], [expected_weight])
+    for key, value in expected.items():
+        finite = slice(None) if value.is_floating_point() else slice(0, 4 * BLOCK)  # any code, where the scale is NaN
+        assert_same([state[key].flatten()[finite]], [value.flatten()[finite]])
+
+
+@EVERY_NAME
 @pytest.mark.parametrize("master", [*MASTERS, None])
 def test_every_master_goes_with_every_state(master: str | None, name: str) -> None:
     copies = [parameters(BF16, ((3, 64), (2, 64))) for _ in range(2)]
