@@ -12,11 +12,8 @@ typedef int32_t (*get_number_fn)(void *handle, int32_t *out);
 typedef int32_t (*get_size_fn)(void *handle, int64_t *out);
 typedef int32_t (*get_sizes_fn)(void *handle, int64_t **out);
 typedef int32_t (*get_address_fn)(void *handle, void **out);
-/* What torch.compile's wrappers call to get a tensor's address. */
-typedef void *(*address_fn)(PyObject *tensor);
 
 static struct {
-  address_fn address;
   get_number_fn dtype, layout;
   get_size_fn dim;
   get_sizes_fn sizes, strides;
@@ -71,7 +68,9 @@ static PyObject *locate(PyObject *self, PyObject *args) {
 }
 
 static inline void *impl_of(PyObject *tensor) {
-  if (impl_at >= 0 && PyObject_TypeCheck(tensor, classes.tensor)) return *(void **)((char *)tensor + impl_at);
+  PyTypeObject *type = Py_TYPE(tensor);
+  if (impl_at >= 0 && (type == classes.parameter || PyObject_TypeCheck(tensor, classes.tensor)))
+    return *(void **)((char *)tensor + impl_at);
   PyObject *number = PyObject_GetAttr(tensor, classes.cdata_name);
   void *impl = number ? PyLong_AsVoidPtr(number) : NULL;
   Py_XDECREF(number);
@@ -80,11 +79,11 @@ static inline void *impl_of(PyObject *tensor) {
 }
 
 static PyObject *bind(PyObject *self, PyObject *args) {
-  unsigned long long f[7];
+  unsigned long long f[6];
   int strided;
   PyObject *tensor, *parameter;
-  if (!PyArg_ParseTuple(args, "O!O!KKKKKKKi", &PyType_Type, &tensor, &PyType_Type, &parameter, f, f + 1, f + 2, f + 3,
-                        f + 4, f + 5, f + 6, &strided))
+  if (!PyArg_ParseTuple(args, "O!O!KKKKKKi", &PyType_Type, &tensor, &PyType_Type, &parameter, f, f + 1, f + 2, f + 3,
+                        f + 4, f + 5, &strided))
     return NULL;
   Py_INCREF(tensor);
   Py_INCREF(parameter);
@@ -92,13 +91,12 @@ static PyObject *bind(PyObject *self, PyObject *args) {
   classes.parameter = (PyTypeObject *)parameter;
   classes.grad = getter_of(classes.grad_name);
   classes.version = getter_of(classes.version_name);
-  torch.address = (address_fn)(uintptr_t)f[0];
-  torch.dtype = (get_number_fn)(uintptr_t)f[1];
-  torch.layout = (get_number_fn)(uintptr_t)f[2];
-  torch.dim = (get_size_fn)(uintptr_t)f[3];
-  torch.sizes = (get_sizes_fn)(uintptr_t)f[4];
-  torch.strides = (get_sizes_fn)(uintptr_t)f[5];
-  torch.data_ptr = (get_address_fn)(uintptr_t)f[6];
+  torch.dtype = (get_number_fn)(uintptr_t)f[0];
+  torch.layout = (get_number_fn)(uintptr_t)f[1];
+  torch.dim = (get_size_fn)(uintptr_t)f[2];
+  torch.sizes = (get_sizes_fn)(uintptr_t)f[3];
+  torch.strides = (get_sizes_fn)(uintptr_t)f[4];
+  torch.data_ptr = (get_address_fn)(uintptr_t)f[5];
   torch.strided = strided;
   Py_RETURN_NONE;
 }
@@ -112,6 +110,14 @@ static int64_t *room(PyObject *array, Py_buffer *view, Py_ssize_t n) {
   return NULL;
 }
 
+/* Returns 0 if there is none, with an exception if it is not a tensor. */
+static inline int address_of(PyObject *tensor, int64_t *out) {
+  void *impl = impl_of(tensor), *data = NULL;
+  if (!impl || torch.data_ptr(&impl, &data)) return 0;
+  *out = (int64_t)(uintptr_t)data;
+  return 1;
+}
+
 static PyObject *addresses(PyObject *self, PyObject *args) {
   PyObject *tensors, *array;
   Py_buffer view;
@@ -119,9 +125,11 @@ static PyObject *addresses(PyObject *self, PyObject *args) {
   Py_ssize_t n = PyList_GET_SIZE(tensors);
   int64_t *out = room(array, &view, n);
   if (!out) return NULL;
-  for (Py_ssize_t i = 0; i < n; i++) out[i] = (int64_t)(uintptr_t)torch.address(PyList_GET_ITEM(tensors, i));
+  Py_ssize_t i = 0;
+  while (i < n && address_of(PyList_GET_ITEM(tensors, i), out + i)) i++;
   PyBuffer_Release(&view);
-  Py_RETURN_NONE;
+  if (i == n) Py_RETURN_NONE;
+  return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "tensor %zd has no memory of its own", i);
 }
 
 /* Of one tensor: its address, and up to `n_free` words that say how it lies in memory. They are written, or if `is_known`
@@ -199,11 +207,28 @@ static PyObject *lie_at(PyObject *self, PyObject *args) {
   Py_buffer view;
   if (!PyArg_ParseTuple(args, "O!O", &PyList_Type, &tensors, &array)) return NULL;
   Py_ssize_t n = PyList_GET_SIZE(tensors), i = 0;
-  int64_t *at = room(array, &view, n);
+  int64_t now, *at = room(array, &view, n);
   if (!at) return NULL;
-  while (i < n && at[i] == (int64_t)(uintptr_t)torch.address(PyList_GET_ITEM(tensors, i))) i++;
+  while (i < n && address_of(PyList_GET_ITEM(tensors, i), &now) && at[i] == now) i++;
   PyBuffer_Release(&view);
-  return PyBool_FromLong(i == n);
+  return PyErr_Occurred() ? NULL : PyBool_FromLong(i == n);
+}
+
+static PyObject *are(PyObject *self, PyObject *args) {
+  PyObject *tensors, *said, *array;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!SO", &PyList_Type, &tensors, &said, &array)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(tensors), n_words = PyBytes_GET_SIZE(said) / (Py_ssize_t)sizeof(int64_t);
+  Py_ssize_t i = 0, found = 1, used = 0;
+  int64_t now, *words = (int64_t *)(void *)PyBytes_AS_STRING(said), *at = room(array, &view, n);
+  if (!at) return NULL;
+  for (; i < n; i++) {
+    found = describe_one(PyList_GET_ITEM(tensors, i), &now, words + used, n_words - used, 1);
+    if (found <= 0 || at[i] != now) break;
+    used += found;
+  }
+  PyBuffer_Release(&view);
+  return found < 0 ? NULL : PyBool_FromLong(i == n && used == n_words);
 }
 
 static PyObject *same(PyObject *self, PyObject *args) {
@@ -222,7 +247,7 @@ static PyObject *hold(PyObject *self, PyObject *args) {
   Py_ssize_t k = 0, n = PyList_GET_SIZE(items);
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(lists); i++) {
     PyObject *list = PyList_GET_ITEM(lists, i);
-    if (!PyList_Check(list)) return PyErr_Format(PyExc_TypeError, "a list of lists");
+    if (!PyList_Check(list)) Py_RETURN_FALSE;
     for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); j++, k++)
       if (k >= n || PyList_GET_ITEM(list, j) != PyList_GET_ITEM(items, k)) Py_RETURN_FALSE;
   }
@@ -294,6 +319,7 @@ static PyMethodDef methods[] = {{"bind", bind, METH_VARARGS, NULL},
                                 {"describe", describe, METH_VARARGS, NULL},
                                 {"gradients_are", gradients_are, METH_VARARGS, NULL},
                                 {"lie_at", lie_at, METH_VARARGS, NULL},
+                                {"are", are, METH_VARARGS, NULL},
                                 {"same", same, METH_VARARGS, NULL},
                                 {"hold", hold, METH_VARARGS, NULL},
                                 {"changed", changed, METH_VARARGS, NULL},

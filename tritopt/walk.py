@@ -32,11 +32,15 @@ class Walk(Protocol):
     """The questions."""
 
     def addresses(self, tensors: list[torch.Tensor], out: Array) -> None:
-        """Where strided tensors lie, into int64 [tensors]."""
+        """Where tensors lie, into int64 [tensors]. ValueError or RuntimeError: one has no memory of its own."""
         ...
 
     def lie_at(self, tensors: list[torch.Tensor], addresses: Array) -> bool:
         """Whether that is where they lie, int64 [tensors]."""
+        ...
+
+    def are(self, tensors: list[torch.Tensor], said: Any, addresses: Array) -> bool:
+        """Whether `describe` says this of them, and that is where they lie."""
         ...
 
     def describe(self, tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
@@ -55,7 +59,7 @@ class Walk(Protocol):
         ...
 
     def hold(self, lists: list[list[Any]], items: list[Any]) -> bool:
-        """Whether the lists hold these very items, one after the other."""
+        """Whether these are lists, and hold these very items, one after the other."""
         ...
 
     def changed(self, dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
@@ -82,6 +86,11 @@ def _addresses(tensors: list[torch.Tensor], out: Array) -> None:
 
 def _lie_at(tensors: list[torch.Tensor], addresses: Array) -> bool:
     return bool(list(map(torch.Tensor.data_ptr, tensors)) == addresses.tolist())
+
+
+def _are(tensors: list[torch.Tensor], said: Any, addresses: Array) -> bool:
+    found = np.empty(len(tensors), np.int64)
+    return bool(_describe(tensors, found, n_words(tensors)) == said) and found.tolist() == addresses.tolist()
 
 
 def _describe(tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
@@ -124,6 +133,7 @@ def _versions(tensors: list[torch.Tensor], out: Array) -> None:
 IN_PYTHON: Walk = SimpleNamespace(
     addresses=_addresses,
     lie_at=_lie_at,
+    are=_are,
     describe=_describe,
     gradients_are=_gradients_are,
     same=_same,
@@ -146,15 +156,13 @@ def in_c() -> Walk | None:
     if not (HAS_TRITON and (Path(sysconfig.get_path("include")) / "Python.h").exists()):
         return None
     try:
-        from torch._C._dynamo import guards
         from triton.runtime.build import compile_module_from_src
 
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         functions = [getattr(library, f"aoti_torch_get_{name}") for name in _INTERFACES]
         places = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-        address = guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
         made: Any = compile_module_from_src(Path(__file__).with_name("walk.c").read_text(), "tritopt_walk")
-        made.bind(torch.Tensor, torch.nn.Parameter, address, *places, library.aoti_torch_layout_strided())
+        made.bind(torch.Tensor, torch.nn.Parameter, *places, library.aoti_torch_layout_strided())
         made.locate([torch.empty(n).requires_grad_(n > 1) for n in range(4)] + [torch.nn.Parameter(torch.empty(1))])
         return made if _agrees(made) else None
     except Exception:  # whatever a compiler, a loader, or another version of torch or Triton comes up with

@@ -37,7 +37,7 @@ def options(params: list[torch.Tensor], cls: type[optim.Optimizer]) -> Any:
 
 
 def values(opt: optim.Optimizer, params: list[torch.Tensor]) -> list[torch.Tensor]:
-    states = [value for param in params for value in opt.state.get(param, {}).values()]
+    states = [value.to_dense() for param in params for value in opt.state.get(param, {}).values()]
     return [tensor.detach().clone() for tensor in [*params, *states]]
 
 
@@ -143,7 +143,55 @@ def _gradient_appears(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
     params[1].grad = torch.ones(5)
 
 
+def _option(name: str, value: Any) -> Change:
+    def change(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+        setattr(opt, name, value)
+
+    return change
+
+
+def _replace_groups(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.param_groups = [dict(group) for group in opt.param_groups]
+
+
+def _replace_groups_of_other_counts(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    _gradient_appears(opt, params)
+    opt.step()
+    _replace_groups(opt, params)
+
+
+def _groups_of_tuples(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    for group in opt.param_groups:
+        group["params"] = tuple(group["params"])
+
+
+def _other_view(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    assert params[2].numel() == 12
+    params[2].data = params[2].data.view(3, 4).t()
+
+
+def _write_counts_unseen(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    for param in params:
+        if param in opt.state:
+            opt.state[param]["step"].data.fill_(50.0)
+
+
+def _keep_something(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.state["mine"] = 1  # type: ignore[index]
+    opt.state[params[1]]["sparse"] = torch.ones(3).to_sparse()
+
+
 CHANGES: dict[str, Change] = {
+    "no clip": _option("max_grad_norm", None),
+    "other clip": _option("max_grad_norm", 0.01),
+    "random bits": _option("rounding_seed", 5),
+    "telemetry": _option("track", True),
+    "groups replaced": _replace_groups,
+    "groups replaced, counts differ": _replace_groups_of_other_counts,
+    "groups of tuples": _groups_of_tuples,
+    "weight seen otherwise": _other_view,
+    "counts written unseen": _write_counts_unseen,
+    "something of the user's": _keep_something,
     "gradient moved": _grad_data_moved,
     "tensors swapped": _swap_tensors,
     "gradient appears": _gradient_appears,
@@ -301,3 +349,116 @@ def test_a_sparse_gradient_is_noticed() -> None:
     with pytest.raises(RuntimeError, match="sparse gradients"):
         opt.step()
     assert all(torch.equal(a, b) for a, b in zip(values(opt, params), before, strict=True))
+
+
+def both_ways(run: Callable[[Callable[[optim.Optimizer], None]], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    """What `run` returns where it leaves warm steps alone, and where each of its steps starts cold."""
+
+    def forget(opt: optim.Optimizer) -> None:
+        opt._stepper._warm = None
+        opt._stepper._warm_of.clear()
+
+    return [run(lambda opt: None), run(forget)]
+
+
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.SGD])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_clip_that_comes_later(cls: Any, capturable: bool) -> None:
+    def run(before_step: Callable[[optim.Optimizer], None]) -> list[torch.Tensor]:
+        params = parameters()
+        opt = cls(params, lr=0.1, weight_decay=0.1)
+        opt.param_groups[0]["capturable"] = capturable
+        for step, max_norm in enumerate((None, None, 0.1, None, 0.05, 0.05)):
+            opt.max_grad_norm = max_norm
+            set_grads(params, step)
+            before_step(opt)
+            opt.step()
+        return [*values(opt, params), opt.grad_norm]
+
+    warm, cold = both_ways(run)
+    assert all(torch.equal(a, b) for a, b in zip(warm, cold, strict=True))
+    assert warm[-1] > 1
+
+
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.SGD])
+def test_a_rate_of_the_device_that_becomes_zero(cls: Any) -> None:
+    params = parameters()
+    opt = cls(params, lr=torch.tensor(0.1), weight_decay=0.1)
+    opt.param_groups[0]["capturable"] = True
+    for step in range(3):
+        set_grads(params, step)
+        opt.step()
+    opt.param_groups[0]["lr"] = 0.0
+    before = [param.detach().clone() for param in params]
+    opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+
+
+def test_the_seed_of_random_bits() -> None:
+    def run(before_step: Callable[[optim.Optimizer], None]) -> list[torch.Tensor]:
+        params = parameters()
+        opt = optim.AdamW(params, lr=1e-4, master="split8")
+        for step in range(6):
+            opt.rounding_seed = step // 3
+            set_grads(params, step)
+            before_step(opt)
+            opt.step()
+        return values(opt, params)
+
+    warm, cold = both_ways(run)
+    assert all(torch.equal(a, b) for a, b in zip(warm, cold, strict=True))
+
+
+def test_one_gradient_alone_and_released() -> None:
+    """Both kinds of step have the same single parameter, whose gradients lie at different places."""
+
+    def run(before_step: Callable[[optim.Optimizer], None]) -> list[torch.Tensor]:
+        param = torch.nn.Parameter(torch.ones(4))
+        opt = optim.SGD([param], lr=0.1)
+        grad = torch.ones(4)
+        for _ in range(2):
+            param.grad = grad
+            opt.step()
+        param.grad = None
+        with optim.release_gradients([param], opt):
+            (param * torch.tensor([5.0, 6.0, 7.0, 8.0])).sum().backward()
+        before_step(opt)
+        param.grad = grad
+        opt.step()
+        return values(opt, [param])
+
+    warm, cold = both_ways(run)
+    assert all(torch.equal(a, b) for a, b in zip(warm, cold, strict=True))
+
+
+def test_released_parameters_in_another_order() -> None:
+    def run(before_step: Callable[[optim.Optimizer], None]) -> list[torch.Tensor]:
+        params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+        opt = optim.SGD(params, lr=0.1)
+        for i in range(4):
+            (params[0].sum() + 10 * params[1].sum()).backward()
+            if i == 2:
+                opt.param_groups[0]["params"].reverse()
+            before_step(opt)
+            with optim.release_gradients(params, opt):
+                (params[0].sum() + 10 * params[1].sum()).backward()
+            opt.step()
+        return values(opt, list(params))
+
+    warm, cold = both_ways(run)
+    assert all(torch.equal(a, b) for a, b in zip(warm, cold, strict=True))
+
+
+@pytest.mark.parametrize("inside", [(0,), (1, 2), (0, 1, 2, 3)])
+def test_inference_mode(inside: tuple[int, ...]) -> None:
+    """A step may be made there, the first one too, and others outside of it."""
+    found = []
+    for steps_inside in (inside, ()):
+        params = parameters()
+        opt = options(params, optim.AdamW)
+        for step in range(4):
+            set_grads(params, step)
+            with torch.inference_mode(step in steps_inside):
+                opt.step()
+        found.append(values(opt, params))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -91,7 +91,8 @@ class ColdStep:
         tasks = [self._tasks[i] for i in bucket.places]
         if bucket.is_fused:
             positions = tuple(self.members[i].position for i in bucket.places)
-            groups = self._planner.apply((bucket.key, positions), tasks, rows, launch)
+            # A step of one parameter has plans of its own: who warms up on one must be alone to upload its tables.
+            groups = self._planner.apply((bucket.key, positions, self._only is not None), tasks, rows, launch)
             if groups is not None:
                 self._launched.append((bucket, groups))
             return
@@ -116,7 +117,9 @@ class ColdStep:
             return None
         if any(task.grad is not local(m.grad) for m, task in zip(self.members, self._tasks, strict=True)):
             return None
-        norm_groups = self._planner.groups_of_squares(self._key)
+        if not all(isinstance(state, dict) for state in opt.state.values()):  # torch lets users keep anything there
+            return None
+        norm_groups = [] if opt.max_grad_norm is None else self._planner.groups_of_squares(self._key)
         return WarmStep(opt, hypers, self.members, self._tasks, self._launched, norm_groups, self._only)
 
 

@@ -67,6 +67,9 @@ class Hypers:
             self._editions = np.zeros(len(groups), np.int64)
             self.groups = groups
             self._take(hypers)
+            # Equal or not: what was derived knows the groups by their identity.
+            self.generation += 1
+            self.kinds += 1
             return
         moved = self._walk.changed(groups, self._values, self._editions)
         if not self._unsettled and (not moved or self._takes_rates(moved)):

@@ -208,6 +208,11 @@ class Optimizer(torch.optim.Optimizer):
     def _update(self, only: Only | None = None) -> None:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._check_capturable()
+        if torch.is_inference_mode_enabled():
+            # What is made there could not be written outside of it.
+            with torch.inference_mode(False):
+                self._update(only)
+            return
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             self._stepper.update(self, only)
 

@@ -114,6 +114,7 @@ class RowTable:
 
     def __init__(self) -> None:
         self._constants = np.empty(0)
+        self._is_constant = np.empty(0, bool)
         self._values = torch.empty(0)
 
     def rows(self, runs: Runs, hypers: Hypers, numbers: ScalarStates, draws: bool = False) -> tuple[type, Rows]:
@@ -131,10 +132,13 @@ class RowTable:
         return type(scalars), self._fill(blocks, sizes, local(runs[0][0].param).device)
 
     def _fill(self, blocks: Sequence[Sequence[Number]], sizes: Sequence[int], device: torch.device) -> Rows:
+        is_constant = np.array([[not isinstance(x, torch.Tensor) for x in row] for row in blocks])
         constants = np.array([[0.0 if isinstance(x, torch.Tensor) else x for x in row] for row in blocks])
-        constants = np.repeat(constants, sizes, axis=0)
-        if self._values.device != device or not np.array_equal(constants, self._constants):
-            self._constants, self._values = constants, torch.from_numpy(constants.copy()).to(device)
+        constants, is_constant = np.repeat(constants, sizes, axis=0), np.repeat(is_constant, sizes, axis=0)
+        is_known = np.array_equal(constants, self._constants) and np.array_equal(is_constant, self._is_constant)
+        if not is_known or self._values.device != device:
+            self._constants, self._is_constant = constants, is_constant
+            self._values = torch.from_numpy(constants.copy()).to(device)
         start = 0
         for row, n in zip(blocks, sizes, strict=True):
             for column, x in enumerate(row):

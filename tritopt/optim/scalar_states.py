@@ -29,8 +29,8 @@ class ScalarStates:
         self._views: list[dict[str, torch.Tensor]] = []
         self._taken: set[int] = set()
         self._places: dict[tuple[int, ...], torch.Tensor | slice] = {}
-        self._shared: tuple[Sequence[int], list[int], list[float]] | None = None
-        """What `shared` found last; NumPy's additions below do not count as new versions."""
+        self._shared: tuple[Sequence[int], list[bytes], list[float]] | None = None
+        """What `shared` found last, and of which numbers."""
         self._of_lists: dict[int, tuple[Sequence[int], torch.Tensor | slice]] = {}
         """By `id` of lists, which are kept and must not change."""
 
@@ -65,8 +65,9 @@ class ScalarStates:
 
     def shared(self, positions: Sequence[int]) -> list[float] | None:
         """The numbers of these parameters, where all have the same; on the CPU."""
-        versions = [vector._version for vector in self._vectors.values()]
-        if self._shared is not None and self._shared[0] is positions and self._shared[1] == versions:
+        # Not their versions: what writes to `.data` has others.
+        numbers = self._bytes()
+        if self._shared is not None and self._shared[0] is positions and self._shared[1] == numbers:
             return self._shared[2]
         at, found = self._at(positions), []
         for vector in self._vectors.values():
@@ -75,7 +76,7 @@ class ScalarStates:
             if not (some == some[0]).all():
                 return None
             found.append(float(some[0]))
-        self._shared = (positions, versions, found)
+        self._shared = (positions, numbers, found)
         return found
 
     def advance(self, positions: Sequence[int], skip: torch.Tensor | None, on_host: bool) -> None:
@@ -85,13 +86,15 @@ class ScalarStates:
         """
         vector, at = self._vectors["step"], self._at(positions)
         if on_host:
+            known = self._shared
+            is_known = known is not None and known[0] is positions and known[1] == self._bytes()
             # NumPy, on the same memory: a fifth of what torch's dispatcher takes.
             vector.numpy()[at if isinstance(at, slice) else at.numpy()] += np.float32(1)
-            if self._shared is not None and self._shared[0] is positions:
-                count, *others = self._shared[2]
-                self._shared = (*self._shared[:2], [float(np.float32(count) + np.float32(1)), *others])
-            else:
-                self._shared = None
+            self._shared = None
+            if known is not None and is_known:
+                count, *others = known[2]
+                found = [float(np.float32(count) + np.float32(1)), *others]
+                self._shared = (positions, self._bytes(), found)
             return
         self._shared = None
         increment = 1.0 if skip is None else 1.0 - skip.float()
@@ -116,6 +119,9 @@ class ScalarStates:
         at = self._at(positions)
         factors = factors.float() if skip is None else torch.where(skip, 1.0, factors.float())
         self._vectors[name][at] = self._vectors[name][at] * factors
+
+    def _bytes(self) -> list[bytes]:
+        return [vector.numpy().tobytes() for vector in self._vectors.values()]
 
     def _at(self, positions: Sequence[int]) -> torch.Tensor | slice:
         known = self._of_lists.get(id(positions))

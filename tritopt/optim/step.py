@@ -138,7 +138,8 @@ class Stepper:
         """What the step may be like. It is kept again after the step: what follows a failure starts cold."""
         if only is not None:
             found = self._warm_of.pop(only.position, None)
-            return found if found is not None and found.members[0].group is only.group else None
+            is_it = found is not None and found.members[0].group is only.group and found.members[0].param is only.param
+            return found if is_it else None
         warm, self._warm = self._warm, None
         return warm
 

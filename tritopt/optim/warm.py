@@ -112,6 +112,7 @@ class WarmStep:
         self._groups = list(groups_of(opt, only))
         self._ways = [hypers.of(group).way for group in self._groups]
         self._rules = [hypers.of(group).rule for group in self._groups]
+        self._options = _options(opt)
         self._params = params_of(opt, only)
         has_grad = [param.grad is not None for param in self._params]
         self._with_grad = None if all(has_grad) else np.flatnonzero(has_grad)
@@ -119,18 +120,18 @@ class WarmStep:
         self._values = [tuple(state.values()) for state in self._states]
         self._editions = np.zeros(len(self._states), np.int64)
         self._is_sharded = any(is_dtensor(member.param) for member in members)
-        of_members = [value for member in members for value in opt.state[member.param].values()]
-        self._kept = [local(value) for value in of_members if isinstance(value, torch.Tensor)]
+        self._kept = [plane for task in tasks for plane in (*task.weight[1:], *task.state)]
         self._members_params = [member.param for member in self.members]
         grads = [None if param.grad is None else local(param.grad) for param in self._params]
         self._n_words = n_words(grads)
         self._found = np.zeros(len(grads), np.int64)
         self._kinds = self._walk.describe(grads, self._found, self._n_words)
         self._grads = self._of_members(self._found)
-        fixed = self._fixed_tensors()
-        self._fixed = np.zeros(len(fixed), np.int64)
-        self._walk.addresses(fixed, self._fixed)
-        self._fixed_list = None if self._is_sharded else fixed
+        self._kept_at = np.zeros(len(self._kept), np.int64)
+        self._walk.addresses(self._kept, self._kept_at)
+        weights = self._weights()
+        self._weights_at = np.zeros(len(weights), np.int64)
+        self._weights_are = self._walk.describe(weights, self._weights_at, n_words(weights))
         # A master must follow a weight that somebody else has written to.
         self._led = [m.param for m, task in zip(members, tasks, strict=True) if task.format.can_disagree]
         self._versions = self._versions_now()
@@ -141,12 +142,15 @@ class WarmStep:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
         ask = self._walk
         is_held = self._only is not None or ask.hold(hypers.lists, self._params)
-        if not is_held or not self._takes_hypers(opt, hypers):
+        if not is_held or _options(opt) != self._options or not self._takes_hypers(opt, hypers):
             return False
         states = self._states_now(opt)
         if not ask.same(states, self._states) or ask.changed(self._states, self._values, self._editions):
             return False
-        if not ask.lie_at(self._fixed_tensors() if self._fixed_list is None else self._fixed_list, self._fixed):
+        # A weight may have become another view of the same memory.
+        if not ask.are(self._weights(), self._weights_are, self._weights_at):
+            return False
+        if not ask.lie_at(self._kept, self._kept_at):
             return False
         if self._led and self._versions_now().tobytes() != self._versions.tobytes():
             return False
@@ -242,15 +246,20 @@ class WarmStep:
         self._hypers, self._generation = hypers, hypers.generation
         return True
 
-    def _fixed_tensors(self) -> list[torch.Tensor]:
-        """Those that must not move: parameters and states."""
-        return [*(map(local, self._members_params) if self._is_sharded else self._members_params), *self._kept]
+    def _weights(self) -> list[torch.Tensor]:
+        """Of the members, what is here."""
+        return list(map(local, self._members_params)) if self._is_sharded else self._members_params
 
     def _versions_now(self) -> Array:
         params = [*self._led, *map(local, self._led)] if self._is_sharded else self._led
         found = np.zeros(len(params), np.int64)
         self._walk.versions(params, found)
         return found
+
+
+def _options(opt: Optimizer) -> tuple[Any, ...]:
+    """What is in no group, and decides which launches a step takes, or the random bits."""
+    return opt.max_grad_norm is None, opt.track, opt.rounding_seed
 
 
 def _slice_if_run(places: Array) -> Array | slice:
