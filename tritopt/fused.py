@@ -143,6 +143,10 @@ class Planner:
         """Those of the last `squares` with this key; none if there was none."""
         return self._plans.get(("squares", key), (None, []))[1]
 
+    def held(self) -> list[Any]:
+        """All groups, and what they have on the device (`Group.held`)."""
+        return [(group, group.held()) for _, groups in self._plans.values() for group in groups]
+
     def check_aliases(self, key: Hashable, owners: Sequence[Hashable], tasks: Sequence[Task]) -> None:
         """ValueError if the step would write an element twice; looked at again only when a tensor has moved."""
         places = [(t.data_ptr(), t.shape, t.stride()) for task in tasks for t in task.written()]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Array: TypeAlias = np.ndarray[Any, Any]
 Prepared = TypeVar("Prepared")
 MAX_READY = 16
+MAX_CAPTURED = 4
+"""Uploads that CUDA graphs may capture between two steps that are not captured."""
 
 
 @dataclass
@@ -91,12 +93,12 @@ class Group:
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
     device_table: torch.Tensor | None = None
     stream: int = 0
-    staging: torch.Tensor | None = None
-    """Pinned, for a table that is uploaded while a CUDA graph is captured: each replay reads it again."""
+    staging: list[torch.Tensor] = field(default_factory=list)
+    """Pinned, for tables that are uploaded while CUDA graphs are captured: each replay reads its own again."""
     captured: list[torch.Tensor] = field(default_factory=list)
     """What CUDA graphs read when they are replayed."""
     is_captured: bool = False
-    """Whether `device_table` is a CUDA graph's, which each replay writes."""
+    """Whether `device_table` is a CUDA graph's, which each replay writes and nobody before the first."""
     _ready: list[tuple[Any, Any]] = field(default_factory=list)
     _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -121,6 +123,10 @@ class Group:
         self._ready.append((key, made))
         del self._ready[:-MAX_READY]
         return made
+
+    def held(self) -> tuple[Any, ...]:
+        """The device memory of what was prepared, for those who need it for longer than the group does."""
+        return self.device_table, list(self._ready), dict(self._tables)
 
     @property
     def places(self) -> torch.Tensor:
@@ -151,8 +157,11 @@ def upload_table(group: Group, words: Array, scalars: Array | torch.Tensor) -> N
 def refresh_table(group: Group, n_words: int, scalars: Array | torch.Tensor, is_dirty: bool = False) -> None:
     """Likewise, where the addresses already stand in `group.host_table`. `is_dirty`: and others than the device has."""
     stream = current_stream(group.device)
+    is_capturing = group.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # A graph's table is for its own replays. With no staging left, it is the same graph that goes on.
+    is_foreign = group.is_captured != is_capturing or (is_capturing and bool(group.staging))
     # A table is freed to the stream it was made on, so another stream gets its own.
-    is_dirty = is_dirty or group.device_table is None or group.stream != stream
+    is_dirty = is_dirty or is_foreign or group.device_table is None or group.stream != stream
     if not isinstance(scalars, torch.Tensor):
         tail = group.host_table[n_words:]
         values = scalars.reshape(-1).view(np.int64)
@@ -164,37 +173,38 @@ def refresh_table(group: Group, n_words: int, scalars: Array | torch.Tensor, is_
             group.device_table = None
         group.stream = stream
         with on_device_of(group):
-            group.device_table = _uploaded_table(group, group.host_table)
+            group.device_table = _uploaded_table(group, group.host_table, is_capturing)
     if isinstance(scalars, torch.Tensor):
         assert group.device_table is not None
         group.device_table[n_words:].view(torch.float64).copy_(scalars.reshape(-1))
 
 
-def _uploaded_table(group: Group, table: Array) -> torch.Tensor:
+def _uploaded_table(group: Group, table: Array, is_capturing: bool) -> torch.Tensor:
     """`_upload`, which may also be captured: pinned memory is made before, and belongs to the graph afterwards."""
     host = torch.from_numpy(table)
     if group.device.type != "cuda":
         # What is written to one is written to the other.
         known = group.device_table
         return known if known is not None and known.data_ptr() == host.data_ptr() else host
-    staging, group.staging = group.staging, None
-    if not torch.cuda.is_current_stream_capturing():
-        fits = staging is not None and staging.shape == host.shape
-        group.staging = staging if fits else torch.empty_like(host, pin_memory=True)
+    group.staging = [staging for staging in group.staging if staging.shape == host.shape]
+    if not is_capturing:
+        missing = MAX_CAPTURED - len(group.staging)
+        group.staging += [_pinned(host) for _ in range(missing)]
         if group.device_table is None or group.is_captured:
             group.is_captured = False
             return _upload(table, group.device)
         # The launches of the step before, which read it, come first on this stream.
-        return group.device_table.copy_(host.pin_memory(), non_blocking=True)
-    if staging is None or staging.shape != host.shape:
+        return group.device_table.copy_(_pinned(host), non_blocking=True)
+    if not group.staging:
         raise RuntimeError(
             "a CUDA graph captured an optimizer's first step: run a few steps before the capture, and do not change "
             "which parameters have gradients in it"
         )
-    staging.copy_(host)
-    group.captured.append(staging)
+    staging = group.staging.pop().copy_(host)
+    made = _from_pinned(staging, group.device)
+    group.captured += [staging, made]
     group.is_captured = True
-    return staging.to(group.device, non_blocking=True)
+    return made
 
 
 def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[torch.Tensor | None]:
@@ -237,10 +247,16 @@ def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Ten
 
 def _upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     host = torch.from_numpy(array)
-    if device.type != "cuda":
-        return host
-    # torch keeps a pinned block until the copies out of it are done, so the next step cannot overwrite it in flight.
-    return host.pin_memory().to(device, non_blocking=True)
+    return host if device.type != "cuda" else _from_pinned(_pinned(host), device)
+
+
+def _pinned(host: torch.Tensor) -> torch.Tensor:
+    """A copy. torch keeps its memory until the copies out of it are done, so the next step cannot overwrite those."""
+    return host.pin_memory()
+
+
+def _from_pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return host.to(device, non_blocking=True)
 
 
 def on_device_of(group: Group) -> AbstractContextManager[Any]:

@@ -148,6 +148,10 @@ class Clip:
         self._launch: Launcher | None = None
         self._stream = 0
 
+    def held(self) -> tuple[torch.Tensor | None, ...]:
+        """What its launches read and write."""
+        return self.norm, self._factor, self._bound
+
     def __call__(self, found: torch.Tensor, max_norm: float, inverse: torch.Tensor | None) -> torch.Tensor:
         """What gradients are multiplied by, fp64 []: at most `inverse`, that of a loss scale; NaN skips the update."""
         if unavailable(found) is not None:

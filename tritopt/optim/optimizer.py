@@ -206,7 +206,8 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def _update(self, only: Only | None = None) -> None:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if is_captured:
             self._check_capturable()
         if torch.is_inference_mode_enabled():
             # What is made there could not be written outside of it.
@@ -214,7 +215,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._update(only)
             return
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            self._stepper.update(self, only)
+            self._stepper.update(self, only, is_captured)
 
     def _check_capturable(self) -> None:
         if not all(group["capturable"] for group in self.param_groups):

@@ -117,6 +117,11 @@ class RowTable:
         self._is_constant = np.empty(0, bool)
         self._values = torch.empty(0)
 
+    @property
+    def values(self) -> torch.Tensor:
+        """Of the last rows, which the next overwrite or replace."""
+        return self._values
+
     def rows(self, runs: Runs, hypers: Hypers, numbers: ScalarStates, draws: bool = False) -> tuple[type, Rows]:
         """A rule's scalars are tensors, fp64 [members of a group] or [], where they depend on step or learning rate."""
         scalars: Any = None

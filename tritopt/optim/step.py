@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,9 +57,13 @@ class Stepper:
         self._hypers_of: dict[int, Hypers] = {}
         """Of steps for one parameter, by its position; likewise the next."""
         self._warm_of: dict[int, WarmStep] = {}
+        self._of_graphs: list[Any] = []
 
-    def update(self, opt: Optimizer, only: Only | None = None) -> None:
-        """Update every parameter that has a gradient, or only one. Checks all before it writes anything."""
+    def update(self, opt: Optimizer, only: Only | None = None, is_captured: bool = False) -> None:
+        """Update every parameter that has a gradient, or only one. Checks all before it writes anything.
+
+        is_captured: by a CUDA graph, whose replays will read and write the memory of this step.
+        """
         validate.clip_bound("max_grad_norm", opt.max_grad_norm)
         found_inf, grad_scale = _scalar(getattr(opt, "found_inf", None)), _scalar(getattr(opt, "grad_scale", None))
         hypers = self._hypers if only is None else self._hypers_of.setdefault(only.position, Hypers())
@@ -92,6 +96,9 @@ class Stepper:
             if launch.tracked is not None:
                 self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
         step.finish()
+        if is_captured:
+            rows_of = [table.values for table in self._tables.values()]
+            self._of_graphs.append((step, self._planner.held(), self._clip.held(), rows_of))
         self._keep_warm(only, step.next(opt, hypers))
         if isinstance(step, ColdStep):
             self._versions.remember(opt, step.members)
