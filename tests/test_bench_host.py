@@ -39,12 +39,15 @@ def test_rows(case: Case) -> None:
         assert row.refused is None
         assert row.ms is not None
         assert row.best_ms is not None
+        assert row.cold_ms is not None
         assert 0 < row.best_ms <= row.ms
+        assert row.cold_ms > 0
         assert row.ratio == pytest.approx(row.ms / (rows[1].ms or 0))
         assert row.replaced
 
 
-def test_contestants_take_turns_whose_first_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contestants_take_turns_whose_first_steps_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "SETTLING", 2)
     monkeypatch.setattr(host, "TURN", 2)
     now, order = 0.0, []
 
@@ -56,13 +59,10 @@ def test_contestants_take_turns_whose_first_step_is_not_timed(monkeypatch: pytes
 
         return run
 
-    found = host._interleaved(
-        [(step("a", [7.0, 1.0, 2.0] * 2), nullcontext), (step("b", [8.0, 5.0, 4.0, 9.0, 3.0, 6.0]), nullcontext)],
-        2,
-        lambda: now,
-    )
-    assert order == ["a", "a", "a", "b", "b", "b"] * 2
-    assert found == [[1.0, 2.0, 1.0, 2.0], [5.0, 4.0, 3.0, 6.0]]
+    a, b = [7.0, 70.0, 1.0, 2.0] * 2, [8.0, 80.0, 5.0, 4.0, 9.0, 90.0, 3.0, 6.0]
+    found = host.interleaved([(step("a", a), nullcontext), (step("b", b), nullcontext)], 2, lambda: now)
+    assert order == [*"aaaabbbb"] * 2
+    assert found == [([7.0, 7.0], [1.0, 2.0, 1.0, 2.0]), ([8.0, 9.0], [5.0, 4.0, 3.0, 6.0])]
 
 
 @pytest.mark.parametrize("name", NAMES)

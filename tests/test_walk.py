@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tritopt import walk
-from tritopt.walk import IN_PYTHON, Walk, n_words
+from tritopt.walk import IN_PYTHON, Walk, known_states, n_words
 
 IN_C = walk.in_c()
 pytestmark = pytest.mark.skipif(IN_C is None, reason="no C compiler, or no Python.h")
@@ -36,23 +37,104 @@ def tensors() -> list[torch.Tensor]:
     return [base, base[3:], base.view(4, 6).t(), torch.zeros(()), torch.zeros(0, 3), torch.zeros(2).half()]
 
 
-def test_addresses(ask: Walk) -> None:
-    some = [*tensors(), torch.nn.Parameter(torch.zeros(3)), torch.zeros(2).as_subclass(Subclass)]
-    out = np.zeros(len(some), np.int64)
-    ask.addresses(some, out)
-    assert out.tolist() == [tensor.data_ptr() for tensor in some]
-    assert ask.lie_at(some, out)
-    some[-2].data = some[-2].data.clone()
-    assert not ask.lie_at(some, out)
-    assert ask.lie_at([], np.zeros(0, np.int64))
-
-
 @pytest.mark.parametrize("size", [0, 1, 3])
 def test_an_array_of_another_size_is_refused(size: int) -> None:
     assert IN_C is not None
-    for call in (IN_C.addresses, IN_C.versions, IN_C.lie_at):
+    some, out = [torch.zeros(1)] * 2, np.zeros(2, np.int64)
+    said = IN_C.describe(some, out, 8)
+    other = np.zeros(size, np.int64)
+    for call, arguments in (
+        (IN_C.describe, (some, other, 8)),
+        (IN_C.are, (some, said, other)),
+        (IN_C.versions, (some, other)),
+    ):
         with pytest.raises(ValueError, match="bytes"):
-            call([torch.zeros(1)] * 2, np.zeros(size, np.int64))
+            call(*arguments)
+    assert not IN_C.states_are([{}], said, other)
+
+
+def test_tensors_that_are_as_described(ask: Walk) -> None:
+    some = [*tensors(), torch.nn.Parameter(torch.zeros(3)), torch.zeros(2).as_subclass(Subclass)]
+    at = np.zeros(len(some), np.int64)
+    said = ask.describe(some, at, n_words(some))
+    assert at.tolist() == [tensor.data_ptr() for tensor in some]
+    assert ask.are(some, said, at)
+    assert not ask.are(some[:-1], said, at[:-1])
+    for i, data in ((0, some[0].clone()), (2, some[2].t()), (-2, some[-2].view(torch.int32))):
+        before, some[i] = some[i], data
+        assert not ask.are(some, said, at)
+        some[i] = before
+    some[-2].data = some[-2].data.clone()
+    assert not ask.are(some, said, at)
+    empty = np.zeros(0, np.int64)
+    assert ask.are([], ask.describe([], empty, 0), empty)
+
+
+class Wrapper(torch.Tensor):
+    """Without memory of its own, like a DTensor."""
+
+    _local_tensor: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, part: torch.Tensor) -> Wrapper:
+        made: Wrapper = torch.Tensor._make_wrapper_subclass(cls, (2 * part.numel(),))
+        made._local_tensor = part
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return Wrapper(args[0]._local_tensor.clone())
+
+
+def test_states_that_are_as_they_were(ask: Walk) -> None:
+    a, b, sparse, wrapper = torch.zeros(2, 2), torch.zeros(3), torch.ones(3).to_sparse(), Wrapper(torch.zeros(4))
+    dicts: list[dict[str, Any]] = [
+        {"a": a, "step": torch.zeros(())}, {}, {"b": b, "user's": 1, "sparse": sparse, "spread": wrapper}
+    ]  # fmt: skip
+    said, table = known_states(ask, dicts, ("step",))
+
+    def hold() -> bool:
+        answers = [ask.states_are(dicts, said, table) for _ in range(2)]
+        assert answers[0] == answers[1]
+        return answers[0]
+
+    assert hold()
+    dicts[0]["step"].data = torch.ones(())
+    assert hold()
+    for some, key, other in (
+        (dicts[0], "a", a.clone()),
+        (dicts[0], "step", torch.zeros(())),
+        (dicts[1], "new", 1),
+        (dicts[2], "user's", 2),
+        (dicts[2], "sparse", sparse.clone()),
+    ):
+        before = dict(some)
+        some[key] = other
+        assert not hold()
+        some.clear()
+        some.update(before)
+        assert hold()
+    for tensor, data in ((a, a.clone()), (b, torch.zeros(3)), (wrapper._local_tensor, torch.zeros(4))):
+        before_data, tensor.data = tensor.data, data
+        assert not hold()
+        tensor.data = before_data
+        assert hold()
+    assert not ask.states_are(dicts[:2], said, table)
+    assert not ask.states_are([*dicts, {}], said, table)
+    assert not ask.states_are([dict(some) for some in dicts], said, table)
+    assert not ask.states_are(dicts[::-1], said, table)
+
+
+def test_states_are_not_kept_alive(ask: Walk) -> None:
+    dicts = [{"a": torch.zeros(2)}]
+    gone = weakref.ref(dicts[0]["a"])
+    said, table = known_states(ask, dicts)
+    assert ask.states_are(dicts, said, table)
+    dicts[0]["a"] = torch.zeros(2)
+    assert gone() is None
+    assert not ask.states_are(dicts, said, table)
+    dicts[:] = []
+    assert not ask.states_are(dicts, said, table)
 
 
 def test_descriptions_differ_where_tensors_do(ask: Walk) -> None:
@@ -167,7 +249,9 @@ def test_objects_are_not_kept_alive() -> None:
         assert not IN_C.gradients_are([param, param], said, np.zeros(2, np.int64))
         IN_C.describe([param.grad.to_sparse()], out, 4)
         IN_C.versions([param], out)
-        IN_C.lie_at([param], out)
+        IN_C.are([param.detach()], said, out)
+        said_of_states, table = known_states(IN_C, dicts)
+        assert IN_C.states_are(dicts, said_of_states, table)
         IN_C.changed(dicts, [(1,)], out)
         IN_C.same([param], [param])
         IN_C.hold([[param]], [param])

@@ -25,7 +25,7 @@ static struct {
    a subclass may have attributes of its own. */
 static struct {
   PyTypeObject *tensor, *parameter;
-  PyObject *cdata_name, *grad_name, *version_name;
+  PyObject *cdata_name, *grad_name, *version_name, *local_name;
   getter grad, version;
 } classes;
 
@@ -118,20 +118,6 @@ static inline int address_of(PyObject *tensor, int64_t *out) {
   return 1;
 }
 
-static PyObject *addresses(PyObject *self, PyObject *args) {
-  PyObject *tensors, *array;
-  Py_buffer view;
-  if (!PyArg_ParseTuple(args, "O!O", &PyList_Type, &tensors, &array)) return NULL;
-  Py_ssize_t n = PyList_GET_SIZE(tensors);
-  int64_t *out = room(array, &view, n);
-  if (!out) return NULL;
-  Py_ssize_t i = 0;
-  while (i < n && address_of(PyList_GET_ITEM(tensors, i), out + i)) i++;
-  PyBuffer_Release(&view);
-  if (i == n) Py_RETURN_NONE;
-  return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "tensor %zd has no memory of its own", i);
-}
-
 /* Of one tensor: its address, and up to `n_free` words that say how it lies in memory. They are written, or if `is_known`
    compared with what stands there. Returns their number; 0 if it is not as expected, -1 after an error. */
 static Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, Py_ssize_t n_free, int is_known) {
@@ -200,18 +186,6 @@ static PyObject *gradients_are(PyObject *self, PyObject *args) {
   }
   PyBuffer_Release(&view);
   return found < 0 ? NULL : PyBool_FromLong(found > 0 && used == n_words);
-}
-
-static PyObject *lie_at(PyObject *self, PyObject *args) {
-  PyObject *tensors, *array;
-  Py_buffer view;
-  if (!PyArg_ParseTuple(args, "O!O", &PyList_Type, &tensors, &array)) return NULL;
-  Py_ssize_t n = PyList_GET_SIZE(tensors), i = 0;
-  int64_t now, *at = room(array, &view, n);
-  if (!at) return NULL;
-  while (i < n && address_of(PyList_GET_ITEM(tensors, i), &now) && at[i] == now) i++;
-  PyBuffer_Release(&view);
-  return PyErr_Occurred() ? NULL : PyBool_FromLong(i == n);
 }
 
 static PyObject *are(PyObject *self, PyObject *args) {
@@ -293,6 +267,62 @@ static PyObject *changed(PyObject *self, PyObject *args) {
   return out;
 }
 
+/* Of a DTensor, the tensor that this process has. A new reference, which others of its kind lack: NULL for them. */
+static inline PyObject *part_of(PyObject *value) {
+  PyTypeObject *type = Py_TYPE(value);
+  if (type == classes.tensor || type == classes.parameter) return NULL;
+  PyObject *part = PyObject_GetAttr(value, classes.local_name);
+  if (!part) PyErr_Clear();
+  return part;
+}
+
+/* Whether a dict has the values that its row tells of, where they were and as they were. `row`: pairs of a value's identity
+   and its tensor's address, -1 where that does not matter. 1, 0, or -1 after an error. */
+static int values_are(PyObject *dict, const int64_t *row, int64_t n, int is_unchanged, int64_t *words, Py_ssize_t n_words) {
+  Py_ssize_t at = 0, used = 0;
+  if (!is_unchanged && PyDict_GET_SIZE(dict) != n) return 0;
+  for (int64_t i = 0; i < n; i++) {
+    PyObject *value = NULL;
+    int64_t address = row[2 * i + 1], now;
+    /* What a dict has not let go of is alive. */
+    if (is_unchanged) value = (PyObject *)(uintptr_t)row[2 * i];
+    else if (!PyDict_Next(dict, &at, NULL, &value) || (int64_t)(uintptr_t)value != row[2 * i]) return 0;
+    if (address == -1) continue;
+    PyObject *part = part_of(value), *tensor = part ? part : value;
+    Py_ssize_t found = is_unchanged ? address_of(tensor, &now) : describe_one(tensor, &now, words + used, n_words - used, 1);
+    Py_XDECREF(part);
+    if (found <= 0) return PyErr_Occurred() ? -1 : 0;
+    if (now != address) return 0;
+    used += found;
+  }
+  return 1;
+}
+
+static PyObject *states_are(PyObject *self, PyObject *args) {
+  PyObject *dicts, *said, *array;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!SO", &PyList_Type, &dicts, &said, &array)) return NULL;
+  if (PyObject_GetBuffer(array, &view, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0) return NULL;
+  Py_ssize_t n_words = PyBytes_GET_SIZE(said) / (Py_ssize_t)sizeof(int64_t), n = PyList_GET_SIZE(dicts), i = 0;
+  int64_t *row = view.buf, *end = row + view.len / (Py_ssize_t)sizeof(int64_t);
+  int64_t *words = (int64_t *)(void *)PyBytes_AS_STRING(said);
+  int found = 1;
+  for (; i < n && found > 0; i++) {
+    PyObject *dict = PyList_GET_ITEM(dicts, i);
+    if (end - row < 4 || row[2] < 0 || end - row < 4 + 2 * row[2] || row[3] < 0 || row[3] > n_words ||
+        (int64_t)(uintptr_t)dict != row[0] || !PyDict_Check(dict)) {
+      found = 0;
+      break;
+    }
+    int64_t now = edition(dict);
+    found = values_are(dict, row + 4, row[2], now && now == row[1], words + row[3], n_words - row[3]);
+    row[1] = found > 0 ? now : 0;
+    row += 4 + 2 * row[2];
+  }
+  PyBuffer_Release(&view);
+  return found < 0 ? NULL : PyBool_FromLong(found > 0 && row == end);
+}
+
 static PyObject *versions(PyObject *self, PyObject *args) {
   PyObject *tensors, *array;
   Py_buffer view;
@@ -315,14 +345,13 @@ static PyObject *versions(PyObject *self, PyObject *args) {
 
 static PyMethodDef methods[] = {{"bind", bind, METH_VARARGS, NULL},
                                 {"locate", locate, METH_VARARGS, NULL},
-                                {"addresses", addresses, METH_VARARGS, NULL},
                                 {"describe", describe, METH_VARARGS, NULL},
                                 {"gradients_are", gradients_are, METH_VARARGS, NULL},
-                                {"lie_at", lie_at, METH_VARARGS, NULL},
                                 {"are", are, METH_VARARGS, NULL},
                                 {"same", same, METH_VARARGS, NULL},
                                 {"hold", hold, METH_VARARGS, NULL},
                                 {"changed", changed, METH_VARARGS, NULL},
+                                {"states_are", states_are, METH_VARARGS, NULL},
                                 {"versions", versions, METH_VARARGS, NULL},
                                 {NULL, NULL, 0, NULL}};
 
@@ -332,5 +361,7 @@ PyMODINIT_FUNC PyInit_tritopt_walk(void) {
   classes.cdata_name = PyUnicode_InternFromString("_cdata");
   classes.grad_name = PyUnicode_InternFromString("grad");
   classes.version_name = PyUnicode_InternFromString("_version");
-  return classes.cdata_name && classes.grad_name && classes.version_name ? PyModule_Create(&module) : NULL;
+  classes.local_name = PyUnicode_InternFromString("_local_tensor");
+  int is_named = classes.cdata_name && classes.grad_name && classes.version_name && classes.local_name;
+  return is_named ? PyModule_Create(&module) : NULL;
 }

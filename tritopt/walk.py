@@ -13,7 +13,7 @@ import ctypes
 import operator
 import os
 import sysconfig
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,16 +31,8 @@ _INTERFACES = ("dtype", "layout", "dim", "sizes", "strides", "data_ptr")
 class Walk(Protocol):
     """The questions."""
 
-    def addresses(self, tensors: list[torch.Tensor], out: Array) -> None:
-        """Where tensors lie, into int64 [tensors]. ValueError or RuntimeError: one has no memory of its own."""
-        ...
-
-    def lie_at(self, tensors: list[torch.Tensor], addresses: Array) -> bool:
-        """Whether that is where they lie, int64 [tensors]."""
-        ...
-
     def are(self, tensors: list[torch.Tensor], said: Any, addresses: Array) -> bool:
-        """Whether `describe` says this of them, and that is where they lie."""
+        """Whether `describe` says this of them, and that is where they lie, int64 [tensors]."""
         ...
 
     def describe(self, tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
@@ -70,6 +62,13 @@ class Walk(Protocol):
         """
         ...
 
+    def states_are(self, dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
+        """Whether these are the dicts of `known_states`, with the values they had, where they were.
+
+        Of a value that is another object: also as they were.
+        """
+        ...
+
     def versions(self, tensors: list[torch.Tensor], out: Array) -> None:
         """How often autograd was told of writes, into int64 [tensors]."""
         ...
@@ -80,12 +79,60 @@ def n_words(tensors: list[Any]) -> int:
     return sum(2 + 2 * (0 if tensor is None else tensor.dim()) for tensor in tensors)
 
 
-def _addresses(tensors: list[torch.Tensor], out: Array) -> None:
-    out[:] = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
+def known_states(walk: Walk, dicts: list[dict[str, Any]], moving: Container[str] = ()) -> tuple[Any, Array]:
+    """What `Walk.states_are` compares. It holds no state alive: whoever replaces one wants its memory back.
+
+    moving: names of those that may lie anywhere.
+
+    Returns what is said of the tensors, and int64: for each dict (identity, edition or 0, number of values, where in
+    words the description of its tensors begins), then for each value (identity, address), -1 where there is none.
+    """
+    rows: list[int] = []
+    parts: list[torch.Tensor] = []
+    places: list[int] = []
+    n = 0
+    for some in dicts:
+        rows += [id(some), 0, len(some), n]
+        for name, value in some.items():
+            part = None if name in moving else _with_memory(value)
+            rows += [id(value), -1]
+            if part is not None:
+                places.append(len(rows) - 1)
+                parts.append(part)
+                n += n_words([part])
+    table, addresses = np.array(rows, np.int64), np.zeros(len(parts), np.int64)
+    said = walk.describe(parts, addresses, n)
+    table[places] = addresses
+    return said, table
 
 
-def _lie_at(tensors: list[torch.Tensor], addresses: Array) -> bool:
-    return bool(list(map(torch.Tensor.data_ptr, tensors)) == addresses.tolist())
+def _with_memory(value: Any) -> torch.Tensor | None:
+    """The tensor that this process has of a value, if it is strided and has memory."""
+    part = getattr(value, "_local_tensor", value)
+    if not isinstance(part, torch.Tensor) or part.layout is not torch.strided:
+        return None
+    try:
+        part.data_ptr()
+    except RuntimeError:
+        return None
+    return part
+
+
+def _states_are(dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
+    parts, addresses = [], []
+    known = iter(table.tolist())
+    for some in dicts:
+        row = [next(known, None) for _ in range(4)]
+        if row[0] != id(some) or row[2] != len(some):
+            return False
+        for value in some.values():
+            identity, address = next(known), next(known)
+            if identity != id(value):
+                return False
+            if address != -1:
+                parts.append(getattr(value, "_local_tensor", value))
+                addresses.append(address)
+    return next(known, None) is None and _are(parts, said, np.array(addresses, np.int64))
 
 
 def _are(tensors: list[torch.Tensor], said: Any, addresses: Array) -> bool:
@@ -131,9 +178,8 @@ def _versions(tensors: list[torch.Tensor], out: Array) -> None:
 
 
 IN_PYTHON: Walk = SimpleNamespace(
-    addresses=_addresses,
-    lie_at=_lie_at,
     are=_are,
+    states_are=_states_are,
     describe=_describe,
     gradients_are=_gradients_are,
     same=_same,
@@ -172,11 +218,7 @@ def in_c() -> Walk | None:
 def _agrees(made: Walk) -> bool:
     """Whether it says of some tensors what Python says, and refuses what it should."""
     tensors = [torch.empty(3, 5).t(), torch.nn.Parameter(torch.empty(2, dtype=torch.bfloat16)), torch.empty(())]
-    found, expected = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    _addresses(tensors, expected)
-    made.addresses(tensors, found)
-    if not np.array_equal(found, expected):
-        return False
+    found, expected = np.zeros(3, np.int64), np.array([tensor.data_ptr() for tensor in tensors])
     said = made.describe(tensors, found, n_words(tensors))
     words = [x for t in tensors for x in (t.dim(), *t.shape, *t.stride())]
     numbers = np.frombuffer(said, np.int64).tolist() if isinstance(said, bytes) else []

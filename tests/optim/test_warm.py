@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -462,3 +464,29 @@ def test_inference_mode(inside: tuple[int, ...]) -> None:
                 opt.step()
         found.append(values(opt, params))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("how", ["values", "dicts", "all"])
+def test_replaced_states_are_given_back(how: str) -> None:
+    """Who moves states to the host between two phases of training wants the device's memory."""
+    params = parameters()
+    opt = options(params, optim.AdamW)
+    for step in range(3):
+        set_grads(params, step)
+        opt.step()
+    tensors = [value for state in opt.state.values() for name, value in state.items() if name != "step"]
+    gone = [weakref.ref(tensor) for tensor in tensors]
+    del tensors
+    if how == "values":
+        for state in opt.state.values():
+            for name in state:
+                state[name] = state[name].clone()
+    elif how == "dicts":
+        for param in list(opt.state):
+            opt.state[param] = {name: value.clone() for name, value in opt.state[param].items()}
+    else:
+        opt.state.clear()
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
+    set_grads(params, 3)
+    opt.step()

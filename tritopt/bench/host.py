@@ -1,8 +1,9 @@
 """What a step takes of the host: `tritopt bench --host`, which needs no GPU.
 
 Kernels are replaced by nothing, so what is left is Python, dispatch and the tables. Contestants take turns, so that a
-busy machine is as busy for each, and a time is the median of theirs. A turn is a step that is not timed, and some that
-are: the processor's caches, which others had before, are the contestant's own then.
+busy machine is as busy for each, and a time is the median of theirs. In a turn's first step the processor's caches hold
+what others left there, as they do in training after a backward pass; a few steps on they are the contestant's own. So
+the first is told apart, the next few are not timed, and those after them are the step "with all tables warm".
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ BASELINE = "torch fused"
 OURS = "tritopt"
 WARM = 3
 ROUNDS = 15
+SETTLING = 10
+"""Steps of a turn until the caches are the contestant's own."""
 TURN = 20
-"""Steps of a turn that are timed."""
+"""Those after them."""
 
 
 class Case(NamedTuple):
@@ -63,6 +66,8 @@ class HostRow:
     ms: float | None = None
     """Median of all rounds."""
     best_ms: float | None = None
+    cold_ms: float | None = None
+    """Median of the turns' first steps."""
     ratio: float | None = None
     """Its `ms` in units of torch fused's for the same list."""
     refused: str | None = None
@@ -112,27 +117,28 @@ def case_times(
         raise RuntimeError(reason)
     rivals = peers.find_peers(chosen_peers)
     rows, running = [], []
-    for found in [_ours(), *_torch(rivals), *_others(rivals)]:
-        row = HostRow(found.name, *case, found.replaced)
+    for contestant in [_ours(), *_torch(rivals), *_others(rivals)]:
+        row = HostRow(contestant.name, *case, contestant.replaced)
         rows.append(row)
         try:
-            with found.without_kernels():
-                step = found.make(case)
+            with contestant.without_kernels():
+                step = contestant.make(case)
                 for _ in range(WARM):
                     step()
         except Exception as error:  # whatever a library comes up with: the others go on
-            if found.name == OURS:
+            if contestant.name == OURS:
                 raise
             row.refused = f"{type(error).__name__}: {error}".partition("\n")[0]
             continue
-        running.append((row, step, found.without_kernels))
-    times = _interleaved(
+        running.append((row, step, contestant.without_kernels))
+    times = interleaved(
         [(step, without) for _, step, without in running],
         max(min(rounds, 5), rounds // max(1, case.tensors // 1000)),
         clock,
     )
-    for (row, *_), found_times in zip(running, times, strict=True):
-        row.ms, row.best_ms = 1e3 * statistics.median(found_times), 1e3 * min(found_times)
+    for (row, *_), found in zip(running, times, strict=True):
+        row.ms, row.best_ms = 1e3 * statistics.median(found.warm), 1e3 * min(found.warm)
+        row.cold_ms = 1e3 * statistics.median(found.cold)
     baseline = next((row.ms for row in rows if row.contestant == BASELINE), None)
     for row in rows:
         if row.ms is not None and baseline:
@@ -156,13 +162,21 @@ def document(rows: Sequence[HostRow]) -> dict[str, Any]:
     }
 
 
-def _interleaved(
+class Times(NamedTuple):
+    """Seconds."""
+
+    cold: list[float]
+    """First steps of turns."""
+    warm: list[float]
+
+
+def interleaved(
     steps: Sequence[tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]],
     rounds: int,
     clock: Callable[[], float],
-) -> list[list[float]]:
-    """Seconds of each step, in turns."""
-    times: list[list[float]] = [[] for _ in steps]
+) -> list[Times]:
+    """Of each step and its context, in turns."""
+    times = [Times([], []) for _ in steps]
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -170,17 +184,22 @@ def _interleaved(
         for _ in range(rounds):
             for (step, without_kernels), found in zip(steps, times, strict=True):
                 with without_kernels():
-                    step()
-                    for _ in range(TURN):
-                        if torch.cuda.is_available():
-                            torch.cuda.synchronize()
-                        start = clock()
+                    found.cold.append(_timed(step, clock))
+                    for _ in range(SETTLING - 1):
                         step()
-                        found.append(clock() - start)
+                    found.warm.extend(_timed(step, clock) for _ in range(TURN))
     finally:
         if was_enabled:
             gc.enable()
     return times
+
+
+def _timed(step: Callable[[], Any], clock: Callable[[], float]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = clock()
+    step()
+    return clock() - start
 
 
 def _groups(case: Case) -> list[dict[str, Any]]:

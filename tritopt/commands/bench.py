@@ -199,17 +199,19 @@ def _bench_host(rounds: int, peer: Sequence[str] | None, save: Path | None, as_j
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         title=f"Host time of an AdamW step, kernels replaced by nothing; {document['machine']['cpu']}",
-        caption="times: the median in units of torch fused's",
+        caption="median: of steps after others of the same optimizer; cold: of those after other optimizers' steps\n"
+        "times: the median in units of torch fused's",
     )
-    for name in ("tensors", "groups", "clip", "", "ms, median", "ms, best", "times"):
+    for name in ("tensors", "groups", "clip", "", "ms, median", "best", "cold", "times"):
         table.add_column(name, justify="left" if name in ("", "clip") else "right")
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and row.contestant == host.OURS:
             table.add_section()
         start = [f"{row.tensors:,}", f"{row.groups:,}", "yes" if row.clip else "no", row.contestant]
-        numbers = [row.refused or "-", "", ""]
-        if row.ms is not None and row.best_ms is not None:
-            numbers = [f"{row.ms:.3f}", f"{row.best_ms:.3f}", "-" if row.ratio is None else f"{row.ratio:.2f}"]
+        numbers = [row.refused or "-"]
+        if row.ms is not None:
+            times = [f"{ms:.3f}" for ms in (row.ms, row.best_ms, row.cold_ms) if ms is not None]
+            numbers = [*times, "-" if row.ratio is None else f"{row.ratio:.2f}"]
         table.add_row(*start, *numbers, style="bold" if row.contestant == host.OURS else "")
     terminal = console()
     terminal.print(table)

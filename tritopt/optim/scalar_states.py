@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from tritopt.group import Array
+
 CPU = torch.device("cpu")
 MAX_LISTS = 64
+_ONE = np.float32(1)
 
 
 class ScalarStates:
@@ -26,6 +29,8 @@ class ScalarStates:
         self.initial = dict(initial)
         self.device = CPU
         self._vectors: dict[str, torch.Tensor] = {}
+        self._arrays: dict[str, Array] = {}
+        """The same memory, on the CPU: NumPy takes a fifth of what torch's dispatcher does."""
         self._views: list[dict[str, torch.Tensor]] = []
         self._taken: set[int] = set()
         self._places: dict[tuple[int, ...], torch.Tensor | slice] = {}
@@ -49,6 +54,7 @@ class ScalarStates:
         for name, initial in self.initial.items():
             values = [torch.as_tensor(state.get(name, initial)).detach().reshape(()) for state in states]
             self._vectors[name] = torch.stack([value.to(device, torch.float32) for value in values])
+        self._arrays.clear()
         self._views = [{name: vector[i] for name, vector in self._vectors.items()} for i in range(len(states))]
         self._taken = {position for position, state in enumerate(states) if state}
         for position in self._taken:
@@ -70,8 +76,7 @@ class ScalarStates:
         if self._shared is not None and self._shared[0] is positions and self._shared[1] == numbers:
             return self._shared[2]
         at, found = self._at(positions), []
-        for vector in self._vectors.values():
-            values = vector.numpy()
+        for values in self._on_host().values():
             some = values[at] if isinstance(at, slice) else values[at.numpy()]
             if not (some == some[0]).all():
                 return None
@@ -88,12 +93,11 @@ class ScalarStates:
         if on_host:
             known = self._shared
             is_known = known is not None and known[0] is positions and known[1] == self._bytes()
-            # NumPy, on the same memory: a fifth of what torch's dispatcher takes.
-            vector.numpy()[at if isinstance(at, slice) else at.numpy()] += np.float32(1)
+            self._on_host()["step"][at if isinstance(at, slice) else at.numpy()] += _ONE
             self._shared = None
             if known is not None and is_known:
                 count, *others = known[2]
-                found = [float(np.float32(count) + np.float32(1)), *others]
+                found = [float(np.float32(count) + _ONE), *others]
                 self._shared = (positions, self._bytes(), found)
             return
         self._shared = None
@@ -105,7 +109,9 @@ class ScalarStates:
 
     def copies(self, on_host: bool) -> list[Any]:
         """Of all numbers, for `restore`."""
-        return [vector.numpy().copy() if on_host else vector.clone() for vector in self._vectors.values()]
+        if on_host:
+            return [values.copy() for values in self._on_host().values()]
+        return [vector.clone() for vector in self._vectors.values()]
 
     def restore(self, copies: Sequence[Any]) -> None:
         """As they were."""
@@ -121,7 +127,12 @@ class ScalarStates:
         self._vectors[name][at] = self._vectors[name][at] * factors
 
     def _bytes(self) -> list[bytes]:
-        return [vector.numpy().tobytes() for vector in self._vectors.values()]
+        return [values.tobytes() for values in self._on_host().values()]
+
+    def _on_host(self) -> dict[str, Array]:
+        if not self._arrays:
+            self._arrays = {name: vector.numpy() for name, vector in self._vectors.items()}
+        return self._arrays
 
     def _at(self, positions: Sequence[int]) -> torch.Tensor | slice:
         known = self._of_lists.get(id(positions))

@@ -19,7 +19,7 @@ from tritopt.optim.hypers import Hypers
 from tritopt.optim.members import Bucket, Member, Only, groups_of, launch_for, params_of
 from tritopt.optim.rows import HostRows
 from tritopt.optim.scalar_states import ScalarStates
-from tritopt.walk import n_words, walk
+from tritopt.walk import known_states, n_words, walk
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -116,19 +116,16 @@ class WarmStep:
         self._params = params_of(opt, only)
         has_grad = [param.grad is not None for param in self._params]
         self._with_grad = None if all(has_grad) else np.flatnonzero(has_grad)
-        self._states = self._states_now(opt)
-        self._values = [tuple(state.values()) for state in self._states]
-        self._editions = np.zeros(len(self._states), np.int64)
+        # The numbers among them have been copied to where they are kept together.
+        numbers = ("step", *opt.rule.scalar_states)
+        self._states_are, self._states = known_states(self._walk, self._states_now(opt), numbers)
         self._is_sharded = any(is_dtensor(member.param) for member in members)
-        self._kept = [plane for task in tasks for plane in (*task.weight[1:], *task.state)]
         self._members_params = [member.param for member in self.members]
         grads = [None if param.grad is None else local(param.grad) for param in self._params]
         self._n_words = n_words(grads)
         self._found = np.zeros(len(grads), np.int64)
         self._kinds = self._walk.describe(grads, self._found, self._n_words)
         self._grads = self._of_members(self._found)
-        self._kept_at = np.zeros(len(self._kept), np.int64)
-        self._walk.addresses(self._kept, self._kept_at)
         weights = self._weights()
         self._weights_at = np.zeros(len(weights), np.int64)
         self._weights_are = self._walk.describe(weights, self._weights_at, n_words(weights))
@@ -141,16 +138,15 @@ class WarmStep:
     def holds(self, opt: Optimizer, hypers: Hypers) -> bool:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
         ask = self._walk
+        if self._states_are is None or self._weights_are is None or self._kinds is None:
+            return False
         is_held = self._only is not None or ask.hold(hypers.lists, self._params)
         if not is_held or _options(opt) != self._options or not self._takes_hypers(opt, hypers):
             return False
-        states = self._states_now(opt)
-        if not ask.same(states, self._states) or ask.changed(self._states, self._values, self._editions):
+        if not ask.states_are(self._states_now(opt), self._states_are, self._states):
             return False
         # A weight may have become another view of the same memory.
         if not ask.are(self._weights(), self._weights_are, self._weights_at):
-            return False
-        if not ask.lie_at(self._kept, self._kept_at):
             return False
         if self._led and self._versions_now().tobytes() != self._versions.tobytes():
             return False
@@ -203,8 +199,6 @@ class WarmStep:
         return list(opt.state.values()) if self._only is None else [opt.state.get(self._only.param, {})]
 
     def _takes_grads(self, params: list[torch.Tensor]) -> bool:
-        if self._kinds is None:
-            return False
         found = np.empty(len(params), np.int64)
         if self._is_sharded:
             grads = [param.grad for param in params]
