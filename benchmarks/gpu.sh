@@ -132,7 +132,9 @@ if command == "check":
     print(json.dumps({**check.environment(), "rows": [dataclasses.asdict(row) for row in rows]}))
     sys.exit(not all(row.passed for row in rows))
 if command == "host":
-    Path(options["--save"]).write_text(json.dumps(host.document(host.host_times(rounds=int(options["--rounds"])))))
+    Path(options["--save"]).write_text(json.dumps(host.document(host.host_times(
+        rounds=int(options["--rounds"]), chosen_peers=["torch fused", "torch foreach"]
+    ))))
 if command == "bench":
     shapes = [options["--shapes"]] if "--shapes" in options else None
     items = plan.plan(shapes, chosen_peers=[options["--peer"]] if "--peer" in options else None)
@@ -149,7 +151,7 @@ parallel=()
 has xdist && parallel=(-n "${WORKERS:-$(($(nproc) / 2 > 1 ? $(nproc) / 2 : 1))}" --dist loadgroup)
 if has typer && has rich; then
   tritopt=("$python" -m tritopt)
-  bench=(bench) host=(bench --host) check=(check --quick --json)
+  bench=(bench) host=(bench --host --peer 'torch fused' --peer 'torch foreach') check=(check --quick --json)
 else
   tritopt=("$python" "${work:-}/bare.py")
   bench=(bench) host=(host) check=(check)
@@ -160,6 +162,19 @@ selection=() large=(tests/test_large.py) names='' suite=(tests tritopt --ignore 
 # Neither these nor the ecosystem's tests run anything on a GPU. Host times are taken where nothing else runs.
 suite+=(--ignore tests/test_quality.py --ignore tests/test_packaging.py --ignore tests/test_examples.py)
 suite+=(--ignore tests/test_large.py --ignore tests/test_host_time.py)
+# What a missing package keeps out is said once, and is not a failure of what runs.
+lacking() {  # PACKAGES PATH...
+  [ -n "$plan" ] || say "tests: without $1: ${*:2}"
+  for path in "${@:2}"; do suite+=(--ignore "$path"); done
+}
+{ has typer && has rich; } || lacking "typer or rich" tritopt/commands tritopt/__main__.py tests/golden_cases.py \
+  tests/mutations.py tests/test_{autotune,bench,bench_host,check,golden,inspect,numerics}.py \
+  tests/optim/test_torch_{parity,arguments}.py
+has hypothesis || lacking hypothesis tests/test_properties.py tests/test_lr_scheduler.py
+# A measurement, and so where nothing else runs.
+measured=(tests/test_host_time.py)
+has typer && has rich && [ -z "$rehearse" ] && measured+=(tests/test_bench.py::test_on_a_gpu)
+suite+=(--deselect tests/test_bench.py::test_on_a_gpu)
 distributed=(tests/distributed)
 rounds=15
 if [ -n "$rehearse" ]; then
@@ -173,7 +188,7 @@ fi
 part bench 190 bench.log "${tritopt[@]}" "${bench[@]}" --seconds 165 --save "$out/bench.json" \
   ${plots[@]+"${plots[@]}"} ${selection[@]+"${selection[@]}"}
 part host 40 bench.log "${tritopt[@]}" "${host[@]}" --rounds $rounds --save "$out/host.json"
-part host-time 30 tests.log "${pytest[@]}" tests/test_host_time.py
+part host-time 30 tests.log "${pytest[@]}" "${measured[@]}"
 part large 60 tests.log "${pytest[@]}" "${large[@]}"
 
 # Then what may share the machine. One optimizer a process, so that what is not reached costs only itself.
@@ -181,7 +196,7 @@ check_all() {
   local names=${names:-$("$python" -c 'import tritopt; print(*tritopt.names())')} code=0
   mkdir -p "$work/checks"
   [ -n "$names" ] || { echo "no optimizers to check"; return 1; }
-  echo "$names" | tr ' ' '\n' | xargs -P "${CHECKS:-4}" -I{} bash -c \
+  echo "$names" | tr ' ' '\n' | xargs -P "${CHECKS:-6}" -I{} bash -c \
     '"$@" --optimizer {} >"$work/checks/{}.json" 2>"$work/checks/{}.err" || { echo "{}: not green"; tail -n 3 "$work/checks/{}.err"; exit 1; }' \
     bash "$@" || code=1
   return $code

@@ -46,7 +46,12 @@ SHARED: list[tuple[str, str, str, dict[str, str]]] = [
         "return clip(rescale * g, bound)\n",
         {"never clips": "return rescale * g\n", "never rescales": "return clip(g, bound)\n"},
     ),
-    ("sgd", "ops.py", "return tl.where(x < -bound, -bound, x)", {"no lower clip bound": "return x"}),
+    (
+        "sgd",
+        "ops.py",
+        "return tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)",
+        {"no lower clip bound": "return x"},
+    ),
     ("sgd", "ops.py", "bits + 0x7FFF + ((bits >> 16) & 1)", {"bf16 cut off": "bits"}),
     ("sgd", "formats.py", "tl.store(planes[1] + offsets, value, mask=mask)", {"master not stored": "pass"}),
     (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import json
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -228,6 +230,8 @@ class FakeCuda:
 
     def set_sync_debug_mode(self, mode: str) -> None:
         self.modes.append(mode)
+        if len(self.modes) == 1:  # as torch does
+            warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=1)
 
     def memory_allocated(self) -> int:
         return self.allocated
@@ -356,7 +360,8 @@ def test_memory_is_known_before_it_is_taken() -> None:
 
 
 @interpreted
-def test_sets_are_larger_than_the_cache() -> None:
+@pytest.mark.parametrize("n_bytes", [1e3, 1e8, measure.ONE_SET, 1e11])
+def test_sets_are_larger_than_the_cache(n_bytes: float) -> None:
     made: list[int] = []
     steps: list[int] = []
     bench = rehearsal(Item("huge", "SGD", "none"))
@@ -367,9 +372,23 @@ def test_sets_are_larger_than_the_cache() -> None:
         return lambda: steps.append(n), lambda: 1000.0
 
     device = bench.device
-    measure.measure(device, row_of(contestant="other"), make_set, n_bytes=1000.0, copy=1e9, seconds=0.0)
-    assert len(made) == -(-measure.CACHES * device.l2_bytes // 1000)
+    measure.measure(device, row_of(contestant="other"), make_set, n_bytes, copy=1e9, seconds=0.0)
     assert set(steps) == set(made)
+    if n_bytes <= measure.ONE_SET:
+        assert 2 <= len(made) <= measure.MAX_SETS
+        assert len(made) * n_bytes >= measure.CACHES * device.l2_bytes
+    else:
+        assert len(made) == 1
+
+
+@interpreted
+@pytest.mark.parametrize(("model", "is_known"), [("gpt2-xl", True), ("tiny", False)])
+def test_bytes_of_what_is_stored_otherwise_are_unknown(model: str, is_known: bool) -> None:
+    (peer,) = [p for p in PEERS if p.name == "bitsandbytes" and p.least]
+    device = find_device(rehearse=True)
+    peer = dataclasses.replace(peer, path="torch.optim:AdamW", least=peer.least if model == "tiny" else 0)
+    _, moved = measure.set_of_theirs(device, miniature(MODELS[model]), peer)()
+    assert (moved() is not None) == is_known
 
 
 @interpreted

@@ -93,6 +93,7 @@ def test_gradients_that_moved_into_the_graph_are_found() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capturing_without_capturable_is_refused() -> None:
     weight = torch.randn(4, requires_grad=True)
     weight.grad = torch.ones(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice, pairwise
 from typing import Any, NamedTuple
@@ -137,8 +138,10 @@ class Device:
 
     def synchronises(self, step: Step) -> bool:
         """Whether a step waits for the GPU, as far as torch notices: `.item()`, copies to the host."""
-        self._cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says that the mode is a prototype, after it was set
+                self._cuda.set_sync_debug_mode("error")
             step()
         except RuntimeError as error:
             if "synchroniz" not in str(error):

@@ -221,7 +221,7 @@ def _ours() -> Contestant:
 
 def _torch(rivals: Sequence[str]) -> Iterator[Contestant]:
     ways = (
-        (BASELINE, {"fused": True}, _no_fused, f"torch.{', torch.'.join(_OF_FUSED)}"),
+        (BASELINE, {"fused": True}, _no_fused, f"torch.{', torch.'.join(_OF_FUSED)}; the norm of norms stays"),
         (
             "torch foreach",
             {"foreach": True},

@@ -24,6 +24,8 @@ WARM = 3
 CACHES = 4
 """Times the cache that all sets together move: what a step needs has left it since the last one."""
 MAX_SETS = 64
+ONE_SET = 2**31
+"""Bytes that no cache keeps a noticeable part of. Below, there are two sets at least."""
 RATE = 1e-6
 """Learning rate: weights must stay finite, however many steps are taken."""
 GRADIENT = 1e-3
@@ -50,7 +52,7 @@ class Row:
     host_ms: float | None = None
     """Until the call returns."""
     first_ms: float | None = None
-    """Of the first step, which compiles."""
+    """Of the first step. Some of its kernels were compiled for its check."""
     moved: float | None = None
     """Bytes that must move: read and written, by its own way of storing."""
     gb_per_s: float | None = None
@@ -105,7 +107,7 @@ def resident(optimizer: str, fmt: StorageFormat) -> float:
     return 2 * fmt.dtype.itemsize + sum(prod(s.shape) * s.dtype.itemsize for s in states) / weight.numel()
 
 
-MakeSet: TypeAlias = Callable[[], tuple[Step, Callable[[], float]]]
+MakeSet: TypeAlias = Callable[[], tuple[Step, Callable[[], float | None]]]
 """Makes tensors with an optimizer; returns its step, and what tells the bytes that a step moves."""
 
 
@@ -123,11 +125,12 @@ def measure(
         device: where.
         row: whose.
         make_set: makes a set of tensors.
-        n_bytes: that it moves, about.
+        n_bytes: of its tensors, about.
         copy: bytes per second of a copy.
         seconds: to spend on each of the three kinds of times, about.
     """
-    n_sets = min(MAX_SETS, max(1, -(-CACHES * device.l2_bytes // max(int(n_bytes), 1))))
+    least = 1 if n_bytes > ONE_SET else 2
+    n_sets = min(MAX_SETS, max(least, -(-CACHES * device.l2_bytes // max(int(n_bytes), 1))))
     sets = [make_set() for _ in range(n_sets)]
     steps = [step for step, _ in sets]
     device.synchronize()
@@ -175,12 +178,18 @@ def set_of_ours(device: Device, shapes: Shapes, optimizer: str, fmt: StorageForm
 
 
 def set_of_theirs(device: Device, shapes: Shapes, peer: Peer) -> MakeSet:
-    """For a peer. Whatever its library raises is raised when a set is made."""
+    """For a peer. Whatever its library raises is raised when a set is made.
 
-    def make_set() -> tuple[Step, Callable[[], float]]:
+    What it stores otherwise, because it is small, has no known bytes.
+    """
+
+    n_small = sum(n for n in map(prod, shapes.tensors) if n < peer.least)
+    is_other = n_small > 0.01 * shapes.elements
+
+    def make_set() -> tuple[Step, Callable[[], float | None]]:
         params = params_of(peer.optimizer, shapes.tensors, peer.dtype, device.where)
         _, step = peer.make(params, RATE)
-        return step, lambda: peer.moved * shapes.elements
+        return step, lambda: None if is_other else peer.moved * shapes.elements
 
     return make_set
 

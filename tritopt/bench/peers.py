@@ -44,6 +44,8 @@ class Peer:
     """Whether its first step takes minutes for hundreds of tensors: measured after all others."""
     per_tensor: bool = False
     """Whether it launches at least one kernel for each tensor."""
+    least: int = 0
+    """Elements of the smallest tensor that it stores so."""
 
     @property
     def module(self) -> str:
@@ -135,16 +137,16 @@ PEERS: tuple[Peer, ...] = (
     # One fp32 scale for 256 codes of each state.
     Peer(
         "bitsandbytes", "bitsandbytes.optim:AdamW8bit", ("split8+int8", "split8+fp8"), 10 + 16 / 256,
-        "bf16; 8-bit codes", BF16, {}, per_tensor=True,
+        "bf16; 8-bit codes", BF16, {}, per_tensor=True, least=4096,
     ),
     Peer("bitsandbytes", "bitsandbytes.optim:Lion", BESIDE_FP32, 20, "fp32; fp32", FP32, {}, "Lion", per_tensor=True),
     Peer(
         "torchao", "torchao.optim:AdamW8bit", ("split8+int8",), 10 + 16 / 256, "bf16, stochastic; 8-bit codes", BF16,
-        {"bf16_stochastic_round": True}, per_tensor=True,
+        {"bf16_stochastic_round": True}, per_tensor=True, least=4096,
     ),
     Peer(
         "torchao", "torchao.optim:AdamWFp8", ("split8+fp8",), 10 + 16 / 256, "bf16, stochastic; fp8", BF16,
-        {"bf16_stochastic_round": True}, per_tensor=True,
+        {"bf16_stochastic_round": True}, per_tensor=True, least=4096,
     ),
     Peer(
         "optimi", "optimi:AdamW", BESIDE_FP32, 28, "fp32; fp32", FP32, {"triton": True}, per_tensor=True

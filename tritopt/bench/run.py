@@ -36,8 +36,12 @@ COPY_BYTES = 2**32
 """Of the copy that tells the bandwidth, where memory allows."""
 QUICKLY_MADE = ("resnet50", "tiny")
 """Models whose launches are counted once more, by a profiler, when all times are known."""
-SECONDS = 0.5
+SECONDS = 0.2
 """For each kind of times, of each row."""
+FOR_COUNTS = 0.05
+"""Share of the time given that is left for counting launches."""
+AGAIN = 2.0
+"""Seconds until a step that was stopped is stopped once more."""
 NO_GPU = (
     "the bench needs a GPU that torch can use, and there is none: --host measures what needs none, and --rehearse "
     "goes through all of the bench on the CPU, with sizes and times that mean nothing"
@@ -194,8 +198,8 @@ class Bench:
         smallest = model.shapes(1).elements
         return found, f"needs {need * smallest / 2**30:.1f} GiB, and {free / 2**30:.1f} are free" if not found else None
 
-    def _out_of_time(self) -> str | None:
-        if self.seconds is not None and self.clock() - self._started > self.seconds:
+    def _out_of_time(self, share: float = 1 - FOR_COUNTS) -> str | None:
+        if self.seconds is not None and self.clock() - self._started > share * self.seconds:
             return f"not measured: the time given ({self.seconds:g} s) was spent"
         return None
 
@@ -208,12 +212,12 @@ class Bench:
 
     def _measure(self, item: Item, shapes: Shapes, fmt: numerics.StorageFormat, row: Row) -> None:
         if self.copy is None:
-            n_bytes = min(COPY_BYTES, int(self.device.free_bytes * 0.25))
-            self.copy = self.device.copy_bandwidth(2**20 if self._pretends else n_bytes)
-        per_parameter = item.peer.moved if item.peer else measure.resident(item.optimizer, fmt)
+            n_copied = min(COPY_BYTES, int(self.device.free_bytes * 0.25))
+            self.copy = self.device.copy_bandwidth(2**20 if self._pretends else n_copied)
         seconds = 0.0 if self._pretends else self.seconds_each
-        n_moved = per_parameter * shapes.elements
-        measure.measure(self.device, row, self._make_set(item, shapes), n_moved, self.copy, seconds)
+        # Of ours, also for peers: as many sets of tensors for each.
+        n_bytes = measure.resident(item.optimizer, fmt) * shapes.elements
+        measure.measure(self.device, row, self._make_set(item, shapes), n_bytes, self.copy, seconds)
         if item.peer is not None:
             for ours in self.done:
                 same = (ours.shapes, ours.optimizer, ours.format) == (row.shapes, row.optimizer, row.format)
@@ -228,7 +232,7 @@ class Bench:
     def _count_kernels(self) -> None:
         """Of what is soon made again; a library that fails now has its times all the same."""
         for item, row in zip(self.items, self.done, strict=True):
-            if item.model in QUICKLY_MADE and row.ms is not None and self._out_of_time() is None:
+            if item.model in QUICKLY_MADE and row.ms is not None and self._out_of_time(1.0) is None:
                 shapes = self._fitting[item.case][0]
                 assert shapes is not None
                 with contextlib.suppress(Exception), self._limited():
@@ -250,7 +254,8 @@ def _at_most(seconds: float | None) -> Iterator[None]:
         raise TimeoutError("the time given was spent")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    # Again and again: the first may be raised where a library drops what is raised.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), AGAIN)
     try:
         yield
     finally:

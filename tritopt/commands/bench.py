@@ -189,9 +189,9 @@ def _bench_host(rounds: int, peer: Sequence[str] | None, save: Path | None, as_j
     rows: list[host.HostRow] = []
     for case in with_progress(host.CASES, "measuring", len(host.CASES), not as_json):
         rows += host.case_times(case, rounds, peer)
-    document = host.document(rows)
-    if save is not None:
-        save.write_text(json.dumps(document, indent=1) + "\n")
+        document = host.document(rows)
+        if save is not None:  # what is stopped leaves what it had
+            save.write_text(json.dumps(document, indent=1) + "\n")
     if as_json:
         typer.echo(json.dumps(document, indent=1))
         return
