@@ -14,8 +14,8 @@ The update function is pure arithmetic on blocks of the compute dtype. It return
 with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
 
     UPDATE_FN(w, g, state, s)           sums, where phases before emitted some: fp64 scalars of this tensor
-    UPDATE_FN(w, g, state, s, sums)     offsets, where the phase asks for them: int64, of the elements in their tensor
-    UPDATE_FN(w, g, state, s, offsets)
+    UPDATE_FN(w, g, state, s, sums)     place, where the phase asks for it: int64 offsets of the elements in their
+    UPDATE_FN(w, g, state, s, place)    tensor, and (the first,) if they are a run that begins with a multiple of 8
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def _apply_block(
             state = state + (FORMATS[i][2](planes, offsets, mask, COMPUTE_DTYPE),)
 
     if READS_OFFSETS:
-        new = UPDATE_FN(w, g, state, s, offsets)
+        first = ()
+        if mask is None and not HAS_ROWS:
+            first = (start,)
+        new = UPDATE_FN(w, g, state, s, (offsets, first))
     elif len(sums) > 0:
         new = UPDATE_FN(w, g, state, s, sums)
     else:

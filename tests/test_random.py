@@ -66,7 +66,14 @@ def draw(word_ptr, normal_ptr, key_ptr, offset_ptr, STREAM: tl.constexpr, SIZE: 
     words = philox(key, offsets, step, STREAM)
     for j in tl.static_range(4):
         tl.store(word_ptr + SIZE * j + i, words[j].to(tl.int64))
-    tl.store(normal_ptr + i, normal(key, offsets, step, STREAM))
+    tl.store(normal_ptr + i, normal(key, (offsets, ()), step, STREAM))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def draw_run(normal_ptr, key_ptr, first_ptr, STREAM: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    i, first = tl.arange(0, SIZE), tl.load(first_ptr)
+    key = (tl.load(key_ptr), tl.load(key_ptr + 1), tl.load(key_ptr + 2), tl.load(key_ptr + 3))
+    tl.store(normal_ptr + i, normal(key, (first + i, (first,)), tl.load(key_ptr + 4), STREAM))
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -90,15 +97,35 @@ def test_kernel_and_twin_are_equal_in_every_bit(dtype: torch.dtype) -> None:
             assert tuple(found) == scalar_philox((offset & WORD, offset >> 32, step, stream), words)
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("first", [0, 64, 2**32 - 64, 2**45])
+def test_a_run_draws_the_same_with_fewer_calls(first: int) -> None:
+    key, found = halves(key_words(7, "weight")), torch.zeros(128)
+    with np.errstate(all="ignore"):
+        draw_run[(1,)](found, torch.tensor((*key, 3.0)), torch.tensor(first), STREAM=0, SIZE=128)
+    assert torch.equal(found, random.normal(key, first + torch.arange(128), 3, 0))
+
+
+def test_neighbours_are_independent() -> None:
+    """Also those that share a call: no correlation of them, of their sizes or of their squares."""
+    n = 100_000
+    z = random.normal(halves(key_words(0, 0)), torch.arange(4 * n), 1, 0).double().view(n, 4)
+    for some in (z, z.abs(), z.square()):
+        correlation = torch.corrcoef(some.T) - torch.eye(4, dtype=torch.float64)
+        assert correlation.abs().max() < 5 / n**0.5
+
+
 def test_normal_is_box_and_mullers_to_fp32_precision() -> None:
     """Relatively, near 0 as well: within 4 epsilons."""
     key, offsets = halves(key_words(0, 0)), torch.arange(200_000)
-    first, second, _, _ = (word.cpu().numpy() for word in random.philox(key, offsets, 1, 0))
-    radius = np.sqrt(-2 * np.log((first | 1).astype(np.float32) / 2.0**32))
-    sine = np.sin(np.pi / 2 * (second >> 1).astype(np.float32) / 2.0**31)
-    expected = np.where(second & 1, -1.0, 1.0) * radius * sine
-    found = random.normal(key, offsets, 1, 0).double().cpu().numpy()
-    assert (np.abs(found - expected) <= 4 * 2.0**-23 * np.abs(expected)).all()
+    words = [word.cpu().numpy() for word in random.philox(key, offsets[: len(offsets) // 4], 1, 0)]
+    found = random.normal(key, offsets, 1, 0).double().cpu().numpy().reshape(-1, 4)
+    for pair in (0, 2):
+        radius = np.sqrt(-2 * np.log((words[pair] | 1).astype(np.float32) / 2.0**32))
+        x = ((words[pair + 1] >> 2).astype(np.float32) * np.float32(2.0**-30)).astype(np.float64)
+        for bit, part in ((1, x), (2, 1 - x)):
+            expected = np.where(words[pair + 1] & bit, -1.0, 1.0) * radius * np.sin(np.pi / 2 * part)
+            assert (np.abs(found[:, pair + bit - 1] - expected) <= 4 * 2.0**-23 * np.abs(expected)).all()
 
 
 def test_normal_at_the_ends_of_the_words() -> None:

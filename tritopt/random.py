@@ -156,13 +156,17 @@ def _high(product: torch.Tensor) -> torch.Tensor:
 
 
 def normal(key: Key, offsets: torch.Tensor, step: float, stream: int) -> torch.Tensor:
-    """A standard normal fp32 number for each offset: Box and Muller, from two of Philox's four words.
+    """A standard normal fp32 number for each offset: Box and Muller, two from two words, so four from a Philox call.
 
-    The radius has 32 random bits, so that no number is beyond 6.7; the angle is one of a quarter turn, and a sign.
+    The radius has 32 random bits, so that no number is beyond 6.7; the angle is one of a quarter turn, and two signs.
     """
-    first, second, _, _ = philox(key, offsets, step, stream)
-    size = sqrt(_minus_two_log(first)) * _sine((second >> 1).float() * 2.0**-31)
-    return torch.where((second & 1) == 0, size, -size)
+    words = philox(key, offsets >> 2, step, stream)
+    is_early = (offsets & 2) == 0
+    for_size, for_angle = torch.where(is_early, words[0], words[2]), torch.where(is_early, words[1], words[3])
+    x = (for_angle >> 2).float() * 2.0**-30
+    is_first = (offsets & 1) == 0
+    found = sqrt(_minus_two_log(for_size)) * _sine(torch.where(is_first, x, 1.0 - x))
+    return torch.where((for_angle & torch.where(is_first, 1, 2)) == 0, found, -found)
 
 
 def _minus_two_log(word: torch.Tensor) -> torch.Tensor:
