@@ -8,9 +8,8 @@ a new gradient or a reloaded state is always seen.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +21,8 @@ from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON
 from tritopt.kernels.multi_tensor_norm import square_update
 from tritopt.phases import Apply
 from tritopt.random import is_dense
+from tritopt.recent import Recent
 
-MAX_PLANS = 4096
-Value = TypeVar("Value")
 
 
 class Task(NamedTuple):
@@ -101,8 +99,8 @@ class Planner:
     """The plans of one optimizer, and the fused step over a list of tasks."""
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[Hashable, tuple[Hashable, list[Group]]] = OrderedDict()
-        self._places: OrderedDict[Hashable, list[Any]] = OrderedDict()
+        self._plans: Recent[tuple[Hashable, list[Group]]] = Recent()
+        self._places: Recent[list[Any]] = Recent()
 
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         """Plans hold addresses of this process: a copy starts without any."""
@@ -141,7 +139,8 @@ class Planner:
 
     def groups_of_squares(self, key: Hashable) -> list[Group]:
         """Those of the last `squares` with this key; none if there was none."""
-        return self._plans.get(("squares", key), (None, []))[1]
+        found = self._plans.get(("squares", key))
+        return [] if found is None else found[1]
 
     def held(self) -> list[Any]:
         """All groups, and what they have on the device (`Group.held`)."""
@@ -154,21 +153,14 @@ class Planner:
             return
         owner_of = [owner for owner, task in zip(owners, tasks, strict=True) for _ in task.written()]
         validate.no_aliases(owner_of, [tensor for task in tasks for tensor in task.written()])
-        _remember(self._places, key, places)
+        self._places.put(key, places, len(places))
 
     def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[Group]:
         signature = tuple((_kind(task), task.grad.shape, task.noise) for task in tasks)
         found = self._plans.get(key)
         if found is None or found[0] != signature:
-            found = (signature, _build_groups(tasks))
-            _remember(self._plans, key, found)
+            found = self._plans.put(key, (signature, _build_groups(tasks)), len(tasks))
         return found[1]
-
-
-def _remember(cache: OrderedDict[Hashable, Value], key: Hashable, value: Value) -> None:
-    cache[key] = value
-    if len(cache) > MAX_PLANS:
-        cache.popitem(last=False)
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -237,7 +229,7 @@ def _as_dense(
     dense, copied_back = [], []
     for task in tasks:
         tensors = task.tensors()
-        if all(t.is_contiguous() for t in tensors):
+        if all(t.is_contiguous() and holds_values(t) for t in tensors):
             dense.append(task)
             continue
         weight = task.weight[0]
@@ -250,7 +242,8 @@ def _as_dense(
         moved = []
         for i, tensor in enumerate(tensors):
             copy, strides = tensor, flat if tensor.shape == weight.shape else _contiguous_strides(tensor.shape)
-            if id(tensor) not in shared and not _strides_equal(tensor.shape, tensor.stride(), strides):
+            is_placed = id(tensor) in shared or _strides_equal(tensor.shape, tensor.stride(), strides)
+            if not (is_placed and holds_values(tensor)):
                 copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(
                     tensor
                 )
@@ -263,6 +256,11 @@ def _as_dense(
             planes, states = tuple(moved[:grad_at]), tuple(moved[grad_at + 1 :])
             dense.append(task._replace(weight=planes, grad=moved[grad_at], state=states))
     return dense, copied_back
+
+
+def holds_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory holds its values: not where a bit says that they are negated, or that all are 0."""
+    return not (tensor.is_neg() or tensor._is_zerotensor())
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ none. What Triton has compiled can be run directly, in a microsecond.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import is_
@@ -40,6 +41,15 @@ class Launcher:
 
         Tensors must lie where they did as long as they are the same objects.
         """
+        # Before, since an interrupt may come at any moment: a kernel that may have run is one that has.
+        launches.n_begun += 1
+        try:
+            return self._launch(args)
+        except Exception:
+            launches.n_begun -= 1
+            raise
+
+    def _launch(self, args: tuple[Any, ...]) -> Any:
         if self._run is not None and self._binds_as_before(args):
             self._run(*args, *self._rest)
             return None
@@ -69,6 +79,15 @@ class Launcher:
             return False
         self._args = args
         return True
+
+
+class _Launches(threading.local):
+    """Launches that this thread has made: a step that fails asks whether it has made any."""
+
+    n_begun = 0
+
+
+launches = _Launches()
 
 
 def _kind(arg: Any) -> Any:

@@ -128,6 +128,7 @@ def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
             )
     if weight.layout != torch.strided:
         raise TypeError(f"parameter {index!r}: the weight has layout {weight.layout}; call .to_dense()")
+    has_memory(index, "weight", weight)
     if grad.shape != weight.shape:
         raise ValueError(
             f"parameter {index!r}: gradient of shape {tuple(grad.shape)} for a weight of shape {tuple(weight.shape)}; "
@@ -139,6 +140,12 @@ def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
         raise TypeError(f"parameter {index!r}: a float64 gradient needs a float64 weight, not {weight.dtype}")
 
 
+def has_memory(index: Hashable, name: str, tensor: torch.Tensor) -> None:
+    """ValueError for one of torch's zero tensors, which have no memory that a step could write to."""
+    if tensor._is_zerotensor():
+        raise ValueError(f"parameter {index!r}: the {name} is a tensor of zeros that has no memory; take its .clone()")
+
+
 def state_tensor(
     index: Hashable, state: torch.Tensor, weight: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
 ) -> None:
@@ -147,6 +154,7 @@ def state_tensor(
         raise ValueError(
             f"parameter {index!r}: a state is {state.dtype}; create it with create_state_multi_precision(index, weight)"
         )
+    has_memory(index, "state", state)
     if tuple(state.shape) != tuple(shape) or state.device != weight.device:
         raise ValueError(
             f"parameter {index!r}: state of shape {tuple(state.shape)} on {state.device} for a weight of shape "

@@ -12,12 +12,15 @@ typedef int32_t (*get_number_fn)(void *handle, int32_t *out);
 typedef int32_t (*get_size_fn)(void *handle, int64_t *out);
 typedef int32_t (*get_sizes_fn)(void *handle, int64_t **out);
 typedef int32_t (*get_address_fn)(void *handle, void **out);
+/* at::native::is_neg(const at::Tensor &), for which that interface has nothing: whether values are those in memory, negated. */
+typedef _Bool (*is_neg_fn)(void *handle);
 
 static struct {
   get_number_fn dtype, layout;
   get_size_fn dim;
   get_sizes_fn sizes, strides;
   get_address_fn data_ptr;
+  is_neg_fn is_neg;
   int32_t strided;
 } torch;
 
@@ -25,8 +28,8 @@ static struct {
    a subclass may have attributes of its own. */
 static struct {
   PyTypeObject *tensor, *parameter;
-  PyObject *cdata_name, *grad_name, *version_name, *local_name;
-  getter grad, version;
+  PyObject *cdata_name, *grad_name, *local_name;
+  getter grad;
 } classes;
 
 static getter getter_of(PyObject *name) {
@@ -79,24 +82,24 @@ static inline void *impl_of(PyObject *tensor) {
 }
 
 static PyObject *bind(PyObject *self, PyObject *args) {
-  unsigned long long f[6];
+  unsigned long long f[7];
   int strided;
   PyObject *tensor, *parameter;
-  if (!PyArg_ParseTuple(args, "O!O!KKKKKKi", &PyType_Type, &tensor, &PyType_Type, &parameter, f, f + 1, f + 2, f + 3,
-                        f + 4, f + 5, &strided))
+  if (!PyArg_ParseTuple(args, "O!O!KKKKKKKi", &PyType_Type, &tensor, &PyType_Type, &parameter, f, f + 1, f + 2, f + 3,
+                        f + 4, f + 5, f + 6, &strided))
     return NULL;
   Py_INCREF(tensor);
   Py_INCREF(parameter);
   classes.tensor = (PyTypeObject *)tensor;
   classes.parameter = (PyTypeObject *)parameter;
   classes.grad = getter_of(classes.grad_name);
-  classes.version = getter_of(classes.version_name);
   torch.dtype = (get_number_fn)(uintptr_t)f[0];
   torch.layout = (get_number_fn)(uintptr_t)f[1];
   torch.dim = (get_size_fn)(uintptr_t)f[2];
   torch.sizes = (get_sizes_fn)(uintptr_t)f[3];
   torch.strides = (get_sizes_fn)(uintptr_t)f[4];
   torch.data_ptr = (get_address_fn)(uintptr_t)f[5];
+  torch.is_neg = (is_neg_fn)(uintptr_t)f[6];
   torch.strided = strided;
   Py_RETURN_NONE;
 }
@@ -108,14 +111,6 @@ static int64_t *room(PyObject *array, Py_buffer *view, Py_ssize_t n) {
   PyErr_Format(PyExc_ValueError, "out has %zd bytes, not those of %zd int64", view->len, n);
   PyBuffer_Release(view);
   return NULL;
-}
-
-/* Returns 0 if there is none, with an exception if it is not a tensor. */
-static inline int address_of(PyObject *tensor, int64_t *out) {
-  void *impl = impl_of(tensor), *data = NULL;
-  if (!impl || torch.data_ptr(&impl, &data)) return 0;
-  *out = (int64_t)(uintptr_t)data;
-  return 1;
 }
 
 /* Of one tensor: its address, and up to `n_free` words that say how it lies in memory. They are written, or if `is_known`
@@ -132,11 +127,14 @@ static Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, 
   void *handle = &impl;
   int32_t dtype, layout;
   int64_t dim, *sizes, *strides;
-  if (torch.layout(handle, &layout) || layout != torch.strided) return 0;
+  if (torch.layout(handle, &layout) || layout != torch.strided || torch.is_neg(handle)) return 0;
   if (torch.dtype(handle, &dtype) || torch.dim(handle, &dim) || torch.sizes(handle, &sizes) ||
       torch.strides(handle, &strides) || torch.data_ptr(handle, &data))
     return 0;
   if (n_free < 2 + 2 * dim) return 0;
+  int64_t n_elements = 1;
+  for (int64_t i = 0; i < dim; i++) n_elements *= sizes[i];
+  if (!data && n_elements) return 0; /* all its values are 0, and lie nowhere */
   size_t n_bytes = dim * sizeof(int64_t);
   *address = (int64_t)(uintptr_t)data;
   if (is_known)
@@ -246,7 +244,7 @@ static PyObject *changed(PyObject *self, PyObject *args) {
   int64_t *editions = room(array, &view, n);
   PyObject *out = editions ? PyList_New(0) : NULL;
   for (Py_ssize_t i = 0; out && i < n; i++) {
-    PyObject *dict = PyList_GET_ITEM(dicts, i), *values = PyList_GET_ITEM(before, i), *value;
+    PyObject *dict = PyList_GET_ITEM(dicts, i), *values = PyList_GET_ITEM(before, i), *key, *value;
     if (!PyDict_Check(dict) || !PyTuple_Check(values)) {
       PyErr_Format(PyExc_TypeError, "lists of dicts and of tuples");
       Py_CLEAR(out);
@@ -255,8 +253,9 @@ static PyObject *changed(PyObject *self, PyObject *args) {
     int64_t now = edition(dict);
     if (now && now == editions[i]) continue;
     Py_ssize_t at = 0, k = 0;
-    int is_same = PyDict_GET_SIZE(dict) == PyTuple_GET_SIZE(values);
-    while (is_same && PyDict_Next(dict, &at, NULL, &value)) is_same = value == PyTuple_GET_ITEM(values, k++);
+    int is_same = 2 * PyDict_GET_SIZE(dict) == PyTuple_GET_SIZE(values);
+    for (; is_same && PyDict_Next(dict, &at, &key, &value); k += 2)
+      is_same = key == PyTuple_GET_ITEM(values, k) && value == PyTuple_GET_ITEM(values, k + 1);
     editions[i] = is_same ? now : 0;
     if (is_same) continue;
     PyObject *index = PyLong_FromSsize_t(i);
@@ -276,23 +275,22 @@ static inline PyObject *part_of(PyObject *value) {
   return part;
 }
 
-/* Whether a dict has the values that its row tells of, where they were and as they were. `row`: pairs of a value's identity
-   and its tensor's address, -1 where that does not matter. 1, 0, or -1 after an error. */
-static int values_are(PyObject *dict, const int64_t *row, int64_t n, int is_unchanged, int64_t *words, Py_ssize_t n_words) {
+/* Whether a dict has the keys and values that its row tells of, where they were and as they were. `row`: for each value its
+   key's identity, its own, and its tensor's address, -1 where that does not matter. 1, 0, or -1 after an error. */
+static int values_are(PyObject *dict, const int64_t *row, int64_t n, int64_t *words, Py_ssize_t n_words) {
   Py_ssize_t at = 0, used = 0;
-  if (!is_unchanged && PyDict_GET_SIZE(dict) != n) return 0;
-  for (int64_t i = 0; i < n; i++) {
-    PyObject *value = NULL;
-    int64_t address = row[2 * i + 1], now;
-    /* What a dict has not let go of is alive. */
-    if (is_unchanged) value = (PyObject *)(uintptr_t)row[2 * i];
-    else if (!PyDict_Next(dict, &at, NULL, &value) || (int64_t)(uintptr_t)value != row[2 * i]) return 0;
-    if (address == -1) continue;
-    PyObject *part = part_of(value), *tensor = part ? part : value;
-    Py_ssize_t found = is_unchanged ? address_of(tensor, &now) : describe_one(tensor, &now, words + used, n_words - used, 1);
+  if (PyDict_GET_SIZE(dict) != n) return 0;
+  for (; n > 0; n--, row += 3) {
+    PyObject *key, *value;
+    int64_t now;
+    if (!PyDict_Next(dict, &at, &key, &value)) return 0;
+    if ((int64_t)(uintptr_t)key != row[0] || (int64_t)(uintptr_t)value != row[1]) return 0;
+    if (row[2] == -1) continue;
+    PyObject *part = part_of(value);
+    Py_ssize_t found = describe_one(part ? part : value, &now, words + used, n_words - used, 1);
     Py_XDECREF(part);
     if (found <= 0) return PyErr_Occurred() ? -1 : 0;
-    if (now != address) return 0;
+    if (now != row[2]) return 0;
     used += found;
   }
   return 1;
@@ -302,45 +300,23 @@ static PyObject *states_are(PyObject *self, PyObject *args) {
   PyObject *dicts, *said, *array;
   Py_buffer view;
   if (!PyArg_ParseTuple(args, "O!SO", &PyList_Type, &dicts, &said, &array)) return NULL;
-  if (PyObject_GetBuffer(array, &view, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0) return NULL;
+  if (PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS) < 0) return NULL;
   Py_ssize_t n_words = PyBytes_GET_SIZE(said) / (Py_ssize_t)sizeof(int64_t), n = PyList_GET_SIZE(dicts), i = 0;
   int64_t *row = view.buf, *end = row + view.len / (Py_ssize_t)sizeof(int64_t);
   int64_t *words = (int64_t *)(void *)PyBytes_AS_STRING(said);
   int found = 1;
   for (; i < n && found > 0; i++) {
     PyObject *dict = PyList_GET_ITEM(dicts, i);
-    if (end - row < 4 || row[2] < 0 || end - row < 4 + 2 * row[2] || row[3] < 0 || row[3] > n_words ||
+    if (end - row < 3 || row[1] < 0 || end - row < 3 + 3 * row[1] || row[2] < 0 || row[2] > n_words ||
         (int64_t)(uintptr_t)dict != row[0] || !PyDict_Check(dict)) {
       found = 0;
       break;
     }
-    int64_t now = edition(dict);
-    found = values_are(dict, row + 4, row[2], now && now == row[1], words + row[3], n_words - row[3]);
-    row[1] = found > 0 ? now : 0;
-    row += 4 + 2 * row[2];
+    found = values_are(dict, row + 3, row[1], words + row[2], n_words - row[2]);
+    row += 3 + 3 * row[1];
   }
   PyBuffer_Release(&view);
   return found < 0 ? NULL : PyBool_FromLong(found > 0 && row == end);
-}
-
-static PyObject *versions(PyObject *self, PyObject *args) {
-  PyObject *tensors, *array;
-  Py_buffer view;
-  if (!PyArg_ParseTuple(args, "O!O", &PyList_Type, &tensors, &array)) return NULL;
-  Py_ssize_t n = PyList_GET_SIZE(tensors);
-  int64_t *out = room(array, &view, n);
-  if (!out) return NULL;
-  for (Py_ssize_t i = 0; i < n; i++) {
-    PyObject *value = attribute(PyList_GET_ITEM(tensors, i), classes.version_name, classes.version);
-    out[i] = value ? PyLong_AsLongLong(value) : -1;
-    Py_XDECREF(value);
-    if (PyErr_Occurred()) {
-      PyBuffer_Release(&view);
-      return NULL;
-    }
-  }
-  PyBuffer_Release(&view);
-  Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {{"bind", bind, METH_VARARGS, NULL},
@@ -352,7 +328,6 @@ static PyMethodDef methods[] = {{"bind", bind, METH_VARARGS, NULL},
                                 {"hold", hold, METH_VARARGS, NULL},
                                 {"changed", changed, METH_VARARGS, NULL},
                                 {"states_are", states_are, METH_VARARGS, NULL},
-                                {"versions", versions, METH_VARARGS, NULL},
                                 {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tritopt_walk", NULL, -1, methods, NULL, NULL, NULL, NULL};
@@ -360,8 +335,7 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tritopt_walk", NULL,
 PyMODINIT_FUNC PyInit_tritopt_walk(void) {
   classes.cdata_name = PyUnicode_InternFromString("_cdata");
   classes.grad_name = PyUnicode_InternFromString("grad");
-  classes.version_name = PyUnicode_InternFromString("_version");
   classes.local_name = PyUnicode_InternFromString("_local_tensor");
-  int is_named = classes.cdata_name && classes.grad_name && classes.version_name && classes.local_name;
+  int is_named = classes.cdata_name && classes.grad_name && classes.local_name;
   return is_named ? PyModule_Create(&module) : NULL;
 }

@@ -1,7 +1,7 @@
 """What a warm step asks of every tensor of a list: whether it is the one it was, and where it lies.
 
-In Python each question takes 40 to 80 ns a tensor, most of which is Python's own: 400 parameters with their gradients
-and states would take 0.3 ms a step. tritopt/walk.c asks the same in C, in 2 to 40 ns, through torch's interfaces for
+In Python a step of 400 parameters with their gradients and states takes 1.6 to 3.5 ms for these questions, longer than
+torch's own fused step. tritopt/walk.c asks the same in C, in 2 to 40 ns a tensor, through torch's interfaces for
 compiled code. Triton builds it, as it builds its own launchers, when it is first needed, and keeps it in its cache on
 disk. Where that fails, for want of a C compiler or of one of torch's interfaces, the functions below do the same,
 slower. `TRITOPT_WALK=python` insists on them.
@@ -22,10 +22,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from tritopt.fused import holds_values
 from tritopt.group import Array
 from tritopt.kernels.language import HAS_TRITON
 
-_INTERFACES = ("dtype", "layout", "dim", "sizes", "strides", "data_ptr")
+_INTERFACES = tuple(f"aoti_torch_get_{name}" for name in ("dtype", "layout", "dim", "sizes", "strides", "data_ptr"))
+_IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"  # at::native::is_neg(at::Tensor const&)
 
 
 class Walk(Protocol):
@@ -38,7 +40,7 @@ class Walk(Protocol):
     def describe(self, tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
         """Addresses of tensors, -1 for None; returns what says their dtypes, shapes and strides.
 
-        None if one is not strided, or if they have not `n_words` in all (`n_words`).
+        None if one is not strided, or negated or zero by a bit, or if they have not `n_words` in all (`n_words`).
         """
         ...
 
@@ -55,7 +57,7 @@ class Walk(Protocol):
         ...
 
     def changed(self, dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
-        """Places of the dicts whose values are not the objects that they were before.
+        """Places of the dicts whose keys and values, in turn, are not the objects that they were before.
 
         editions: int64 [dicts], zeros at first, and again where `before` is another. It is written: what is known to be
         unchanged is not compared again.
@@ -63,14 +65,7 @@ class Walk(Protocol):
         ...
 
     def states_are(self, dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
-        """Whether these are the dicts of `known_states`, with the values they had, where they were.
-
-        Of a value that is another object: also as they were.
-        """
-        ...
-
-    def versions(self, tensors: list[torch.Tensor], out: Array) -> None:
-        """How often autograd was told of writes, into int64 [tensors]."""
+        """Whether these are the dicts of `known_states`, with the keys and values they had, where and as they were."""
         ...
 
 
@@ -79,23 +74,22 @@ def n_words(tensors: list[Any]) -> int:
     return sum(2 + 2 * (0 if tensor is None else tensor.dim()) for tensor in tensors)
 
 
-def known_states(walk: Walk, dicts: list[dict[str, Any]], moving: Container[str] = ()) -> tuple[Any, Array]:
+def known_states(walk: Walk, dicts: list[dict[str, Any]]) -> tuple[Any, Array]:
     """What `Walk.states_are` compares. It holds no state alive: whoever replaces one wants its memory back.
 
-    moving: names of those that may lie anywhere.
-
-    Returns what is said of the tensors, and int64: for each dict (identity, edition or 0, number of values, where in
-    words the description of its tensors begins), then for each value (identity, address), -1 where there is none.
+    Returns what is said of the tensors, and int64: for each dict (identity, number of values, where in words the
+    description of its tensors begins), then for each value (its key's identity, its own, address), -1 where there is
+    none.
     """
     rows: list[int] = []
     parts: list[torch.Tensor] = []
     places: list[int] = []
     n = 0
     for some in dicts:
-        rows += [id(some), 0, len(some), n]
+        rows += [id(some), len(some), n]
         for name, value in some.items():
-            part = None if name in moving else _with_memory(value)
-            rows += [id(value), -1]
+            part = _with_memory(value)
+            rows += [id(name), id(value), -1]
             if part is not None:
                 places.append(len(rows) - 1)
                 parts.append(part)
@@ -122,12 +116,12 @@ def _states_are(dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
     parts, addresses = [], []
     known = iter(table.tolist())
     for some in dicts:
-        row = [next(known, None) for _ in range(4)]
-        if row[0] != id(some) or row[2] != len(some):
+        row = [next(known, None) for _ in range(3)]
+        if row[0] != id(some) or row[1] != len(some):
             return False
-        for value in some.values():
-            identity, address = next(known), next(known)
-            if identity != id(value):
+        for name, value in some.items():
+            key, identity, address = next(known), next(known), next(known)
+            if key != id(name) or identity != id(value):
                 return False
             if address != -1:
                 parts.append(getattr(value, "_local_tensor", value))
@@ -143,7 +137,7 @@ def _are(tensors: list[torch.Tensor], said: Any, addresses: Array) -> bool:
 def _describe(tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
     words: list[Any] = []
     for i, tensor in enumerate(tensors):
-        if tensor is not None and tensor.layout is not torch.strided:
+        if tensor is not None and not (tensor.layout is torch.strided and holds_values(tensor)):
             return None
         out[i] = -1 if tensor is None else tensor.data_ptr()
         words.append(None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()))
@@ -167,14 +161,8 @@ def _hold(lists: list[list[Any]], items: list[Any]) -> bool:
 def _changed(dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
     if len(dicts) != len(before):
         raise ValueError("as many dicts as tuples")
-    values = list(chain.from_iterable(map(dict.values, dicts)))
-    if list(map(len, dicts)) == list(map(len, before)) and _same(values, list(chain.from_iterable(before))):
-        return []
-    return [i for i, (d, old) in enumerate(zip(dicts, before, strict=True)) if not _same(list(d.values()), list(old))]
-
-
-def _versions(tensors: list[torch.Tensor], out: Array) -> None:
-    out[:] = np.fromiter(map(operator.attrgetter("_version"), tensors), np.int64, len(tensors))
+    now = [list(chain.from_iterable(some.items())) for some in dicts]
+    return [i for i, (items, old) in enumerate(zip(now, before, strict=True)) if not _same(items, list(old))]
 
 
 IN_PYTHON: Walk = SimpleNamespace(
@@ -185,7 +173,6 @@ IN_PYTHON: Walk = SimpleNamespace(
     same=_same,
     hold=_hold,
     changed=_changed,
-    versions=_versions,
 )
 _found: list[Walk] = []
 
@@ -205,19 +192,24 @@ def in_c() -> Walk | None:
         from triton.runtime.build import compile_module_from_src
 
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        functions = [getattr(library, f"aoti_torch_get_{name}") for name in _INTERFACES]
+        functions = [getattr(library, name) for name in (*_INTERFACES, _IS_NEG)]
         places = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
         made: Any = compile_module_from_src(Path(__file__).with_name("walk.c").read_text(), "tritopt_walk")
         made.bind(torch.Tensor, torch.nn.Parameter, *places, library.aoti_torch_layout_strided())
-        made.locate([torch.empty(n).requires_grad_(n > 1) for n in range(4)] + [torch.nn.Parameter(torch.empty(1))])
+        tensors = [_empty(n).requires_grad_(n > 1) for n in range(4)]
+        made.locate([*tensors, torch.nn.Parameter(_empty(1))])
         return made if _agrees(made) else None
     except Exception:  # whatever a compiler, a loader, or another version of torch or Triton comes up with
         return None
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def _agrees(made: Walk) -> bool:
     """Whether it says of some tensors what Python says, and refuses what it should."""
-    tensors = [torch.empty(3, 5).t(), torch.nn.Parameter(torch.empty(2, dtype=torch.bfloat16)), torch.empty(())]
+    tensors = [_empty(3, 5).t(), torch.nn.Parameter(_empty(2, dtype=torch.bfloat16)), _empty()]
     found, expected = np.zeros(3, np.int64), np.array([tensor.data_ptr() for tensor in tensors])
     said = made.describe(tensors, found, n_words(tensors))
     words = [x for t in tensors for x in (t.dim(), *t.shape, *t.stride())]
@@ -225,5 +217,7 @@ def _agrees(made: Walk) -> bool:
     # The dtype stands before each; which number it has is torch's affair.
     starts = np.cumsum([0] + [2 + 2 * t.dim() for t in tensors])[:3]
     kept = [x for i, x in enumerate(numbers) if i not in starts]
-    sparse = torch.zeros(2, 2).to_sparse()
-    return np.array_equal(found, expected) and kept == words and made.describe([sparse], found[:1], 6) is None
+    nowhere = torch._efficientzerotensor((2, 2), dtype=torch.float32, device="cpu")
+    refused = (_empty(2, 2).to_sparse(), torch._neg_view(_empty(2, 2)), nowhere)
+    is_right = np.array_equal(found, expected) and kept == words
+    return is_right and all(made.describe([tensor], found[:1], 6) is None for tensor in refused)

@@ -42,8 +42,8 @@ class Adagrad(Optimizer):
         s_t = s_{t-1} + g_t^2,  s_0 = initial_accumulator_value
         w_t = w_{t-1} - lr / (1 + (t - 1) lr_decay) * g_t / (sqrt(s_t) + eps)
 
-    State: sum (s), the (master) weight's shape, at least fp32, made with the first gradient. Sparse gradients are taken
-    as dense ones with zero rows. As in torch, initial_accumulator_value is the constructor's, whatever a group says.
+    State: sum (s), the (master) weight's shape, at least fp32, and step; made by the constructor, as torch's. Sparse
+    gradients are taken as dense ones with zero rows. As in torch, initial_accumulator_value is the constructor's, whatever a group says.
     Arguments and errors are torch's, and capturable; options: `Options`.
     """
 
@@ -81,15 +81,14 @@ class Adagrad(Optimizer):
         )
         super().__init__(params, {**defaults, "capturable": capturable}, options)
 
+        self._stepper.create_states(self)
+
     def share_memory(self) -> None:
-        """Move the sums to shared memory, as torch does for training in several processes; makes missing ones."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state[param]
-                if "sum" not in state:
-                    state["sum"] = self.rule_of(group).create_state(None, param.detach())
-                state["sum"].share_memory_()
-        self._forget()  # where they were
+        """Move the sums to shared memory, as torch does for training in several processes."""
+        for state in self.state.values():
+            for name, value in state.items():
+                if name.startswith("sum"):
+                    value.share_memory_()
 
     def rule_of(self, group: dict[str, Any]) -> Rule:
         """torch's takes the first value of the sum from the constructor."""

@@ -69,7 +69,8 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         known = {**_other_forms(param, kinds), **expected}
         loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
         state[param] = {name: value for name, value in loaded.items() if value is not None}
-        if not take_companion(param, state[param], opt.format_of(param, group)):
+        # A state that is empty is filled at the first gradient.
+        if state[param] and not take_companion(param, state[param], opt.format_of(param, group)):
             without_master.append(key)
         take_states(param, state[param], formats, kinds, expected)
         opt.complete_loaded_state(state[param])
@@ -86,8 +87,8 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
 def take_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> bool:
     """Bring the master in a state into this format, or make it from the weight. False if that was rounded."""
     found = next((other for other in MASTERS.values() if other.companion in state), None)
-    if found is fmt or not state:
-        return True  # a state that is empty is filled at the first gradient
+    if found is fmt:
+        return True
     weight = local(param.detach())
     value = weight.float()
     if found is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from tritopt.optim.hypers import Hypers
 from tritopt.optim.members import Bucket, Member, Number, Only, launch_for, same_group
 from tritopt.optim.rows import host_rows
 from tritopt.optim.scalar_states import ScalarStates
+from tritopt.optim.undo import Undo, n_launches
 from tritopt.optim.warm import WarmStep
 from tritopt.phases import Apply
 from tritopt.random import Noise
@@ -86,26 +88,29 @@ class ColdStep:
     def _key(self) -> Hashable:
         return tuple(member.position for member in self.members)
 
-    def launch(self, bucket: Bucket, rows: Rows, launch: Launch) -> None:
+    def launch(self, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
         """Update the bucket's parameters, by a kernel or by the reference."""
         tasks = [self._tasks[i] for i in bucket.places]
+        members = [self.members[i] for i in bucket.places]
         if bucket.is_fused:
-            positions = tuple(self.members[i].position for i in bucket.places)
+            positions = tuple(member.position for member in members)
             # A step of one parameter has plans of its own: who warms up on one must be alone to upload its tables.
-            groups = self._planner.apply((bucket.key, positions, self._only is not None), tasks, rows, launch)
+            key = (bucket.key, positions, self._only is not None)
+            with undo.but_for(members, n_launches):
+                groups = self._planner.apply(key, tasks, rows, launch)
             if groups is not None:
                 self._launched.append((bucket, groups))
             return
-        rule_of = [member.rule for some in bucket.runs for member in some]
         values, end = rows.values.tolist(), launch.n_scalars - launch.draws
         is_skipped = launch.noop is not None and bool(launch.noop.item())
-        for place, (rule, task, i) in enumerate(zip(rule_of, tasks, rows.row_of, strict=True)):
+        for place, (member, task, i) in enumerate(zip(members, tasks, rows.row_of, strict=True)):
             common = (math.nan, *values[i][1:3]) if is_skipped else values[i][:3]
             scalars = launch.scalars(*values[i][3:end])
             noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
-            rule.apply_reference(
-                task, common, scalars, launch.rescale, distributed.fitted, noise, launch.tracked, place
-            )
+            with undo.but_for([member], partial(_versions, task)):
+                member.rule.apply_reference(
+                    task, common, scalars, launch.rescale, distributed.fitted, noise, launch.tracked, place
+                )
 
     def finish(self) -> None:
         """After the last launch."""
@@ -121,6 +126,11 @@ class ColdStep:
             return None
         norm_groups = [] if opt.max_grad_norm is None else self._planner.groups_of_squares(self._key)
         return WarmStep(opt, hypers, self.members, self._tasks, self._launched, norm_groups, self._only)
+
+
+def _versions(task: Task) -> list[int]:
+    """How often autograd was told of writes to a task's tensors."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in task.written()]
 
 
 def runs_fused(opt: Optimizer, member: Member) -> bool:

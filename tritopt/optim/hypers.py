@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,7 +64,7 @@ class Hypers:
         if not self._walk.same(groups, self.groups):
             hypers = [_hyper(opt, group) for group in groups]
             self._unsettled = [i for i, group in enumerate(groups) if not _is_settled(group)]
-            self._values = [tuple(group.values()) for group in groups]
+            self._values = [_items(group) for group in groups]
             self._editions = np.zeros(len(groups), np.int64)
             self.groups = groups
             self._take(hypers)
@@ -78,7 +79,7 @@ class Hypers:
         for i in {*moved, *unsettled}:
             hypers[i] = _hyper(opt, groups[i])
         for i in moved:
-            self._values[i] = tuple(groups[i].values())
+            self._values[i] = _items(groups[i])
             self._editions[i] = 0
             (unsettled.discard if _is_settled(groups[i]) else unsettled.add)(i)
         self._unsettled = sorted(unsettled)
@@ -89,8 +90,8 @@ class Hypers:
         taken = []
         for i in moved:
             group = self.groups[i]
-            values, before = tuple(group.values()), self._values[i]
-            lr, at = group["lr"], list(group).index("lr")
+            values, before = _items(group), self._values[i]
+            lr, at = group["lr"], 2 * list(group).index("lr") + 1
             if type(lr) is not float or len(values) != len(before) or type(before[at]) is not float:
                 return False
             if not all(map(is_, values[:at], before[:at])) or not all(map(is_, values[at + 1 :], before[at + 1 :])):
@@ -118,6 +119,11 @@ class Hypers:
         self.on_device = any(hyper.on_device for hyper in hypers)
         self.generation += not is_same
         self.kinds += not is_same
+
+
+def _items(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Keys and values in turn, which `Walk.changed` compares."""
+    return tuple(chain.from_iterable(group.items()))
 
 
 def _agree(a: Hyper, b: Hyper) -> bool:

@@ -309,8 +309,17 @@ class Optimizer(torch.optim.Optimizer):
         """`sparse_error`, where it depends on the group."""
         return self.sparse_error
 
-    def before_new_states(self, state: dict[str, Any]) -> None:
-        """A parameter that has this state is about to get tensors that it lacks."""
+    def shows_numbers(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """Whether the step stands in a parameter's state. Without it, `first_count` says how far a state has come."""
+        return True
+
+    def first_count(self, state: dict[str, Any]) -> float:
+        """Steps that a state stands for which does not show them."""
+        return 0.0
+
+    def begins_anew(self, state: dict[str, Any]) -> bool:
+        """Whether steps are counted from 0 where this state is about to get tensors that it lacks."""
+        return False
 
     def complete_loaded_state(self, state: dict[str, Any]) -> None:
         """Add what a checkpoint of torch's class does not hold."""

@@ -78,9 +78,9 @@ class SGD(Optimizer):
         w_t = w_{t-1} - lr b_t                          with momentum
         w_t = w_{t-1} - lr (g_t + momentum b_t)         with nesterov
 
-    State with momentum: momentum_buffer (b), the (master) weight's shape and dtype, and step, which counts from the
-    buffer's first gradient on. Sparse gradients are taken as dense ones with zero rows. Arguments and errors are
-    torch's, and capturable; options: `Options`.
+    State with momentum: momentum_buffer (b), the (master) weight's shape and dtype. There is a step only where formats
+    draw random bits. Sparse gradients are taken as dense ones with zero rows. Arguments and errors are torch's, and
+    capturable; options: `Options`.
     """
 
     rule = TorchSGD
@@ -116,13 +116,24 @@ class SGD(Optimizer):
         )
         super().__init__(params, {**defaults, "capturable": capturable}, options)
 
+    def shows_numbers(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """As torch's, no step; but one that random bits depend on must be in checkpoints."""
+        formats = (self.format_of(param, group), *self.state_formats_of(param, group).values())
+        return any(fmt.draws for fmt in formats)
+
+    def first_count(self, state: dict[str, Any]) -> float:
+        """A buffer that is there has begun."""
+        return float(_has_buffer(state))
+
+    def begins_anew(self, state: dict[str, Any]) -> bool:
+        """Momentum that is switched on between steps begins like that of a first step."""
+        return not _has_buffer(state)
+
     def complete_loaded_state(self, state: dict[str, Any]) -> None:
-        """torch's has no step: a buffer that is there has begun. It is sparse where gradients are."""
+        """torch's buffer is sparse where gradients are."""
         if "momentum_buffer" in state:
-            state.setdefault("step", 1.0)
             state["momentum_buffer"] = state["momentum_buffer"].to_dense()
 
-    def before_new_states(self, state: dict[str, Any]) -> None:
-        """Momentum that is switched on between steps begins like that of a first step."""
-        if "step" in state and not any(key.startswith("momentum_buffer") for key in state):
-            state["step"].zero_()
+
+def _has_buffer(state: dict[str, Any]) -> bool:
+    return any(key.startswith("momentum_buffer") for key in state)

@@ -12,7 +12,6 @@ from tritopt.fused import Planner, Task
 from tritopt.kernels.formats import PLAIN
 from tritopt.optim import distributed
 from tritopt.optim.checkpoint import COMPANIONS, is_stored_as, keys_of, take_companion, take_states
-from tritopt.optim.distributed import local, version
 from tritopt.optim.members import Member
 from tritopt.optim.scalar_states import ScalarStates
 from tritopt.states import stored
@@ -25,25 +24,26 @@ Replaced: TypeAlias = list[tuple[torch.Tensor, dict[str, Any]]]
 
 
 def create_missing(
-    opt: Optimizer, members: Sequence[Member], numbers: ScalarStates, device: torch.device, replaced: Replaced
+    opt: Optimizer, members: Sequence[Member], numbers: ScalarStates, replaced: Replaced
 ) -> None:
-    """Complete states, and bind their numbers to `device`. `replaced` gets what they were before."""
-    numbers.bind([opt.state.get(param, {}) for group in opt.param_groups for param in group["params"]], device)
+    """Complete states, whose numbers are bound. `replaced` gets what they were before."""
     for member in members:
         param = member.param
         expected = opt.expected_states(param, member.group)
         state = opt.state.get(param, {})
         fmt, formats = opt.format_of(param, member.group), opt.state_formats_of(param, member.group)
         is_foreign = not COMPANIONS.isdisjoint(state.keys() - expected.keys())  # the group's `master` has changed
-        is_complete = "step" in state and (not fmt.companion or fmt.companion in state)
+        is_shown = opt.shows_numbers(param, member.group)
+        is_complete = ("step" in state or not is_shown) and (not fmt.companion or fmt.companion in state)
         if (
             is_complete
             and not is_foreign
             and all(is_stored_as(param, state, name, of_state, expected) for name, of_state in formats.items())
         ):
             continue
-        opt.before_new_states(state)
-        made = {**state, **numbers.views(member.position)}
+        if opt.begins_anew(state):
+            numbers.begin_anew(member.position)
+        made = {**state, **(numbers.views(member.position) if is_shown and "step" not in state else {})}
         take_companion(param, made, fmt)
         take_states(param, made, formats, opt.state_kinds_of(param, member.group), expected)
         part = member.part(param).detach()
@@ -61,8 +61,11 @@ def create_missing(
                     if member.needs_whole
                     else distributed.like(param, plane, expected[key].shape, expected[key].per_block)
                 )
+        if not made:
+            continue
         replaced.append((param, state))
         opt.state[param] = made
+        numbers.take(member.position)
 
 
 def put_back(opt: Optimizer, replaced: Replaced) -> None:
@@ -71,12 +74,12 @@ def put_back(opt: Optimizer, replaced: Replaced) -> None:
         if state:
             opt.state[param] = state
         else:
-            del opt.state[param]
+            opt.state.pop(param, None)
 
 
 def task_of(opt: Optimizer, member: Member) -> Task:
     """The parameter's tensors, checked: their local parts, unless the reference must see them whole."""
-    param, rule, state, part = member.param, member.rule, opt.state[member.param], member.part
+    param, rule, state, part = member.param, member.rule, opt.state.get(member.param, {}), member.part
     grad = member.grad
     if grad.layout != torch.strided:
         error = opt.sparse_error_of(member.group)
@@ -102,27 +105,3 @@ def check_aliases(planner: Planner, members: Sequence[Member], tasks: Sequence[T
     pairs = [(m.name, task) for m, task in zip(members, tasks, strict=True) if not m.needs_whole]
     planner.check_aliases("step", [name for name, _ in pairs], [task for _, task in pairs])
 
-
-class MasterVersions:
-    """Notices weights that someone else has written to since the last step, and takes their masters along."""
-
-    def __init__(self) -> None:
-        self._versions: dict[int, tuple[int, ...]] = {}
-
-    def refresh(self, opt: Optimizer, members: Sequence[Member]) -> None:
-        """Elements that no longer are the rounded master become the master."""
-        for member in members:
-            fmt = opt.format_of(member.param, member.group)
-            if not fmt.can_disagree or self._versions.get(member.position) == version(member.param):
-                continue
-            assert fmt.companion_of is not None
-            weight, companion = local(member.param).detach(), local(opt.state[member.param][fmt.companion])
-            value = fmt.decode((weight, companion), torch.float32)
-            value = torch.where(value.to(weight.dtype) == weight, value, weight.float())
-            companion.copy_(fmt.companion_of(weight, value))
-
-    def remember(self, opt: Optimizer, members: Sequence[Member]) -> None:
-        """After a step."""
-        for member in members:
-            if opt.format_of(member.param, member.group) is not PLAIN:
-                self._versions[member.position] = version(member.param)

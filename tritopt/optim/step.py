@@ -27,8 +27,10 @@ from tritopt.optim.members import (
 )
 from tritopt.optim.rows import RowTable
 from tritopt.optim.scalar_states import CPU, ScalarStates
-from tritopt.optim.states import MasterVersions, Replaced, check_aliases, create_missing, put_back, task_of
+from tritopt.optim.states import check_aliases, create_missing, task_of
+from tritopt.optim.undo import Undo
 from tritopt.optim.warm import WarmStep
+from tritopt.recent import Recent
 from tritopt.telemetry import Telemetry, Tracker, telemetry
 
 if TYPE_CHECKING:
@@ -46,11 +48,10 @@ class Stepper:
         self._numbers = ScalarStates(scalar_states)
         self._planner = Planner()
         self._tables: dict[Hashable, RowTable] = {}
-        self._reductions: dict[Hashable, ShardSums] = {}
-        self._versions = MasterVersions()
+        self._reductions: Recent[ShardSums] = Recent()
         self._clip = Clip()
         self.grad_norm: torch.Tensor | None = None
-        """Of the last step; its memory is the next one's too."""
+        """Norm of the last step's gradients, None if it had none or clipped none; its memory is the next one's too."""
         self.tracker = Tracker()
         self._hypers = Hypers()
         self._warm: WarmStep | None = None
@@ -62,70 +63,87 @@ class Stepper:
     def update(self, opt: Optimizer, only: Only | None = None, is_captured: bool = False) -> None:
         """Update every parameter that has a gradient, or only one. Checks all before it writes anything.
 
+        After a failure or an interrupt, parameters that no kernel was launched for have the weights, states and counts
+        that they had.
+
         is_captured: by a CUDA graph, whose replays will read and write the memory of this step.
         """
         validate.clip_bound("max_grad_norm", opt.max_grad_norm)
+        self.grad_norm = None
+        undo = Undo(opt, self._numbers)
+        try:
+            self._update(opt, only, is_captured, undo)
+        except BaseException:
+            undo()
+            # What was derived may be half of what it should be: the next step derives all of it again.
+            self._forget_plans()
+            raise
+
+    def _update(self, opt: Optimizer, only: Only | None, is_captured: bool, undo: Undo) -> None:
         found_inf, grad_scale = _scalar(getattr(opt, "found_inf", None)), _scalar(getattr(opt, "grad_scale", None))
         hypers = self._hypers if only is None else self._hypers_of.setdefault(only.position, Hypers())
         hypers.refresh(opt, groups_of(opt, only))
         on_device = found_inf is not None or self._numbers.device != CPU or hypers.on_device
-        warm = self._take_warm(only)
-        replaced: Replaced = []
-        try:
-            step = self._step(opt, warm, hypers, on_device, replaced, only)
-            if step is None:
-                return
-            rescale = self._gradient_scale(opt, step, grad_scale)
-            skip = _skip(found_inf, rescale, self._numbers.device) if on_device else None
-            before = self._numbers.copies(not on_device)
-            try:
-                self._advance(step, skip, not on_device)
-                rows = [self._rows(step, bucket, hypers, on_device, only) for bucket in step.buckets]
-            except BaseException:
-                self._numbers.restore(before)
-                raise
-        except Exception:
-            put_back(opt, replaced)
-            raise
+        step = self._step(opt, hypers, on_device, undo, only)
+        if step is None:
+            return
+        rescale = self._gradient_scale(opt, step, grad_scale)
+        skip = _skip(found_inf, rescale, self._numbers.device) if on_device else None
+        self._advance(step, skip, not on_device)
+        rows = [self._rows(step, bucket, hypers, on_device, only) for bucket in step.buckets]
+        undo.replaced.clear()
         for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
             launch = step.launch_of(bucket, scalars, self._shard_sums)
             launch.rescale = _on(rescale, bucket.device)
             launch.noop = _on(found_inf, bucket.device)
             launch.tracked = [] if opt.track else None
-            step.launch(bucket, values, launch)
+            step.launch(bucket, values, launch, undo)
             if launch.tracked is not None:
                 self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
         step.finish()
         if is_captured:
             rows_of = [table.values for table in self._tables.values()]
             self._of_graphs.append((step, self._planner.held(), self._clip.held(), rows_of))
-        self._keep_warm(only, step.next(opt, hypers))
-        if isinstance(step, ColdStep):
-            self._versions.remember(opt, step.members)
+        self._keep_warm(only, None if self._numbers.is_shared else step.next(opt, hypers))
+
+    def _forget_plans(self) -> None:
+        self._planner, self._hypers, self._warm = Planner(), Hypers(), None
+        self._hypers_of, self._warm_of, self._tables = {}, {}, {}
+
+    def create_states(self, opt: Optimizer) -> None:
+        """Make the states of all parameters, as they are otherwise made with a first gradient."""
+        members = [
+            Member(position, name, param, param, group, opt.rule_of(group))
+            for position, (name, (param, group)) in enumerate(zip(names_of(opt), _owned(opt), strict=True))
+        ]
+        self._bind(opt, CPU)
+        create_missing(opt, members, self._numbers, [])
+
+    def _bind(self, opt: Optimizer, device: torch.device) -> None:
+        owned = _owned(opt)
+        hidden = [i for i, (param, group) in enumerate(owned) if not opt.shows_numbers(param, group)]
+        self._numbers.bind([opt.state.get(param, {}) for param, _ in owned], device, hidden, opt.first_count)
 
     def _step(
-        self,
-        opt: Optimizer,
-        warm: WarmStep | None,
-        hypers: Hypers,
-        on_device: bool,
-        replaced: Replaced,
-        only: Only | None,
+        self, opt: Optimizer, hypers: Hypers, on_device: bool, undo: Undo, only: Only | None
     ) -> ColdStep | WarmStep | None:
-        """What is to be done, checked. `replaced` gets the states that were, as they had been."""
+        """What is to be done, checked."""
+        warm = self._take_warm(only)
         if warm is not None and self._numbers.device == (warm.device if on_device else CPU) and warm.holds(opt, hypers):
+            undo.remember(warm.positions, not on_device)
             return warm
         members = members_of(opt, only)
         if not members:
             return None
         device = local(members[0].param).device if on_device else CPU
-        create_missing(opt, members, self._numbers, device, replaced)
+        self._bind(opt, device)
+        undo.remember([member.position for member in members], not on_device)
+        create_missing(opt, members, self._numbers, undo.replaced)
         tasks = [task_of(opt, member) for member in members]
         fused = [runs_fused(opt, member) for member in members]
         if opt.track:
             check_tracked(opt, members, fused)
         check_aliases(self._planner, members, tasks)
-        self._versions.refresh(opt, members)
         return ColdStep(self._planner, members, tasks, hypers.rates, fused, only)
 
     def telemetry(self, opt: Optimizer) -> Telemetry:
@@ -160,7 +178,6 @@ class Stepper:
         self, opt: Optimizer, step: ColdStep | WarmStep, grad_scale: torch.Tensor | None
     ) -> torch.Tensor | None:
         """What gradients are multiplied by, fp64 [] on the device: loss scale and clip. NaN: skip."""
-        self.grad_norm = None
         inverse = None if grad_scale is None else 1.0 / grad_scale.double()
         if opt.max_grad_norm is None:
             return inverse
@@ -193,9 +210,15 @@ class Stepper:
         if not any(is_dtensor(member.param) for member in members):
             return ShardSums([])
         key = (key, tuple(member.position for member in members))
-        if key not in self._reductions:
-            self._reductions[key] = ShardSums([member.param for member in members])
-        return self._reductions[key]
+        sums = self._reductions.get(key)
+        if sums is None:
+            sums = self._reductions.put(key, ShardSums([member.param for member in members]), len(members))
+        return sums
+
+
+def _owned(opt: Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """All parameters, and their groups."""
+    return [(param, group) for group in opt.param_groups for param in group["params"]]
 
 
 def _scalar(value: object) -> torch.Tensor | None:

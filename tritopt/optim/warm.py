@@ -7,6 +7,7 @@ look the same. A `WarmStep` asks whether they are (tritopt/walk.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from tritopt.optim.hypers import Hypers
 from tritopt.optim.members import Bucket, Member, Only, groups_of, launch_for, params_of
 from tritopt.optim.rows import HostRows
 from tritopt.optim.scalar_states import ScalarStates
+from tritopt.optim.undo import Undo, n_launches
 from tritopt.walk import known_states, n_words, walk
 
 if TYPE_CHECKING:
@@ -116,9 +118,10 @@ class WarmStep:
         self._params = params_of(opt, only)
         has_grad = [param.grad is not None for param in self._params]
         self._with_grad = None if all(has_grad) else np.flatnonzero(has_grad)
-        # The numbers among them have been copied to where they are kept together.
-        numbers = ("step", *opt.rule.scalar_states)
-        self._states_are, self._states = known_states(self._walk, self._states_now(opt), numbers)
+        self._named = _named(self._groups)
+        self._names = _names(self._named)
+        self._owners = self._owners_now(opt)
+        self._states_are, self._states = known_states(self._walk, self._states_now(opt))
         self._is_sharded = any(is_dtensor(member.param) for member in members)
         self._members_params = [member.param for member in self.members]
         grads = [None if param.grad is None else local(param.grad) for param in self._params]
@@ -129,10 +132,6 @@ class WarmStep:
         weights = self._weights()
         self._weights_at = np.zeros(len(weights), np.int64)
         self._weights_are = self._walk.describe(weights, self._weights_at, n_words(weights))
-        # A master must follow a weight that somebody else has written to.
-        self._led = [m.param for m, task in zip(members, tasks, strict=True) if task.format.can_disagree]
-        self._versions = self._versions_now()
-        self._bump: Array | None = None
         self.device = local(members[0].param).device
 
     def holds(self, opt: Optimizer, hypers: Hypers) -> bool:
@@ -143,12 +142,12 @@ class WarmStep:
         is_held = self._only is not None or ask.hold(hypers.lists, self._params)
         if not is_held or _options(opt) != self._options or not self._takes_hypers(opt, hypers):
             return False
+        if _names(self._named) != self._names or not ask.same(self._owners_now(opt), self._owners):
+            return False
         if not ask.states_are(self._states_now(opt), self._states_are, self._states):
             return False
         # A weight may have become another view of the same memory.
         if not ask.are(self._weights(), self._weights_are, self._weights_at):
-            return False
-        if self._led and self._versions_now().tobytes() != self._versions.tobytes():
             return False
         return self._takes_grads(self._params)
 
@@ -172,23 +171,17 @@ class WarmStep:
             launches.append(launch_for(bucket, scalars, shard_sums))
         return launches[0]
 
-    def launch(self, bucket: Bucket, rows: Rows, launch: Launch) -> None:
+    def launch(self, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
         """Update the bucket's parameters."""
         tables = self._updates[id(bucket)].tables
-        for table in tables:
-            table.upload(self._grads, rows.row_of, rows.values)
-        run_phases([table.group for table in tables], launch, len(bucket.places))
+        with undo.but_for(chain.from_iterable(bucket.runs), n_launches):
+            for table in tables:
+                table.upload(self._grads, rows.row_of, rows.values)
+            run_phases([table.group for table in tables], launch, len(bucket.places))
 
     def finish(self) -> None:
         """Autograd must learn of writes that it did not make."""
         torch.autograd.graph.increment_version(self._members_params)
-        if not self._led:
-            return
-        if self._bump is None:  # not 1 where parameters are views of one tensor, and share its version
-            before, self._versions = self._versions, self._versions_now()
-            self._bump = self._versions - before
-        else:
-            self._versions = self._versions + self._bump
 
     def next(self, opt: Optimizer, hypers: Hypers) -> WarmStep:
         """The next step may be like this one."""
@@ -197,6 +190,10 @@ class WarmStep:
     def _states_now(self, opt: Optimizer) -> list[dict[str, Any]]:
         """Of all parameters, in the order of their first step: to look them up one by one takes longer."""
         return list(opt.state.values()) if self._only is None else [opt.state.get(self._only.param, {})]
+
+    def _owners_now(self, opt: Optimizer) -> list[Any]:
+        """The parameters whose states `_states_now` gives, in that order."""
+        return list(opt.state) if self._only is None else []
 
     def _takes_grads(self, params: list[torch.Tensor]) -> bool:
         found = np.empty(len(params), np.int64)
@@ -224,7 +221,7 @@ class WarmStep:
         if not self._walk.same(list(groups), self._groups):
             return False
         of_groups = [hypers.of(group) for group in groups]
-        if [hyper.way for hyper in of_groups] != self._ways:
+        if [hyper.way for hyper in of_groups] != self._ways or not self._walk.same(_named(groups), self._named):
             return False
         if any(hyper.rule.skips_zero_lr and type(hyper.rate) is float and hyper.rate == 0 for hyper in of_groups):
             return False
@@ -244,16 +241,20 @@ class WarmStep:
         """Of the members, what is here."""
         return list(map(local, self._members_params)) if self._is_sharded else self._members_params
 
-    def _versions_now(self) -> Array:
-        params = [*self._led, *map(local, self._led)] if self._is_sharded else self._led
-        found = np.zeros(len(params), np.int64)
-        self._walk.versions(params, found)
-        return found
-
 
 def _options(opt: Optimizer) -> tuple[Any, ...]:
     """What is in no group, and decides which launches a step takes, or the random bits."""
     return opt.max_grad_norm is None, opt.track, opt.rounding_seed
+
+
+def _named(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those whose parameters have names."""
+    return [group for group in groups if group.get("param_names")]
+
+
+def _names(named: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    """Names of the parameters of groups that have some: random bits depend on them."""
+    return [list(group["param_names"]) for group in named]
 
 
 def _slice_if_run(places: Array) -> Array | slice:
