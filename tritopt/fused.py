@@ -24,7 +24,6 @@ from tritopt.random import is_dense
 from tritopt.recent import Recent
 
 
-
 class Task(NamedTuple):
     """One parameter's tensors in a step. States may have a shape of their own (`Optimizer.state_shapes`)."""
 
@@ -66,6 +65,10 @@ class Task(NamedTuple):
     def written(self) -> tuple[torch.Tensor, ...]:
         """The tensors that a step may write."""
         return (*self.weight, *self.state)
+
+    def versions(self) -> list[int]:
+        """How often autograd was told of writes to them."""
+        return [0 if tensor.is_inference() else tensor._version for tensor in self.written()]
 
 
 def unavailable(tensor: torch.Tensor) -> str | None:

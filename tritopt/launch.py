@@ -7,15 +7,17 @@ none. What Triton has compiled can be run directly, in a microsecond.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import is_
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from tritopt.kernels.language import INTERPRETED
+
+Owner = TypeVar("Owner")
 
 
 class Launcher:
@@ -88,6 +90,26 @@ class _Launches(threading.local):
 
 
 launches = _Launches()
+
+
+def n_launches() -> int:
+    """Launches that this thread has begun."""
+    return launches.n_begun
+
+
+class Updates(Generic[Owner]):
+    """Updates that a step has come to, of which a failure tells those that wrote something."""
+
+    def __init__(self) -> None:
+        self._begun: list[tuple[Iterable[Owner], Callable[[], Any], Any]] = []
+
+    def begin(self, owners: Iterable[Owner], written: Callable[[], Any] = n_launches) -> None:
+        """Note who is about to be updated. written: gives another value once something was written for them."""
+        self._begun.append((owners, written, written()))
+
+    def written(self) -> list[Owner]:
+        """Those for whom something was written."""
+        return [owner for owners, written, before in self._begun if written() != before for owner in owners]
 
 
 def _kind(arg: Any) -> Any:

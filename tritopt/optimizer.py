@@ -17,6 +17,7 @@ from tritopt.group import Launch
 from tritopt.kernels.formats import MASTER_FP32, MASTERS, PLAIN, Format
 from tritopt.kernels.preambles import PREAMBLES
 from tritopt.kernels.state_formats import SIGNED, SQUARES
+from tritopt.launch import Updates
 from tritopt.phases import Apply, Phase
 from tritopt.random import STEPS, Noise, noise_key
 from tritopt.sparse import StandIn
@@ -504,12 +505,16 @@ class Optimizer:
             return (self.fused_step if fused else self.step)(indices, weights, grads, states)
 
     @contextmanager
-    def _counts_restored_on_error(self) -> Iterator[None]:
+    def _counts_restored_on_error(self) -> Iterator[Updates[Hashable]]:
+        """Counts as they were, but for those of indices that were updated."""
         num_update, counts = self.num_update, dict(self._index_update_count)
+        updates: Updates[Hashable] = Updates()
         try:
-            yield
+            yield updates
         except BaseException:
-            self.num_update = num_update
+            updated = {index: self._index_update_count[index] for index in updates.written()}
+            counts.update(updated)
+            self.num_update = max([num_update, *updated.values()])
             self._index_update_count.clear()
             self._index_update_count.update(counts)
             raise
@@ -530,9 +535,9 @@ class Optimizer:
             if task.grad.layout != torch.strided
         }
         tasks = [sparse[i].task if i in sparse else task for i, task in enumerate(tasks)]
-        with self._counts_restored_on_error():
+        with self._counts_restored_on_error() as updates:
             self._update_count(list(indices))
-            self._apply(indices, tasks, on_kernel)
+            self._apply(indices, tasks, on_kernel, updates)
         for stand_in in sparse.values():
             stand_in.write_back()
 
@@ -593,8 +598,10 @@ class Optimizer:
         task = Task(planes, fmt, grad.detach(), tuple(flat), state_formats=tuple(formats))
         return task._replace(noise=(noise_key(self.rounding_seed, index), 0, 0, 0)) if task.draws else task
 
-    def _apply(self, indices: Sequence[Hashable], tasks: Sequence[Task], on_kernel: Sequence[bool]) -> None:
-        """One update of each task, whose counts have been advanced, all of them first."""
+    def _apply(
+        self, indices: Sequence[Hashable], tasks: Sequence[Task], on_kernel: Sequence[bool], updates: Updates[Hashable]
+    ) -> None:
+        """One update of each task, whose counts have been advanced, all of them first. `updates` is told of each."""
         lrs, wds = self._get_lrs(indices), self._get_wds(indices)
         counts = [self._index_update_count[index] for index in indices]
         self._known_scalars = {}  # of this step alone: hyperparameters may be assigned between steps
@@ -617,19 +624,22 @@ class Optimizer:
                 )
                 launch.tracked = [] if self.track else None
                 steps = [(float(counts[i] % STEPS),) if draws else () for i in kernel]
+                launched = [indices[i] for i in kernel]
+                updates.begin(launched)
                 self._planner.apply(
-                    tuple(indices[i] for i in kernel),
+                    tuple(launched),
                     [tasks[i] for i in kernel],
                     [(rescale, bound, wds[i], *scalars[i], *step) for i, step in zip(kernel, steps, strict=True)],
                     launch,
                 )
                 if launch.tracked is not None:
-                    self._tracker.add([indices[i] for i in kernel], launch.tracked)
+                    self._tracker.add(launched, launch.tracked)
         for i in live:
             if not on_kernel[i]:
                 noise = Noise(*tasks[i].noise, counts[i] % STEPS) if tasks[i].draws else None
                 tracked: list[Tracked] | None = [] if self.track else None
                 common = (rescale, bound, wds[i])
+                updates.begin([indices[i]], tasks[i].versions)
                 self.apply_reference(tasks[i], common, scalars[i], device_rescale, noise=noise, tracked=tracked)
                 if tracked is not None:
                     self._tracker.add([indices[i]], tracked)

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import torch
 
-from tritopt.fused import Task
+from tritopt.fused import Task, holds_values
 
 
 class StandIn:
@@ -35,8 +35,8 @@ class StandIn:
             self.task = task._replace(grad=grad.to_dense())
             return
         grad = grad.coalesce()
-        rows, values = grad.indices()[0], grad.values()
-        if fused and all(tensor.is_contiguous() for tensor in self._written):
+        rows, values = grad.indices()[0], grad.values().resolve_neg()
+        if fused and all(tensor.is_contiguous() and holds_values(tensor) for tensor in self._written):
             self.task = task._replace(grad=values.contiguous(), rows=rows)
             return
         self._gathered = rows

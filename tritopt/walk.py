@@ -13,7 +13,7 @@ import ctypes
 import operator
 import os
 import sysconfig
-from collections.abc import Container, Hashable
+from collections.abc import Hashable
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace

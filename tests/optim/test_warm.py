@@ -22,7 +22,8 @@ def parameters() -> list[torch.Tensor]:
     torch.manual_seed(0)
     plain = [torch.randn(size).requires_grad_() for size in ((), (5,), (4, 3), (0,))]
     low = [torch.randn(6, 2).to(torch.bfloat16).requires_grad_(), torch.randn(7).to(torch.bfloat16).requires_grad_()]
-    return [*plain, torch.randn(3, 4).t().requires_grad_(), *low]
+    square = [torch.randn(2, 2).requires_grad_() for _ in range(2)]
+    return [*plain, torch.randn(3, 4).t().requires_grad_(), *low, *square]
 
 
 def set_grads(params: list[torch.Tensor], step: int) -> None:
@@ -183,7 +184,77 @@ def _keep_something(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
     opt.state[params[1]]["sparse"] = torch.ones(3).to_sparse()
 
 
+def _exchange_names(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    """The same tensors in the same order, each under the other's name."""
+    state = opt.state[params[2]]
+    mean, var = state.pop("exp_avg").abs_(), state.pop("exp_avg_sq")
+    state["exp_avg_sq"], state["exp_avg"] = mean, var
+
+
+def _exchange_states(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    first, second = params[-2:]
+    a, b = opt.state.pop(first), opt.state.pop(second)
+    opt.state[second], opt.state[first] = a, b
+
+
+def _transpose_state(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    opt.state[params[-1]]["exp_avg"].t_()
+
+
+def _exchange_group_keys(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    """The same values in the same order, two of them under each other's names."""
+    group = opt.param_groups[1]
+    items = list(group.items())
+    names = {"lr": "weight_decay", "weight_decay": "lr"}
+    group.clear()
+    group.update((names.get(name, name), value) for name, value in items)
+
+
+def _negate_gradient(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    params[2].grad = torch._neg_view(params[2].grad)
+
+
+def _zero_gradient_without_memory(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    params[2].grad = torch._efficientzerotensor(params[2].shape)
+
+
+def _negated_state(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    state = opt.state[params[2]]
+    state["exp_avg"] = torch._neg_view(-state["exp_avg"])
+
+
+def _negated_weight(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    params[2].data = torch._neg_view(params[2].data)
+
+
+def _count_given_memory(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    step = opt.state[params[1]]["step"]
+    step.data = step.data.clone() + 7
+
+
+def _count_swapped(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    torch.utils.swap_tensors(opt.state[params[1]]["step"], torch.tensor(31.0))
+
+
+def _counts_shared(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    for param in params:
+        if param in opt.state:
+            opt.state[param]["step"].share_memory_()
+    opt.state[params[1]]["step"] += 3
+
+
 CHANGES: dict[str, Change] = {
+    "state names exchanged": _exchange_names,
+    "states exchanged": _exchange_states,
+    "state transposed": _transpose_state,
+    "group keys exchanged": _exchange_group_keys,
+    "gradient negated by a bit": _negate_gradient,
+    "gradient of zeros without memory": _zero_gradient_without_memory,
+    "state negated by a bit": _negated_state,
+    "weight negated by a bit": _negated_weight,
+    "count given other memory": _count_given_memory,
+    "count swapped": _count_swapped,
+    "counts shared": _counts_shared,
     "no clip": _option("max_grad_norm", None),
     "other clip": _option("max_grad_norm", 0.01),
     "random bits": _option("rounding_seed", 5),
@@ -309,22 +380,34 @@ def test_a_failed_step_changes_nothing_and_is_not_reused() -> None:
     assert not torch.equal(params[1], before[1])
 
 
-def test_parameters_that_share_a_version_stay_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views of one tensor: telling autograd of a write to one tells of a write to all."""
-    flat = torch.randn(12).to(torch.bfloat16)
-    params = [torch.nn.Parameter(part) for part in flat.view(3, 4)]
-    opt = optim.AdamW(params, lr=0.1)
-    set_grads(list(params), 0)
-    for _ in range(2):
+def test_a_name_that_changes_decides_on_random_bits() -> None:
+    def run(before_step: Callable[[optim.Optimizer], None]) -> list[torch.Tensor]:
+        param = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+        opt = optim.SGD([("first", param)], lr=1e-3, master="stochastic")
+        for step in range(4):
+            if step == 2:
+                opt.param_groups[0]["param_names"][0] = "second"
+            param.grad = torch.ones_like(param)
+            before_step(opt)
+            opt.step()
+        return values(opt, [param])
+
+    warm, cold = both_ways(run)
+    assert all(torch.equal(a, b) for a, b in zip(warm, cold, strict=True))
+
+
+def test_states_that_are_moved_to_shared_memory_stay_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sends a state_dict to another process once does not pay for it in every step."""
+    params = parameters()
+    opt = options(params, optim.AdamW)
+    for step in range(3):
+        set_grads(params, step)
         opt.step()
+        for state in opt.state.values():
+            state["step"].share_memory_()
     monkeypatch.setattr(ColdStep, "__init__", None)
-    for _ in range(3):
-        opt.step()
-    monkeypatch.undo()
-    with torch.no_grad():
-        params[1].fill_(2.0)
     opt.step()
-    assert torch.allclose(opt.state[params[1]]["master_param"], torch.full((4,), 2.0), atol=0.2)
+    assert float(opt.state[params[0]]["step"]) == 4
 
 
 def test_the_norm_that_was_read_is_not_overwritten() -> None:

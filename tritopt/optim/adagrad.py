@@ -43,8 +43,8 @@ class Adagrad(Optimizer):
         w_t = w_{t-1} - lr / (1 + (t - 1) lr_decay) * g_t / (sqrt(s_t) + eps)
 
     State: sum (s), the (master) weight's shape, at least fp32, and step; made by the constructor, as torch's. Sparse
-    gradients are taken as dense ones with zero rows. As in torch, initial_accumulator_value is the constructor's, whatever a group says.
-    Arguments and errors are torch's, and capturable; options: `Options`.
+    gradients are taken as dense ones with zero rows. As in torch, initial_accumulator_value is the constructor's,
+    whatever a group says. Arguments and errors are torch's, and capturable; options: `Options`.
     """
 
     rule = TorchAdagrad

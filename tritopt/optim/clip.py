@@ -183,7 +183,8 @@ def _scale(planner: Planner, key: Hashable, tasks: Sequence[Task], factor: torch
     """Multiply all in place; a factor of 1 writes nothing."""
     by_device: dict[torch.device, list[Task]] = {}
     for task in tasks:
-        by_device.setdefault(task.grad.device, []).append(task)
+        if not task.grad._is_zerotensor():  # which has no memory, and stays what it is
+            by_device.setdefault(task.grad.device, []).append(task)
     for device, some in by_device.items():
         here = factor.to(device)
         if unavailable(some[0].grad) is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,7 @@ from tritopt.optim.hypers import Hypers
 from tritopt.optim.members import Bucket, Member, Number, Only, launch_for, same_group
 from tritopt.optim.rows import host_rows
 from tritopt.optim.scalar_states import ScalarStates
-from tritopt.optim.undo import Undo, n_launches
+from tritopt.optim.undo import Undo
 from tritopt.optim.warm import WarmStep
 from tritopt.phases import Apply
 from tritopt.random import Noise
@@ -96,8 +95,8 @@ class ColdStep:
             positions = tuple(member.position for member in members)
             # A step of one parameter has plans of its own: who warms up on one must be alone to upload its tables.
             key = (bucket.key, positions, self._only is not None)
-            with undo.but_for(members, n_launches):
-                groups = self._planner.apply(key, tasks, rows, launch)
+            undo.updates.begin(members)
+            groups = self._planner.apply(key, tasks, rows, launch)
             if groups is not None:
                 self._launched.append((bucket, groups))
             return
@@ -107,10 +106,10 @@ class ColdStep:
             common = (math.nan, *values[i][1:3]) if is_skipped else values[i][:3]
             scalars = launch.scalars(*values[i][3:end])
             noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
-            with undo.but_for([member], partial(_versions, task)):
-                member.rule.apply_reference(
-                    task, common, scalars, launch.rescale, distributed.fitted, noise, launch.tracked, place
-                )
+            undo.updates.begin([member], task.versions)
+            member.rule.apply_reference(
+                task, common, scalars, launch.rescale, distributed.fitted, noise, launch.tracked, place
+            )
 
     def finish(self) -> None:
         """After the last launch."""
@@ -126,11 +125,6 @@ class ColdStep:
             return None
         norm_groups = [] if opt.max_grad_norm is None else self._planner.groups_of_squares(self._key)
         return WarmStep(opt, hypers, self.members, self._tasks, self._launched, norm_groups, self._only)
-
-
-def _versions(task: Task) -> list[int]:
-    """How often autograd was told of writes to a task's tensors."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in task.written()]
 
 
 def runs_fused(opt: Optimizer, member: Member) -> bool:

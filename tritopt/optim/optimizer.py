@@ -133,7 +133,10 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
-        """Norm of the last step's gradients before the clip, fp32 [] on the device; None without max_grad_norm."""
+        """Norm of the last step's gradients before the clip, fp32 [] on the device.
+
+        None without max_grad_norm, and after a step in which no parameter had a gradient.
+        """
         norm = self._stepper.grad_norm
         return None if norm is None else norm.clone()
 
@@ -193,7 +196,10 @@ class Optimizer(torch.optim.Optimizer):
 
     @observed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient. A failed step leaves weights, states and counts untouched.
+        """Update all parameters that have a gradient.
+
+        A step that fails or is interrupted leaves weights, states and counts untouched, unless it had begun to launch
+        kernels: then parameters whose kernel was launched are updated and counted, and the others are untouched.
 
         Args:
             closure: reevaluates the model and returns the loss, which is returned.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,16 +56,16 @@ class ScalarStates:
         self,
         states: Sequence[State],
         device: torch.device,
-        hidden: Collection[int] = (),
+        is_shown: Callable[[int], bool] = lambda position: True,
         first: Callable[[State], float] = lambda state: 0.0,
     ) -> None:
         """Take up the numbers of all states (empty ones have none yet) into vectors on `device`.
 
-        hidden: positions of parameters whose states do not show their numbers. first: the step that a state stands for
-        which has none.
+        is_shown: whether the state of the parameter at a position is to have them. first: the step that a state stands
+        for which has none.
         """
         if not self._is_bound(states, device):
-            self._rebind(states, device, hidden, first)
+            self._rebind(states, device, is_shown, first)
         for name, position, tensor in self._elsewhere:
             self._vectors[name][position] = tensor.reshape(())
 
@@ -92,7 +92,7 @@ class ScalarStates:
         self,
         states: Sequence[State],
         device: torch.device,
-        hidden: Collection[int],
+        is_shown: Callable[[int], bool],
         first: Callable[[State], float],
     ) -> None:
         exact, vectors = torch.empty(0, dtype=torch.float64, device=device), {}
@@ -110,7 +110,7 @@ class ScalarStates:
         for position, state in enumerate(states):
             for name, vector in vectors.items():
                 old = state.get(name)
-                if not state or (old is None and position in hidden):
+                if not state or (old is None and not is_shown(position)):
                     continue
                 if id(old) in seen or not _can_stay(old):  # two parameters cannot count in one tensor
                     state[name] = vector[position]

@@ -23,9 +23,7 @@ Replaced: TypeAlias = list[tuple[torch.Tensor, dict[str, Any]]]
 """Parameters, and the states they had; empty ones where they had none."""
 
 
-def create_missing(
-    opt: Optimizer, members: Sequence[Member], numbers: ScalarStates, replaced: Replaced
-) -> None:
+def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarStates, replaced: Replaced) -> None:
     """Complete states, whose numbers are bound. `replaced` gets what they were before."""
     for member in members:
         param = member.param
@@ -104,4 +102,3 @@ def check_aliases(planner: Planner, members: Sequence[Member], tasks: Sequence[T
     """ValueError if the step would write an element twice."""
     pairs = [(m.name, task) for m, task in zip(members, tasks, strict=True) if not m.needs_whole]
     planner.check_aliases("step", [name for name, _ in pairs], [task for _, task in pairs])
-

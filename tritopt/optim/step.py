@@ -121,8 +121,8 @@ class Stepper:
 
     def _bind(self, opt: Optimizer, device: torch.device) -> None:
         owned = _owned(opt)
-        hidden = [i for i, (param, group) in enumerate(owned) if not opt.shows_numbers(param, group)]
-        self._numbers.bind([opt.state.get(param, {}) for param, _ in owned], device, hidden, opt.first_count)
+        states = [opt.state.get(param, {}) for param, _ in owned]
+        self._numbers.bind(states, device, lambda position: opt.shows_numbers(*owned[position]), opt.first_count)
 
     def _step(
         self, opt: Optimizer, hypers: Hypers, on_device: bool, undo: Undo, only: Only | None

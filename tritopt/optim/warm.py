@@ -20,7 +20,7 @@ from tritopt.optim.hypers import Hypers
 from tritopt.optim.members import Bucket, Member, Only, groups_of, launch_for, params_of
 from tritopt.optim.rows import HostRows
 from tritopt.optim.scalar_states import ScalarStates
-from tritopt.optim.undo import Undo, n_launches
+from tritopt.optim.undo import Undo
 from tritopt.walk import known_states, n_words, walk
 
 if TYPE_CHECKING:
@@ -174,10 +174,10 @@ class WarmStep:
     def launch(self, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
         """Update the bucket's parameters."""
         tables = self._updates[id(bucket)].tables
-        with undo.but_for(chain.from_iterable(bucket.runs), n_launches):
-            for table in tables:
-                table.upload(self._grads, rows.row_of, rows.values)
-            run_phases([table.group for table in tables], launch, len(bucket.places))
+        undo.updates.begin(chain.from_iterable(bucket.runs))
+        for table in tables:
+            table.upload(self._grads, rows.row_of, rows.values)
+        run_phases([table.group for table in tables], launch, len(bucket.places))
 
     def finish(self) -> None:
         """Autograd must learn of writes that it did not make."""
