@@ -517,6 +517,7 @@ class Optimizer:
             self.num_update = max([num_update, *updated.values()])
             self._index_update_count.clear()
             self._index_update_count.update(counts)
+            self._planner = Planner()  # whose tables may be half written
             raise
 
     @torch.no_grad()

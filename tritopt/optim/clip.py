@@ -91,7 +91,8 @@ def clip_grad_norm_(
     params, grads = (list(column) for column in zip(*grad_of.values(), strict=True))
     parts = [_stored(local(grad)) for grad in grads]
     tasks = [Task((part,), PLAIN, part, ()) for part in parts]
-    planner, key = _plans.planner, id(params[0])
+    # Kept again when all is done: after a failure its tables may be half written.
+    planner, key, _plans.planner = _plans.planner, id(params[0]), Planner()
     planner.check_aliases(key, [f"gradient {i}" for i in range(len(tasks))], tasks)
     total = global_norm(planner, key, params, grads)
     if error_if_nonfinite and not total.isfinite():
@@ -101,6 +102,7 @@ def clip_grad_norm_(
             "`error_if_nonfinite=False`"
         )
     _scale(planner, key, tasks, _factor(total, max_norm))
+    _plans.planner = planner
     return total.to(max((compute_dtype(part) for part in parts), key=lambda dtype: dtype.itemsize))
 
 

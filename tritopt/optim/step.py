@@ -107,7 +107,7 @@ class Stepper:
         self._keep_warm(only, None if self._numbers.is_shared else step.next(opt, hypers))
 
     def _forget_plans(self) -> None:
-        self._planner, self._hypers, self._warm = Planner(), Hypers(), None
+        self._planner, self._clip, self._hypers, self._warm = Planner(), Clip(), Hypers(), None
         self._hypers_of, self._warm_of, self._tables = {}, {}, {}
 
     def create_states(self, opt: Optimizer) -> None:
