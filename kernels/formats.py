@@ -10,6 +10,9 @@ A format is a pair of @triton.jit functions, passed to the driver as constexpr, 
 `planes` are the tensors that together hold the value: pointers in the kernel, tensors in PyTorch. All have the value's
 shape, but for the scales of formats whose elements share them. `start` is the first of the offsets. Any format goes
 with any update function; neither knows of the other. Those of states are in kernels/state_formats.py.
+
+A weight may be written by anyone at any time. So whatever stands in plane 1, a loaded value rounds to the weight as the
+format rounds, and what plane 1 holds of another weight is not taken.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import cast
+from tritopt.kernels.ops import cast, widen
 from tritopt.kernels.random import random_bits16
 
 
@@ -68,7 +71,7 @@ def shown_nearest(planes, value):
 @triton.jit
 def load_plain(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """The one plane, widened."""
-    return tl.load(planes[0] + offsets, mask=mask).to(COMPUTE_DTYPE)
+    return widen(tl.load(planes[0] + offsets, mask=mask), COMPUTE_DTYPE)
 
 
 @triton.jit
@@ -90,9 +93,27 @@ def encode_plain(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any
 
 
 @triton.jit
+def _completed(weight, value):
+    """The value, where it rounds to nearest even to the very bits of the weight, or else the weight, in fp32.
+
+    A master is not read without its weight: what somebody writes through `.data`, by NumPy or by another name of the
+    memory raises no version counter, and is seen here alone. Bits, because 0 and -0 are two weights; NaN has many, but
+    either of two NaN will do.
+    """
+    rounded = cast(value, weight.dtype).to(tl.int16, bitcast=True)
+    return tl.where(rounded == weight.to(tl.int16, bitcast=True), value, widen(weight, tl.float32))
+
+
+def _completed_twin(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    rounded = value.to(weight.dtype).view(torch.int16)
+    return torch.where(rounded == weight.view(torch.int16), value, weight.float())
+
+
+@triton.jit
 def load_master(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
-    """The fp32 master, plane 1; the fp16/bf16 weight, plane 0, is not read."""
-    return tl.load(planes[1] + offsets, mask=mask).to(COMPUTE_DTYPE)
+    """The fp32 master, plane 1, unless the fp16/bf16 weight, plane 0, is another's."""
+    weight = tl.load(planes[0] + offsets, mask=mask)
+    return _completed(weight, tl.load(planes[1] + offsets, mask=mask)).to(COMPUTE_DTYPE)
 
 
 @triton.jit
@@ -106,7 +127,7 @@ def store_master(planes, offsets, mask, value):
 
 def decode_master(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Twin of `load_master`."""
-    return planes[1].to(dtype)
+    return _completed_twin(planes[0], planes[1]).to(dtype)
 
 
 def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
@@ -116,29 +137,34 @@ def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: An
 
 
 def _master_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return value.clone()
+    """The value, or its neighbour towards the weight where a tie was rounded the other way."""
+    value = torch.where(value.to(weight.dtype) == weight, value, torch.nextafter(value, weight.float()))
+    return _completed_twin(weight, value)
 
 
 @triton.jit
 def _joined(high, rest):
-    """The bits of the weight, in front, and the remainder's: but not where someone has written a weight of 0 since.
+    """The bits of the weight, in front, and the remainder's: but not where someone has written 0 or infinity since.
 
-    Below 0 there is nothing, so a remainder that would turn the sign around is that of another weight.
+    Below 0 there is nothing, so a remainder that would turn the sign around is that of another weight. Beside infinity
+    there are NaN, and numbers that only round to it.
     """
     bits = high + rest
-    return tl.where((bits ^ high) < 0, high, bits).to(tl.float32, bitcast=True)
+    is_alone = ((bits ^ high) < 0) | (tl.abs(high.to(tl.float32, bitcast=True)) == float("inf"))
+    return tl.where(is_alone, high, bits).to(tl.float32, bitcast=True)
 
 
 def _joined_twin(high: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     bits = high + rest
-    return torch.where((bits ^ high) < 0, high, bits).view(torch.float32)
+    is_alone = ((bits ^ high) < 0) | high.view(torch.float32).isinf()
+    return torch.where(is_alone, high, bits).view(torch.float32)
 
 
 @triton.jit
 def load_split(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """The bits of an fp32 number: those of the bf16 weight in front, and a signed remainder added to them."""
     remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
-    high = tl.load(planes[0] + offsets, mask=mask).to(tl.float32).to(tl.int32, bitcast=True)
+    high = widen(tl.load(planes[0] + offsets, mask=mask), tl.float32).to(tl.int32, bitcast=True)
     return _joined(high, remainder).to(COMPUTE_DTYPE)
 
 
@@ -191,25 +217,35 @@ def _remainder_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def load_kahan(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
-    """The weight and its compensation, added up in fp32."""
-    weight = tl.load(planes[0] + offsets, mask=mask).to(tl.float32)
-    return (weight + tl.load(planes[1] + offsets, mask=mask).to(tl.float32)).to(COMPUTE_DTYPE)
+    """The weight and its compensation, added up in fp32, unless that is another weight's."""
+    weight = tl.load(planes[0] + offsets, mask=mask)
+    value = widen(weight, tl.float32) + widen(tl.load(planes[1] + offsets, mask=mask), tl.float32)
+    return _completed(weight, value).to(COMPUTE_DTYPE)
 
 
 @triton.jit
 def store_kahan(planes, offsets, mask, value):
-    """The weight, rounded to nearest even, and what it lacks, rounded likewise."""
-    weight = cast(value, planes[0].dtype.element_ty)
-    lacks = value - weight.to(tl.float32)
+    """The weight, rounded to nearest even, and what it lacks: to nearest too, if then the two round to the weight.
+
+    Just below half an ulp of the weight, what it lacks can round up to that half, and the sum to another weight: there
+    it is the next number towards zero.
+    """
+    dtype: tl.constexpr = planes[0].dtype.element_ty
+    weight = cast(value, dtype)
+    lacks = value - widen(weight, tl.float32)
     lacks = tl.where(tl.abs(lacks) < float("inf"), lacks, 0.0)  # beside an infinite weight or NaN
+    nearest = cast(lacks, dtype)
+    is_far = cast(widen(weight, tl.float32) + widen(nearest, tl.float32), dtype) != weight
+    bits = nearest.to(tl.int16, bitcast=True)
+    bits -= (is_far & (lacks != 0.0)).to(tl.int16)
     tl.store(planes[0] + offsets, weight, mask=mask)
-    tl.store(planes[1] + offsets, cast(lacks, planes[1].dtype.element_ty), mask=mask)
+    tl.store(planes[1] + offsets, bits.to(dtype, bitcast=True), mask=mask)
     return weight
 
 
 def decode_kahan(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Twin of `load_kahan`."""
-    return (planes[0].float() + planes[1].float()).to(dtype)
+    return _completed_twin(planes[0], planes[0].float() + planes[1].float()).to(dtype)
 
 
 def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
@@ -220,15 +256,20 @@ def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any
 
 def _compensation_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     lacks = value - weight.float()
-    return torch.where(lacks.isfinite(), lacks, 0.0).to(weight.dtype)
+    lacks = torch.where(lacks.isfinite(), lacks, 0.0)
+    nearest = lacks.to(weight.dtype)
+    is_far = (weight.float() + nearest.float()).to(weight.dtype) != weight
+    bits = nearest.view(torch.int16)
+    return (bits - (is_far & (lacks != 0)).to(torch.int16)).view(weight.dtype)
 
 
 @triton.jit
 def store_stochastic(planes, offsets, mask, value, start, noise):
     """The one plane, bf16, rounded up or down with the probabilities that keep the mean."""
-    bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
-    bits = (bits + random_bits16(noise, start, offsets, mask)) & 0xFFFF0000
-    rounded = tl.where(value == value, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), float("nan"))
+    bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + random_bits16(noise, start, offsets, mask)
+    # On the bits: the interpreter of Triton 3.6 to 3.8 makes no constants of bf16.
+    bits = tl.where(value == value, bits, 0x7FC00000) >> 16
+    rounded = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     tl.store(planes[0] + offsets, rounded, mask=mask)
     return rounded
 
@@ -236,16 +277,15 @@ def store_stochastic(planes, offsets, mask, value, start, noise):
 def encode_stochastic(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_stochastic`."""
     bits = value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    bits = (bits + noise.bits16(planes[0])) & 0xFFFF0000
-    rounded = _signed(bits).view(torch.float32)
-    planes[0].copy_(torch.where(value.isnan(), torch.nan, rounded))
+    bits = torch.where(value.isnan(), 0x7FC00000, bits + noise.bits16(planes[0])) >> 16
+    planes[0].copy_(bits.to(torch.int16).view(torch.bfloat16))
 
 
 @triton.jit
 def load_split8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """The upper 24 bits of an fp32 number: those of the bf16 weight in front, and a signed remainder."""
     remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
-    high = tl.load(planes[0] + offsets, mask=mask).to(tl.float32).to(tl.int32, bitcast=True)
+    high = widen(tl.load(planes[0] + offsets, mask=mask), tl.float32).to(tl.int32, bitcast=True)
     return _joined(high, remainder << 8).to(COMPUTE_DTYPE)
 
 
@@ -289,7 +329,7 @@ _LOW = (torch.float16, torch.bfloat16)
 _ALL = (*_LOW, torch.float32, torch.float64)
 PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,), _ALL, shown=shown_nearest)
 MASTER_FP32 = Format(
-    "fp32 master", 2, load_master, store_master, decode_master, encode_master, (False, True), _LOW,
+    "fp32 master", 2, load_master, store_master, decode_master, encode_master, (True, True), _LOW,
     "master_param", torch.float32, _master_of, can_disagree=True, shown=shown_nearest,
 )  # fmt: skip
 SPLIT16 = Format(

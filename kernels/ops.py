@@ -42,12 +42,21 @@ def is_finite(x):
 def cast(x, dtype: tl.constexpr):
     """Convert, rounded to nearest even."""
     if _INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter truncates where a GPU rounds, so the bits are rounded here first; NaN has no room to round.
-        narrow = x.to(tl.float32)
-        bits = narrow.to(tl.uint32, bitcast=True)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        rounded = (rounded & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return tl.where(narrow == narrow, rounded, narrow).to(tl.bfloat16)
+        # The interpreter truncates where a GPU rounds, and gets subnormal numbers wrong. NaN has no room to round.
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr):
+    """Convert to a dtype that holds every number of the old one."""
+    if _INTERPRETED and x.dtype == tl.bfloat16:
+        # The interpreter gets subnormal numbers wrong.
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return bits.to(tl.float32, bitcast=True).to(dtype)
     else:
         return x.to(dtype)
 

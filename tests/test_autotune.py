@@ -488,7 +488,7 @@ def test_blocks_hold_whole_scales_and_less_of_fp64() -> None:
 
 def test_bytes_of_a_variant() -> None:
     """As README's table of formats has them, without the norm's."""
-    assert variant_of(name="master").moved == (14, 14)
+    assert variant_of(name="master").moved == (16, 14)
     assert sum(variant_of(name="split8+int8").moved) == 12.125
     assert variant_of(name="split8+int8").resident == 7 + 2 * 2 / 64
 

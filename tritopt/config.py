@@ -102,7 +102,7 @@ def size_of(n_elements: int, n_tensors: int = 1) -> SizeClass:
 
 KernelClass: TypeAlias = Literal["wide", "narrow"]
 NARROW = 8
-"""Bytes that a phase loads per element, at most, to be "narrow"; AdamW with an fp32 master loads 14, with 8 bits 7."""
+"""Bytes that a phase loads per element, at most, to be "narrow"; AdamW with an fp32 master loads 16, with 8 bits 7."""
 
 
 def kernel_class(bytes_loaded: float) -> KernelClass:
@@ -123,8 +123,8 @@ def _assumed(block_size: int, chunk_size: int) -> Shipped:
 
 
 _Table: TypeAlias = dict[tuple[KernelClass, str], Shipped]
-# Blocks. 1024 elements are 8 a thread, one 128-bit load of each 16-bit plane. AdamW, compiled for sm_90, takes 91
-# registers with an fp32 master: 5 programs a core, which have 5 * 1024 * 14 bytes under way, 9 MB on 132 cores, where
+# Blocks. 1024 elements are 8 a thread, one 128-bit load of each 16-bit plane. AdamW, compiled for sm_90, takes 94
+# registers with an fp32 master: 5 programs a core, which have 5 * 1024 * 16 bytes under way, 11 MB on 132 cores, where
 # an H200 needs 3 to 4 and a B200 6. With split8 and int8 126 registers: 4 * 1024 * 7 bytes, 3.8 MB. Blocks of 2048
 # would have 5.7 MB, but take 166 registers for instructions that are likely the limit there.
 # Chunks. A program begins with three reads that wait for each other, some 2 us, in which the others of its core

@@ -77,7 +77,7 @@ def bytes_per_parameter(
 
     >>> import tritopt
     >>> bytes_per_parameter(tritopt.create("adam"), torch.bfloat16, torch.bfloat16, MASTER_FP32)
-    Traffic(read=14, written=14)
+    Traffic(read=16, written=14)
     >>> bytes_per_parameter(tritopt.create("adam", state_dtype="int8"), torch.bfloat16, torch.bfloat16, SPLIT8)
     Traffic(read=7.0625, written=5.0625)
 

@@ -441,6 +441,9 @@ class Optimizer:
             return self._dispatch(indices, weights, grads, states)
         # MXNet's way, for optimizers that bring their own step: it sees fp32 masters and fp32 gradients.
         with torch.no_grad():
+            for weight, state, m in zip(weights, states, masters, strict=True):
+                if m:  # a weight that somebody has written to is no longer the master, rounded, and counts
+                    state[0].copy_(MASTER_FP32.decode((weight, state[0]), torch.float32))
             self._dispatch(
                 indices,
                 [state[0] if m else weight for weight, state, m in zip(weights, states, masters, strict=True)],

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from tests.optim.training import assert_same, everything, options_of, parameters, set_grads
-from tritopt import optim, phases
+from tritopt import Optimizer, optim, phases
 from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC, Format
+from tritopt.kernels.language import triton
 from tritopt.phases import Apply
 from tritopt.random import Noise, noise_key
 
@@ -30,6 +31,31 @@ PATHS = (None, False)  # kernel, reference
 ELEMENTWISE = [
     cls for cls in CLASSES if all(isinstance(phase, Apply) and not phase.sums_elements for phase in cls.rule().phases)
 ]
+
+
+class StillScalars(NamedTuple):
+    """None that it reads."""
+
+    lr: float
+
+
+@triton.jit
+def still_update(w, g, state, s):
+    """The weight, which is loaded and stored."""
+    return w, state
+
+
+class Still(Optimizer):
+    """Updates nothing."""
+
+    phases = (Apply(still_update),)
+    preamble = "decoupled"
+
+    def scalars(self, lr: float, wd: float, count: int) -> StillScalars:
+        return StillScalars(lr)
+
+    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Any, s: Any) -> Any:
+        return w, state
 
 
 def from_bits(*bits: int) -> torch.Tensor:
@@ -60,6 +86,7 @@ def test_split_is_the_fp32_number_to_the_last_bit() -> None:
     value = bits.to(torch.int32).view(torch.float32)
     value = value[~value.isnan()]
     weight, remainder = stored(SPLIT16, value)
+    value = torch.where(weight.isinf(), weight.float(), value)  # an infinite weight is infinite
     assert torch.equal(SPLIT16.decode((weight, remainder), torch.float32).view(torch.int32), value.view(torch.int32))
     tie = (value.view(torch.int32) & 0xFFFF) == 0x8000
     assert torch.equal(weight[~tie], value[~tie].bfloat16())
@@ -72,7 +99,7 @@ def test_split_is_the_fp32_number_to_the_last_bit() -> None:
         (0xBF808000, 0xBF81),
         (0x3F818000, 0x3F82),
         (0x3F807FFF, 0x3F80),
-        (0x7F7FFFFF, 0x7F80),  # rounds to infinity, and stays a finite master
+        (0x7F7F7FFF, 0x7F7F),  # the largest that does not round to infinity
         (0x7F800000, 0x7F80),
         (0x00000001, 0x0000),  # subnormal
         (0x80000000, 0x8000),
@@ -83,6 +110,103 @@ def test_split_at_the_edges(bits: int, weight: int) -> None:
     planes = stored(SPLIT16, value)
     assert int(planes[0].view(torch.int16).item()) & 0xFFFF == weight
     assert torch.equal(SPLIT16.decode(planes, torch.float32).view(torch.int32), value.view(torch.int32))
+
+
+FLOATS = (0.0, -0.0, torch.nan, torch.inf, -torch.inf, 3.4e38, 65_519.9, -65_519.9, 6e-8, 1e-45, -1e-40)
+STALE: dict[torch.dtype, tuple[float, ...]] = {
+    torch.float32: FLOATS,
+    torch.bfloat16: FLOATS,
+    torch.float16: FLOATS,
+    torch.int16: (0, 1, -1, 0x7FFF, -0x7FFF, -0x8000),
+    torch.int8: (0, 1, -1, 0x7F, -0x7F, -0x80),
+}
+BESIDE = [(fmt, dtype) for fmt in MASTERS.values() if fmt.companion for dtype in fmt.weight_dtypes]
+WITH_COMPANIONS = pytest.mark.parametrize(
+    ("fmt", "dtype"), BESIDE, ids=[f"{fmt.name}, {dtype}".replace("torch.", "") for fmt, dtype in BESIDE]
+)
+
+
+def every_weight(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+
+
+def stale(fmt: Format, weight: torch.Tensor) -> list[torch.Tensor]:
+    """What may stand beside weights that somebody has written since: numbers of the edge, and other weights'."""
+    dtype = fmt.dtype_of_companion(weight.dtype)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, weight.shape, generator=generator, device=weight.device)
+    assert fmt.companion_of is not None
+    other = weight[torch.randperm(len(weight), generator=generator, device=weight.device)]
+    near = torch.nextafter(weight.float(), torch.full((), torch.inf))
+    return [
+        *(torch.full_like(weight, x, dtype=torch.float32).to(dtype) for x in STALE[dtype]),
+        bits.to(torch.int32).view(torch.float32).to(dtype) if dtype.is_floating_point else bits.to(dtype),
+        fmt.companion_of(other, other.float() * 1.001),
+        fmt.companion_of(weight, near),
+    ]
+
+
+def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert a.dtype == b.dtype
+    integer = {2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
+    torch.testing.assert_close(a.isnan(), b.isnan(), rtol=0, atol=0)
+    torch.testing.assert_close(a[~a.isnan()].view(integer), b[~b.isnan()].view(integer), rtol=0, atol=0)
+
+
+@WITH_COMPANIONS
+def test_every_weight_is_what_its_value_rounds_to(fmt: Format, dtype: torch.dtype) -> None:
+    """All 65,536 weights, whoever wrote them, beside whatever was kept of others: to the bit, or NaN and NaN."""
+    weight = every_weight(dtype)
+    for companion in stale(fmt, weight):
+        value = fmt.decode((weight, companion), torch.float32)
+        planes = torch.empty_like(weight), torch.empty_like(companion)
+        fmt.encode(planes, value, *([Noise(1, 0, 0, 0, 1)] if fmt.draws else []))
+        assert_same_bits(planes[0], weight)
+        assert_same_bits(fmt.decode(planes, torch.float32), value)
+        if fmt is not MASTER_FP32:  # which may be a number that rounds to infinity
+            assert_same_bits(value[weight.isinf()], weight[weight.isinf()].float())
+
+
+@WITH_COMPANIONS
+def test_every_weight_is_taken_by_the_kernel_too(fmt: Format, dtype: torch.dtype, monkeypatch: Any) -> None:
+    """A step that changes nothing, on all of them: weights stay, what stands beside them is as the reference has it."""
+    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=2**14, chunk_size=2**16, num_warps=4))
+    weight = every_weight(dtype)
+    master = next(name for name in MASTERS if MASTERS[name] is fmt)
+    companions = stale(fmt, weight)
+    at = list(range(len(companions)))
+    runs = []
+    for fused in (True, False):
+        opt = Still(multi_precision=True, master=master, use_fused_step=fused)
+        weights, planes = [weight.clone() for _ in at], [companion.clone() for companion in companions]
+        opt.update_multi_precision(at, weights, [torch.zeros_like(weight) for _ in at], [(c, None) for c in planes])
+        runs.append((weights, planes))
+    for i, companion in enumerate(companions):
+        expected = fmt.decode((weight, companion), torch.float32)
+        for weights, planes in runs:
+            assert_same_bits(weights[i], weight)
+            assert_same_bits(fmt.decode((weights[i], planes[i]), torch.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kahan_sums_round_to_the_weight(dtype: torch.dtype) -> None:
+    """Also just below half an ulp, which a compensation is rounded up to; it is then the next number towards zero."""
+    weight = every_weight(dtype)
+    weight = weight[weight.isfinite()]
+    away = torch.nextafter(weight.float(), weight.float() * 4)
+    half = {torch.bfloat16: 2**15, torch.float16: 2**12}[dtype]
+    least = torch.finfo(dtype).smallest_normal
+    for bits in (half - 1, half - 2, half // 2 + 1, -(half - 1), -(half // 2) - 1, -(half // 2) + 1):
+        value = ((weight.float().view(torch.int32)) + bits).view(torch.float32)
+        is_here = (value.to(dtype) == weight) & (weight.abs() > least) & away.isfinite()
+        assert is_here.sum() > 2**14
+        planes = stored(KAHAN, value[is_here], dtype)
+        assert torch.equal(planes[0], weight[is_here])
+        assert torch.equal((planes[0].float() + planes[1].float()).to(dtype), weight[is_here])
+        found = KAHAN.decode(planes, torch.float32)
+        unit = 2.0**-16 if dtype == torch.bfloat16 else 2.0**-22
+        error, subnormal = (found - value[is_here]).abs(), torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        assert (error <= unit * value[is_here].abs() + subnormal).all()
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
