@@ -39,6 +39,12 @@ def is_finite(x):
 
 
 @triton.jit
+def add_decay(x, w, wd):
+    """x + wd w; x alone where wd is 0, for 0 times an infinite weight is NaN."""
+    return tl.where(wd == 0, x, x + wd * w)
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr):
     """Convert, rounded to nearest even."""
     if _INTERPRETED and dtype == tl.bfloat16:

@@ -21,7 +21,7 @@ def sign(x: torch.Tensor) -> torch.Tensor:
 
 
 def trust_ratio(w: torch.Tensor, direction: torch.Tensor, lower_bound: float, upper_bound: float) -> torch.Tensor:
-    """|w| within its bounds over |direction|, in w's dtype; 1 where either is 0."""
+    """|w| within its bounds over |direction|, in w's dtype; 1 where either is 0 or |w| infinite."""
     weight_norm, direction_norm = norm(w).clamp(lower_bound, upper_bound), norm(direction)
-    is_zero = (weight_norm == 0) | (direction_norm == 0)
-    return torch.where(is_zero, 1.0, weight_norm / direction_norm).to(w.dtype)
+    is_plain = (weight_norm == 0) | weight_norm.isinf() | (direction_norm == 0)
+    return torch.where(is_plain, 1.0, weight_norm / direction_norm).to(w.dtype)

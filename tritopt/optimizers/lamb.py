@@ -10,6 +10,7 @@ import torch
 from tritopt import validate
 from tritopt.exact import sqrt, trust_ratio
 from tritopt.kernels.lamb import lamb_moments, lamb_update
+from tritopt.kernels.preambles import add_decay_twin
 from tritopt.optimizer import Optimizer, Stored, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
@@ -42,7 +43,7 @@ class LAMB(Optimizer):
         m_t = beta1 m_{t-1} + (1 - beta1) g_t
         v_t = beta2 v_{t-1} + (1 - beta2) g_t^2
         u_t = (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + epsilon) + wd w_{t-1}
-        r_t = min(max(|w_{t-1}|, lower_bound), upper_bound) / |u_t|, or 1 where a norm is 0
+        r_t = min(max(|w_{t-1}|, lower_bound), upper_bound) / |u_t|, or 1 where a norm is 0 or |w| infinite
         w_t = w_{t-1} - lr r_t u_t
 
     g_t is the gradient after rescaling and clipping; |.| is the Euclidean norm of a whole tensor, of the master if
@@ -113,10 +114,11 @@ class LAMB(Optimizer):
         """The recurrence above. u is computed again, from the moments as they are stored."""
 
         def direction(mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
-            return mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon) + s.wd * w
+            return mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon)
 
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
-        step = s.lr * trust_ratio(w, direction(mean, var), s.lower_bound, s.upper_bound)
-        return w - step * direction(*stored((mean, var))), (mean, var)
+        step = s.lr * trust_ratio(w, add_decay_twin(direction(mean, var), w, s.wd), s.lower_bound, s.upper_bound)
+        # The decay as a factor, which leaves an infinite weight infinite.
+        return (1 - step * s.wd) * w - step * direction(*stored((mean, var))), (mean, var)
