@@ -19,12 +19,19 @@ def _direction(mean, var, s):
 @triton.jit
 def trust_ratio(weight_sum, direction_sum, s):
     """|w| within its bounds over |direction|, fp64; 1 where either is 0 or |w| infinite. Arguments: sums of squares."""
+    is_plain = weight_sum == float("inf")
     weight_norm = sqrt(weight_sum)
     weight_norm = tl.where(weight_norm < s.lower_bound, s.lower_bound, weight_norm)
     weight_norm = tl.where(weight_norm > s.upper_bound, s.upper_bound, weight_norm)
     direction_norm = sqrt(direction_sum)
-    is_plain = (weight_norm == 0) | (weight_norm == float("inf")) | (direction_norm == 0)
+    is_plain = is_plain | (weight_norm == 0) | (direction_norm == 0)
     return tl.where(is_plain, 1.0, weight_norm / tl.where(is_plain, 1.0, direction_norm))
+
+
+@triton.jit
+def decay_of(weight_sum, s):
+    """wd, but none of a tensor whose |w| is infinite, where it would make NaN of what is."""
+    return tl.where(weight_sum == float("inf"), 0.0, s.wd)
 
 
 @triton.jit
@@ -42,5 +49,4 @@ def lamb_update(w, g, state, s, sums):
     """Phase 2: the weight, along the direction scaled by the trust ratio |w| / |direction|."""
     mean, var = state
     step = s.lr * trust_ratio(sums[0], sums[1], s).to(w.dtype)
-    # The decay as a factor, which leaves an infinite weight infinite.
-    return (1.0 - step * s.wd) * w - step * _direction(mean, var, s), state
+    return w - step * add_decay(_direction(mean, var, s), w, decay_of(sums[0], s)), state

@@ -37,24 +37,15 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("lans.py", "mean * s.mean_correction", {"mean not corrected": "mean"}),
     (
         "lans.py",
-        "(1.0 - (mean_step + grad_step) * s.wd) * w",
+        "add_decay(div(mean * s.mean_correction, root), w, wd), add_decay(div(g, root), w, wd)",
         {
-            "no decay": "w",
-            "the mean's part not decayed": "(1.0 - grad_step * s.wd) * w",
-            "the gradient's not": "(1.0 - mean_step * s.wd) * w",
-        },
-    ),
-    (
-        "lans.py",
-        "add_decay(by_mean, w, s.wd), add_decay(by_grad, w, s.wd)",
-        {
-            "a norm without decay": "add_decay(by_mean, w, s.wd), by_grad",
-            "the other": "by_mean, add_decay(by_grad, w, s.wd)",
+            "the mean's part not decayed": "div(mean * s.mean_correction, root), add_decay(div(g, root), w, wd)",
+            "the gradient's not": "add_decay(div(mean * s.mean_correction, root), w, wd), div(g, root)",
         },
     ),
     ("lans.py", "s.beta1 * mean +", {"beta2 for beta1": "s.beta2 * mean +"}),
     ("lans.py", "s.beta2 * var +", {"beta1 for beta2": "s.beta1 * var +"}),
-    ("lans.py", "_directions(unit, mean, var, s)", {"norm of another direction": "_directions(g, mean, var, s)"}),
+    ("lans.py", "_directions(w, unit,", {"norm of another direction": "_directions(w, g,"}),
     ("lans.py", "sums[1], sums[3], s)", {"one ratio for both": "sums[1], sums[2], s)"}),
     (
         "lans.py",
@@ -63,7 +54,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     ("lans.py", "s.lr * s.beta1 * trust", {"shares swapped": "s.lr * s.one_minus_beta1 * trust"}),
     ("lans.py", " + grad_step * by_grad", {"no gradient in the step": ""}),
-    ("lans.py", " * w - (", {"ascends": " * w + ("}),
+    ("lans.py", "return w - (", {"ascends": "return w + ("}),
 ]
 
 
