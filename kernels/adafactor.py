@@ -54,4 +54,4 @@ def adafactor_update(w, direction, s, weight_square, direction_square):
     size = _at_least(sqrt(weight_square), s.epsilon2.to(tl.float64))
     excess = _at_least(sqrt(direction_square) / s.clip_threshold.to(tl.float64), 1.0)
     step = (s.rate.to(tl.float64) * size / excess).to(w.dtype)
-    return w - s.decay * w - step * direction
+    return s.keep * w - step * direction

@@ -10,8 +10,7 @@ from tritopt.kernels.ops import div, sqrt
 @triton.jit
 def adamw_update(w, g, state, s):
     """Adam, and apart from the moments a decay of the old weight."""
-    moved, state = adam_update(w, g, state, s)
-    return moved - s.decay * w, state
+    return adam_update(s.keep * w, g, state, s)
 
 
 @triton.jit
@@ -21,4 +20,4 @@ def adamw_amsgrad_update(w, g, state, s):
     mean = s.beta1 * mean + s.one_minus_beta1 * g
     var = s.beta2 * var + s.one_minus_beta2 * (g * g)
     max_var = tl.maximum(max_var, var, propagate_nan=tl.PropagateNan.ALL)
-    return w - s.lr * div(mean, sqrt(max_var) + s.epsilon) - s.decay * w, (mean, var, max_var)
+    return s.keep * w - s.lr * div(mean, sqrt(max_var) + s.epsilon), (mean, var, max_var)

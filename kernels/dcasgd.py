@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import is_finite
 
 
 @triton.jit
 def _compensated(w, g, previous, s):
-    return g + s.lamda * (g * g) * (w - previous)
+    moved = w - previous
+    # An infinite weight has not moved, though infinity minus infinity is NaN.
+    return g + s.lamda * (g * g) * tl.where(is_finite(moved), moved, 0.0)
 
 
 @triton.jit

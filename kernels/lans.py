@@ -6,9 +6,9 @@ reading gradient and moments again moves fewer bytes than writing and reading tw
 
 from __future__ import annotations
 
-from tritopt.kernels.lamb import trust_ratio
+from tritopt.kernels.lamb import decay_of, trust_ratio
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import clip, div, sqrt
+from tritopt.kernels.ops import add_decay, clip, div, sqrt
 
 
 @triton.jit
@@ -19,11 +19,10 @@ def _normalised(g, square_sum, s):
 
 
 @triton.jit
-def _directions(w, g, mean, var, s):
+def _directions(w, g, mean, var, wd, s):
     """Of the mean and of the gradient, both with the decay."""
     root = sqrt(var * s.var_correction) + s.epsilon
-    decay = s.wd * w
-    return div(mean * s.mean_correction, root) + decay, div(g, root) + decay
+    return add_decay(div(mean * s.mean_correction, root), w, wd), add_decay(div(g, root), w, wd)
 
 
 @triton.jit
@@ -39,7 +38,7 @@ def lans_moments(w, g, state, s, sums):
     unit = _normalised(g, sums[0], s)
     mean = s.beta1 * mean + s.one_minus_beta1 * unit
     var = s.beta2 * var + s.one_minus_beta2 * (unit * unit)
-    by_mean, by_grad = _directions(w, unit, mean, var, s)
+    by_mean, by_grad = _directions(w, unit, mean, var, s.wd, s)
     return w, (mean, var), (w * w, by_mean * by_mean, by_grad * by_grad)
 
 
@@ -49,5 +48,5 @@ def lans_update(w, g, state, s, sums):
     mean, var = state
     mean_step = s.lr * s.beta1 * trust_ratio(sums[1], sums[2], s).to(w.dtype)
     grad_step = s.lr * s.one_minus_beta1 * trust_ratio(sums[1], sums[3], s).to(w.dtype)
-    by_mean, by_grad = _directions(w, _normalised(g, sums[0], s), mean, var, s)
+    by_mean, by_grad = _directions(w, _normalised(g, sums[0], s), mean, var, decay_of(sums[1], s), s)
     return w - (mean_step * by_mean + grad_step * by_grad), state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import clip, sqrt
+from tritopt.kernels.ops import add_decay, clip, sqrt
 
 
 @triton.jit
@@ -17,9 +17,9 @@ def _scaled_gradient(w, g, s, sums):
     """The gradient, clipped and with decay, times the layer's learning rate."""
     weight_norm = sqrt(sums[0] + s.other_rows)
     grad_norm = sqrt(sums[1])
-    is_plain = (s.is_layer_wise == 0) | (weight_norm == 0) | (grad_norm == 0)
+    is_plain = (s.is_layer_wise == 0) | (weight_norm == 0) | (weight_norm == float("inf")) | (grad_norm == 0)
     trust_ratio = s.eta * weight_norm / tl.where(is_plain, 1.0, grad_norm + s.wd * weight_norm + s.epsilon)
-    return s.lr * tl.where(is_plain, 1.0, trust_ratio).to(w.dtype) * (clip(g, s.bound) + s.wd * w)
+    return s.lr * tl.where(is_plain, 1.0, trust_ratio).to(w.dtype) * add_decay(clip(g, s.bound), w, s.wd)
 
 
 @triton.jit

@@ -12,4 +12,4 @@ def lion_update(w, g, state, s):
     (momentum,) = state
     direction = sign(s.beta1 * momentum + s.one_minus_beta1 * g)
     momentum = s.beta2 * momentum + s.one_minus_beta2 * g
-    return w - s.lr * (direction + s.wd * w), (momentum,)
+    return s.keep * w - s.lr * direction, (momentum,)

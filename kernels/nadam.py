@@ -19,5 +19,4 @@ def nadam_update(w, g, state, s):
 @triton.jit
 def nadam_decayed_update(w, g, state, s):
     """Nadam, and apart from the moments a decay of the old weight."""
-    moved, state = nadam_update(w, g, state, s)
-    return moved - s.decay * w, state
+    return nadam_update(s.keep * w, g, state, s)

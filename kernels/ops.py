@@ -39,6 +39,12 @@ def is_finite(x):
 
 
 @triton.jit
+def add_decay(x, w, wd):
+    """x + wd w; x alone where wd is 0, for 0 times an infinite weight is NaN."""
+    return tl.where(wd == 0, x, x + wd * w)
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr):
     """Convert, rounded to nearest even."""
     if _INTERPRETED and dtype == tl.bfloat16:
@@ -80,16 +86,11 @@ def floor_of_root(x, N: tl.constexpr):
 
 
 @triton.jit
-def _larger_or_nan(x, y):
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def max_or_nan(x, AXIS: tl.constexpr):
-    """The largest along an axis; NaN if there is one."""
+def max_of_numbers(x, AXIS: tl.constexpr):
+    """The largest of some sizes along an axis, whatever NaN is among them; NaN where there is nothing else."""
     if _INTERPRETED:
-        # The interpreter calls any other function for each element.
-        peak = tl.max(tl.where(x == x, x, float("inf")), axis=AXIS)
-        return tl.where(tl.max((x != x).to(tl.int32), axis=AXIS) > 0, float("nan"), peak)
+        # NumPy, which stands behind the interpreter, warns of NaN alone.
+        peak = tl.max(tl.where(x == x, x, -1.0), axis=AXIS)
+        return tl.where(peak < 0, float("nan"), peak)
     else:
-        return tl.reduce(x, AXIS, _larger_or_nan)
+        return tl.max(x, axis=AXIS)

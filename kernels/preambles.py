@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import clip
+from tritopt.kernels.ops import add_decay, clip
 
 
 @triton.jit
 def coupled(w, g, rescale, bound, wd):
     """clip(rescale g) + wd w: coupled (L2) decay, which is never clipped. Most optimizers."""
-    return clip(rescale * g, bound) + wd * w
+    return add_decay(clip(rescale * g, bound), w, wd)
 
 
 @triton.jit
 def coupled_in_clip(w, g, rescale, bound, wd):
     """clip(rescale g + wd w)."""
-    return clip(rescale * g + wd * w, bound)
+    return clip(add_decay(rescale * g, w, wd), bound)
 
 
 @triton.jit
@@ -44,6 +44,11 @@ def raw(w, g, rescale, bound, wd):
     return g
 
 
+def add_decay_twin(x: torch.Tensor, w: torch.Tensor, wd: Any) -> torch.Tensor:
+    """Twin of `add_decay`. `wd`: a number, or a tensor that is differentiated by, which is never skipped."""
+    return x + wd * w if isinstance(wd, torch.Tensor) or wd != 0 else x
+
+
 class Preamble(NamedTuple):
     """The pair: `kernel` and `reference` take (weight, gradient, rescale, clip bound, wd)."""
 
@@ -52,9 +57,11 @@ class Preamble(NamedTuple):
 
 
 PREAMBLES = {
-    "coupled": Preamble(coupled, lambda w, g, rescale, bound, wd: (rescale * g).clamp(-bound, bound) + wd * w),
+    "coupled": Preamble(
+        coupled, lambda w, g, rescale, bound, wd: add_decay_twin((rescale * g).clamp(-bound, bound), w, wd)
+    ),
     "coupled_in_clip": Preamble(
-        coupled_in_clip, lambda w, g, rescale, bound, wd: (rescale * g + wd * w).clamp(-bound, bound)
+        coupled_in_clip, lambda w, g, rescale, bound, wd: add_decay_twin(rescale * g, w, wd).clamp(-bound, bound)
     ),
     "decoupled": Preamble(decoupled, lambda w, g, rescale, bound, wd: (rescale * g).clamp(-bound, bound)),
     "rescaled": Preamble(rescaled, lambda w, g, rescale, bound, wd: rescale * g),

@@ -20,5 +20,4 @@ def radam_update(w, g, state, s):
 @triton.jit
 def radam_decayed_update(w, g, state, s):
     """RAdam, and apart from the moments a decay of the old weight."""
-    moved, state = radam_update(w, g, state, s)
-    return moved - s.decay * w, state
+    return radam_update(s.keep * w, g, state, s)

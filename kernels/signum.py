@@ -9,7 +9,7 @@ from tritopt.kernels.ops import sign
 @triton.jit
 def signsgd_update(w, g, state, s):
     """The gradient's sign moves the weight, no state."""
-    return w - s.decay * w - s.lr * sign(g), state
+    return s.keep * w - s.lr * sign(g), state
 
 
 @triton.jit
@@ -17,4 +17,4 @@ def signum_update(w, g, state, s):
     """The sign of an average of the gradients moves the weight; the average is kept with the opposite sign."""
     (momentum,) = state
     momentum = s.momentum * momentum - s.one_minus_momentum * g
-    return w - s.decay * w + s.lr * sign(momentum), (momentum,)
+    return s.keep * w + s.lr * sign(momentum), (momentum,)

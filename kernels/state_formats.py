@@ -19,8 +19,12 @@ again in each step.
 With c^2 for squares, what stands beside an outlier of 1e4 times its size is stored as 1, and hardly moves; with c |c|
 for numbers of either sign it would be stored as 1 or 2, and move by chance.
 
-What is not 0 is not stored as 0 in fp16 and of squares: what divides by its root would take a step of any size. A
-block with a number that is not finite has the scale NaN.
+What is not 0 is not stored as 0 of squares: what divides by its root would take a step of any size.
+
+What is not finite stays an element's own affair: it must not reach its neighbours through their scale. Infinity is
+stored as the largest number (one gradient of 1e20 has a square that fp32 cannot hold), NaN as the largest of its block.
+Nothing is hidden by that: an update writes the weight from the states before they are stored, so that weight is NaN
+already. A block of NaN alone has the scale NaN.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from torch.nn.functional import pad
 
 from tritopt.kernels.formats import Format, decode_plain, encode_stochastic, load_plain, store_stochastic
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import cast, floor_of_root, max_or_nan
+from tritopt.kernels.ops import cast, floor_of_root, max_of_numbers
 from tritopt.kernels.random import random_bits16
 
 BLOCK = 64
@@ -51,6 +55,9 @@ _TO_E5M3 = tl.constexpr(2.0**-112)
 _FROM_E4M3 = tl.constexpr(2.0**120)
 _FROM_E5M3 = tl.constexpr(2.0**112)
 _TO_FP16 = tl.constexpr(2.0**-112)
+LARGEST_PEAK = 2.0**127
+"""Scales are for no larger numbers: the largest code times the scale must be finite."""
+_LARGEST_PEAK = tl.constexpr(LARGEST_PEAK)
 
 
 @triton.jit
@@ -62,23 +69,22 @@ def _spread(per_block, N: tl.constexpr):
 
 @triton.jit
 def _scaled(planes, mask, value, start, LARGEST: tl.constexpr):
-    """Store the blocks' scales, and divide sizes by them: at most LARGEST, but for rounding, or not finite."""
+    """Store the blocks' scales, and divide sizes by them: at most LARGEST, and so are NaN and what is too large."""
     n: tl.constexpr = value.shape[0]
     size = tl.abs(value)
     if mask is not None:
         size = tl.where(mask, size, 0.0)
-    peak = max_or_nan(tl.reshape(size, [n // _BLOCK, _BLOCK]), 1)
-    peak = tl.where(peak < float("inf"), peak, float("inf"))  # NaN too
-    bits = (peak * (1.0 / LARGEST)).to(tl.int32, bitcast=True)
+    peak = max_of_numbers(tl.reshape(size, [n // _BLOCK, _BLOCK]), 1)
+    bits = (tl.minimum(peak, _LARGEST_PEAK) * (1.0 / LARGEST)).to(tl.int32, bitcast=True)  # NaN too
     exponent = tl.minimum(tl.maximum((bits + 0x7FFFFF) >> 23, 1), 253)
-    scale = tl.where(peak < float("inf"), (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
+    scale = tl.where(peak == peak, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
     ptrs = planes[1] + start // _BLOCK + tl.arange(0, n // _BLOCK)
     if mask is None:
         tl.store(ptrs, cast(scale, tl.bfloat16))
     else:
         is_there = tl.max(tl.reshape(mask.to(tl.int32), [n // _BLOCK, _BLOCK]), axis=1) > 0
         tl.store(ptrs, cast(scale, tl.bfloat16), mask=is_there)
-    return size * _spread(((254 - exponent) << 23).to(tl.float32, bitcast=True), n)
+    return tl.minimum(size * _spread(((254 - exponent) << 23).to(tl.float32, bitcast=True), n), LARGEST * 1.0)
 
 
 def _at_most(scaled: torch.Tensor, largest: float) -> torch.Tensor:
@@ -92,12 +98,12 @@ def _spread_twin(per_block: torch.Tensor, n: int) -> torch.Tensor:
 
 def _scaled_twin(planes: Sequence[torch.Tensor], value: torch.Tensor, largest: float) -> torch.Tensor:
     size = value.abs()
-    peak = pad(size, (0, -len(size) % BLOCK)).view(-1, BLOCK).amax(1)
-    peak = torch.where(peak.isfinite(), peak, torch.inf)
-    bits = (peak * torch.tensor(1.0 / largest, dtype=torch.float32)).view(torch.int32)
+    peak = pad(torch.where(size.isnan(), -1.0, size), (0, -len(size) % BLOCK)).view(-1, BLOCK).amax(1)
+    peak = torch.where(peak < 0, torch.nan, peak)
+    bits = (_at_most(peak, LARGEST_PEAK) * torch.tensor(1.0 / largest, dtype=torch.float32)).view(torch.int32)
     exponent = ((bits + 0x7FFFFF) >> 23).clamp(1, 253)
-    planes[1].view(-1).copy_(torch.where(peak.isfinite(), (exponent << 23).view(torch.float32), torch.nan))
-    return size * _spread_twin(((254 - exponent) << 23).view(torch.float32), len(size))
+    planes[1].view(-1).copy_(torch.where(peak.isnan(), torch.nan, (exponent << 23).view(torch.float32)))
+    return _at_most(size * _spread_twin(((254 - exponent) << 23).view(torch.float32), len(size)), largest)
 
 
 def _in_memory(plane: torch.Tensor) -> torch.Tensor:
@@ -206,7 +212,6 @@ def load_int8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 def store_int8(planes, offsets, mask, value, start, noise):
     """Of either sign."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_INT8)
-    scaled = tl.minimum(scaled, _LARGEST_INT8 * 1.0)  # NaN too
     code = floor_of_root(scaled, 4)
     lower, higher = _fourth_power(code), _fourth_power(code + 1.0)
     code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
@@ -217,7 +222,7 @@ def store_int8(planes, offsets, mask, value, start, noise):
 def encode_int8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_int8`."""
     value = _like_codes(planes[0], value)
-    scaled = _at_most(_scaled_twin(planes, value, 127**4), 127**4)
+    scaled = _scaled_twin(planes, value, 127**4)
     code = _floor_of_root(scaled, 4)
     lower, higher = _fourth_power_twin(code), _fourth_power_twin(code + 1.0)
     code = torch.where(_goes_up_twin(scaled, lower, higher, planes[0], noise), code + 1.0, code)
@@ -235,8 +240,7 @@ def load_uint8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 @triton.jit
 def store_uint8(planes, offsets, mask, value, start, noise):
     """Of squares."""
-    scaled = _scaled(planes, mask, value, start, _LARGEST_UINT8)
-    scaled = tl.minimum(scaled, _LARGEST_UINT8) * 2.0**64  # NaN too
+    scaled = _scaled(planes, mask, value, start, _LARGEST_UINT8) * 2.0**64
     code = floor_of_root(scaled, 8)
     lower, higher = _eighth_power(code), _eighth_power(code + 1.0)
     code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
@@ -247,7 +251,7 @@ def store_uint8(planes, offsets, mask, value, start, noise):
 def encode_uint8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_uint8`."""
     value = _like_codes(planes[0], value)
-    scaled = _at_most(_scaled_twin(planes, value, LARGEST_SQUARE), LARGEST_SQUARE) * 2.0**64
+    scaled = _scaled_twin(planes, value, LARGEST_SQUARE) * 2.0**64
     code = _floor_of_root(scaled, 8)
     lower, higher = _eighth_power_twin(code), _eighth_power_twin(code + 1.0)
     code = torch.where(_goes_up_twin(scaled, lower, higher, planes[0], noise), code + 1.0, code)
@@ -312,13 +316,21 @@ def load_fp16(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_fp16(planes, offsets, mask, value, start, noise):
-    """Of either sign, also of squares."""
+def _fp16_code(planes, mask, value, start, offsets, noise):
     scaled = _scaled(planes, mask, value, start, _LARGEST_FP16)
-    code = (
-        (scaled * _TO_FP16).to(tl.int32, bitcast=True) + (random_bits16(noise, start, offsets, mask) >> 3).to(tl.int32)
-    ) >> 13
-    code = tl.where((code == 0) & (value != 0), 1, code)
+    bits = (random_bits16(noise, start, offsets, mask) >> 3).to(tl.int32)
+    return ((scaled * _TO_FP16).to(tl.int32, bitcast=True) + bits) >> 13
+
+
+def _fp16_code_twin(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> torch.Tensor:
+    bits = _in_memory(torch.empty_like(planes[0], dtype=torch.int32).copy_(noise.bits16(planes[0])))
+    return ((_scaled_twin(planes, value, 2**15) * 2.0**-112).view(torch.int32) + (bits >> 3)) >> 13
+
+
+@triton.jit
+def store_fp16(planes, offsets, mask, value, start, noise):
+    """Of either sign."""
+    code = _fp16_code(planes, mask, value, start, offsets, noise)
     code = tl.where(value < 0, code | 0x8000, code)
     tl.store(planes[0] + offsets, code.to(tl.int16).to(tl.float16, bitcast=True), mask=mask)
 
@@ -326,10 +338,24 @@ def store_fp16(planes, offsets, mask, value, start, noise):
 def encode_fp16(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_fp16`."""
     value = _like_codes(planes[0], value)
-    bits = _in_memory(torch.empty_like(planes[0], dtype=torch.int32).copy_(noise.bits16(planes[0])))
-    code = ((_scaled_twin(planes, value, 2**15) * 2.0**-112).view(torch.int32) + (bits >> 3)) >> 13
-    code = torch.where((code == 0) & (value != 0), 1, code)
+    code = _fp16_code_twin(planes, value, noise)
     code = torch.where(value < 0, code | 0x8000, code)
+    _in_memory(planes[0]).copy_(code.to(torch.int16).view(torch.float16))
+
+
+@triton.jit
+def store_fp16_squares(planes, offsets, mask, value, start, noise):
+    """Of squares."""
+    code = _fp16_code(planes, mask, value, start, offsets, noise)
+    code = tl.where((code == 0) & (value > 0), 1, code)
+    tl.store(planes[0] + offsets, code.to(tl.int16).to(tl.float16, bitcast=True), mask=mask)
+
+
+def encode_fp16_squares(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Twin of `store_fp16_squares`."""
+    value = _like_codes(planes[0], value)
+    code = _fp16_code_twin(planes, value, noise)
+    code = torch.where((code == 0) & (value > 0), 1, code)
     _in_memory(planes[0]).copy_(code.to(torch.int16).view(torch.float16))
 
 
@@ -373,6 +399,15 @@ _BF16 = _of_states("bf16", load_plain, store_stochastic, decode_plain, encode_st
 _FP16 = _of_states(
     "fp16", load_fp16, store_fp16, _decoder(torch.Tensor.float), encode_fp16, (torch.float16, torch.bfloat16), BLOCK
 )
+_FP16_SQUARES = _of_states(
+    "fp16 of squares",
+    load_fp16,
+    store_fp16_squares,
+    _decoder(torch.Tensor.float),
+    encode_fp16_squares,
+    (torch.float16, torch.bfloat16),
+    BLOCK,
+)
 _INT8 = _of_states(
     "int8", load_int8, store_int8, _decoder(_from_fourth_root), encode_int8, (torch.int8, torch.bfloat16), BLOCK
 )
@@ -394,7 +429,7 @@ SIGNED, SQUARES = "signed", "squares"
 """Kinds of states: of either sign, linear in the gradients; sums of squares of them, never negative."""
 STATE_FORMATS: dict[str, dict[str, Format]] = {
     "bf16": {SIGNED: _BF16, SQUARES: _BF16},
-    "fp16": {SIGNED: _FP16, SQUARES: _FP16},
+    "fp16": {SIGNED: _FP16, SQUARES: _FP16_SQUARES},
     "int8": {SIGNED: _INT8, SQUARES: _UINT8},
     "fp8": {SIGNED: _E4M3, SQUARES: _E5M3},
 }

@@ -15,7 +15,7 @@ def track_gradient(g):
 @triton.jit
 def track_update(w, new, shown, rounded):
     """Three: squares of the new weight and of its change, and whether what is stored of it stayed."""
-    moved = new - w
+    moved = tl.where(new == w, 0.0, new - w)  # an infinite weight that stays has not moved
     return (new * new, moved * moved, tl.where(shown == rounded, 1.0, 0.0))
 
 

@@ -32,7 +32,7 @@ SHARED: list[tuple[str, str, str, dict[str, str]]] = [
     (
         "sgd",
         "preambles.py",
-        "clip(rescale * g, bound) + wd * w",
+        "add_decay(clip(rescale * g, bound), w, wd)",
         {
             "no decay": "clip(rescale * g, bound)",
             "decay is clipped": "clip(rescale * g + wd * w, bound)",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -20,8 +22,15 @@ def sign(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, x))
 
 
+def decay_of(w: torch.Tensor, wd: Any) -> Any:
+    """wd, but none of a tensor whose norm is infinite, where it would make NaN of what is."""
+    return 0.0 if norm(w).isinf() else wd
+
+
 def trust_ratio(w: torch.Tensor, direction: torch.Tensor, lower_bound: float, upper_bound: float) -> torch.Tensor:
-    """|w| within its bounds over |direction|, in w's dtype; 1 where either is 0."""
-    weight_norm, direction_norm = norm(w).clamp(lower_bound, upper_bound), norm(direction)
-    is_zero = (weight_norm == 0) | (direction_norm == 0)
-    return torch.where(is_zero, 1.0, weight_norm / direction_norm).to(w.dtype)
+    """|w| within its bounds over |direction|, in w's dtype; 1 where either is 0 or |w| infinite."""
+    weight_norm, direction_norm = norm(w), norm(direction)
+    is_plain = weight_norm.isinf() | (direction_norm == 0)
+    weight_norm = weight_norm.clamp(lower_bound, upper_bound)
+    is_plain = is_plain | (weight_norm == 0)
+    return torch.where(is_plain, 1.0, weight_norm / direction_norm).to(w.dtype)

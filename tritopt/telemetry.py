@@ -133,7 +133,8 @@ def measure(
     found[0], found[1] = grad.square().sum(), (~grad.isfinite()).sum()
     if weights:
         old, new = (weight.double() for weight in weights)
-        found[2], found[3], found[4] = new.square().sum(), (new - old).square().sum(), (shown[0] == shown[1]).sum()
+        moved = torch.where(new == old, 0.0, new - old)  # an infinite weight that stays has not moved
+        found[2], found[3], found[4] = new.square().sum(), moved.square().sum(), (shown[0] == shown[1]).sum()
     return found
 
 

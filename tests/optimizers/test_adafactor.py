@@ -52,7 +52,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
         },
     ),
     ("adafactor.py", "s.rate.to(tl.float64) * size", {"absolute step": "s.rate.to(tl.float64)"}),
-    ("adafactor.py", "- s.decay * w -", {"no decay": "-", "weights grow": "+ s.decay * w -"}),
+    ("adafactor.py", "s.keep * w", {"no decay": "w", "weights grow": "(2 - s.keep) * w"}),
     ("adafactor.py", "- step * direction", {"ascends": "+ step * direction"}),
     (
         "factored_apply.py",

@@ -19,18 +19,14 @@ LR, BETA1, BETA2, EPSILON, WD = 0.1, 0.8, 0.95, 1e-2, 0.3
 MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     (
         "adamw.py",
-        "moved - s.decay * w, state",
+        "adam_update(s.keep * w, g, state, s)",
         {
-            "weights grow": "moved + s.decay * w, state",
-            "no decay": "moved, state",
-            "decays the moved weight": "moved - s.decay * moved, state",
-            "learning rate twice": "moved - s.lr * s.decay * w, state",
+            "weights grow": "adam_update((2 - s.keep) * w, g, state, s)",
+            "no decay": "adam_update(w, g, state, s)",
+            "learning rate twice": "adam_update((1 - s.lr * (1 - s.keep)) * w, g, state, s)",
+            "coupled decay": "adam_update(w, g + (1 - s.keep) * w, state, s)",
+            "ascends": "adam_update(s.keep * w, -g, state, s)",
         },
-    ),
-    (
-        "adamw.py",
-        "adam_update(w, g, state, s)",
-        {"coupled decay": "adam_update(w, g + s.decay * w, state, s)", "ascends": "adam_update(w, -g, state, s)"},
     ),
     (
         "adamw.py",
@@ -48,8 +44,11 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "adamw.py",
-        "+ s.epsilon) - s.decay * w",
-        {"no decay": "+ s.epsilon)", "weights grow": "+ s.epsilon) + s.decay * w"},
+        "s.keep * w - s.lr",
+        {
+            "no decay": "w - s.lr",
+            "weights grow": "(2 - s.keep) * w - s.lr",
+        },
     ),
     ("adamw.py", "s.beta1 * mean", {"beta2 for beta1": "s.beta2 * mean"}),
     ("adamw.py", "s.beta2 * var", {"beta1 for beta2": "s.beta1 * var"}),

@@ -18,15 +18,15 @@ LR, MOMENTUM, LAMDA, WD, CLIP, RESCALE = 0.1, 0.9, 0.7, 0.05, 0.9, 0.7
 MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     (
         "dcasgd.py",
-        "g + s.lamda * (g * g) * (w - previous)",
+        "g + s.lamda * (g * g) *",
         {
-            "not compensated": "g + 0 * previous",
-            "sign of the compensation": "g - s.lamda * (g * g) * (w - previous)",
-            "gradient not squared": "g + s.lamda * g * (w - previous)",
-            "no lamda": "g + (g * g) * (w - previous)",
-            "sign of the distance": "g + s.lamda * (g * g) * (w + previous)",
+            "not compensated": "g + 0 *",
+            "sign of the compensation": "g - s.lamda * (g * g) *",
+            "gradient not squared": "g + s.lamda * g *",
+            "no lamda": "g + (g * g) *",
         },
     ),
+    ("dcasgd.py", "moved = w - previous", {"sign of the distance": "moved = w + previous"}),
     ("dcasgd.py", ", (w,)", {"previous weight is not kept": ", state", "the new weight is kept": ", (w - s.lr * g,)"}),
     (
         "dcasgd.py",

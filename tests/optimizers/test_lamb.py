@@ -27,7 +27,12 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
         "var * s.var_correction) + s.epsilon",
         {"epsilon inside the root": "var * s.var_correction + s.epsilon)"},
     ),
-    ("lamb.py", " + s.wd * w", {"no decay": ""}),
+    (
+        "lamb.py",
+        "add_decay(_direction(mean, var, s), w, decay_of(sums[0], s))",
+        {"no decay": "_direction(mean, var, s)"},
+    ),
+    ("lamb.py", "add_decay(_direction(mean, var, s), w, s.wd)", {"norm without decay": "_direction(mean, var, s)"}),
     ("lamb.py", "s.beta1 * mean", {"beta2 for beta1": "s.beta2 * mean"}),
     ("lamb.py", "s.beta2 * var", {"beta1 for beta2": "s.beta1 * var"}),
     ("lamb.py", "s.one_minus_beta1 * g", {"gradient not averaged": "g"}),
@@ -44,7 +49,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("lamb.py", "tl.where(weight_norm > s.upper_bound, s.upper_bound, weight_norm)", {"no upper bound": "weight_norm"}),
     (
         "lamb.py",
-        "(weight_norm == 0) | (direction_norm == 0)",
+        "is_plain | (weight_norm == 0) | (direction_norm == 0)",
         {"divides by zero": "weight_norm == 0", "zero weights stay zero": "direction_norm == 0"},
     ),
     ("lamb.py", "s.lr * trust_ratio(sums[0], sums[1], s).to(w.dtype)", {"no trust ratio": "s.lr"}),

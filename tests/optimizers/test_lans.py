@@ -37,12 +37,15 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("lans.py", "mean * s.mean_correction", {"mean not corrected": "mean"}),
     (
         "lans.py",
-        " + decay, div(g, root) + decay",
-        {"the mean's part not decayed": ", div(g, root) + decay", "the gradient's not": " + decay, div(g, root)"},
+        "add_decay(div(mean * s.mean_correction, root), w, wd), add_decay(div(g, root), w, wd)",
+        {
+            "the mean's part not decayed": "div(mean * s.mean_correction, root), add_decay(div(g, root), w, wd)",
+            "the gradient's not": "add_decay(div(mean * s.mean_correction, root), w, wd), div(g, root)",
+        },
     ),
     ("lans.py", "s.beta1 * mean +", {"beta2 for beta1": "s.beta2 * mean +"}),
     ("lans.py", "s.beta2 * var +", {"beta1 for beta2": "s.beta1 * var +"}),
-    ("lans.py", "_directions(w, unit, mean, var, s)", {"norm of another direction": "_directions(w, g, mean, var, s)"}),
+    ("lans.py", "_directions(w, unit,", {"norm of another direction": "_directions(w, g,"}),
     ("lans.py", "sums[1], sums[3], s)", {"one ratio for both": "sums[1], sums[2], s)"}),
     (
         "lans.py",

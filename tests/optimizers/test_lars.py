@@ -46,11 +46,11 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "lars.py",
-        "(clip(g, s.bound) + s.wd * w)",
+        "add_decay(clip(g, s.bound), w, s.wd)",
         {
-            "never clips": "(g + s.wd * w)",
+            "never clips": "add_decay(g, w, s.wd)",
             "no decay": "clip(g, s.bound)",
-            "decay is clipped": "clip(g + s.wd * w, s.bound)",
+            "decay is clipped": "clip(add_decay(g, w, s.wd), s.bound)",
         },
     ),
     ("lars.py", "return w - _scaled", {"ascends": "return w + _scaled"}),

@@ -33,12 +33,12 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "lion.py",
-        "w - s.lr * (direction + s.wd * w)",
+        "s.keep * w - s.lr * direction",
         {
-            "ascends": "w + s.lr * (direction - s.wd * w)",
+            "ascends": "s.keep * w + s.lr * direction",
             "no decay": "w - s.lr * direction",
-            "decay without learning rate": "w - s.lr * direction - s.wd * w",
-            "weights grow": "w - s.lr * (direction - s.wd * w)",
+            "decays the moved weight": "s.keep * (w - s.lr * direction)",
+            "weights grow": "(2 - s.keep) * w - s.lr * direction",
         },
     ),
     ("lion.py", ", (momentum,)\n", {"momentum is not kept": ", state\n"}),

@@ -18,13 +18,13 @@ LR, MOMENTUM, WD, WD_LH, CLIP, RESCALE = 0.1, 0.8, 0.3, 0.2, 0.4, -0.7
 MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     (
         "signum.py",
-        "w - s.decay * w - s.lr * sign(g)",
+        "s.keep * w - s.lr * sign(g)",
         {
-            "ascends": "w - s.decay * w + s.lr * sign(g)",
-            "no sign": "w - s.decay * w - s.lr * g",
+            "ascends": "s.keep * w + s.lr * sign(g)",
+            "no sign": "s.keep * w - s.lr * g",
             "no decay": "w - s.lr * sign(g)",
-            "weights grow": "w + s.decay * w - s.lr * sign(g)",
-            "learning rate twice": "w - s.lr * s.decay * w - s.lr * sign(g)",
+            "weights grow": "(2 - s.keep) * w - s.lr * sign(g)",
+            "learning rate twice": "(1 - s.lr * (1 - s.keep)) * w - s.lr * sign(g)",
         },
     ),
     (
@@ -39,13 +39,13 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "signum.py",
-        "w - s.decay * w + s.lr * sign(momentum), (momentum,)",
+        "s.keep * w + s.lr * sign(momentum), (momentum,)",
         {
-            "ascends": "w - s.decay * w - s.lr * sign(momentum), (momentum,)",
+            "ascends": "s.keep * w - s.lr * sign(momentum), (momentum,)",
             "no decay": "w + s.lr * sign(momentum), (momentum,)",
-            "no sign": "w - s.decay * w + s.lr * momentum, (momentum,)",
-            "the gradient's sign": "w - s.decay * w - s.lr * sign(g), (momentum,)",
-            "momentum is not kept": "w - s.decay * w + s.lr * sign(momentum), state",
+            "no sign": "s.keep * w + s.lr * momentum, (momentum,)",
+            "the gradient's sign": "s.keep * w - s.lr * sign(g), (momentum,)",
+            "momentum is not kept": "s.keep * w + s.lr * sign(momentum), state",
         },
     ),
     (

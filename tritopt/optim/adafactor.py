@@ -34,7 +34,8 @@ class Adafactor(Optimizer):
 
     eps1=None is the machine epsilon of the arithmetic (fp32, or fp64 for fp64 parameters); torch's is that of a 16-bit
     parameter, whose RMS it takes too. mean(R) and V are at least 2^-126, so that a zero gradient moves nothing where
-    eps1 is 0. Arguments and errors are torch's, and capturable and fused; options: `Options`.
+    eps1 is 0. Beside an infinite weight steps are infinite, as in torch. Arguments and errors are torch's, and
+    capturable and fused; options: `Options`.
     """
 
     rule = PaperAdafactor

@@ -32,9 +32,9 @@ class TorchAdam(MXNetAdamW):
     def scalars(self, lr: Any, wd: float, count: Any) -> AdamWScalars:
         """Multiplying divisor and rate by sqrt(1 - beta2^t) moves epsilon to the corrected root."""
         epsilon = self.epsilon * sqrt(1 - self.beta2**count)
-        decay = lr * wd if self.decoupled else 0.0
+        keep = 1 - lr * wd if self.decoupled else 1.0
         lr = bias_corrected(lr, self.beta1, self.beta2, count)
-        return AdamWScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, epsilon, decay)
+        return AdamWScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, epsilon, keep)
 
 
 class Adam(Optimizer):

@@ -19,8 +19,8 @@ class Ftrl(BeyondTorch):
         w_t = -sign(z_t) max(|z_t| - lambda1, 0) / ((beta + sqrt(n_t)) / lr + weight_decay)
 
     State: z and n, at least fp32. The weight follows from the states alone: one whose gradient has always been 0
-    becomes 0, also where a sparse gradient has no row. A learning rate of 0 leaves weight and states alone. Defaults
-    are MXNet's.
+    becomes 0, also where a sparse gradient has no row, and an infinite one NaN. A learning rate of 0 leaves weight and
+    states alone. Defaults are MXNet's.
 
     Args:
         params: as torch's.

@@ -17,11 +17,12 @@ class LAMB(BeyondTorch):
         m_t = beta1 m_{t-1} + (1 - beta1) grad
         v_t = beta2 v_{t-1} + (1 - beta2) grad^2
         u_t = (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps) + weight_decay w_{t-1}
-        r_t = min(max(|w_{t-1}|, lower_bound), upper_bound) / |u_t|, or 1 where a norm is 0
+        r_t = min(max(|w_{t-1}|, lower_bound), upper_bound) / |u_t|, or 1 where a norm is 0 or |w| infinite
         w_t = w_{t-1} - lr r_t u_t
 
-    |.| is the norm of a whole parameter, of its master if there is one. State: exp_avg (m), exp_avg_sq (v), at least
-    fp32. Defaults are those of apex's FusedLAMB, which also clips to a global norm of 1: pass max_grad_norm=1.0.
+    |.| is the norm of a whole parameter, of its master if there is one; where |w| is infinite, nothing decays. State:
+    exp_avg (m), exp_avg_sq (v), at least fp32. Defaults are those of apex's FusedLAMB, which also clips to a global
+    norm of 1: pass max_grad_norm=1.0.
 
     Args:
         params: as torch's.

@@ -22,9 +22,10 @@ class LANS(BeyondTorch):
         q_t = g_t / d_t + weight_decay w_{t-1}
         w_t = w_{t-1} - lr (beta1 r(p_t) p_t + (1 - beta1) r(q_t) q_t)
 
-    where r(x) = min(max(|w_{t-1}|, lower_bound), upper_bound) / |x|, or 1 where a norm is 0; |.| is the norm of a whole
-    parameter, of its master if there is one. State: exp_avg (m), exp_avg_sq (v), at least fp32. clip_value bounds the
-    elements of the normalised gradient. Defaults are those of `LAMB`.
+    where r(x) = min(max(|w_{t-1}|, lower_bound), upper_bound) / |x|, or 1 where a norm is 0 or |w| infinite; |.| is the
+    norm of a whole parameter, of its master if there is one; where |w| is infinite, nothing decays. State: exp_avg (m),
+    exp_avg_sq (v), at least fp32. clip_value bounds the elements of the normalised gradient. Defaults are those of
+    `LAMB`.
 
     Args:
         params: as torch's.

@@ -27,7 +27,8 @@ class TorchLARS(lars.LARS):
 class LARS(BeyondTorch):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, arXiv:1708.03888, algorithm 1).
 
-        r_t = trust_coefficient |w_{t-1}| / (|grad| + weight_decay |w_{t-1}| + eps), or 1 where a norm is 0
+        r_t = trust_coefficient |w_{t-1}| / (|grad| + weight_decay |w_{t-1}| + eps),
+              or 1 where a norm is 0 or |w| infinite
         m_t = momentum m_{t-1} - lr r_t (grad + weight_decay w_{t-1})
         w_t = w_{t-1} + m_t
 

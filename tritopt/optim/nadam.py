@@ -27,8 +27,8 @@ class TorchNAdamScalars(NamedTuple):
     mean_share: float
     grad_share: float
     var_correction: float
-    decay: float
-    """Share of the old weight that is taken off."""
+    keep: float
+    """Share of the old weight that stays."""
 
 
 class TorchNAdam(MXNetNadam):
@@ -70,15 +70,14 @@ class TorchNAdam(MXNetNadam):
             mean_share=next_mu / (1 - mu_product * next_mu),
             grad_share=(1 - mu) / (1 - mu_product),
             var_correction=1 / (1 - self.beta2**count),
-            decay=lr * wd if self.decoupled else 0.0,
+            keep=1 - lr * wd if self.decoupled else 1.0,
         )
 
     def reference(  # type: ignore[override]
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchNAdamScalars
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence of `NAdam` below."""
-        moved, state = super().reference(w, g, state, s)  # type: ignore[arg-type]
-        return moved - s.decay * w, state
+        return super().reference(s.keep * w, g, state, s)  # type: ignore[arg-type]
 
 
 class NAdam(Optimizer):

@@ -25,8 +25,8 @@ class TorchRAdamScalars(NamedTuple):
     one_minus_beta2: float
     epsilon: float
     adaptive: float
-    decay: float
-    """Share of the old weight that is taken off."""
+    keep: float
+    """Share of the old weight that stays."""
 
 
 class TorchRAdam(PaperRAdam):
@@ -46,14 +46,13 @@ class TorchRAdam(PaperRAdam):
 
     def scalars(self, lr: Any, wd: float, count: Any) -> TorchRAdamScalars:  # type: ignore[override]
         """The paper's, and the decay."""
-        return TorchRAdamScalars(*super().scalars(lr, wd, count), lr * wd if self.decoupled else 0.0)
+        return TorchRAdamScalars(*super().scalars(lr, wd, count), 1 - lr * wd if self.decoupled else 1.0)
 
     def reference(  # type: ignore[override]
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchRAdamScalars
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence of `RAdam` below."""
-        moved, state = super().reference(w, g, state, s)  # type: ignore[arg-type]
-        return moved - s.decay * w, state
+        return super().reference(s.keep * w, g, state, s)  # type: ignore[arg-type]
 
 
 class RAdam(Optimizer):

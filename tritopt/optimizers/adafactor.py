@@ -29,8 +29,8 @@ class AdafactorScalars(NamedTuple):
 
     rate: float
     """Relative step: min(lr, 1 / sqrt(t))."""
-    decay: float
-    """lr * wd."""
+    keep: float
+    """Share of the old weight that stays: 1 - lr wd."""
     beta2: float
     one_minus_beta2: float
     epsilon1: float
@@ -113,7 +113,7 @@ class Adafactor(Optimizer):
         """1 - beta_t is a power of t and needs no subtraction."""
         return AdafactorScalars(
             rate=minimum(lr, 1 / scalar_sqrt(count)),
-            decay=lr * wd,
+            keep=1 - lr * wd,
             beta2=1 - count**self.beta2_decay,
             one_minus_beta2=count**self.beta2_decay,
             epsilon1=-1.0 if self.epsilon1 is None else self.epsilon1,
@@ -139,7 +139,7 @@ class Adafactor(Optimizer):
             var = row_var / _mean(row_var, -2).clamp(min=max(epsilon1, TINY)) * col_var
         u = g / sqrt(var.clamp(min=max(epsilon1**2, TINY)))
         size, excess = _rms(w).clamp(min=s.epsilon2), (_rms(u) / s.clip_threshold).clamp(min=1.0)
-        return w - s.decay * w - (s.rate * size / excess).to(w.dtype) * u, (row_var, col_var)
+        return s.keep * w - (s.rate * size / excess).to(w.dtype) * u, (row_var, col_var)
 
 
 def _mean(x: torch.Tensor, dim: int) -> torch.Tensor:

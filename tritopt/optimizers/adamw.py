@@ -25,8 +25,8 @@ class AdamWScalars(NamedTuple):
     beta2: float
     one_minus_beta2: float
     epsilon: float
-    decay: float
-    """Share of the old weight that is taken off."""
+    keep: float
+    """Share of the old weight that stays. A factor, which leaves an infinite weight infinite."""
 
 
 @register
@@ -98,7 +98,7 @@ class AdamW(Optimizer):
         """Bias corrections folded into the learning rate, and with it into the decay."""
         if self.correct_bias:
             lr = bias_corrected(lr, self.beta1, self.beta2, count)
-        return AdamWScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon, lr * wd)
+        return AdamWScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon, 1 - lr * wd)
 
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamWScalars
@@ -110,4 +110,4 @@ class AdamW(Optimizer):
         if largest:
             largest = [torch.maximum(largest[0], var)]
         root = sqrt(largest[0] if largest else var)
-        return w - s.lr * (mean / (root + s.epsilon)) - s.decay * w, (mean, var, *largest)
+        return s.keep * w - s.lr * (mean / (root + s.epsilon)), (mean, var, *largest)

@@ -87,7 +87,9 @@ class DCASGD(Optimizer):
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         *momentum, previous = state
-        compensated = g + s.lamda * (g * g) * (w - previous)
+        moved = w - previous
+        # An infinite weight has not moved, though infinity minus infinity is NaN.
+        compensated = g + s.lamda * (g * g) * torch.where(moved.isfinite(), moved, 0.0)
         previous = w.clone()  # w may be the weight itself, which is written first
         if not self.momentum:
             return w - s.lr * compensated, (previous,)

@@ -35,8 +35,8 @@ class Ftrl(Optimizer):
 
     g_t is the gradient after rescaling and clipping. States: z and n, the (master) weight's shape, at least fp32, zero
     at first. wd is the paper's lambda_2, lr its alpha. The weight is exactly 0 while |z_t| <= lamda1. It follows from
-    the states alone: with fresh ones, a weight whose gradient is 0 or that is in no row of a sparse gradient becomes 0.
-    A learning rate of 0 leaves weight and states alone.
+    the states alone: with fresh ones, a weight whose gradient is 0 or that is in no row of a sparse gradient becomes 0,
+    and an infinite one NaN. A learning rate of 0 leaves weight and states alone.
 
     Differs from MXNet's: `lazy_update` is asked for by name, where MXNet goes by the weight's storage type.
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt import validate
-from tritopt.exact import sqrt, trust_ratio
+from tritopt.exact import decay_of, sqrt, trust_ratio
 from tritopt.kernels.lamb import lamb_moments, lamb_update
+from tritopt.kernels.preambles import add_decay_twin
 from tritopt.optimizer import Optimizer, Stored, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
@@ -42,11 +43,12 @@ class LAMB(Optimizer):
         m_t = beta1 m_{t-1} + (1 - beta1) g_t
         v_t = beta2 v_{t-1} + (1 - beta2) g_t^2
         u_t = (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + epsilon) + wd w_{t-1}
-        r_t = min(max(|w_{t-1}|, lower_bound), upper_bound) / |u_t|, or 1 where a norm is 0
+        r_t = min(max(|w_{t-1}|, lower_bound), upper_bound) / |u_t|, or 1 where a norm is 0 or |w| infinite
         w_t = w_{t-1} - lr r_t u_t
 
     g_t is the gradient after rescaling and clipping; |.| is the Euclidean norm of a whole tensor, of the master if
-    there is one. States: m and v, the weight's shape, at least fp32, zero at first. Two launches.
+    there is one; where |w| is infinite, nothing decays. States: m and v, the weight's shape, at least fp32, zero at
+    first. Two launches.
 
     Differs from MXNet's: each step counts once and the master is written also without aggregation; bounds <= 0 are off;
     any number of tensors.
@@ -112,11 +114,11 @@ class LAMB(Optimizer):
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence above. u is computed again, from the moments as they are stored."""
 
-        def direction(mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
-            return mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon) + s.wd * w
+        def direction(mean: torch.Tensor, var: torch.Tensor, wd: float) -> torch.Tensor:
+            return add_decay_twin(mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon), w, wd)
 
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
-        step = s.lr * trust_ratio(w, direction(mean, var), s.lower_bound, s.upper_bound)
-        return w - step * direction(*stored((mean, var))), (mean, var)
+        step = s.lr * trust_ratio(w, direction(mean, var, s.wd), s.lower_bound, s.upper_bound)
+        return w - step * direction(*stored((mean, var)), decay_of(w, s.wd)), (mean, var)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt import validate
-from tritopt.exact import norm, sqrt, trust_ratio
+from tritopt.exact import decay_of, norm, sqrt, trust_ratio
 from tritopt.kernels.lans import lans_gradient, lans_moments, lans_update
+from tritopt.kernels.preambles import add_decay_twin
 from tritopt.optimizer import Optimizer, Stored, Values
 from tritopt.phases import Apply
 from tritopt.registry import register
@@ -49,10 +50,10 @@ class LANS(Optimizer):
         q_t = g_t / d_t + wd w_{t-1}
         w_t = w_{t-1} - lr (beta1 r(p_t) p_t + (1 - beta1) r(q_t) q_t)
 
-    where r(x) = min(max(|w_{t-1}|, lower_bound), upper_bound) / |x|, or 1 where a norm is 0. |.| is the Euclidean norm
-    of a whole tensor, of the master if there is one. Of rescale_grad only the sign matters, and clip_gradient bounds
-    the elements of the normalised gradient (the paper has no clip). States: m and v, the weight's shape, at least
-    fp32, zero at first. Three launches.
+    where r(x) = min(max(|w_{t-1}|, lower_bound), upper_bound) / |x|, or 1 where a norm is 0 or |w| infinite. |.| is the
+    Euclidean norm of a whole tensor, of the master if there is one; where |w| is infinite, nothing decays. Of
+    rescale_grad only the sign matters, and clip_gradient bounds the elements of the normalised gradient (the paper has
+    no clip). States: m and v, the weight's shape, at least fp32, zero at first. Three launches.
 
     Differs from MXNet's: a zero gradient is not divided by its norm; `step` is as fused; norms are the master's.
 
@@ -122,17 +123,17 @@ class LANS(Optimizer):
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence above. The directions are computed again, from the moments as they are stored."""
 
-        def directions(mean: torch.Tensor, var: torch.Tensor) -> Values:
+        def directions(mean: torch.Tensor, var: torch.Tensor, wd: float) -> Values:
             root = sqrt(var * s.var_correction) + s.epsilon
-            decay = s.wd * w
-            return mean * s.mean_correction / root + decay, g / root + decay
+            return tuple(add_decay_twin(x, w, wd) for x in (mean * s.mean_correction / root, g / root))
 
         grad_norm = norm(g)
         g = (g / torch.where(grad_norm == 0, 1.0, grad_norm).to(g.dtype)).clamp(-s.bound, s.bound)
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
-        mean_ratio, grad_ratio = (trust_ratio(w, d, s.lower_bound, s.upper_bound) for d in directions(mean, var))
+        by_both = directions(mean, var, s.wd)
+        mean_ratio, grad_ratio = (trust_ratio(w, d, s.lower_bound, s.upper_bound) for d in by_both)
         mean_step, grad_step = s.lr * s.beta1 * mean_ratio, s.lr * s.one_minus_beta1 * grad_ratio
-        by_mean, by_grad = directions(*stored((mean, var)))
+        by_mean, by_grad = directions(*stored((mean, var)), decay_of(w, s.wd))
         return w - (mean_step * by_mean + grad_step * by_grad), (mean, var)

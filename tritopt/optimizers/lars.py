@@ -12,6 +12,7 @@ from tritopt import validate
 from tritopt.exact import norm
 from tritopt.fused import Task, compute_dtype
 from tritopt.kernels.lars import lars_momentum_update, lars_norms, lars_update
+from tritopt.kernels.preambles import add_decay_twin
 from tritopt.optimizer import State, Values
 from tritopt.optimizers.sgd import SGD
 from tritopt.phases import Apply
@@ -40,7 +41,7 @@ class LARSScalars(NamedTuple):
 class LARS(SGD):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, arXiv:1708.03888, algorithm 1).
 
-        r_t = eta |w_{t-1}| / (|rescale_grad grad_t| + wd |w_{t-1}| + epsilon), or 1 where a norm is 0
+        r_t = eta |w_{t-1}| / (|rescale_grad grad_t| + wd |w_{t-1}| + epsilon), or 1 where a norm is 0 or |w| infinite
         momentum == 0:  w_t = w_{t-1} - lr r_t g_t
         otherwise:      m_t = momentum m_{t-1} - lr r_t g_t
                         w_t = w_{t-1} + m_t
@@ -111,9 +112,9 @@ class LARS(SGD):
         trust_ratio = s.eta * weight_norm / (grad_norm + s.wd * weight_norm + s.epsilon)
         if not s.is_layer_wise:
             trust_ratio = torch.ones_like(trust_ratio)
-        trust_ratio = torch.where((weight_norm == 0) | (grad_norm == 0), 1.0, trust_ratio)
+        trust_ratio = torch.where((weight_norm == 0) | weight_norm.isinf() | (grad_norm == 0), 1.0, trust_ratio)
         bound = s.bound if s.bound <= torch.finfo(g.dtype).max else math.inf
-        scaled = s.lr * trust_ratio.to(w.dtype) * (g.clamp(-bound, bound) + s.wd * w)
+        scaled = s.lr * trust_ratio.to(w.dtype) * add_decay_twin(g.clamp(-bound, bound), w, s.wd)
         if not self.momentum:
             return w - scaled, ()
         (momentum,) = state

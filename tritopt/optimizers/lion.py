@@ -22,7 +22,8 @@ class LionScalars(NamedTuple):
     one_minus_beta1: float
     beta2: float
     one_minus_beta2: float
-    wd: float
+    keep: float
+    """Share of the old weight that stays."""
 
 
 @register
@@ -67,11 +68,11 @@ class Lion(Optimizer):
 
     def scalars(self, lr: float, wd: float, count: int) -> LionScalars:
         """Constant but for learning rate and decay."""
-        return LionScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, wd)
+        return LionScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, 1 - lr * wd)
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LionScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         (momentum,) = state
         direction = sign(s.beta1 * momentum + s.one_minus_beta1 * g)
         momentum = s.beta2 * momentum + s.one_minus_beta2 * g
-        return w - s.lr * (direction + s.wd * w), (momentum,)
+        return s.keep * w - s.lr * direction, (momentum,)

@@ -18,8 +18,8 @@ class SignumScalars(NamedTuple):
     """What the update reads besides tensors."""
 
     lr: float
-    decay: float
-    """Share of the old weight that is taken off."""
+    keep: float
+    """Share of the old weight that stays."""
     momentum: float
     one_minus_momentum: float
 
@@ -81,14 +81,14 @@ class Signum(Optimizer):
     def scalars(self, lr: float, wd: float, count: int) -> SignumScalars:
         """Decay per step: with momentum wd is in the gradient."""
         decay = lr * (self.wd_lh if self.momentum else wd + self.wd_lh)
-        return SignumScalars(lr, decay, self.momentum, 1 - self.momentum)
+        return SignumScalars(lr, 1 - decay, self.momentum, 1 - self.momentum)
 
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SignumScalars
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         if not self.momentum:
-            return w - s.decay * w - s.lr * sign(g), ()
+            return s.keep * w - s.lr * sign(g), ()
         (momentum,) = state
         momentum = s.momentum * momentum - s.one_minus_momentum * g
-        return w - s.decay * w + s.lr * sign(momentum), (momentum,)
+        return s.keep * w + s.lr * sign(momentum), (momentum,)
