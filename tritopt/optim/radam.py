@@ -73,6 +73,7 @@ class RAdam(Optimizer):
     """
 
     rule = TorchRAdam
+    torch_class = torch.optim.RAdam
     arguments: ClassVar = {
         "betas": ("beta1", "beta2"),
         "eps": "epsilon",
@@ -97,7 +98,7 @@ class RAdam(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = torch_defaults(
-            torch.optim.RAdam,
+            RAdam.torch_class,
             lr=lr,
             betas=betas,
             eps=eps,
