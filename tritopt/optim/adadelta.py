@@ -35,6 +35,7 @@ class Adadelta(Optimizer):
     """
 
     rule = TorchAdadelta
+    torch_class = torch.optim.Adadelta
     arguments: ClassVar = {"rho": "rho", "eps": "epsilon"}
     state_keys: ClassVar = {"acc_g": "square_avg"}
     sparse_error = "Adadelta does not support sparse gradients"
@@ -55,7 +56,7 @@ class Adadelta(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = torch_defaults(
-            torch.optim.Adadelta,
+            Adadelta.torch_class,
             lr=lr,
             rho=rho,
             eps=eps,

@@ -39,6 +39,7 @@ class Adafactor(Optimizer):
     """
 
     rule = PaperAdafactor
+    torch_class = torch.optim.Adafactor
     arguments: ClassVar = {"beta2_decay": "beta2_decay", "eps": ("epsilon1", "epsilon2"), "d": "clip_threshold"}
     sparse_error = "Adafactor does not support sparse gradients"
 
@@ -58,7 +59,7 @@ class Adafactor(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = torch_defaults(
-            torch.optim.Adafactor,
+            Adafactor.torch_class,
             lr=lr,
             beta2_decay=beta2_decay,
             eps=eps,

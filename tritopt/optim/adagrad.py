@@ -48,6 +48,7 @@ class Adagrad(Optimizer):
     """
 
     rule = TorchAdagrad
+    torch_class = torch.optim.Adagrad
     arguments: ClassVar = {"lr_decay": "lr_decay", "eps": "epsilon", "initial_accumulator_value": "initial"}
     state_keys: ClassVar = {"history": "sum"}
 
@@ -68,7 +69,7 @@ class Adagrad(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = torch_defaults(
-            torch.optim.Adagrad,
+            Adagrad.torch_class,
             lr=lr,
             lr_decay=lr_decay,
             weight_decay=weight_decay,

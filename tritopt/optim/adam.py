@@ -50,6 +50,7 @@ class Adam(Optimizer):
     """
 
     rule = TorchAdam
+    torch_class = torch.optim.Adam
     arguments: ClassVar = {
         "betas": ("beta1", "beta2"),
         "eps": "epsilon",
@@ -76,7 +77,7 @@ class Adam(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = torch_defaults(
-            torch.optim.Adam,
+            Adam.torch_class,
             lr=lr,
             betas=betas,
             eps=eps,
@@ -102,6 +103,8 @@ class AdamW(Adam):
     With amsgrad the root is that of the largest v so far. State: exp_avg (m), exp_avg_sq (v), max_exp_avg_sq with
     amsgrad. Arguments and errors are torch's; options: `Options`.
     """
+
+    torch_class = torch.optim.AdamW
 
     def __init__(
         self,

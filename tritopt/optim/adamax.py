@@ -44,6 +44,7 @@ class Adamax(Optimizer):
     """
 
     rule = TorchAdamax
+    torch_class = torch.optim.Adamax
     state_keys: ClassVar = {"mean": "exp_avg", "norm": "exp_inf"}
     sparse_error = "Adamax does not support sparse gradients"
 
@@ -63,7 +64,7 @@ class Adamax(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = torch_defaults(
-            torch.optim.Adamax,
+            Adamax.torch_class,
             lr=lr,
             betas=betas,
             eps=eps,

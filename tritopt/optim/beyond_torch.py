@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from tritopt.optim.defaults import adam_defaults, torch_defaults
+from tritopt.optim.defaults import check_kind, torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
 
 Rate: TypeAlias = float | torch.Tensor
 Betas: TypeAlias = tuple[float | torch.Tensor, float | torch.Tensor]
+_ADAMW, _SGD = torch.optim.AdamW, torch.optim.SGD
 
 
 class How(NamedTuple):
@@ -34,12 +36,19 @@ class BeyondTorch(Optimizer):
     """
 
     def __init__(self, params: Params, how: How, options: Options, lr: Rate, weight_decay: float, **own: Any) -> None:
-        betas, n_betas = own.get("betas", (0.0, 0.0)), len(self.arguments.get("betas", "12"))
-        if not isinstance(betas, list | tuple) or len(betas) != n_betas:
-            raise ValueError(f"betas={betas!r} must be {n_betas} numbers")
-        adam_defaults(lr, tuple(betas[:2]), own.get("eps", 0.0), weight_decay, **how._asdict())
-        for i, beta in enumerate(betas[2:], 2):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        torch_defaults(torch.optim.SGD, momentum=own.get("momentum", 0.0))
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own, **how._asdict()}, options)
+        values = {"lr": lr, "weight_decay": weight_decay, **own}
+        self.check_values({**values, **how._asdict()})
+        super().__init__(params, {**values, **how._asdict()}, options)
+
+    def check_values(self, values: Mapping[str, Any]) -> None:
+        """In the words of torch's AdamW and SGD, which take them."""
+        known = {name: values[name] for name in ("lr", "eps", "weight_decay", *How._fields) if name in values}
+        if "betas" in values:
+            betas = values["betas"]
+            check_kind("betas", betas, (0.0,) * len(self.arguments["betas"]))
+            known["betas"] = tuple(betas[:2])
+            for i, beta in enumerate(betas[2:], 2):
+                if not 0.0 <= beta < 1.0:
+                    raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        torch_defaults(_ADAMW, **known)
+        torch_defaults(_SGD, momentum=values.get("momentum", 0.0))

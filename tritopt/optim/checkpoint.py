@@ -13,7 +13,9 @@ import torch
 
 from tritopt.kernels.formats import MASTERS, PLAIN, Format
 from tritopt.kernels.state_formats import STATE_FORMATS, scales_shape
-from tritopt.optim.distributed import laid_out, like, local
+from tritopt.optim.defaults import HOW
+from tritopt.optim.distributed import laid_out, like, local, version
+from tritopt.optim.origin import is_foreign_key, known_states, savers_of, states_of_class, stranger
 from tritopt.random import lies_like
 from tritopt.states import stored
 from tritopt.warning import warn
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 _ENDING = re.compile(r"_(fp16|int8|fp8)(_scale)?$")
 COMPANIONS = {fmt.companion for fmt in MASTERS.values() if fmt.companion}
-# These say how to compute and to store, not what.
-HOW = ("fused", "foreach", "capturable", "differentiable", "multi_precision", "master", "state_dtype")
 
 
 class Expected(NamedTuple):
@@ -48,15 +48,21 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         raise ValueError(
             "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
         )
-    merged = [_merged(group, saved, opt.defaults) for group, saved in zip(groups, saved_groups, strict=True)]
+    merged = [_merged(group, saved, opt) for group, saved in zip(groups, saved_groups, strict=True)]
+    state_of = {key: _given(values) for key, values in state_dict["state"].items()}
+    found = {_name_of_state(name) for values in state_of.values() if isinstance(values, dict) for name in values}
+    warning = stranger(opt, saved_groups, found - COMPANIONS)
     for group in merged:
-        opt.rule_of(group)  # raises where hyperparameters are out of range
+        try:
+            opt.check_group(group)
+        except ValueError as error:
+            raise ValueError(f"loaded state dict: {error}" + (f"; {warning[0]}" if warning else "")) from error
     saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     owners = ((param, group) for group in merged for param in group["params"])
     owner_of = dict(zip(saved_ids, owners, strict=True))
     state: defaultdict[Any, Any] = defaultdict(dict)
     without_master = []
-    for key, values in state_dict["state"].items():
+    for key, values in state_of.items():
         if key not in owner_of:
             state[key] = values
             continue
@@ -64,16 +70,19 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         expected = opt.expected_states(param, group)
         for name in ("step", *opt.rule.scalar_states):
             _check_number(key, name, values.get(name, 0.0))
-        _check_kind(key, values, expected, opt)
+        _check_states(key, values, expected, opt)
+        values = _without_stale_companion(opt, param, values)
         formats, kinds = opt.state_formats_of(param, group), opt.state_kinds_of(param, group)
         known = {**_other_forms(param, kinds), **expected}
         loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
-        state[param] = {name: value for name, value in loaded.items() if value is not None}
+        state[param] = loaded
         # A state that is empty is filled at the first gradient.
-        if state[param] and not take_companion(param, state[param], opt.format_of(param, group)):
+        if loaded and not take_companion(param, loaded, opt.format_of(param, group)):
             without_master.append(key)
         take_states(param, state[param], formats, kinds, expected)
         opt.complete_loaded_state(state[param])
+    if warning:
+        warn(": ".join(warning))
     if without_master:
         warn(
             f"the checkpoint has no master for {len(without_master)} fp16 or bf16 parameters: their masters start from "
@@ -82,6 +91,30 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
     opt.__setstate__({"state": state, "param_groups": merged})
     for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
         post_hook(opt)
+
+
+def versions(opt: Optimizer) -> dict[int, tuple[int, ...]]:
+    """Versions of all state tensors by `id`, which writing to one in place changes."""
+    states = [values for values in opt.state.values() if isinstance(values, dict)]
+    return {id(value): version(value) for values in states for value in values.values() if _is_many(value)}
+
+
+def _without_stale_companion(opt: Optimizer, param: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:
+    """The states of a parameter, less a companion that was not loaded with them.
+
+    torch.distributed.checkpoint loads into the tensors of `state_dict`. Those that a checkpoint lacks stay as they are
+    with allow_partial_load, and then belong to weights that are gone.
+    """
+    live = opt.state.get(param, {})
+
+    def is_loaded(name: str) -> bool:
+        value = values[name]
+        return value is not live.get(name) or opt._handed_out.get(id(value), version(value)) != version(value)
+
+    others = [name for name, value in values.items() if _is_many(value) and name not in COMPANIONS]
+    # Where there is nothing beside it, nothing tells.
+    stale = {name for name in COMPANIONS & values.keys() if not is_loaded(name) and any(map(is_loaded, others))}
+    return {name: value for name, value in values.items() if name not in stale}
 
 
 def take_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> bool:
@@ -150,11 +183,25 @@ def expected_planes(name: str, fmt: Format, shape: tuple[int, ...], plain: torch
     return {key: Expected(shape, dtype, per_block) for key, shape, dtype, per_block in found}
 
 
-def _merged(group: dict[str, Any], saved: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved group, with our parameters and our ways to compute."""
+def _merged(group: dict[str, Any], saved: dict[str, Any], opt: Optimizer) -> dict[str, Any]:
+    """The saved group, with our parameters and our ways to compute. What it lacks stays as it is."""
+    ours = {name: group.get(name, default) for name, default in opt.defaults.items()}
+    theirs = {name: value for name, value in saved.items() if name not in HOW and not is_foreign_key(opt, name)}
     kept = {name: group[name] for name in HOW if name in group}
     names = {} if "param_names" in saved or "param_names" not in group else {"param_names": group["param_names"]}
-    return {**defaults, **saved, **kept, **names, "params": group["params"]}
+    return {**ours, **theirs, **kept, **names, "params": group["params"]}
+
+
+def _given(values: Any) -> Any:
+    """States without those that are not there: torch has None, and an empty dict once it has unflattened a state."""
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if value is not None and value != {}}
+
+
+def _is_many(value: Any) -> bool:
+    """Whether it is a tensor of more than a number."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapping[str, Expected]) -> Any:
@@ -196,14 +243,34 @@ def _name_of_state(key: str) -> str:
     return _ENDING.sub("", key)
 
 
-def _check_kind(key: Any, values: Mapping[str, Any], expected: Mapping[str, Expected], opt: Optimizer) -> None:
-    found = {name for name, value in values.items() if isinstance(value, torch.Tensor) and value.dim() > 0} - COMPANIONS
-    found, needed = set(map(_name_of_state, found)), set(map(_name_of_state, set(expected) - COMPANIONS))
-    if found and needed and not found & needed:
+def _check_states(key: Any, values: Mapping[str, Any], expected: Mapping[str, Expected], opt: Optimizer) -> None:
+    """ValueError for states of another optimizer, and for some that lack others."""
+    numbers = {"step", *opt.rule.scalar_states}
+    found = {_name_of_state(name) for name in values} - COMPANIONS
+    if not found:
+        return
+    needed = (set(map(_name_of_state, expected)) | numbers) - COMPANIONS
+    own = states_of_class(type(opt))
+    # What users keep beside is no optimizer's, and none of ours.
+    foreign = (found - own) & known_states() if found & own else found
+    missing = needed - found - opt.may_lack
+    if not missing:  # and of each state all planes, where it has several
+        codes = {name.removesuffix("_scale") for name in values if _ENDING.search(name) and _name_of_state(name) in own}
+        missing = {plane for name in codes for plane in (name, f"{name}_scale")} - values.keys()
+    if not foreign and not missing:
+        return
+    savers = [name for name in savers_of(found) if name != type(opt).__name__]
+    whose = "another optimizer's" + (f", such as {' or '.join(savers)}" if savers else "")
+    has = f"loaded state dict: parameter {key!r} has {', '.join(sorted(values))}"
+    if foreign:
         raise ValueError(
-            f"loaded state dict: parameter {key!r} has {', '.join(sorted(found))}, and {type(opt).__name__} keeps "
-            f"{', '.join(sorted(needed))}: it is another optimizer's"
+            f"{has}, and {type(opt).__name__} keeps {', '.join(sorted(needed))}: the checkpoint is {whose}; load it into "
+            "that one"
         )
+    raise ValueError(
+        f"{has} without {', '.join(sorted(missing))}, which {type(opt).__name__} keeps beside: the checkpoint is incomplete"
+        + (f", or {whose}" if not needed & found - {"step"} or needed - found else "")
+    )
 
 
 def _check_number(key: Any, name: str, value: Any) -> None:

@@ -2,20 +2,82 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
+
+HOW = ("fused", "foreach", "capturable", "differentiable", "multi_precision", "master", "state_dtype")
+"""Keys of a param_group that say how to compute and to store, not what."""
+_SYNONYMS = {
+    "max_grad_norm": ("max_norm", "clip_norm", "clip_grad", "clip_grad_norm", "grad_clip", "grad_clip_norm",
+                      "grad_norm", "gradient_clip", "gradient_clip_val", "gradient_clipping", "global_clipnorm"),
+    "clip_value": ("clip_gradient", "clip_grad_value", "clipvalue", "grad_clip_value"),
+    "weight_decay": ("wd", "decay", "l2"),
+    "lr": ("learning_rate", "alpha", "eta"),
+    "eps": ("epsilon",),
+    "betas": ("beta1", "beta2", "b1", "b2"),
+    "multi_precision": ("mixed_precision", "master_weights", "use_master_weights"),
+    "state_dtype": ("optim_bits", "state_bits", "state_precision"),
+    "rounding_seed": ("seed",),
+}  # fmt: skip
+MEANT = {word: name for name, words in _SYNONYMS.items() for word in words}
+"""Our word for what other libraries call otherwise."""
 
 
 def torch_defaults(torch_class: type[torch.optim.Optimizer], **arguments: Any) -> dict[str, Any]:
-    """The defaults of torch's optimizer for these arguments; raises what it raises."""
-    defaults: dict[str, Any] = torch_class([torch.zeros(())], **arguments).defaults
+    """The defaults of torch's optimizer for these arguments; raises what it raises.
+
+    ValueError also for values of another kind than its constructor's own, which torch takes ("no" is true) or stumbles
+    over.
+    """
+    kinds = arguments_of(torch_class)
+    for name, value in arguments.items():
+        check_kind(name, value, kinds[name])
+    dummy = torch.zeros((), dtype=torch.float32, device="cpu")
+    defaults: dict[str, Any] = torch_class([dummy], **arguments).defaults
     return defaults
 
 
-def adam_defaults(lr: Any, betas: Any, eps: Any, weight_decay: Any, **how: Any) -> dict[str, Any]:
-    """For optimizers that torch lacks and that take these, checked as torch's AdamW checks them."""
-    checked = torch_defaults(torch.optim.AdamW, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **how)
-    del checked["amsgrad"]
-    checked.pop("decoupled_weight_decay", None)
-    return checked
+@cache
+def arguments_of(cls: type[torch.optim.Optimizer]) -> Mapping[str, Any]:
+    """Names of a constructor's optional arguments, its bases' included, and what they are by default."""
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        init = vars(base).get("__init__")
+        parameters = inspect.signature(init).parameters if inspect.isfunction(init) else {}
+        for name, parameter in parameters.items():
+            if parameter.default is not parameter.empty:
+                found.setdefault(name, parameter.default)
+    return MappingProxyType(found)
+
+
+def check_kind(name: str, value: Any, like: Any) -> None:
+    """ValueError unless a hyperparameter is of the kind of a default: a bool, a number, or as many numbers."""
+    if isinstance(like, bool):
+        check_flag(name, value)
+    elif isinstance(like, tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(like):
+            raise ValueError(f"{name}={value!r} must be {len(like)} numbers")
+        for one, its in zip(value, like, strict=True):
+            if not (one is None and its is None):
+                _check_number(name, value, one)
+    elif isinstance(like, Real):
+        _check_number(name, value, value)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """ValueError unless `value` is true or false: a configuration file's "False" is true."""
+    if not isinstance(value, Real | np.bool_) or value not in (0, 1):
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def _check_number(name: str, value: Any, one: Any) -> None:
+    is_scalar = isinstance(one, torch.Tensor) and not one.is_complex() and (one.numel() == 1 or name == "lr")
+    if not isinstance(one, Real) and not is_scalar:  # what torch itself says of a learning rate with more elements
+        raise ValueError(f"{name}={value!r} must be a number" + ("" if one is value else f", and not {one!r}"))

@@ -91,12 +91,15 @@ class Hypers:
         for i in moved:
             group = self.groups[i]
             values, before = _items(group), self._values[i]
-            lr, at = group["lr"], 2 * list(group).index("lr") + 1
-            if type(lr) is not float or len(values) != len(before) or type(before[at]) is not float:
+            lr = group.get("lr")
+            if type(lr) is not float or not 0.0 <= lr < math.inf or len(values) != len(before):
+                return False
+            at = 2 * list(group).index("lr") + 1
+            if type(before[at]) is not float:
                 return False
             if not all(map(is_, values[:at], before[:at])) or not all(map(is_, values[at + 1 :], before[at + 1 :])):
                 return False
-            taken.append((i, values, lr if math.isfinite(lr) else validate.finite("lr", lr)))
+            taken.append((i, values, lr))
         for i, values, lr in taken:
             self._values[i] = values
             old = self._hypers[i]
@@ -133,10 +136,10 @@ def _agree(a: Hyper, b: Hyper) -> bool:
 
 
 def _hyper(opt: Optimizer, group: dict[str, Any]) -> Hyper:
+    opt.check_group(group)
     rule = opt.rule_of(group)
     bound = validate.bound_or(group["clip_value"], math.inf) if rule.clips else math.inf
-    decay = validate.finite("weight_decay", float(group.get("weight_decay", 0.0)))
-    common = (-1.0 if group.get("maximize") else 1.0, bound, decay)
+    common = (-1.0 if group.get("maximize") else 1.0, bound, float(group.get("weight_decay", 0.0)))
     choice = group["state_dtype"]
     way = (
         *map(group.get, ("fused", "differentiable", "multi_precision", "master")),

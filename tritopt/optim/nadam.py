@@ -96,6 +96,7 @@ class NAdam(Optimizer):
     """
 
     rule = TorchNAdam
+    torch_class = torch.optim.NAdam
     arguments: ClassVar = {
         "betas": ("beta1", "beta2"),
         "eps": "epsilon",
@@ -122,7 +123,7 @@ class NAdam(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = torch_defaults(
-            torch.optim.NAdam,
+            NAdam.torch_class,
             lr=lr,
             betas=betas,
             eps=eps,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from numbers import Real
+from operator import is_
 from typing import Any, ClassVar, TypeAlias, TypedDict
 
 import torch
@@ -13,12 +16,14 @@ from tritopt.kernels.formats import MASTERS, PLAIN, Format
 from tritopt.kernels.state_formats import BLOCK
 from tritopt.optim import checkpoint
 from tritopt.optim.checkpoint import Expected, keys_of
+from tritopt.optim.defaults import HOW, MEANT, arguments_of, check_flag, torch_defaults
 from tritopt.optim.distributed import like, local, takes_blocks
-from tritopt.optim.members import Only
+from tritopt.optim.members import Only, lives_on_device
 from tritopt.optim.observed import observed
 from tritopt.optim.step import Stepper
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.phases import Apply
+from tritopt.registry import did_you_mean
 from tritopt.states import FP32, checked, formats_of
 from tritopt.telemetry import Telemetry
 
@@ -84,6 +89,8 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[type[Rule]]
+    torch_class: ClassVar[Any] = None
+    """torch's of the same name, kept at import: frameworks are patched by assigning ours to its name."""
     arguments: ClassVar[Mapping[str, str | tuple[str, ...]]] = {"betas": ("beta1", "beta2"), "eps": "epsilon"}
     """What the rule calls a key of a param_group."""
     state_keys: ClassVar[Mapping[str, str]] = {
@@ -93,6 +100,8 @@ class Optimizer(torch.optim.Optimizer):
         "momentum": "momentum_buffer",
     }
     """torch's name for a state of the rule; others keep their own."""
+    may_lack: ClassVar[frozenset[str]] = frozenset()
+    """States that checkpoints of torch's class do not have, or not before a first gradient."""
     sparse_error: ClassVar[str | None] = None
     """torch's message, where it refuses sparse gradients; others are taken as dense ones with zero rows."""
 
@@ -101,9 +110,12 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any], options: Options) -> None:
         unknown = sorted(set(options) - set(Options.__annotations__))
         if unknown:
+            known = [*Options.__annotations__, *arguments_of(type(self))]
+            meant = MEANT.get(unknown[0].lower())
+            hint = f"; did you mean {meant!r}?" if meant in known else did_you_mean(unknown[0], known)
             raise TypeError(
-                f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}; beside torch's there are "
-                + ", ".join(Options.__annotations__)
+                f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}{hint} beside torch's there "
+                "are " + ", ".join(Options.__annotations__)
             )
         if defaults.get("fused") and defaults.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
@@ -115,11 +127,8 @@ class Optimizer(torch.optim.Optimizer):
         self.rounding_seed = validate.count("rounding_seed", options.get("rounding_seed", 0))
         self.track = validate.boolean("track", options.get("track", False))
         self._forget()
-        master = options.get("master", "fp32")
-        if master is not None and master not in MASTERS:
-            raise ValueError(f"master={master!r} must be one of {', '.join(map(repr, MASTERS))}, or None")
         ours = {
-            "master": master,
+            "master": checked_master(options.get("master", "fp32")),
             "state_dtype": checked(options.get("state_dtype")),
             "clip_value": options.get("clip_value"),
             "multi_precision": validate.boolean("multi_precision", options.get("multi_precision", True)),
@@ -129,6 +138,10 @@ class Optimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Start without what is derived from parameters and states."""
         self._rules: dict[Hashable, Rule] = {}
+        self._checked: dict[int, tuple[Any, ...]] = {}
+        """Keys and values of param_groups when they were last found right, by `id` of the group."""
+        self._handed_out: dict[int, tuple[int, ...]] = {}
+        """Versions of state tensors when `state_dict` was last called, if there was no step since."""
         self._stepper = Stepper({"step": 0.0, **self.rule.scalar_states})
 
     @property
@@ -159,11 +172,13 @@ class Optimizer(torch.optim.Optimizer):
                     )
                 if param.dtype not in validate.WEIGHT_DTYPES:
                     raise ValueError(f"{type(self).__name__} takes float16 to float64 parameters, not {param.dtype}")
+            self.check_group(param_group)
+            for param in param_group["params"]:
                 self.expected_states(param, param_group)
-            self.rule_of(param_group)
         except Exception:
             self.param_groups.pop()
             raise
+        self.param_groups[-1] = ParamGroup(param_group, self.unsaved)
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch copies, and the option that is in no group."""
@@ -172,11 +187,29 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled, deep-copied and loaded states pass here."""
+        defaults = state.get("defaults") or self.defaults
         super().__setstate__(state)
+        # Without "differentiable", which torch adds here for classes that lack it: no group is to get it.
+        self.defaults = dict(defaults)
         self._forget()
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
+        self.param_groups = [ParamGroup({**self.defaults, **group}, self.unsaved) for group in self.param_groups]
+
+    @property
+    def unsaved(self) -> frozenset[str]:
+        """Keys of param_groups that checkpoints do not hold: how to compute, unless torch's class has it too."""
+        return frozenset(HOW) - arguments_of(self.torch_class or type(self)).keys()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch, with torch's keys in param_groups, and `clip_value` where it is set.
+
+        So `torch.distributed.checkpoint`, which compares keys, takes it for torch's class of the same name and back.
+        The others are as the optimizer that loads it was constructed.
+        """
+        state_dict = super().state_dict()
+        self._handed_out = checkpoint.versions(self)
+        if "param_groups" in state_dict:  # a hook may have made another dict of it
+            state_dict["param_groups"] = [_saved(group, self.unsaved) for group in state_dict["param_groups"]]
+        return state_dict
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -212,6 +245,7 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def _update(self, only: Only | None = None) -> None:
+        self._handed_out = {}
         is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if is_captured:
             self._check_capturable()
@@ -274,7 +308,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_formats_of(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Format]:
         """How each state of a parameter is stored, in the rule's order. ValueError if its group says what cannot be."""
-        choice, kinds = group["state_dtype"], self.state_kinds_of(param, group)
+        choice, kinds = checked(group["state_dtype"]), self.state_kinds_of(param, group)
         formats = formats_of(choice, kinds)
         if choice not in (None, FP32) and param.dtype == torch.float64:
             raise ValueError(
@@ -330,6 +364,58 @@ class Optimizer(torch.optim.Optimizer):
     def complete_loaded_state(self, state: dict[str, Any]) -> None:
         """Add what a checkpoint of torch's class does not hold."""
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        """ValueError, in the constructor's words, unless a param_group's values are such as the constructor takes.
+
+        Asked wherever values come from: when a group is added or loaded, and when it has changed between two steps. A
+        learning rate that lives on a device is not waited for.
+        """
+        now = (*group.keys(), *group.values())
+        before = self._checked.get(id(group), ())
+        try:
+            if len(now) != len(before) or not all(map(is_, now, before)):
+                self._check_settings(group)
+            self._check_rate("lr", group["lr"])
+            self._check_rate("weight_decay", group.get("weight_decay", 0.0))
+            self.rule_of(group)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        if len(self._checked) > MAX_RULES:
+            self._checked.clear()
+        self._checked[id(group)] = now
+
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        """What is neither a rate nor the rule's."""
+        missing = [name for name in self.defaults if name not in group]
+        if missing:
+            raise ValueError(
+                f"a param_group lacks {missing[0]!r}: give it a value, such as {self.defaults[missing[0]]!r}, the default "
+                f"of this {type(self).__name__}"
+            )
+        for name, default in arguments_of(type(self)).items():
+            if isinstance(default, bool) or (name in ("foreach", "fused") and group.get(name) is not None):
+                check_flag(name, group.get(name, default))
+        check_flag("multi_precision", group["multi_precision"])
+        checked_master(group["master"])
+        checked(group["state_dtype"])
+        validate.clip_bound("clip_value", group["clip_value"])
+
+    def _check_rate(self, name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            if lives_on_device(value):
+                return
+            value = value.item()
+        if not isinstance(value, Real) or not 0.0 <= value < math.inf:
+            self.check_values({name: value})
+            validate.nonnegative(name, validate.finite(name, float(value)))  # where torch's takes NaN or infinity
+
+    def check_values(self, values: Mapping[str, Any]) -> None:
+        """ValueError for hyperparameters out of range: in torch's words, those that torch's class has too."""
+        if self.torch_class is None:
+            return
+        known = arguments_of(self.torch_class)
+        torch_defaults(self.torch_class, **{name: value for name, value in values.items() if name in known})
+
     def rule_of(self, group: dict[str, Any]) -> Rule:
         """The rule with a group's hyperparameters, but for the learning rate and the decay."""
         values = {name: _plain(group[name]) for name in self.arguments}
@@ -337,6 +423,9 @@ class Optimizer(torch.optim.Optimizer):
         if key not in self._rules:
             if len(self._rules) > MAX_RULES:
                 self._rules.clear()
+            # Without flags: torch's constructor refuses combinations, such as nesterov without momentum, that its step
+            # takes from a scheduler. It wants betas to be floats.
+            self.check_values({name: _floats(value) for name, value in values.items() if not isinstance(value, bool)})
             arguments: dict[str, Any] = {"clip_gradient": group["clip_value"]}
             for name, target in self.arguments.items():
                 pairs = ((target, values[name]),) if isinstance(target, str) else zip(target, values[name], strict=True)
@@ -345,8 +434,50 @@ class Optimizer(torch.optim.Optimizer):
         return self._rules[key]
 
 
+class ParamGroup(dict[str, Any]):
+    """A param_group that has everything for who asks, and for who iterates over it what a checkpoint holds.
+
+    By `for key in param_group`, torch.distributed.checkpoint finds out which keys a flattened checkpoint must have.
+
+    Args:
+        group: its keys and values.
+        unsaved: keys that checkpoints do not hold.
+    """
+
+    def __init__(self, group: Mapping[str, Any], unsaved: Collection[str]) -> None:
+        super().__init__(group)
+        self.unsaved = unsaved
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys that `state_dict` has."""
+        return iter(_saved(self, self.unsaved))
+
+
+def _saved(group: Mapping[str, Any], unsaved: Collection[str]) -> dict[str, Any]:
+    """What a checkpoint holds of a group: what torch's does, and a bound if there is one."""
+    return {
+        name: value
+        for name, value in group.items()
+        if name not in unsaved and not (name == "clip_value" and value is None)
+    }
+
+
+def _floats(value: Any) -> Any:
+    """The numbers of a tuple as floats."""
+    return tuple(float(x) if isinstance(x, Real) else x for x in value) if isinstance(value, tuple) else value
+
+
+def checked_master(value: Any) -> str | None:
+    """A `master` as it is; ValueError for any other."""
+    if value is not None and (not isinstance(value, str) or value not in MASTERS):
+        raise ValueError(f"master={value!r} must be one of {', '.join(map(repr, MASTERS))}, or None")
+    return value
+
+
 def _plain(value: Any) -> Any:
     """Hashable, and without tensors: a hyperparameter as the rule takes it."""
     if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"a hyperparameter of shape {tuple(value.shape)} must be a tensor of one element")
         return value.item()
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

@@ -72,6 +72,7 @@ class RAdam(Optimizer):
     """
 
     rule = TorchRAdam
+    torch_class = torch.optim.RAdam
     arguments: ClassVar = {
         "betas": ("beta1", "beta2"),
         "eps": "epsilon",
@@ -96,7 +97,7 @@ class RAdam(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = torch_defaults(
-            torch.optim.RAdam,
+            RAdam.torch_class,
             lr=lr,
             betas=betas,
             eps=eps,

@@ -111,6 +111,7 @@ class RMSprop(Optimizer):
     """
 
     rule = TorchRMSprop
+    torch_class = torch.optim.RMSprop
     arguments: ClassVar = {"alpha": "alpha", "eps": "epsilon", "momentum": "momentum", "centered": "centered"}
     sparse_error = "RMSprop does not support sparse gradients"
 
@@ -132,7 +133,7 @@ class RMSprop(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = torch_defaults(
-            torch.optim.RMSprop,
+            RMSprop.torch_class,
             lr=lr,
             alpha=alpha,
             eps=eps,

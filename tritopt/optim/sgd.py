@@ -84,6 +84,8 @@ class SGD(Optimizer):
     """
 
     rule = TorchSGD
+    torch_class = torch.optim.SGD
+    may_lack = frozenset({"step", "momentum_buffer"})
     arguments: ClassVar = {"momentum": "momentum", "dampening": "dampening", "nesterov": "nesterov"}
 
     def __init__(
@@ -103,7 +105,7 @@ class SGD(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = torch_defaults(
-            torch.optim.SGD,
+            SGD.torch_class,
             lr=lr,
             momentum=momentum,
             dampening=dampening,
