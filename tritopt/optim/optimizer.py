@@ -15,7 +15,7 @@ from tritopt.optim import checkpoint
 from tritopt.optim.checkpoint import Expected, keys_of
 from tritopt.optim.distributed import like, local, takes_blocks
 from tritopt.optim.members import Only
-from tritopt.optim.observed import observed
+from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.step import Stepper
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.phases import Apply
@@ -175,7 +175,7 @@ class Optimizer(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch, but states keep their precision, and masters stay.
 
