@@ -36,4 +36,25 @@ else:
     # Triton reads TRITON_INTERPRET when @triton.jit runs, that is while kernel files are imported.
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 
+
+def _let_arrays_of_one_be_indices() -> None:
+    """Let Triton 3.6's interpreter take a number for an index with NumPy 2.4, which refuses `int` of a 1-d array.
+
+    `tl.range` and other loops need it. Newer interpreters squeeze the array as this does. Tried with Triton 3.6.0 and
+    NumPy 2.4.6 and 2.5.5.
+    """
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    _let_arrays_of_one_be_indices()
+
 __all__ = ["HAS_TRITON", "INTERPRETED", "MISSING_TRITON", "tl", "triton"]

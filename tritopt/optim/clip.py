@@ -20,6 +20,7 @@ from tritopt.kernels.multi_tensor_norm import clip_factor
 from tritopt.kernels.scale import scale_update
 from tritopt.launch import Launcher
 from tritopt.optim.distributed import ShardSums, aligned, local, whole
+from tritopt.optim.observed import uncompiled
 from tritopt.phases import Apply
 from tritopt.warning import warn
 
@@ -42,7 +43,7 @@ class _Plans(threading.local):
 _plans = _Plans()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: torch.Tensor | Iterable[torch.Tensor],

@@ -9,21 +9,39 @@ from typing import Any, TypeVar
 import torch
 from torch.optim import optimizer as torchs
 
-Step = TypeVar("Step", bound=Callable[..., Any])
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
-def observed(step: Step) -> Step:
+def uncompiled(function: AnyFunction) -> AnyFunction:
+    """`function` as a break in a compiled function's graph.
+
+    `torch.compiler.disable` imports torch._dynamo, which takes as long as torch: it is called where something compiles.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if not disabled:  # one for ever: another one each time would be compiled for each time
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def observed(step: AnyFunction) -> AnyFunction:
     """`step` with torch's hooks and profiler range, and as a break in a compiled function's graph.
 
     torch's wrappers take 10 us of each step also where there is no hook, no profiler and no compiler; this takes 0.5.
     """
     in_full = torch.optim.Optimizer.profile_hook_step(step)
-    uncompiled = torch.compiler.disable(in_full)
+    unseen = uncompiled(in_full)
 
     @functools.wraps(step)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return uncompiled(self, *args, **kwargs)
+            return unseen(self, *args, **kwargs)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks

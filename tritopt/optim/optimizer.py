@@ -19,7 +19,7 @@ from tritopt.optim.checkpoint import Expected, keys_of
 from tritopt.optim.defaults import HOW, MEANT, arguments_of, check_flag, torch_defaults
 from tritopt.optim.distributed import like, local, takes_blocks
 from tritopt.optim.members import Only, lives_on_device
-from tritopt.optim.observed import observed
+from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.step import Stepper
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.phases import Apply
@@ -211,7 +211,7 @@ class Optimizer(torch.optim.Optimizer):
             state_dict["param_groups"] = [_saved(group, self.unsaved) for group in state_dict["param_groups"]]
         return state_dict
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch, but states keep their precision, and masters stay.
 
