@@ -94,7 +94,7 @@ class Hypers:
             lr = group.get("lr")
             if type(lr) is not float or not 0.0 <= lr < math.inf or len(values) != len(before):
                 return False
-            at = 2 * list(group).index("lr") + 1
+            at = 2 * list(group.keys()).index("lr") + 1
             if type(before[at]) is not float:
                 return False
             if not all(map(is_, values[:at], before[:at])) or not all(map(is_, values[at + 1 :], before[at + 1 :])):
