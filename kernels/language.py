@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import isfunction
 from typing import Any
 
-MISSING_TRITON = (
-    "the fused path needs Triton, which is not installed: `pip install 'triton>=3.6'` (Linux; on Windows "
-    "`pip install triton-windows`), or pass use_fused_step=False to run the reference step"
+INSTALL_TRITON = (
+    "Triton, which is not installed: `pip install 'triton>=3.6'` (Linux; on Windows `pip install triton-windows`)"
 )
+MISSING_TRITON = f"the fused path needs {INSTALL_TRITON}, or pass use_fused_step=False to run the reference step"
 
 try:
     import triton
@@ -17,18 +18,22 @@ except ImportError:
     class _MissingTriton:
         """Takes the place of decorators, annotations and kernels; only a launch (`kernel[grid]`) fails."""
 
+        def __init__(self, name: str) -> None:
+            self.__name__ = name
+
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
             return self
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return self
+            # What is decorated keeps its name, which tables of launches show.
+            return _MissingTriton(args[0].__name__) if args and isfunction(args[0]) else self
 
         def __getitem__(self, grid: Any) -> Any:
             raise ImportError(MISSING_TRITON)
 
-    triton = tl = _MissingTriton()
+    triton = tl = _MissingTriton("triton")
     HAS_TRITON = False
     INTERPRETED = False
 else:
@@ -57,4 +62,4 @@ def _let_arrays_of_one_be_indices() -> None:
 if INTERPRETED and triton.__version__.startswith("3.6."):
     _let_arrays_of_one_be_indices()
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "MISSING_TRITON", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INSTALL_TRITON", "INTERPRETED", "MISSING_TRITON", "tl", "triton"]

@@ -308,6 +308,18 @@ def registered(names: Sequence[str] | None = None) -> list[type[Optimizer]]:
     return [registry.find(name) for name in (registry.names() if names is None else names)]
 
 
+def find_optimizers(names: Sequence[str]) -> list[type[Optimizer]]:
+    """The optimizers that users name: as registered, or as "package.module:Class" (see `load_optimizer`), each once."""
+    return list(dict.fromkeys(load_optimizer(name) if ":" in name else _find(name) for name in names))
+
+
+def _find(name: str) -> type[Optimizer]:
+    try:
+        return registry.find(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; one of your own is named as in my_module:MyOptimizer") from error
+
+
 def device() -> torch.device:
     """Where the checks run: the GPU, unless there is none or TRITON_INTERPRET=1."""
     return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -336,6 +348,8 @@ def environment() -> dict[str, Any]:
 def load_optimizer(target: str) -> type[Optimizer]:
     """Import and register the optimizer class that `target`, "package.module:Class", names; modules here come first.
 
+    A class of the torch.optim face stands for its rule.
+
     Raises:
         ValueError: the target cannot be imported. TypeError: it is no subclass of `Optimizer`.
     """
@@ -358,6 +372,8 @@ def load_optimizer(target: str) -> type[Optimizer]:
             f"its optimizers: {', '.join(known) or 'none'}"
         )
     cls: type[Optimizer] = getattr(module, name)
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer):
+        cls = getattr(cls, "rule", cls)
     if not _is_optimizer(cls):
         raise TypeError(f"{target} is {cls!r:.80}, not a subclass of tritopt.Optimizer")
     return registry.register(cls)

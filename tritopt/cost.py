@@ -55,7 +55,7 @@ class Listing:
     optimizer: str
     arguments: dict[str, Any]
     kernels: tuple[str, ...]
-    """Update functions, one per launch; "?" where Triton is missing. Empty: no kernel."""
+    """Update functions, one per launch. Empty: no kernel."""
     states: tuple[str, ...]
     moved: dict[str, Traffic]
     """By name of PRECISIONS, but for those that the optimizer refuses. Empty: no kernel."""

@@ -23,11 +23,12 @@ from unittest import mock
 import torch
 
 from tritopt import optim, registry
+from tritopt.check import find_optimizers
 from tritopt.compiled import CompiledLaunch, compile_launches, compile_norm
 from tritopt.cost import Traffic, bytes_per_parameter, phase_traffic
 from tritopt.gpus import ARCHITECTURES, DEFAULTS, Gpu, find_gpu, find_target, resident_programs
 from tritopt.kernels.formats import MASTERS, PLAIN, Format
-from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON
+from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
 from tritopt.numerics import FORMATS, StorageFormat, find_formats
 from tritopt.optimizer import Optimizer
 
@@ -43,7 +44,7 @@ class Case(NamedTuple):
     """A step that is compiled for a target."""
 
     optimizer: str
-    """A key of `known_optimizers`, or NORM."""
+    """A key of `known_optimizers`, "module:Class", or NORM."""
     arguments: dict[str, Any]
     """Of the optimizer."""
     storage: str
@@ -122,6 +123,26 @@ def known_optimizers() -> dict[str, type[Optimizer]]:
     return {**by_name, **dict(sorted(others.items()))}
 
 
+def _key_of(name: str, known: Mapping[str, type[Optimizer]]) -> str:
+    """Where a name that users give an optimizer leads: a key of `known`, NORM, or itself for a "module:Class"."""
+    if ":" in name:
+        find_optimizers([name])
+        return name
+    prefix, _, last = name.lower().rpartition(".")
+    torchs = {key.lower(): value.rule for key, value in vars(optim).items() if hasattr(value, "rule")}
+    if prefix in ("optim", "tritopt.optim") and last in torchs:
+        return next(key for key, rule in known.items() if rule is torchs[last])
+    if name.lower() in (*known, NORM):
+        return name.lower()
+    names = [*registry.names(), *(f"optim.{key}" for key, value in vars(optim).items() if hasattr(value, "rule")), NORM]
+    near = registry.did_you_mean(name.lower(), names)
+    raise ValueError(f"unknown optimizer {name!r}{near} known: {', '.join(names)}; or my_module:MyOptimizer")
+
+
+def _class_of(key: str, known: Mapping[str, type[Optimizer]]) -> type[Optimizer]:
+    return known[key] if key in known else find_optimizers([key])[0]
+
+
 class Selection(NamedTuple):
     """The cases that were asked for."""
 
@@ -141,7 +162,8 @@ def select(
     """The cases that are chosen so, each optimizer with those of its variants that have other kernels or states.
 
     Args:
-        optimizers: by name. None: all registered ones, and NORM.
+        optimizers: by registered name, "optim.AdamW" for a class of tritopt.optim, "module:Class" for one of the
+            user's, or NORM. None: all registered ones, and NORM.
         formats: by name, such as "split8+int8". None: MAIN_FORMATS of optimizers that were named, and of AdamW; of
             others, bf16 with an fp32 master.
         targets: None: the GPU's, or else sm_90.
@@ -155,25 +177,23 @@ def select(
     if grad_dtype is not None and grad_dtype not in GRAD_DTYPES:
         raise ValueError(f"unknown dtype of gradients {grad_dtype!r}; known: {', '.join(GRAD_DTYPES)}")
     known = known_optimizers()
-    for name in optimizers or ():
-        if name.lower() not in (*known, NORM):
-            near = registry.did_you_mean(name.lower(), [*known, NORM])
-            raise ValueError(f"unknown optimizer {name!r}{near} known: {', '.join([*known, NORM])}")
+    chosen = [_key_of(name, known) for name in optimizers or ()]
     asked = find_formats(formats) if formats else None
-    names = [name.lower() for name in optimizers or (known if everything else registry.names())]
+    names = chosen or [*(known if everything else registry.names())]
     selection = Selection([], {})
     for machine in gpus:
         for name in dict.fromkeys(names):
             if name == NORM:
                 continue
-            for arguments in _variants(known[name]):
+            cls = _class_of(name, known)
+            for arguments in _variants(cls):
                 is_main = bool(optimizers) or (name == "adamw" and not arguments)
                 by_default = None if everything else MAIN_FORMATS if is_main else ["master"]
                 seen = set()
                 for storage in asked or find_formats(by_default):
                     case = Case(name, arguments, storage.name, grad_dtype, machine.name)
                     try:
-                        stored = _stored_as(known[name], case)
+                        stored = _stored_as(cls, case)
                     except ValueError as error:
                         selection.refused[case.label] = str(error)
                         continue
@@ -271,7 +291,7 @@ def _compiled_case(case: Case, gpu: Gpu) -> list[Row]:
         step, phases = Traffic(grad_dtype.itemsize, 0), [Traffic(grad_dtype.itemsize, 0)]
     else:
         storage = FORMATS[case.storage]
-        opt = _made(known_optimizers()[case.optimizer], case)
+        opt = _made(_class_of(case.optimizer, known_optimizers()), case)
         fmt = _format_of(storage)
         step, phases = _traffic(opt, case), phase_traffic(opt, storage.dtype, grad_dtype, fmt)
         launches = compile_launches(opt, storage.dtype, grad_dtype, fmt, arch)
@@ -337,7 +357,7 @@ def inspect_cases(cases: Sequence[Case], processes: int | None = None) -> Iterat
     processes import it.
     """
     if not HAS_TRITON:
-        raise RuntimeError(MISSING_TRITON)
+        raise RuntimeError(f"to compile kernels takes {INSTALL_TRITON}")
     if processes is None:
         # Starting one takes as long as some compilations.
         n = math.ceil(len(cases) / 4)

@@ -24,6 +24,7 @@ from tritopt import optim
 from tritopt.bench import peers
 from tritopt.bench.machine import commit, cpu_name, now
 from tritopt.check import device, environment, fused_unavailable
+from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
 from tritopt.launch import no_launches
 
 ELEMENTS = 4
@@ -113,6 +114,8 @@ def case_times(
     """`host_times` of one list."""
     if rounds < 1:
         raise ValueError(f"rounds={rounds!r} must be at least 1")
+    if not HAS_TRITON:
+        raise RuntimeError(f"the host's part of a step needs {INSTALL_TRITON}")
     if reason := fused_unavailable():
         raise RuntimeError(reason)
     rivals = peers.find_peers(chosen_peers)

@@ -26,7 +26,7 @@ from tritopt.bench.measure import OURS, Row
 from tritopt.bench.plan import Item
 from tritopt.bench.shapes import MODELS, Shapes, miniature
 from tritopt.bench.targets import judge
-from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
+from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED, triton
 
 MEMORY = 0.92
 """Share of the free memory that one set of tensors may take."""
@@ -50,18 +50,16 @@ NO_GPU = (
 
 def find_device(rehearse: bool) -> Device:
     """The GPU, or what pretends to be one. RuntimeError that says what to do where neither will do."""
+    if not HAS_TRITON:
+        raise RuntimeError(f"the bench needs {INSTALL_TRITON}")
     if rehearse:
-        if not HAS_TRITON or not INTERPRETED:
-            raise RuntimeError(
-                "a rehearsal runs kernels in Triton's interpreter: install Triton, set TRITON_INTERPRET=1"
-            )
+        if not INTERPRETED:
+            raise RuntimeError("a rehearsal runs kernels in Triton's interpreter: set TRITON_INTERPRET=1")
         return Rehearsal()
     if not torch.cuda.is_available():
         raise RuntimeError(NO_GPU)
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 keeps kernels off the GPU: unset it, or pass --rehearse")
-    if not HAS_TRITON:
-        raise RuntimeError("the bench needs Triton: pip install 'triton>=3.6'")
     return Device()
 
 

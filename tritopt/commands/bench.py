@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
 from tritopt.bench import host, plot
 from tritopt.bench.measure import Row
@@ -18,19 +16,28 @@ from tritopt.bench.plan import plan
 from tritopt.bench.run import Bench, check_file, find_device
 from tritopt.bench.shapes import MODELS
 from tritopt.bench.targets import judge
-from tritopt.commands.console import AsJson, console, interpret_without_gpu, with_progress
+from tritopt.commands.console import (
+    AsJson,
+    Column,
+    Line,
+    console,
+    interpret_without_gpu,
+    print_table,
+    with_progress,
+)
 
 WARNING = "A REHEARSAL: sizes are miniatures, kernels run in Triton's interpreter, and no time below means anything."
 MISSING = "not installed"
 
 
 def bench(
+    target: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Only these optimizers, classes of tritopt.optim.")
+    ] = None,
     shapes: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help=f"One of {', '.join(MODELS)}; may be repeated.")
     ] = None,
-    optimizer: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A class of tritopt.optim; may be repeated.")
-    ] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(metavar="NAME", help="The same; may be repeated.")] = None,
     storage: Annotated[
         list[str] | None,
         typer.Option("--format", metavar="NAME", help="As in `numerics`, such as split8+int8; may be repeated."),
@@ -66,6 +73,7 @@ def bench(
     """
     if on_host or rehearse:
         interpret_without_gpu()
+    optimizer = [*(target or ()), *(optimizer or ())] or None
     of_gpu = {
         "--shapes": shapes, "--optimizer": optimizer, "--format": storage, "--quick": quick, "--seconds": seconds,
         "--rehearse": rehearse, "--plot": draw,
@@ -117,24 +125,24 @@ def _print(run: Bench) -> None:
     terminal = console()
     if run.copy is not None:
         terminal.print(f"a copy moves {run.copy / 1e9:,.1f} GB/s, read and written")
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        caption="ms: of steps on end. GPU ms: of the GPU alone. GB: must move. extra: of memory, at the most; a: times "
+    ranks = {
+        "ms": 0, "GPU ms": 3, "host ms": 5, "GB": 6, "GB/s": 1, "of a copy": 4, "launches": 8, "extra MiB": 7, "": 9,
+        "times": 0,
+    }  # fmt: skip
+    columns = [Column(""), *(Column(name, rank, "right") for name, rank in ranks.items())]
+    caption = (
+        "ms: of steps on end. GPU ms: of the GPU alone. GB: must move. extra: of memory, at the most; a: times "
         "that a warm step allocates, s: it waits for the GPU. launches: of Triton kernels/of all kernels. "
-        "times: its ms in units of ours",
+        "times: its ms in units of ours"
     )
-    table.add_column("")
-    for name in ("ms", "GPU\nms", "host\nms", "GB", "GB/s", "of a\ncopy", "launches", "extra\nMiB", "", "times"):
-        table.add_column(name, justify="right")
+    lines = []
     cases = dict.fromkeys((row.shapes, row.optimizer, row.format) for row in run.done)
     for case in cases:
         rows = [row for row in run.done if (row.shapes, row.optimizer, row.format) == case and row.ms is not None]
         if rows:
-            table.add_row(f"{case[0]}: {case[1]}, {case[2]}", style="bold")
-        for row in rows:
-            table.add_row(*_cells(row))
-    terminal.print(table)
+            lines.append(Line([f"{case[0]}: {case[1]}, {case[2]}", *[""] * len(ranks)], "bold"))
+        lines += [Line(_cells(row)) for row in rows]
+    print_table(terminal, columns, lines, caption=caption)
     _print_refused(run.done)
     _print_targets(run)
 
@@ -176,13 +184,13 @@ def _print_refused(rows: Sequence[Row]) -> None:
 
 
 def _print_targets(run: Bench) -> None:
-    table = Table("target, for an H200", "", "measured, the worst", "of", "", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    columns = [Column("target, for an H200"), Column("", 2), Column("measured, the worst"), Column("of", 1), Column("")]
+    lines = []
     for found in judge(run.done, run.device.is_rehearsal):
         style = {"met": "green", "missed": "red", "not measured": "dim"}[found.verdict]
-        table.add_row(
-            found.target, found.required, found.measured or "-", str(found.of or ""), found.verdict, style=style
-        )
-    console().print(table)
+        cells = [found.target, found.required, found.measured or "-", str(found.of or ""), found.verdict]
+        lines.append(Line(cells, style))
+    print_table(console(), columns, lines)
 
 
 def _bench_host(rounds: int, peer: Sequence[str] | None, save: Path | None, as_json: bool) -> None:
@@ -195,25 +203,26 @@ def _bench_host(rounds: int, peer: Sequence[str] | None, save: Path | None, as_j
     if as_json:
         typer.echo(json.dumps(document, indent=1))
         return
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        title=f"Host time of an AdamW step, kernels replaced by nothing; {document['machine']['cpu']}",
-        caption="median: of steps after others of the same optimizer; cold: of those after other optimizers' steps\n"
-        "times: the median in units of torch fused's",
-    )
-    for name in ("tensors", "groups", "clip", "", "ms, median", "best", "cold", "times"):
-        table.add_column(name, justify="left" if name in ("", "clip") else "right")
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and row.contestant == host.OURS:
-            table.add_section()
+    ranks = {"tensors": 0, "groups": 0, "clip": 0, "": 0, "ms, median": 0, "best": 2, "cold": 1, "times": 0}
+    columns = [Column(name, rank, "left" if name in ("", "clip") else "right") for name, rank in ranks.items()]
+    lines = []
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
         start = [f"{row.tensors:,}", f"{row.groups:,}", "yes" if row.clip else "no", row.contestant]
         numbers = [row.refused or "-"]
         if row.ms is not None:
             times = [f"{ms:.3f}" for ms in (row.ms, row.best_ms, row.cold_ms) if ms is not None]
             numbers = [*times, "-" if row.ratio is None else f"{row.ratio:.2f}"]
-        table.add_row(*start, *numbers, style="bold" if row.contestant == host.OURS else "")
+        is_last = after is not None and after.contestant == host.OURS
+        cells = [*start, *numbers, *[""] * (len(columns) - len(start) - len(numbers))]
+        lines.append(Line(cells, "bold" if row.contestant == host.OURS else "", is_last))
     terminal = console()
-    terminal.print(table)
+    print_table(
+        terminal,
+        columns,
+        lines,
+        title=f"Host time of an AdamW step, kernels replaced by nothing; {document['machine']['cpu']}",
+        caption="median: of steps after others of the same optimizer; cold: of those after other optimizers' steps\n"
+        "times: the median in units of torch fused's",
+    )
     for name, replaced in {row.contestant: row.replaced for row in rows}.items():
         terminal.print(f"replaced, {name}: {replaced}", soft_wrap=True)

@@ -9,18 +9,28 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from tritopt.check import Row, cases, environment, load_optimizer, registered, run_checks
-from tritopt.commands.console import AsJson, call, console, interpret_without_gpu, where, with_progress
+from tritopt.check import Row, cases, environment, find_optimizers, registered, run_checks
+from tritopt.commands.console import (
+    AsJson,
+    Column,
+    Line,
+    Targets,
+    call,
+    console,
+    interpret_without_gpu,
+    print_table,
+    where,
+    with_progress,
+)
 from tritopt.kernels.formats import MASTERS
 
 MAX_FAILURES = 20
 
 
 def check(
-    target: Annotated[str | None, typer.Argument(metavar="MODULE:CLASS", help="An optimizer of your own.")] = None,
-    optimizer: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
+    target: Targets = None,
+    optimizer: Annotated[list[str] | None, typer.Option(metavar="NAME", help="The same; may be repeated.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer combinations, fewer steps.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -30,10 +40,8 @@ def check(
     """
     interpret_without_gpu()
     try:
-        # A target alone stands for itself, not for everybody.
-        classes = registered(optimizer or ([] if target else None))
-        if target:
-            classes.append(load_optimizer(target))
+        named = [*(target or ()), *(optimizer or ())]
+        classes = find_optimizers(named) if named else registered()
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     machine = environment()
@@ -47,32 +55,32 @@ def check(
             json.dumps({**machine, "quick": quick, "passed": passed, "rows": [asdict(row) for row in rows]}, indent=2)
         )
     else:
-        terminal.print(_summary(rows))
+        _print_summary(terminal, rows)
         for note in [] if machine["fused_unavailable"] else _notes(rows):
             terminal.print(note)
         _print_failures(terminal, [row for row in rows if not row.passed], len(rows))
     raise typer.Exit(0 if passed else 1)
 
 
-def _summary(rows: Sequence[Row]) -> Table:
+def _print_summary(terminal: Console, rows: Sequence[Row]) -> None:
     """The worst of each optimizer and kind of weights."""
-    table = Table(
-        "optimizer",
-        "weights",
-        caption="largest error in ulp of the weights' dtype; of states and masters, in ulp of their own",
-    )
-    for name in ("cases", "fused -\nreference", "fused -\ntruth", "reference -\ntruth", "states"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    ranks = {"cases": 4, "fused - reference": 0, "fused - truth": 2, "reference - truth": 3, "states": 1}
+    columns = [Column(name, rank, "right") for name, rank in ranks.items()]
+    lines = []
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.optimizer, _weights(row)), []).append(row)
     for key, members in groups.items():
-        columns = ("fused_vs_reference", "fused_vs_truth", "reference_vs_truth", "states")
-        worst = [_worst([getattr(row, column) for row in members]) for column in columns]
-        style = "" if _all_passed(members) else "red"
-        table.add_row(*key, str(len(members)), *worst, _verdict(members), style=style)
-    return table
+        numbers = ("fused_vs_reference", "fused_vs_truth", "reference_vs_truth", "states")
+        worst = [_worst([getattr(row, number) for row in members]) for number in numbers]
+        cells = [*key, str(len(members)), *worst, _verdict(members)]
+        lines.append(Line(cells, "" if _all_passed(members) else "red"))
+    print_table(
+        terminal,
+        [Column("optimizer"), Column("weights"), *columns, Column("")],
+        lines,
+        caption="largest error in ulp of the weights' dtype; of states and masters, in ulp of their own",
+    )
 
 
 def _verdict(rows: Sequence[Row]) -> str:

@@ -1,21 +1,28 @@
-"""What commands share: options, the terminal, progress."""
+"""What commands share: options, the terminal, tables, progress."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 import typer
-from rich.console import Console
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.progress import track
+from rich.table import Table
 
 from tritopt.kernels.language import HAS_TRITON
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="NAME", help="Only these optimizers; MODULE:CLASS names one of your own."),
+]
 AnyRow = TypeVar("AnyRow")
 
 
@@ -27,10 +34,71 @@ def interpret_without_gpu() -> None:
 
 
 def console() -> Console:
-    """The terminal, or a wide page where output goes elsewhere."""
-    # Rich takes 80 columns where the width is unknown, too few for the tables.
+    """The terminal, or a wide page where output goes elsewhere and COLUMNS does not say how wide that is."""
     terminal = Console(markup=False, highlight=False)
-    return terminal if terminal.is_terminal else Console(markup=False, highlight=False, width=120)
+    if terminal.is_terminal or os.environ.get("COLUMNS", "").isdecimal():
+        return terminal
+    # Rich takes 80 columns where the width is unknown, too few for the tables.
+    return Console(markup=False, highlight=False, width=120)
+
+
+class Column(NamedTuple):
+    """A column of `print_table`."""
+
+    title: str
+    rank: int = 0
+    """Columns of the highest rank are the first to be left out where the terminal is narrow. 0: never."""
+    justify: JustifyMethod = "left"
+
+
+class Line(NamedTuple):
+    """A line of `print_table`."""
+
+    cells: Sequence[str]
+    style: str = ""
+    ends_section: bool = False
+
+
+def print_table(terminal: Console, columns: Sequence[Column], lines: Sequence[Line], **options: Any) -> None:
+    """Print a table as wide as the terminal allows, and say which columns it has no room for.
+
+    Rich would shorten words with an ellipsis instead, so that what differs at its end looks alike.
+    """
+    texts = [[line.cells[i] for line in lines] for i in range(len(columns))]
+    titles = [_longest_word(column.title) for column in columns]
+    least = [max([title, *map(_longest_word, cells)]) for title, cells in zip(titles, texts, strict=True)]
+    most = [max([title, *map(_longest_line, cells)]) for title, cells in zip(titles, texts, strict=True)]
+    shown, left_out = list(range(len(columns))), list[int]()
+    while (room := terminal.width - 1 - sum(least[i] + 2 for i in shown)) < 0:
+        last = max(shown, key=lambda i: columns[i].rank)
+        if not columns[last].rank:
+            break
+        shown.remove(last)
+        left_out.append(last)
+    widths = {i: least[i] for i in shown}
+    for i in sorted(shown, key=lambda i: most[i] - least[i]):
+        widths[i] += max(0, min(room, most[i] - least[i]))
+        room -= widths[i] - least[i]
+    for _ in range(-room):  # not even the words fit: the longest are broken
+        widest = max(shown, key=lambda i: widths[i])
+        widths[widest] = max(1, widths[widest] - 1)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), **options)
+    for i in shown:
+        table.add_column(columns[i].title, justify=columns[i].justify, width=widths[i], overflow="fold")
+    for line in lines:
+        table.add_row(*(line.cells[i] for i in shown), style=line.style, end_section=line.ends_section)
+    terminal.print(table)
+    if left_out:
+        names = "; ".join(columns[i].title or "the column without a title" for i in sorted(left_out))
+        terminal.print(f"No room for: {names}. A wider terminal and --json show all.")
+
+
+def _longest_word(text: str) -> int:
+    return max(map(cell_len, text.split()), default=0)
+
+
+def _longest_line(text: str) -> int:
+    return max(map(cell_len, text.split("\n")))
 
 
 def with_progress(rows: Iterable[AnyRow], what: str, total: int, shown: bool) -> Iterable[AnyRow]:

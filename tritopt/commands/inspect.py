@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from tritopt import inspect as report
-from tritopt.commands.console import AsJson, console, with_progress
+from tritopt.commands.console import AsJson, Column, Line, Targets, console, print_table, with_progress
 from tritopt.gpus import ARCHITECTURES, GPUS, find_gpu
 
 _EXPLANATION = """\
@@ -26,8 +24,9 @@ Nothing here was measured on a GPU."""
 
 
 def inspect(
+    target_optimizer: Targets = None,
     optimizer: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only this one, or norm; may be repeated.")
+        list[str] | None, typer.Option(metavar="NAME", help="The same, or norm; may be repeated.")
     ] = None,
     storage: Annotated[
         list[str] | None,
@@ -54,6 +53,7 @@ def inspect(
 
     Shown are all optimizers with bf16 weights and an fp32 master, and AdamW in the main formats, for sm_90.
     """
+    optimizer = [*(target_optimizer or ()), *(optimizer or ())] or None
     if save is not None and not save.parent.is_dir():
         raise typer.BadParameter(f"--save {save}: there is no folder {save.parent}")
     try:
@@ -65,7 +65,7 @@ def inspect(
             selection = report.select(optimizer, storage, target, gpu, grad_dtype, everything)
         if saved:
             selection = report.in_both(selection, saved)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
         found = report.inspect_cases(selection.cases)
@@ -108,18 +108,15 @@ def _print_rows(rows: Sequence[report.Row]) -> None:
 def _print_table(terminal: Console, steps: Sequence[report.Step]) -> None:
     gpu = find_gpu(steps[0].rows[0].gpu)
     title = f"{gpu.target}, Triton {steps[0].rows[0].triton}; time on {gpu.name}, {gpu.bandwidth / 1e12:g} TB/s"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("step", overflow="fold", min_width=19)
-    table.add_column("kernel", no_wrap=True)
-    for name in ("regs", "shared", "loads", "stores", "bytes", "instr", "progs", "ms"):
-        table.add_column(name, justify="right", max_width=11)
-    table.add_column("bound", no_wrap=True)
-    for step in steps:
-        _add_step(table, step)
-    terminal.print(table)
+    ranks = {"regs": 4, "shared": 8, "loads": 6, "stores": 5, "bytes": 1, "instr": 3, "progs": 7, "ms": 0}
+    if any(row.spilled_bytes for step in steps for row in step.rows):
+        ranks["regs"] = 0  # which say it
+    columns = [Column("step"), Column("kernel"), *(Column(name, rank, "right") for name, rank in ranks.items())]
+    lines = [line for step in steps for line in _lines(step)]
+    print_table(terminal, [*columns, Column("bound", 2)], lines, title=title)
 
 
-def _add_step(table: Table, step: report.Step) -> None:
+def _lines(step: report.Step) -> Iterator[Line]:
     case = step.rows[0].case
     # The first argument says which variant it is: the others are those of a test.
     arguments = [f"{key}={value!r}" for key, value in case.arguments.items()]
@@ -131,7 +128,7 @@ def _add_step(table: Table, step: report.Step) -> None:
         if not row.elements and not row.spilled_bytes:
             continue  # --json has it
         spilled = f"\n{row.spilled_bytes} spilled" if row.spilled_bytes else ""
-        table.add_row(
+        cells = (
             name,
             row.kernel.removeprefix("multi_tensor_"),
             f"{row.registers}{spilled}",
@@ -144,18 +141,21 @@ def _add_step(table: Table, step: report.Step) -> None:
             _number(row.milliseconds, 2),
             row.bound or "",
         )
+        yield Line(cells)
         name = ""
     if len(step.hot) > 1:
         total = f"{step.total('bytes_loaded') + step.total('bytes_stored'):g}"
         must = step.rows[0].step_read + step.rows[0].step_written
         issues_all = ARCHITECTURES[step.rows[0].target].issues_all
-        table.add_row(
+        cells = (
             *("", "all", "", "", "", ""),
             total if step.moves_what_it_must else f"{total}, must {must:g}",
             _number(step.total("instructions" if issues_all else "arithmetic")),
             "",
             _number(step.total("milliseconds"), 2),
+            "",
         )
+        yield Line(cells)
 
 
 def _bytes(row: report.Row) -> str:
@@ -177,15 +177,14 @@ def _print_changes(changes: Sequence[report.Change], n_cases: int, file: Path) -
     if not changes:
         terminal.print(f"{n_cases} steps: all as in {file}", soft_wrap=True)
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for name in ("step", "target", "kernel", "column", "saved", "now", ""):
-        table.add_column(name, overflow="fold")
+    lines = []
     for change in changes:
         verdict = "worse" if change.is_worse else "better" if change.is_better else ""
         style = {"worse": "red", "better": "green"}.get(verdict, "")
         target = find_gpu(change.case.gpu).target
         values = [f"{value:g}" if isinstance(value, float) else str(value) for value in (change.saved, change.now)]
-        table.add_row(change.case.label, target, change.kernel, change.column, *values, verdict, style=style)
-    terminal.print(table)
+        lines.append(Line([change.case.label, target, change.kernel, change.column, *values, verdict], style))
+    titles = ("step", "target", "kernel", "column", "saved", "now", "")
+    print_table(terminal, [Column(title, 2 * (title == "target")) for title in titles], lines)
     n_worse = sum(change.is_worse for change in changes)
     terminal.print(f"{n_cases} steps: {len(changes)} changes, {n_worse} of them worse")

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 
 import typer
-from rich import box
-from rich.table import Table
 
 from tritopt import cost, docs, registry
-from tritopt.commands.console import AsJson, AsMarkdown, call, console
+from tritopt.check import find_optimizers
+from tritopt.commands.console import AsJson, AsMarkdown, Column, Line, Targets, call, console, print_table
 
 
 def list_optimizers(
+    target: Targets = None,
     as_json: AsJson = False,
     markdown: AsMarkdown = False,
 ) -> None:
     """List the optimizers: their launches, states, and bytes that a step reads and writes per parameter."""
-    listings = list(cost.listings())
+    try:
+        listings = list(cost.listings(find_optimizers(target) if target else None))
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     if as_json:
         typer.echo(json.dumps([listing.to_json() for listing in listings], indent=2))
         return
@@ -29,19 +32,15 @@ def list_optimizers(
             line[1:1], line[len(line) :] = extra[:1], extra[1:]
         typer.echo("\n".join(f"| {' | '.join(line)} |" for line in lines))
         return
-    table = Table(
+    ranks = {"launches": len(cost.PRECISIONS) + 1, "states": len(cost.PRECISIONS)}
+    columns = [Column(name, ranks.get(name, 0)) for name in header[:3]]
+    columns += [Column(name, rank, "right") for rank, name in enumerate(cost.PRECISIONS)]
+    print_table(
+        console(),
+        columns,
+        [Line(row) for row in rows],
         caption="numbers: bytes that a step reads and writes per parameter; gradients have the weights' dtype",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
     )
-    for i, name in enumerate(header[:3]):
-        table.add_column(name, width=max(len(part) + 1 for row in rows for part in row[i].split(", ")))
-    for name in cost.PRECISIONS:
-        # One word a line: without a terminal there are 120 columns.
-        table.add_column(name.replace(" ", "\n"), justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)
 
 
 _DOCUMENTED = ["source of the formula", "differs from MXNet's in"]

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
 from tritopt import numerics as report
 from tritopt import numerics_plot
 from tritopt.check import device
-from tritopt.commands.console import AsJson, AsMarkdown, console, with_progress
+from tritopt.commands.console import AsJson, AsMarkdown, Column, Line, console, print_table, with_progress
 
 
 def numerics(
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help="A class of tritopt.optim.")] = "AdamW",
+    target: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A class of tritopt.optim; AdamW by default.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(metavar="NAME", help="The same.")] = None,
     storage: Annotated[
         list[str] | None,
         typer.Option("--format", metavar="NAME", help="Only this one, such as split8+int8; may be repeated."),
@@ -38,7 +39,9 @@ def numerics(
     On a small network (scikit-learn's digits) and on a synthetic stress. Takes minutes; --steps 100 takes seconds.
     """
     try:
-        formats, cls = report.find_formats(storage), report.find_optimizer(optimizer)
+        if target and optimizer:
+            raise ValueError(f"one optimizer at a time: {target} or --optimizer {optimizer}")
+        formats, cls = report.find_formats(storage), report.find_optimizer(target or optimizer or "AdamW")
         for path in plot or ():
             numerics_plot.check_path(path)
         run = report.Report(cls, formats, steps, lr, with_digits=not no_digits)
@@ -60,17 +63,12 @@ def _print_summary(rows: Sequence[report.Row], markdown: bool) -> None:
         rule = ["---", *["---:"] * len(report.COLUMNS)]
         typer.echo("\n".join(f"| {' | '.join(line)} |" for line in [columns, rule, *lines]))
         return
-    table = Table(
+    print_table(
+        console(),
+        [Column(name, rank, "right" if rank else "left") for rank, name in enumerate(columns)],
+        [Line(line) for line in lines],
         title=f"{rows[0].optimizer}, {max(row.steps for row in rows)} steps, {device()}",
         caption=report.EXPLANATION,
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
     )
-    for at, name in enumerate(columns):
-        # One word a line: without a terminal there are 120 columns.
-        table.add_column(name.replace(" ", "\n"), justify="right" if at else "left")
-    for line in lines:
-        table.add_row(*line)
-    console().print(table)
     for name, reason in {row.format: row.refused for row in rows if row.refused}.items():
         console().print(f"{name}: {reason}", soft_wrap=True)

@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
 from tritopt import numerics, tuning, tuning_cache
 from tritopt.check import device, environment
-from tritopt.commands.console import AsJson, console, where, with_progress
+from tritopt.commands.console import AsJson, Column, Line, console, print_table, where, with_progress
 from tritopt.config import Config
+from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
 
 
 def tune(
-    optimizer: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A class of tritopt.optim; may be repeated. AdamW by default."),
+    target: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Classes of tritopt.optim; AdamW by default.")
     ] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(metavar="NAME", help="The same; may be repeated.")] = None,
     storage: Annotated[
         list[str] | None,
         typer.Option("--format", metavar="NAME", help="Such as split8+int8, as numerics has them; may be repeated."),
@@ -48,18 +47,18 @@ def tune(
     if show:
         _show(as_json)
         return
+    named = [*(target or ()), *(optimizer or ())]
     try:
-        classes = list(dict.fromkeys(map(numerics.find_optimizer, optimizer or ["AdamW"])))
+        classes = list(dict.fromkeys(map(numerics.find_optimizer, named or ["AdamW"])))
         formats = numerics.find_formats(storage or tuning.FORMATS)
         sizes = tuning.find_sizes(size)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    missing = None if HAS_TRITON else INSTALL_TRITON
     if device().type != "cuda":
-        typer.echo(
-            "tritopt tune measures on a GPU, and there is none (or TRITON_INTERPRET=1 is set); --show and --clear work "
-            "without",
-            err=True,
-        )
+        missing = missing or "a GPU, and there is none (or TRITON_INTERPRET=1 is set)"
+    if missing:
+        typer.echo(f"tritopt tune needs {missing}; --show and --clear work without", err=True)
         raise typer.Exit(2)
     if not as_json:
         console().print(where(environment()), soft_wrap=True)
@@ -73,9 +72,10 @@ def tune(
 
 def print_rows(rows: Sequence[tuning.Row]) -> None:
     """Default against best."""
-    table = _table("optimizer", "format", "kernel", "size", "default", "best", caption=_EXPLANATION)
-    for title in ("default\nus", "best\nus", "default\nGB/s", "best\nGB/s"):
-        table.add_column(title, justify="right")
+    columns = [*map(Column, ("optimizer", "format", "kernel", "size")), Column("default", 5), Column("best")]
+    columns += [Column("default us", 3, "right"), Column("best us", 1, "right")]
+    columns += [Column("default GB/s", 4, "right"), Column("best GB/s", 2, "right")]
+    lines = []
     for row in rows:
         times = (row.microseconds, row.default_microseconds, row.gigabytes_per_second, row.default_gigabytes_per_second)
         if None in times or row.best is None or row.default is None:
@@ -83,8 +83,8 @@ def print_rows(rows: Sequence[tuning.Row]) -> None:
         best_us, default_us, best_gb, default_gb = (f"{number:.4g}" for number in times)
         best = "as it is" if row.best == row.default else _written(row.best)
         names = (row.optimizer, row.format, row.kernel, row.size, _written(row.default), best)
-        table.add_row(*names, default_us, best_us, default_gb, best_gb)
-    console().print(table)
+        lines.append(Line([*names, default_us, best_us, default_gb, best_gb]))
+    print_table(console(), columns, lines, caption=_EXPLANATION)
     for row in rows:
         if row.reason:
             of = ", ".join(filter(None, (row.optimizer, row.format, row.kernel, row.size)))
@@ -100,13 +100,6 @@ def _written(config: Config | dict[str, Any]) -> str:
     first = [fields.pop(name) for name in ("block_size", "chunk_size", "tail_size", "num_warps")]
     text = "{} x {}, {}, {}".format(*first)
     return text + "".join(f", {name} {value}" for name, value in fields.items() if value)
-
-
-def _table(*columns: str, **options: Any) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), **options)
-    for column in columns:
-        table.add_column(column)
-    return table
 
 
 def _clear(as_json: bool) -> None:
@@ -129,21 +122,20 @@ def _show(as_json: bool) -> None:
         return
     terminal = console()
     columns = ("gpu", "phases", "size", "block_size", "chunk_size", "tail_size", "num_warps", "mark")
-    table = _table(*[name.replace("_", " ") for name in columns], title="shipped", caption=_SHIPPED)
-    for row in shipped:
-        table.add_row(*[str(row[name]) for name in columns])
-    terminal.print(table)
+    lines = [Line([str(row[name]) for name in columns]) for row in shipped]
+    shown = [Column(name.replace("_", " ")) for name in columns]
+    print_table(terminal, shown, lines, title="shipped", caption=_SHIPPED)
     if not cached:
         terminal.print(f"nothing tuned yet in {folder}" if folder else "no home directory, so there is no cache")
         return
-    table = _table("gpu", "kernel", "formats", "size", "default", "best", title=f"tuned, in {folder}")
-    for title in ("default\nus", "best\nus"):
-        table.add_column(title, justify="right")
+    shown = [*map(Column, ("gpu", "kernel", "formats", "size")), Column("default", 3), Column("best")]
+    shown += [Column("default us", 2, "right"), Column("best us", 1, "right")]
+    lines = []
     for row in cached:
         configs = [_written(row[name]) for name in ("default", "config")]
         times = [f"{row[name]:.4g}" for name in ("default_microseconds", "microseconds")]
-        table.add_row(row["gpu"], row["kernel"], _stored(row), row["size"], *configs, *times)
-    terminal.print(table)
+        lines.append(Line([row["gpu"], row["kernel"], _stored(row), row["size"], *configs, *times]))
+    print_table(terminal, shown, lines, title=f"tuned, in {folder}")
 
 
 _SHIPPED = (
