@@ -688,7 +688,7 @@ class Optimizer:
                 tracked.append(whole(place, measure(task.grad)))
             return
         dtype = compute_dtype(task.weight[0])
-        w = task.format.decode(task.weight, dtype)
+        w = task.format.decode([plane.resolve_neg() for plane in task.weight], dtype)
         bound = bound if bound <= torch.finfo(dtype).max else math.inf
         g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
         if noise is not None:

@@ -122,7 +122,7 @@ def take_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> b
     found = next((other for other in MASTERS.values() if other.companion in state), None)
     if found is fmt:
         return True
-    weight = local(param.detach())
+    weight = local(param.detach()).resolve_neg()
     value = weight.float()
     if found is not None:
         value = found.decode((weight, local(state.pop(found.companion))), torch.float32)
