@@ -220,7 +220,7 @@ CHANGES: dict[str, Change] = {
     "loaded": _load,
     "group added": _add_group,
     "group replaced": _replace_group,
-    "master": _set("master", "split16"),
+    "master": _set("master", "fp32"),
     "parameter removed": _drop_from_group,
     "zero gradients": _shared_gradient,
     "loss scale": _flag,
@@ -324,7 +324,7 @@ def test_parameters_that_share_a_version_stay_warm(monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         params[1].fill_(2.0)
     opt.step()
-    assert torch.allclose(opt.state[params[1]]["master_param"], torch.full((4,), 2.0), atol=0.2)
+    assert torch.allclose(opt.master_weights()[1], torch.full((4,), 2.0), atol=0.2)
 
 
 def test_the_norm_that_was_read_is_not_overwritten() -> None:

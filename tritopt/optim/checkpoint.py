@@ -69,7 +69,10 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         known = {**_other_forms(param, kinds), **expected}
         loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
         state[param] = {name: value for name, value in loaded.items() if value is not None}
-        if not take_companion(param, state[param], opt.format_of(param, group)):
+        fmt = opt.format_of(param, group)
+        # A master in another format waits for the next step: the model's weights may be loaded after its optimizer.
+        is_waiting = fmt.companion not in ("", *state[param]) and not COMPANIONS.isdisjoint(state[param])
+        if not is_waiting and not take_companion(param, state[param], fmt):
             without_master.append(key)
         take_states(param, state[param], formats, kinds, expected)
         opt.complete_loaded_state(state[param])
