@@ -129,7 +129,8 @@ def test_the_mean_is_that_of_the_clipped_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("columns", [7, 48])
 def test_master_and_weight_are_written_together(dtype: torch.dtype, columns: int) -> None:
-    weight, master = torch.zeros(4, columns, dtype=dtype), torch.full((4, columns), 1 / 3)
+    master = torch.full((4, columns), 1 / 3)
+    weight = master.to(dtype)
     grad = whole(4, columns).to(torch.float16)
     state = torch.zeros(4, 1)
     run([Task((weight, master), MASTER_FP32, grad, (state,))], [0.1])

@@ -252,7 +252,7 @@ def decay_is_nan(opt: Any, params: Any) -> None:
 
 
 def master_is_short(opt: Any, params: Any) -> None:
-    opt.state[params[1]]["master_param"] = torch.zeros(2, 2)
+    opt.state[params[1]]["master_remainder"] = torch.zeros(2, 2, dtype=torch.int16)
 
 
 def expanded(opt: Any, params: Any) -> None:

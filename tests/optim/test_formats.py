@@ -290,9 +290,29 @@ def test_decay_alone_reaches_its_limit(master: str) -> None:
     assert (weight - 0.9048).abs().max() < {"stochastic": 2**-3, "split8": 2**-7}.get(master, 2**-8)
 
 
+def test_the_default_goes_by_the_dtype() -> None:
+    """16 bits beside a bf16 parameter, an fp32 copy beside an fp16 one, and where the step is differentiated."""
+    dtypes = (BF16, torch.float16, torch.float32, torch.float64)
+    params = [parameters(dtype, ((3, 5),))[0] for dtype in dtypes]
+    opt = run(optim.AdamW, params, range(2))
+    assert opt.defaults["master"] == opt.param_groups[0]["master"] == "auto"
+    companions = {fmt.companion for fmt in MASTERS.values()}
+    found = [opt.state[p].keys() & companions for p in params]
+    assert found == [{"master_remainder"}, {"master_param"}, set(), set()]
+    differentiable = optim.AdamW(params[:1], differentiable=True)
+    assert differentiable.format_of(params[0], differentiable.param_groups[0]) is MASTER_FP32
+    old = run(optim.AdamW, parameters(BF16), range(2), master="fp32")
+    old.param_groups[0]["master"] = "auto"  # converts
+    expected = [master.clone() for master in old.master_weights()]
+    old.param_groups[0]["lr"] = 0.0
+    run(optim.AdamW, old.param_groups[0]["params"], range(2, 3), old)
+    assert_same(old.master_weights(), expected)
+
+
 def test_bytes_that_stay() -> None:
     """AdamW keeps 14 bytes per parameter beside the gradient with an fp32 master, 12 with 16 bits in its place."""
     for master, expected in (
+        ("auto", 12),
         ("fp32", 14),
         ("split16", 12),
         ("kahan", 12),
@@ -363,9 +383,36 @@ def test_checkpoints_change_format(old: str | None, new: str | None) -> None:
     else:
         for a, b in zip(opt.master_weights(), loaded.master_weights(), strict=True):
             assert ((a.float() - b).abs() <= precision * b.abs()).all()
+    loaded.param_groups[0]["lr"] = 0.0
+    before = [master.clone() for master in loaded.master_weights()]
+    run(optim.AdamW, other, range(3, 4), loaded)
     names = {name for state in loaded.state.values() for name in state}
     assert names & {fmt.companion for fmt in MASTERS.values()} == ({MASTERS[new].companion} if new else set()) - {""}
+    if new not in holds_none:
+        for a, b in zip(before, loaded.master_weights(), strict=True):
+            assert ((a - b).abs() <= precision * a.abs()).all()
+
+
+@pytest.mark.parametrize("new", ["auto", "fp32", "split16", "split8", "kahan"])
+@pytest.mark.parametrize("old", ["fp32", "split16", "split8", "kahan"])
+def test_an_optimizer_may_be_loaded_before_its_model(old: str, new: str) -> None:
+    """The checkpoint's master belongs to the checkpoint's weights, which are not there yet."""
+    params = parameters(BF16, ((3, 5), (40,)))
+    opt = run(optim.AdamW, params, range(3), master=old)
+    saved, expected = copy.deepcopy(opt.state_dict()), [master.clone() for master in opt.master_weights()]
+    other = parameters(BF16, ((3, 5), (40,)), seed=7)
+    loaded = make(optim.AdamW, other, master=new)
+    loaded.load_state_dict(saved)
+    with torch.no_grad():
+        for p, q in zip(params, other, strict=True):
+            q.copy_(p)
+    loaded.param_groups[0]["lr"] = 0.0
     run(optim.AdamW, other, range(3, 4), loaded)
+    assert_same([q.detach() for q in other], [p.detach() for p in params])
+    precision = 2.0**-15 if {"kahan", "split8"} & {old, new} else 0.0
+    for a, b in zip(expected, loaded.master_weights(), strict=True):
+        assert ((a - b).abs() <= precision * a.abs()).all()
+        assert not torch.equal(b, b.bfloat16().float())  # what only a master holds
 
 
 @pytest.mark.parametrize(("fmt", "bits"), [(SPLIT16, 16), (SPLIT8, 8)], ids=["split16", "split8"])
@@ -396,10 +443,13 @@ def test_a_group_changes_its_master_in_training(old: str | None, new: str | None
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'fp64' must be one of 'fp32', 'split16', .*, or None"):
+    with pytest.raises(ValueError, match=r"'fp64' must be one of 'auto', 'fp32', 'split16', .*, or None"):
         make(optim.AdamW, parameters(BF16), master="fp64")
     with pytest.raises(ValueError, match=r"completes bfloat16 parameters, not torch\.float16"):
         make(optim.AdamW, parameters(torch.float16), master="split16")
+    for master in ("split16", "split8", "stochastic"):
+        with pytest.raises(ValueError, match=f"master='{master}' is not for differentiable=True: .* 'auto', 'fp32'"):
+            make(optim.AdamW, parameters(BF16), master=master, differentiable=True)
     opt = make(optim.AdamW, parameters(BF16), master="split16")
     with pytest.raises(ValueError, match="completes bfloat16"):
         opt.add_param_group({"params": parameters(torch.float16)})

@@ -13,7 +13,7 @@ import tritopt
 from tests.optim.training import CLASSES, Params, assert_same, clone, everything, parameters, set_grads, train
 from tests.test_every_optimizer import record_launches
 from tritopt import optim
-from tritopt.kernels.formats import MASTER_FP32
+from tritopt.kernels.formats import SPLIT16
 from tritopt.optim.beyond_torch import BeyondTorch
 
 PATHS = pytest.mark.parametrize("fused", [True, False], ids=["kernel", "reference"])
@@ -121,6 +121,7 @@ def test_is_the_rule_of_the_mxnet_face(case: Case, fused: bool, dtype: torch.dty
         clip_gradient=0.5,
         use_fused_step=fused,
         multi_precision=True,
+        master="split16",
         **case.arguments,
     )
     states = [other.create_state_multi_precision(i, w) for i, w in zip(names, weights, strict=True)]
@@ -132,7 +133,7 @@ def test_is_the_rule_of_the_mxnet_face(case: Case, fused: bool, dtype: torch.dty
         assert_same([p.detach() for p in params], weights)
         for p, state in zip(params, states, strict=True):
             kept = {name: value for name, value in opt.state[p].items() if name != "step"}
-            assert set(kept) == case.states | ({MASTER_FP32.companion} if dtype == torch.bfloat16 else set())
+            assert set(kept) == case.states | ({SPLIT16.companion} if dtype == torch.bfloat16 else set())
             expected = {id(tensor): tensor for tensor in flat(state)}
             assert len(kept) == len(expected)
             for value in kept.values():
@@ -263,7 +264,7 @@ COMMON = {
     "fused": None,
     "clip_value": None,
     "multi_precision": True,
-    "master": "fp32",
+    "master": "auto",
     "state_dtype": None,
 }
 

@@ -291,7 +291,7 @@ CHANGES: dict[str, Change] = {
     "loaded": _load,
     "group added": _add_group,
     "group replaced": _replace_group,
-    "master": _set("master", "split16"),
+    "master": _set("master", "fp32"),
     "parameter removed": _drop_from_group,
     "zero gradients": _shared_gradient,
     "loss scale": _flag,

@@ -76,8 +76,11 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         known = {**_other_forms(param, kinds), **expected}
         loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
         state[param] = loaded
-        # A state that is empty is filled at the first gradient.
-        if loaded and not take_companion(param, loaded, opt.format_of(param, group)):
+        fmt = opt.format_of(param, group)
+        # A state that is empty is filled at the first gradient. A master in another format waits for the next step: the
+        # model's weights may be loaded after its optimizer.
+        is_waiting = not loaded or (fmt.companion not in ("", *loaded) and not COMPANIONS.isdisjoint(loaded))
+        if not is_waiting and not take_companion(param, loaded, fmt):
             without_master.append(key)
         take_states(param, state[param], formats, kinds, expected)
         opt.complete_loaded_state(state[param])

@@ -12,7 +12,7 @@ import torch
 
 from tritopt import validate
 from tritopt.fused import is_low_precision
-from tritopt.kernels.formats import MASTERS, PLAIN, Format
+from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16, Format
 from tritopt.kernels.state_formats import BLOCK
 from tritopt.optim import checkpoint
 from tritopt.optim.checkpoint import Expected, keys_of
@@ -30,18 +30,20 @@ from tritopt.telemetry import Telemetry
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 MAX_RULES = 4096
 HOW_BY_DEFAULT = {"capturable": False, "fused": None}
+AUTO = "auto"
+"""The `master` that goes by a parameter's dtype."""
 
 
 class Options(TypedDict, total=False):
     """Keyword arguments of every optimizer, beside torch's.
 
     multi_precision: keep a master and fp32 states for fp16 and bf16 parameters; default True.
-    master: how it is kept. "fp32", the default: a copy, 4 bytes. "split16": 16 bits that complete a bf16 parameter to
-        exactly the fp32 master; 2 bytes less to keep and 2 to move, and the same trajectory. Such a parameter is the
-        master rounded to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in all, rounded
-        stochastically. "kahan": what the parameter lacks, in its own dtype; updates below 2^-17 of a bf16 weight can be
-        lost. "stochastic": nothing beside a bf16 parameter, which is rounded stochastically. None is
-        multi_precision=False.
+    master: how it is kept. "auto", the default: "split16" for bf16 parameters, "fp32" for fp16 ones and under
+        differentiable=True. "fp32": a copy, 4 bytes. "split16": 16 bits that complete a bf16 parameter to exactly the
+        fp32 master; 2 bytes less to keep and 4 to move, and the same trajectory. Such a parameter is the master rounded
+        to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in all, rounded stochastically.
+        "kahan": what the parameter lacks, in its own dtype; updates below 2^-17 of a bf16 weight can be lost.
+        "stochastic": nothing beside a bf16 parameter, which is rounded stochastically. None is multi_precision=False.
     state_dtype: how states are stored: "fp32", "bf16", "fp16", "int8" or "fp8" (torch's dtypes do as well), or a dict
         of these by name of the state, such as {"exp_avg": "int8", "exp_avg_sq": "bf16"}, the others fp32. All but fp32
         round stochastically. "fp16", "int8" and "fp8" share a scale among 64 neighbours in memory; `state` then holds,
@@ -82,10 +84,10 @@ class Optimizer(torch.optim.Optimizer):
     CUDA graph can capture the step.
 
     State per parameter: what torch's class of the same name keeps, under its names; `step`; and under multi_precision
-    what `master` keeps: `master_param` (fp32), `master_remainder`, `master_remainder8` or `compensation`. A parameter
-    that something else has written to since the last step (a loaded checkpoint, a clamp) takes its master along.
-    `grad_scale` and `found_inf`, which torch.amp.GradScaler sets, are read on the device: a skipped step writes nothing
-    and does not count.
+    what `master` keeps: `master_remainder` by default, `master_param` (fp32), `master_remainder8` or `compensation`. A
+    step reads the parameter itself, so whoever writes to it, in whatever way, is heeded: where the parameter is not its
+    master rounded, the master is forgotten. `grad_scale` and `found_inf`, which torch.amp.GradScaler sets, are read on
+    the device: a skipped step writes nothing and does not count.
     """
 
     rule: ClassVar[type[Rule]]
@@ -128,7 +130,7 @@ class Optimizer(torch.optim.Optimizer):
         self.track = validate.boolean("track", options.get("track", False))
         self._forget()
         ours = {
-            "master": checked_master(options.get("master", "fp32")),
+            "master": checked_master(options.get("master", AUTO)),
             "state_dtype": checked(options.get("state_dtype")),
             "clip_value": options.get("clip_value"),
             "multi_precision": validate.boolean("multi_precision", options.get("multi_precision", True)),
@@ -280,8 +282,10 @@ class Optimizer(torch.optim.Optimizer):
         return self._stepper.telemetry(self)
 
     def _master_weight(self, param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        fmt, state, weight = self.format_of(param, group), self.state.get(param, {}), param.detach()
-        if fmt.companion not in state:
+        state, weight = self.state.get(param, {}), param.detach()
+        # Not of `format_of` alone: what was loaded or changed is brought into that by the next step.
+        fmt = next((fmt for fmt in MASTERS.values() if fmt.companion and fmt.companion in state), PLAIN)
+        if fmt is PLAIN:
             return weight
         return like(param, fmt.decode((local(weight), local(state[fmt.companion])), torch.float32), tuple(param.shape))
 
@@ -327,11 +331,20 @@ class Optimizer(torch.optim.Optimizer):
         """How the parameter is stored. ValueError if its group wants a master that does not go with its dtype."""
         if not (group["multi_precision"] and group["master"] is not None and is_low_precision(param.dtype)):
             return PLAIN
+        if group["master"] == AUTO:
+            # A remainder is made of bits, through which nothing can be differentiated.
+            is_split = param.dtype == torch.bfloat16 and not group.get("differentiable")
+            return SPLIT16 if is_split else MASTER_FP32
         fmt = MASTERS[group["master"]]
         if param.dtype not in fmt.weight_dtypes:
             raise ValueError(
                 f"master={group['master']!r} completes bfloat16 parameters, not {param.dtype}: take master='fp32' or "
                 "'kahan' for their param_group"
+            )
+        if group.get("differentiable") and fmt not in (MASTER_FP32, KAHAN):
+            raise ValueError(
+                f"master={group['master']!r} is not for differentiable=True: it is made of bits, through which nothing "
+                "can be differentiated: take 'auto', 'fp32' or 'kahan'"
             )
         if fmt.draws and not all(isinstance(phase, Apply) for phase in self.rule_of(group).phases):
             raise ValueError(
@@ -402,7 +415,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_rate(self, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
-            if lives_on_device(value):
+            if lives_on_device(value) or capturable:
                 return
             value = value.item()
         if not isinstance(value, Real) or not 0.0 <= value < math.inf:
@@ -469,8 +482,9 @@ def _floats(value: Any) -> Any:
 
 def checked_master(value: Any) -> str | None:
     """A `master` as it is; ValueError for any other."""
-    if value is not None and (not isinstance(value, str) or value not in MASTERS):
-        raise ValueError(f"master={value!r} must be one of {', '.join(map(repr, MASTERS))}, or None")
+    known = (AUTO, *MASTERS)
+    if value is not None and (not isinstance(value, str) or value not in known):
+        raise ValueError(f"master={value!r} must be one of {', '.join(map(repr, known))}, or None")
     return value
 
 
