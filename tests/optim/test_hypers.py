@@ -46,7 +46,7 @@ def test_a_rate_out_of_range_is_not_taken_up(lr: float) -> None:
     hypers.refresh(opt, opt.param_groups)
     opt.param_groups[1]["lr"] = lr
     for _ in range(2):
-        with pytest.raises(ValueError, match="lr"):
+        with pytest.raises(ValueError, match=r"Invalid learning rate: nan|lr=inf must be finite"):
             hypers.refresh(opt, opt.param_groups)
     opt.param_groups[1]["lr"] = 0.5
     hypers.refresh(opt, opt.param_groups)

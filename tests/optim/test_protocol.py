@@ -575,5 +575,5 @@ def test_repr_and_defaults(cls: Class) -> None:
         theirs = reference(parameters(), **options_of(cls)).defaults
         ours = {name: value for name, value in opt.defaults.items() if name in theirs}
         assert ours == theirs
-    assert set(opt.param_groups[0]) >= {"params", "lr", "clip_value", "multi_precision"}
+    assert opt.param_groups[0].keys() >= {"params", "lr", "clip_value", "multi_precision"}
     assert not math.isnan(float(opt.param_groups[0]["lr"]))

@@ -195,7 +195,7 @@ def test_keys_that_an_older_checkpoint_lacks_are_as_constructed_by_default() -> 
     train(opt, params, range(2))
     saved = copy.deepcopy(opt.state_dict())
     for name in ("amsgrad", "maximize", "clip_value", "multi_precision", "decoupled_weight_decay", "fused"):
-        del saved["param_groups"][0][name]
+        saved["param_groups"][0].pop(name, None)
     saved["param_groups"][0]["something_new"] = 3
     other = AdamW(clone(params), lr=0.5, clip_value=0.5)
     other.load_state_dict(saved)
@@ -357,7 +357,7 @@ REFUSED = {
     broken_value: "exp_avg of parameter 1 is a list",
     broken_step: r"step of parameter 1 has shape \(2,\)",
     broken_complex: "exp_avg of parameter 1 is torch.complex64",
-    broken_betas: r"beta2=2.0 must be in \[0, 1\)",
+    broken_betas: "loaded state dict: Invalid beta parameter at index 1: 2.0",
 }
 
 
@@ -388,7 +388,7 @@ def test_groups_are_checked_where_there_is_no_state_yet() -> None:
     opt = AdamW(parameters(), lr=0.5)
     saved = AdamW(parameters()).state_dict()
     saved["param_groups"][0]["betas"] = (0.9, 2.0)
-    with pytest.raises(ValueError, match=r"beta2=2.0 must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match="Invalid beta parameter at index 1: 2.0"):
         opt.load_state_dict(saved)
     assert opt.param_groups[0]["lr"] == 0.5
     assert opt.param_groups[0]["betas"] == (0.9, 0.999)

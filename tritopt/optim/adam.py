@@ -50,7 +50,7 @@ class Adam(Optimizer):
     """
 
     rule = TorchAdam
-    torch_class = torch.optim.Adam
+    torch_class: ClassVar[Any] = torch.optim.Adam
     arguments: ClassVar = {
         "betas": ("beta1", "beta2"),
         "eps": "epsilon",

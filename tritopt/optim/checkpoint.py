@@ -267,12 +267,12 @@ def _check_states(key: Any, values: Mapping[str, Any], expected: Mapping[str, Ex
     has = f"loaded state dict: parameter {key!r} has {', '.join(sorted(values))}"
     if foreign:
         raise ValueError(
-            f"{has}, and {type(opt).__name__} keeps {', '.join(sorted(needed))}: the checkpoint is {whose}; load it into "
-            "that one"
+            f"{has}, and {type(opt).__name__} keeps {', '.join(sorted(needed))}: the checkpoint is {whose}; load it "
+            "into that one"
         )
     raise ValueError(
-        f"{has} without {', '.join(sorted(missing))}, which {type(opt).__name__} keeps beside: the checkpoint is incomplete"
-        + (f", or {whose}" if not needed & found - {"step"} or needed - found else "")
+        f"{has} without {', '.join(sorted(missing))}, which {type(opt).__name__} keeps beside: the checkpoint is "
+        + (f"{whose}, or incomplete" if missing & needed else "incomplete")
     )
 
 

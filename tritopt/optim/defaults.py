@@ -44,9 +44,13 @@ def torch_defaults(torch_class: type[torch.optim.Optimizer], **arguments: Any) -
     return defaults
 
 
+def arguments_of(cls: Any) -> Mapping[str, Any]:
+    """Names of the optional arguments of a class's constructor and of its bases', and what they are by default."""
+    return _arguments_of(cls)
+
+
 @cache
-def arguments_of(cls: type[torch.optim.Optimizer]) -> Mapping[str, Any]:
-    """Names of a constructor's optional arguments, its bases' included, and what they are by default."""
+def _arguments_of(cls: Any) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     for base in cls.__mro__:
         init = vars(base).get("__init__")

@@ -199,7 +199,7 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def unsaved(self) -> frozenset[str]:
         """Keys of param_groups that checkpoints do not hold: how to compute, unless torch's class has it too."""
-        return frozenset(HOW) - arguments_of(self.torch_class or type(self)).keys()
+        return frozenset(HOW).difference(arguments_of(self.torch_class or type(self)))
 
     def state_dict(self) -> dict[str, Any]:
         """As torch, with torch's keys in param_groups, and `clip_value` where it is set.
@@ -402,8 +402,8 @@ class Optimizer(torch.optim.Optimizer):
         missing = [name for name in self.defaults if name not in group]
         if missing:
             raise ValueError(
-                f"a param_group lacks {missing[0]!r}: give it a value, such as {self.defaults[missing[0]]!r}, the default "
-                f"of this {type(self).__name__}"
+                f"a param_group lacks {missing[0]!r}: give it a value, such as the default of this "
+                f"{type(self).__name__}, {self.defaults[missing[0]]!r}"
             )
         for name, default in arguments_of(type(self)).items():
             if isinstance(default, bool) or (name in ("foreach", "fused") and group.get(name) is not None):
@@ -418,9 +418,10 @@ class Optimizer(torch.optim.Optimizer):
             if lives_on_device(value) or capturable:
                 return
             value = value.item()
-        if not isinstance(value, Real) or not 0.0 <= value < math.inf:
-            self.check_values({name: value})
-            validate.nonnegative(name, validate.finite(name, float(value)))  # where torch's takes NaN or infinity
+        if isinstance(value, Real) and 0.0 <= float(value) < math.inf:
+            return
+        self.check_values({name: value})
+        validate.nonnegative(name, validate.finite(name, float(value)))  # where torch's takes NaN or infinity
 
     def check_values(self, values: Mapping[str, Any]) -> None:
         """ValueError for hyperparameters out of range: in torch's words, those that torch's class has too."""

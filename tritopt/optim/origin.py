@@ -27,7 +27,7 @@ _TORCHS = {name: getattr(torch.optim, name) for name in _TORCH_ONLY if hasattr(t
 
 
 @cache
-def variants_of(cls: type[Optimizer]) -> tuple[frozenset[str], ...]:
+def variants_of(cls: Any) -> tuple[frozenset[str], ...]:
     """Names of the states that a class keeps for a parameter, for every choice of hyperparameters and dimensions."""
     bare, numbers = cls.__new__(cls), {"step", *cls.rule.scalar_states}
     params = [torch.empty((1,) * n, device="meta", dtype=torch.float32) for n in (1, 2)]
@@ -35,7 +35,7 @@ def variants_of(cls: type[Optimizer]) -> tuple[frozenset[str], ...]:
     return tuple(frozenset({*bare.names_of_states(rule, param), *numbers}) for rule in rules for param in params)
 
 
-def states_of_class(cls: type[Optimizer]) -> frozenset[str]:
+def states_of_class(cls: Any) -> frozenset[str]:
     """All of them."""
     return frozenset().union(*variants_of(cls))
 
