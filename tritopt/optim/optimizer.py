@@ -388,7 +388,9 @@ class Optimizer(torch.optim.Optimizer):
         try:
             if len(now) != len(before) or not all(map(is_, now, before)):
                 self._check_settings(group)
-            self._check_rate("lr", group["lr"])
+            # As the step does, which reads a rate on the device under capturable.
+            if not (group["capturable"] and isinstance(group["lr"], torch.Tensor)):
+                self._check_rate("lr", group["lr"])
             self._check_rate("weight_decay", group.get("weight_decay", 0.0))
             self.rule_of(group)
         except TypeError as error:
@@ -415,7 +417,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_rate(self, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
-            if lives_on_device(value) or capturable:
+            if lives_on_device(value):
                 return
             value = value.item()
         if isinstance(value, Real) and 0.0 <= float(value) < math.inf:
