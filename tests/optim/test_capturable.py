@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.optim.training import CLASSES, EVERY_CLASS, Params, assert_same, everything, parameters, set_grads
+from tests.optim.training import CLASSES, EVERY_CLASS, Params, assert_same, counts, everything, parameters, set_grads
 from tritopt import optim
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.registry import OPTIMIZERS
@@ -93,9 +93,7 @@ def follow(cls: Class, capturable: bool, lrs: Sequence[float], each: Callable[[A
         opt.step()
         if each is not None:
             each(opt)
-    for p, late in zip(params, (0, 2, 0), strict=True):
-        count = opt.state[p]["step"]
-        assert (count, count.dtype, count.shape) == (len(lrs) - late, torch.float32, ())
+    assert counts(opt, params) == [len(lrs), len(lrs) - 2, len(lrs)]
     return params
 
 

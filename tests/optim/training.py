@@ -52,6 +52,20 @@ def set_grads(params: Sequence[torch.Tensor], step: int, scale: float = 1.0) -> 
         p.grad = (scale * drawn).to(p.dtype) if p.requires_grad else None
 
 
+def counts(opt: Any, params: Sequence[torch.Tensor]) -> list[float]:
+    """Steps of some of the optimizer's parameters, which their states show unless torch's class keeps none."""
+    owned = [(p, group) for group in opt.param_groups for p in group["params"]]
+    place_of = {id(p): i for i, (p, _) in enumerate(owned)}
+    places = [place_of[id(p)] for p in params]
+    found: list[float] = opt._stepper._numbers.get("step", places).tolist()
+    for p, place, count in zip(params, places, found, strict=True):
+        state = opt.state.get(p, {})
+        assert ("step" in state) == opt.shows_numbers(*owned[place])
+        if "step" in state:
+            assert (float(state["step"]), state["step"].dtype, state["step"].shape) == (count, torch.float32, ())
+    return found
+
+
 def train(
     opt: torch.optim.Optimizer, params: Sequence[torch.Tensor], steps: range, each: Callable[[], None] | None = None
 ) -> None:
