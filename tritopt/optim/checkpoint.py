@@ -56,7 +56,8 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         try:
             opt.check_group(group)
         except ValueError as error:
-            raise ValueError(f"loaded state dict: {error}" + (f"; {warning[0]}" if warning else "")) from error
+            why = warning[0] if warning else f"it is not one of {type(opt).__name__}'s"
+            raise ValueError(f"loaded state dict: {error}; {why}") from error
     saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     owners = ((param, group) for group in merged for param in group["params"])
     owner_of = dict(zip(saved_ids, owners, strict=True))
@@ -75,15 +76,16 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         formats, kinds = opt.state_formats_of(param, group), opt.state_kinds_of(param, group)
         known = {**_other_forms(param, kinds), **expected}
         loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
+        if not loaded:  # and filled at the first gradient
+            continue
         state[param] = loaded
         fmt = opt.format_of(param, group)
-        # A state that is empty is filled at the first gradient. A master in another format waits for the next step: the
-        # model's weights may be loaded after its optimizer.
-        is_waiting = not loaded or (fmt.companion not in ("", *loaded) and not COMPANIONS.isdisjoint(loaded))
+        # A master in another format waits for the next step: the model's weights may be loaded after its optimizer.
+        is_waiting = fmt.companion not in ("", *loaded) and not COMPANIONS.isdisjoint(loaded)
         if not is_waiting and not take_companion(param, loaded, fmt):
             without_master.append(key)
-        take_states(param, state[param], formats, kinds, expected)
-        opt.complete_loaded_state(state[param])
+        take_states(param, loaded, formats, kinds, expected)
+        opt.complete_loaded_state(loaded)
     if warning:
         warn(": ".join(warning))
     if without_master:
