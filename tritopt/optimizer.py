@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from tritopt.kernels.state_formats import SIGNED, SQUARES
 from tritopt.launch import Updates
 from tritopt.phases import Apply, Phase
 from tritopt.random import STEPS, Noise, noise_key
+from tritopt.settings import check_settings, parameters_of
 from tritopt.sparse import StandIn
 from tritopt.states import FP32, Choice, checked, format_of_planes, formats_of, stored
 from tritopt.telemetry import Telemetry, Tracked, Tracker, measure, refuse, telemetry, whole
@@ -164,6 +164,8 @@ class Optimizer:
         self.set_wd_mult({})
         self._planner = Planner()
         self._known_scalars: dict[tuple[float, float, int], tuple[float, ...]] = {}
+        self._checked: tuple[Any, ...] = ()
+        """Values of attributes that `check_settings` has found right."""
 
     # What an optimizer defines.
 
@@ -327,6 +329,7 @@ class Optimizer:
         Raises:
             ValueError: `master` does not go with the weight's dtype, or not with this optimizer.
         """
+        check_settings(self, Optimizer)
         fmt = self._format_of(index, weight)
         if fmt is not PLAIN:
             master = weight.detach().to(torch.float32, copy=True)
@@ -370,7 +373,7 @@ class Optimizer:
     def state_formats(self) -> tuple[Format, ...]:
         """Of each state. ValueError if `state_dtype` names what is none, or must not be stored so."""
         kinds = self.state_kinds
-        return formats_of(self.state_dtype, {name: kinds.get(name) for name in self.state_names})
+        return formats_of(checked(self.state_dtype), {name: kinds.get(name) for name in self.state_names})
 
     def _stored(self, weight: torch.Tensor, inner: State) -> State:
         """States as `state_dtype` has them, and no narrower than without it; the same object if they are."""
@@ -431,10 +434,12 @@ class Optimizer:
         Raises:
             ValueError, TypeError: bad input. Weights, states and counts are then as they were.
         """
+        check_settings(self, Optimizer)
         self._dispatch(*_with_gradients(indices, weights, grads, states))
 
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """`update` with states from `create_state_multi_precision`."""
+        check_settings(self, Optimizer)
         indices, weights, grads, states = _with_gradients(indices, weights, grads, states)
         masters = self._masters(indices, weights, states)
         if not self._overrides_step():
@@ -457,6 +462,7 @@ class Optimizer:
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """Raise what `update_multi_precision` would raise about these arguments; update and count nothing."""
+        check_settings(self, Optimizer)
         indices, weights, grads, states = _with_gradients(indices, weights, grads, states)
         self._masters(indices, weights, states)
         self._multiplied(1.0, indices, "lr_mult")
@@ -789,19 +795,10 @@ def _initial_lr(learning_rate: float | None, lr_scheduler: LRScheduler | None) -
 
 
 def _unknown_keywords(cls: type[Optimizer], unknown: Iterable[str]) -> str:
-    names = {name for base in cls.__mro__[:-1] for name in _parameters(vars(base).get("__init__"))}
+    names = {name for base in cls.__mro__[:-1] for name in parameters_of(vars(base).get("__init__"))}
     known = sorted(names if cls.supports_lazy_update else names - {"lazy_update"})
     found = [f"{name!r}{registry.did_you_mean(name, known)}" for name in unknown]
     return f"{cls.__name__}() has no argument {' '.join(found)} known: {', '.join(known)}"
-
-
-def _parameters(function: Callable[..., Any] | None) -> list[str]:
-    if function is None:
-        return []
-    skipped = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [
-        name for name, p in inspect.signature(function).parameters.items() if p.kind not in skipped and name != "self"
-    ]
 
 
 def _with_gradients(
