@@ -102,7 +102,7 @@ CASES += [("NAdam", "mu_product", write) for write in ("nothing", "shared", "sha
 
 
 @pytest.mark.parametrize(("name", "number", "write"), CASES)
-@pytest.mark.parametrize("options", [{}, {"fused": False}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"capturable": True, "fused": False}], ids=str)
 def test_numbers_count_as_torchs_do(write: str, name: str, number: str, options: dict[str, Any]) -> None:
     theirs = train(lambda params: getattr(torch.optim, name)(params, foreach=False), WRITES[write], number)
     ours = train(lambda params: getattr(optim, name)(params, **options), WRITES[write], number)
