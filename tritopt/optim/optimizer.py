@@ -184,10 +184,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled, deep-copied and loaded states pass here."""
-        defaults = state.get("defaults") or self.defaults
+        defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
         # Without "differentiable", which torch adds here for classes that lack it: no group is to get it.
-        self.defaults = dict(defaults)
+        self.defaults = defaults
         self._forget()
         self.param_groups = [ParamGroup({**self.defaults, **group}, self.unsaved) for group in self.param_groups]
 
