@@ -250,8 +250,7 @@ def check_round_trips(name: str, flatten: bool, folder: Path) -> None:
         for i, one in enumerate(classes):
             for j, other in enumerate(classes):
                 for n_steps in (0, 3):
-                    how = {"fused": False} if other is ours else {}
-                    a, b = alone(one, 0, 2, **setting), alone(other, 1, n_steps, **setting, **how)
+                    a, b = alone(one, 0, 2, **setting), alone(other, 1, n_steps, **setting)
                     through(folder / f"{at}{i}{j}{n_steps}", a, b, options, partly=False)
                     assert flat(template(*b, options)) == flat(template(*a, options)), (one, other, n_steps)
 
