@@ -13,9 +13,9 @@ import torch
 
 from tritopt.kernels.formats import MASTERS, PLAIN, Format
 from tritopt.kernels.state_formats import STATE_FORMATS, scales_shape
-from tritopt.optim.defaults import HOW
-from tritopt.optim.distributed import laid_out, like, local, version
-from tritopt.optim.origin import is_foreign_key, known_states, savers_of, states_of_class, stranger
+from tritopt.optim.defaults import HOW, WrongKindError
+from tritopt.optim.distributed import laid_out, like, local
+from tritopt.optim.origin import is_foreign_key, known_states, same_keys, savers_of, states_of_class, stranger
 from tritopt.random import lies_like
 from tritopt.states import stored
 from tritopt.warning import warn
@@ -56,8 +56,10 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         try:
             opt.check_group(group)
         except ValueError as error:
-            why = warning[0] if warning else f"it is not one of {type(opt).__name__}'s"
-            raise ValueError(f"loaded state dict: {error}; {why}") from error
+            whose = warning[0] if warning else ""
+            if not whose and isinstance(error, WrongKindError):
+                whose = f"{', '.join(same_keys(type(opt)))} have hyperparameters of the same names: whose are these?"
+            raise ValueError(f"loaded state dict: {error}" + (whose and f"; {whose}")) from error
     saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     owners = ((param, group) for group in merged for param in group["params"])
     owner_of = dict(zip(saved_ids, owners, strict=True))
@@ -101,7 +103,12 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
 def versions(opt: Optimizer) -> dict[int, tuple[int, ...]]:
     """Versions of all state tensors by `id`, which writing to one in place changes."""
     states = [values for values in opt.state.values() if isinstance(values, dict)]
-    return {id(value): version(value) for values in states for value in values.values() if _is_many(value)}
+    return {id(value): _version(value) for values in states for value in values.values() if _is_many(value)}
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Another after each write in place, to the tensor or to its part in this process."""
+    return tuple(0 if part.is_inference() else part._version for part in (tensor, local(tensor)))
 
 
 def _without_stale_companion(opt: Optimizer, param: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def _without_stale_companion(opt: Optimizer, param: torch.Tensor, values: dict[s
 
     def is_loaded(name: str) -> bool:
         value = values[name]
-        return value is not live.get(name) or opt._handed_out.get(id(value), version(value)) != version(value)
+        return value is not live.get(name) or opt._handed_out.get(id(value), _version(value)) != _version(value)
 
     others = [name for name, value in values.items() if _is_many(value) and name not in COMPANIONS]
     # Where there is nothing beside it, nothing tells.

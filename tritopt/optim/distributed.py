@@ -206,12 +206,6 @@ def mark_written(params: Iterable[torch.Tensor]) -> None:
     torch.autograd.graph.increment_version([param for param in params if is_dtensor(param)])
 
 
-def version(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Differs after a write to a tensor: an operation on a DTensor counts in itself alone, not in its local part."""
-    part = local(tensor)
-    return tensor._version, part._version, part.data_ptr()
-
-
 class ShardSums:
     """Completes per-tensor sums over the processes: one all-reduce of one vector per mesh dimension, for all tensors.
 

@@ -16,7 +16,7 @@ from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16,
 from tritopt.kernels.state_formats import BLOCK
 from tritopt.optim import checkpoint
 from tritopt.optim.checkpoint import Expected, keys_of
-from tritopt.optim.defaults import HOW, MEANT, arguments_of, check_flag, torch_defaults
+from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, check_flag, torch_defaults
 from tritopt.optim.distributed import like, local, takes_blocks
 from tritopt.optim.members import Only, lives_on_device
 from tritopt.optim.observed import observed, uncompiled
@@ -189,10 +189,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled, deep-copied and loaded states pass here."""
-        defaults = state.get("defaults") or self.defaults
+        defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
         # Without "differentiable", which torch adds here for classes that lack it: no group is to get it.
-        self.defaults = dict(defaults)
+        self.defaults = defaults
         self._forget()
         self.param_groups = [ParamGroup({**self.defaults, **group}, self.unsaved) for group in self.param_groups]
 
@@ -394,7 +394,7 @@ class Optimizer(torch.optim.Optimizer):
             self._check_rate("weight_decay", group.get("weight_decay", 0.0))
             self.rule_of(group)
         except TypeError as error:
-            raise ValueError(str(error)) from error
+            raise WrongKindError(str(error)) from error
         if len(self._checked) > MAX_RULES:
             self._checked.clear()
         self._checked[id(group)] = now
