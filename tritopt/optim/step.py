@@ -29,7 +29,7 @@ from tritopt.optim.rows import RowTable
 from tritopt.optim.scalar_states import CPU, ScalarStates
 from tritopt.optim.states import MasterVersions, Replaced, check_aliases, create_missing, put_back, task_of
 from tritopt.optim.warm import WarmStep
-from tritopt.telemetry import Telemetry, Tracker, telemetry
+from tritopt.telemetry import Telemetry, Tracker, check_asked, telemetry
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -130,8 +130,7 @@ class Stepper:
 
     def telemetry(self, opt: Optimizer) -> Telemetry:
         """`Optimizer.telemetry`."""
-        if not opt.track:
-            return Telemetry()
+        check_asked(opt.track, type(opt).__name__)
         params = params_of(opt, None)
         sums = self.tracker.sums(range(len(params)))
         reduce = ShardSums(params)
