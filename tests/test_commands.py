@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tritopt import numerics, tuning
+from tritopt import numerics, registry, tuning
 from tritopt.__main__ import app
 from tritopt.bench import host, measure
 from tritopt.commands import bench as bench_command
@@ -94,16 +94,15 @@ def test_inspect_shows_what_spills(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_tune(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     few, many = Config(block_size=1024), Config(block_size=2048)
-    tune_command.print_rows(
-        [tuning.Row("AdamW", "split16+bf16", "adamw_update", "small", few, many, 10.25, 11.5, 1, 2)]
-    )
-    assert_fits(capsys.readouterr().out, width, "split16+bf16", "10.25", "1024", "best")
+    row = tuning.Row("AdamW", "split16+bf16", "adamw_update", "small", few, many, 10.25, 11.5, 1, 2)
+    tune_command.print_rows([row])
+    assert_fits(capsys.readouterr().out, width, "split16+bf16", "1024", *(["10.25"] if width > 60 else []))
     assert_fits(run("tune", "--show").output.partition("nothing tuned")[0], width, "block", "assumed", "MI300")
 
 
 def test_bench(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    case: Any = ("llama3-8b", 8_000_000_000, 291, "AdamW", "split16+bf16", "TransformerEngine", "bf16")
-    row = measure.Row(*case, ms=3.25, device_ms=3.0, ratio=1.25)
+    row = measure.Row("llama3-8b", 8_000_000_000, 291, "AdamW", "split16+bf16", "TransformerEngine", "bf16")
+    row.ms, row.device_ms, row.ratio = 3.25, 3.0, 1.25
 
     class Done:
         copy, done, passed = 4.1e12, [row], True
@@ -113,8 +112,12 @@ def test_bench(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert_fits(capsys.readouterr().out, width, "TransformerEngine", "3.250", "times", "1.25")
     monkeypatch.setattr(host, "CASES", host.CASES[:1])
     times: Any = {"ms": 0.5, "best_ms": 0.25, "cold_ms": 1.0, "ratio": 0.125}
-    monkeypatch.setattr(host, "case_times", lambda case, *_: [host.HostRow("torch foreach", *case, "nothing", **times)])
-    assert_fits(run("bench", "--host").output.partition("replaced,")[0], width, "torch foreach", "0.500", "0.12")
+    monkeypatch.setattr(
+        host,
+        "case_times",
+        lambda case, *_: [host.HostRow("torch foreach", case.tensors, case.groups, case.clip, "nothing", **times)],
+    )
+    assert_fits(run("bench", "--host").output.partition("replaced,")[0], width, "foreach", "0.500", "0.12")
 
 
 def test_words_are_broken_only_where_no_column_may_go() -> None:
@@ -130,6 +133,12 @@ def test_words_are_broken_only_where_no_column_may_go() -> None:
 # Optimizers by position.
 
 
+@pytest.fixture
+def _registers_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "OPTIMIZERS", dict(registry.OPTIMIZERS))
+
+
+@pytest.mark.usefixtures("_registers_for_now")
 @pytest.mark.parametrize("command", ["list", "check"])
 def test_optimizers_by_position(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -147,6 +156,7 @@ def test_optimizers_by_position(command: str, tmp_path: Path, monkeypatch: pytes
         assert hint in result.output
 
 
+@pytest.mark.usefixtures("_registers_for_now")
 def test_a_class_of_torchs_face_stands_for_its_rule() -> None:
     result = run("list", "tritopt.optim:SGD", "--json")
     assert json.loads(result.stdout)[0]["optimizer"] == "torchsgd"
