@@ -22,7 +22,7 @@ from tritopt.random import STEPS, Noise, noise_key
 from tritopt.settings import check_settings, parameters_of
 from tritopt.sparse import StandIn
 from tritopt.states import FP32, Choice, checked, format_of_planes, formats_of, stored
-from tritopt.telemetry import Telemetry, Tracked, Tracker, measure, refuse, telemetry, whole
+from tritopt.telemetry import Telemetry, Tracked, Tracker, check_asked, measure, refuse, telemetry, whole
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
@@ -657,8 +657,12 @@ class Optimizer:
     def telemetry(self) -> Telemetry:
         """A row for each parameter, by index, of its last step: norms, share of weights that stayed, and so on.
 
-        Waits for the device. Empty unless constructed with `track=True`.
+        Waits for the device. Empty before the first step.
+
+        Raises:
+            ValueError: constructed without `track=True`.
         """
+        check_asked(self.track, type(self).__name__)
         indices = list(self._sizes)
         return telemetry(indices, list(self._sizes.values()), self._tracker.sums(indices))
 

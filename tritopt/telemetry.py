@@ -143,6 +143,14 @@ def whole(place: int, columns: torch.Tensor) -> Tracked:
     return Tracked((place,), COLUMNS, columns[None])
 
 
+def check_asked(is_tracked: bool, name: str) -> None:
+    """ValueError where nothing was summed up because nobody asked for it."""
+    if not is_tracked:
+        raise ValueError(
+            f"this {name} sums up nothing: construct it with track=True, and call telemetry() after a step"
+        )
+
+
 def refuse(name: str) -> None:
     """ValueError: kernels that track nothing."""
     raise ValueError(

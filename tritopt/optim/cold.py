@@ -22,7 +22,7 @@ from tritopt.optim.warm import WarmStep
 from tritopt.phases import Apply
 from tritopt.random import Noise
 from tritopt.telemetry import refuse
-from tritopt.warning import warn
+from tritopt.warning import warn_once
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -137,7 +137,7 @@ def runs_fused(opt: Optimizer, member: Member) -> bool:
         reason = f"{type(opt).__name__} has no kernel for tensors that are sharded over processes"
     reason = reason and reason.replace("use_fused_step=False", "fused=False")
     if reason and wanted and part.device.type == "cpu":
-        warn(f"fused=True on the CPU runs the reference: {reason}")
+        warn_once(opt, f"fused=True on the CPU runs the reference: {reason}")
     elif reason and wanted:
         raise RuntimeError(f"`fused=True`, parameter {member.name!r}: {reason}")
     return reason is None

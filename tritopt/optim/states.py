@@ -91,10 +91,11 @@ def task_of(opt: Optimizer, member: Member) -> Task:
     formats = tuple(opt.state_formats_of(param, member.group).values())
     validate.weight_and_grad(member.name, weight, part(grad))
     for value in planes[1:]:
-        validate.state_tensor(member.name, value, weight, weight.shape, fmt.dtype_of_companion(weight.dtype))
+        dtype = fmt.dtype_of_companion(weight.dtype)
+        validate.state_tensor(member.name, value, weight, weight.shape, dtype, validate.TORCHS)
     task = Task(planes, fmt, part(grad), values, state_formats=formats)
     for of_state, in_format, shape in zip(task.states(), formats, rule.state_shapes(weight.shape), strict=True):
-        validate.state_planes(member.name, of_state, weight, shape, in_format)
+        validate.state_planes(member.name, of_state, weight, shape, in_format, validate.TORCHS)
     return task._replace(noise=distributed.noise_of(opt.rounding_seed, member.name, param)) if task.draws else task
 
 

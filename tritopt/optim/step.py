@@ -31,7 +31,7 @@ from tritopt.optim.states import check_aliases, create_missing, task_of
 from tritopt.optim.undo import Undo
 from tritopt.optim.warm import WarmStep
 from tritopt.recent import Recent
-from tritopt.telemetry import Telemetry, Tracker, telemetry
+from tritopt.telemetry import Telemetry, Tracker, check_asked, telemetry
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -148,8 +148,7 @@ class Stepper:
 
     def telemetry(self, opt: Optimizer) -> Telemetry:
         """`Optimizer.telemetry`."""
-        if not opt.track:
-            return Telemetry()
+        check_asked(opt.track, type(opt).__name__)
         params = params_of(opt, None)
         sums = self.tracker.sums(range(len(params)))
         reduce = ShardSums(params)
