@@ -48,8 +48,6 @@ class Format(NamedTuple):
     """Plane 1, from the weight and the fp32 value that the two are to hold."""
     draws: bool = False
     """Whether storing takes random bits."""
-    can_disagree: bool = False
-    """Whether plane 1 may hold what no longer rounds to the weight, after someone else has written that."""
     dtypes: tuple[torch.dtype, ...] = ()
     """Of the planes, where it is a format of states."""
     shown: Any = None
@@ -330,7 +328,7 @@ _ALL = (*_LOW, torch.float32, torch.float64)
 PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,), _ALL, shown=shown_nearest)
 MASTER_FP32 = Format(
     "fp32 master", 2, load_master, store_master, decode_master, encode_master, (True, True), _LOW,
-    "master_param", torch.float32, _master_of, can_disagree=True, shown=shown_nearest,
+    "master_param", torch.float32, _master_of, shown=shown_nearest,
 )  # fmt: skip
 SPLIT16 = Format(
     "split16", 2, load_split, store_split, decode_split, encode_split, (True, True), (torch.bfloat16,),
@@ -338,7 +336,7 @@ SPLIT16 = Format(
 )  # fmt: skip
 KAHAN = Format(
     "kahan", 2, load_kahan, store_kahan, decode_kahan, encode_kahan, (True, True), _LOW,
-    "compensation", None, _compensation_of, can_disagree=True, shown=shown_nearest,
+    "compensation", None, _compensation_of, shown=shown_nearest,
 )  # fmt: skip
 SPLIT8 = Format(
     "split8", 2, load_split8, store_split8, decode_split8, encode_split8, (True, True), (torch.bfloat16,),
