@@ -104,7 +104,7 @@ def _completed(weight, value):
 
 def _completed_twin(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     rounded = value.to(weight.dtype).view(torch.int16)
-    return torch.where(rounded == weight.view(torch.int16), value, weight.float())
+    return torch.where(rounded == weight.resolve_neg().view(torch.int16), value, weight.float())
 
 
 @triton.jit
@@ -209,7 +209,7 @@ def _fitting(difference: torch.Tensor, half: int) -> torch.Tensor:
 
 
 def _remainder_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    difference = value.view(torch.int32) - (weight.view(torch.int16).to(torch.int32) << 16)
+    difference = value.view(torch.int32) - (weight.resolve_neg().view(torch.int16).to(torch.int32) << 16)
     return _fitting(difference, 0x8000).to(torch.int16)
 
 
@@ -314,7 +314,7 @@ def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: An
 
 
 def _remainder8_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    difference = (value.view(torch.int32) >> 8) - (weight.view(torch.int16).to(torch.int32) << 8)
+    difference = (value.view(torch.int32) >> 8) - (weight.resolve_neg().view(torch.int16).to(torch.int32) << 8)
     return _fitting(difference, 0x80).to(torch.int8)
 
 
