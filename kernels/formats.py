@@ -87,7 +87,8 @@ def decode_plain(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
 
 def encode_plain(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
     """Twin of `store_plain`."""
-    planes[0].copy_(value)
+    # Converted first: where fp32 becomes fp16, torch's copy_ does not ask whether what it writes is negated by a bit.
+    planes[0].copy_(value.to(planes[0].dtype))
 
 
 @triton.jit
@@ -131,7 +132,7 @@ def decode_master(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.T
 def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
     """Twin of `store_master`."""
     planes[1].copy_(value)
-    planes[0].copy_(planes[1])
+    encode_plain(planes, planes[1])
 
 
 def _master_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -248,7 +249,7 @@ def decode_kahan(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
 
 def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
     """Twin of `store_kahan`."""
-    planes[0].copy_(value)
+    encode_plain(planes, value)
     planes[1].copy_(_compensation_of(planes[0], value))
 
 
