@@ -457,7 +457,7 @@ class Optimizer:
             )
             for weight, state, m in zip(weights, states, masters, strict=True):
                 if m:
-                    weight.copy_(state[0])
+                    PLAIN.encode((weight,), state[0])
         return None
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
