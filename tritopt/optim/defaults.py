@@ -9,7 +9,7 @@ import torch
 
 def torch_defaults(torch_class: type[torch.optim.Optimizer], **arguments: Any) -> dict[str, Any]:
     """The defaults of torch's optimizer for these arguments; raises what it raises."""
-    defaults: dict[str, Any] = torch_class([torch.zeros(())], **arguments).defaults
+    defaults: dict[str, Any] = torch_class([torch.zeros((), dtype=torch.float32, device="cpu")], **arguments).defaults
     return defaults
 
 
