@@ -267,7 +267,7 @@ def holds_values(tensor: torch.Tensor) -> bool:
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    return torch.empty(shape, dtype=torch.float32, device="meta").stride()
 
 
 def _strides_equal(shape: Iterable[int], a: Iterable[int], b: Iterable[int]) -> bool:

@@ -93,8 +93,9 @@ def _joined(tracked: Sequence[Tracked], size: int) -> torch.Tensor:
     """fp64 [size, COLUMNS], 0 where a tensor has no elements here."""
     found = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device="cpu")
     for places, columns, values in tracked:
-        at = torch.tensor([COLUMNS.index(column) for column in columns], device="cpu")
-        found[torch.tensor(places, device="cpu")[:, None], at] = values.cpu()
+        at = [COLUMNS.index(column) for column in columns]
+        for place, row in zip(places, values.cpu(), strict=True):
+            found[place, at] = row
     return found
 
 

@@ -73,7 +73,7 @@ class Peer:
             return opt, opt.step
         for group in opt.param_groups:
             # A rate that is a number would be compiled in, and compiled again when it changes.
-            group["lr"] = torch.tensor(lr)
+            group["lr"] = torch.tensor(lr, dtype=torch.float32, device="cpu")
         return opt, torch.compile(opt.step, fullgraph=False)
 
 

@@ -106,7 +106,8 @@ def like(param: torch.Tensor, value: torch.Tensor, shape: tuple[int, ...], per_b
         return value
     from torch.distributed.tensor import DTensor
 
-    strides = param.stride() if shape == tuple(param.shape) else torch.empty(shape, device="meta").stride()
+    usual = torch.empty(shape, dtype=param.dtype, device="meta").stride()
+    strides = param.stride() if shape == tuple(param.shape) else usual
     return DTensor.from_local(
         value,
         param.device_mesh,
@@ -224,7 +225,7 @@ class ShardSums:
                     if not placement.is_replicate():
                         rows.setdefault(tensor.device_mesh.get_group(dim), []).append(i)
         self._rows = [
-            (group, None if len(found) == len(tensors) else torch.tensor(found, device=self.device))
+            (group, None if len(found) == len(tensors) else torch.tensor(found, dtype=torch.int64, device=self.device))
             for group, found in rows.items()
         ]
 
