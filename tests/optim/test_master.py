@@ -178,7 +178,7 @@ WRITES: list[Write] = [
 ]  # fmt: skip
 EVERY_WRITE = pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__.strip("_"))
 KEPT = {"auto": 2.0**-8, "fp32": 0.0, "split16": 2.0**-8, "split8": 2.0**-8, "kahan": 2.0**-8, "stochastic": 2.0**-7}
-"""By master, how much of a weight that was written may be another's: below half an ulp a remainder is as good as any."""
+"""By master, how much of a written weight may be another's: below half an ulp a remainder is as good as any."""
 AT = (1, 4)  # after the first step, and between two that are replayed
 
 
