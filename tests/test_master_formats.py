@@ -286,6 +286,11 @@ def test_an_optimizer_that_overrides_step_sees_fp32_masters() -> None:
     state = opt.create_state_multi_precision(0, weight)
     opt.update_multi_precision(0, weight, random(1, 7), state)
     assert torch.equal(weight, state[0].bfloat16())
+    before = state[0].clone()
+    weight.data[:3] = 2.0  # which is then the truth, and not the master
+    opt.update_multi_precision(0, weight, torch.zeros_like(weight), state)
+    assert torch.equal(state[0], torch.cat([torch.full((3,), 2.0), before[3:]]))
+    assert torch.equal(weight, state[0].bfloat16())
 
 
 @pytest.mark.parametrize("master", [name for name, fmt in MASTERS.items() if fmt.companion])

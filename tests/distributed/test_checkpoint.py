@@ -56,7 +56,7 @@ def snapshot(model: nn.Module, opt: Any) -> dict[str, torch.Tensor]:
 
 def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert list(found) == list(expected)
-    assert any(key.startswith("master_param of ") for key in found)
+    assert any(key.startswith("master_remainder of ") for key in found)
     for key, value in expected.items():
         # A weight is its master, rounded.
         assert_same(found[key], value, 2.0**-8 if tolerance and value.dtype == DTYPE else tolerance, key)

@@ -138,7 +138,7 @@ def check_zero() -> None:
     saved: Any = held[0]
     assert saved["param_groups"][0]["lr"] == 0.02
     for key, state in one.state_dict()["state"].items():
-        assert state["master_param"].dtype == torch.float32
+        assert state["master_remainder"].dtype == torch.int16
         for name, value in state.items():
             assert_same(saved["state"][key][name], value, EXACT, f"{name} of parameter {key}")
     models[2].load_state_dict(models[1].state_dict())

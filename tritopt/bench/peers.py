@@ -95,7 +95,7 @@ def _torch(name: str, moved: float, formats: tuple[str, ...], **more: Any) -> li
     return found
 
 
-BESIDE_FP32 = ("fp32", "master")
+BESIDE_FP32 = ("fp32", "split16", "master")
 
 PEERS: tuple[Peer, ...] = (
     *_torch("AdamW", 28, BESIDE_FP32),
