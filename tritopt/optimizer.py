@@ -22,7 +22,7 @@ from tritopt.phases import Apply, Phase
 from tritopt.random import STEPS, Noise, noise_key
 from tritopt.sparse import StandIn
 from tritopt.states import FP32, Choice, checked, format_of_planes, formats_of, stored
-from tritopt.telemetry import Telemetry, Tracked, Tracker, measure, refuse, telemetry, whole
+from tritopt.telemetry import NOT_TRACKED, Telemetry, Tracked, Tracker, measure, refuse, telemetry, whole
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
@@ -651,8 +651,10 @@ class Optimizer:
     def telemetry(self) -> Telemetry:
         """A row for each parameter, by index, of its last step: norms, share of weights that stayed, and so on.
 
-        Waits for the device. Empty unless constructed with `track=True`.
+        Waits for the device. ValueError unless constructed with `track=True`.
         """
+        if not self.track:
+            raise ValueError(NOT_TRACKED)
         indices = list(self._sizes)
         return telemetry(indices, list(self._sizes.values()), self._tracker.sums(indices))
 

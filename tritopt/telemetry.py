@@ -16,6 +16,7 @@ import torch
 OF_GRADIENT = ("grad_square", "nonfinite")
 OF_UPDATE = ("weight_square", "update_square", "unchanged")
 COLUMNS = (*OF_GRADIENT, *OF_UPDATE)
+NOT_TRACKED = "no step is summed up, which telemetry() shows: construct the optimizer with track=True"
 
 
 class Tracked(NamedTuple):

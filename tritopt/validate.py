@@ -146,24 +146,37 @@ def has_memory(index: Hashable, name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"parameter {index!r}: the {name} is a tensor of zeros that has no memory; take its .clone()")
 
 
+CREATE_STATE = "create it with create_state_multi_precision(index, weight)"
+
+
 def state_tensor(
-    index: Hashable, state: torch.Tensor, weight: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
+    index: Hashable,
+    state: torch.Tensor,
+    weight: torch.Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype | None = None,
+    way_out: str = CREATE_STATE,
 ) -> None:
     """ValueError unless the state has this shape, and this dtype or any real one, and can stand beside the weight."""
     if state.dtype not in WEIGHT_DTYPES if dtype is None else state.dtype != dtype:
         raise ValueError(
-            f"parameter {index!r}: a state is {state.dtype}; create it with create_state_multi_precision(index, weight)"
+            f"parameter {index!r}: a state is {state.dtype}, expected is {dtype or 'a dtype of weights'}; {way_out}"
         )
     has_memory(index, "state", state)
     if tuple(state.shape) != tuple(shape) or state.device != weight.device:
         raise ValueError(
             f"parameter {index!r}: state of shape {tuple(state.shape)} on {state.device} for a weight of shape "
-            f"{tuple(weight.shape)} on {weight.device}; create it with create_state_multi_precision(index, weight)"
+            f"{tuple(weight.shape)} on {weight.device}; {way_out}"
         )
 
 
 def state_planes(
-    index: Hashable, planes: Sequence[torch.Tensor], weight: torch.Tensor, shape: Sequence[int], fmt: Format
+    index: Hashable,
+    planes: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    shape: Sequence[int],
+    fmt: Format,
+    way_out: str = CREATE_STATE,
 ) -> None:
     """ValueError unless these are the planes of a state of this shape in this format, and can stand beside the weight.
 
@@ -176,13 +189,13 @@ def state_planes(
     if len(planes) != fmt.n_planes or any(p.dtype != dtype for p, dtype in zip(planes, fmt.dtypes, strict=False)):
         raise ValueError(
             f"parameter {index!r}: a state of {', '.join(str(plane.dtype) for plane in planes)} is not stored as "
-            f"state_dtype says, in {', '.join(map(str, fmt.dtypes)) or 'one tensor'}; bring it into that with "
-            "convert_state(index, weight, state)"
+            f"state_dtype says, in {', '.join(map(str, fmt.dtypes)) or 'one tensor'}; "
+            + ("bring it into that with convert_state(index, weight, state)" if way_out is CREATE_STATE else way_out)
         )
-    state_tensor(index, planes[0], weight, shape, fmt.dtypes[0] if fmt.dtypes else None)
+    state_tensor(index, planes[0], weight, shape, fmt.dtypes[0] if fmt.dtypes else None, way_out)
     if not fmt.block:
         return
-    state_tensor(index, planes[1], weight, scales_shape(shape, fmt.block), fmt.dtypes[1])
+    state_tensor(index, planes[1], weight, scales_shape(shape, fmt.block), fmt.dtypes[1], way_out)
     if not lies_like(planes[0], weight):
         raise ValueError(
             f"parameter {index!r}: the weight has strides {weight.stride()}, a state in blocks {planes[0].stride()}: "

@@ -388,7 +388,7 @@ def test_groups_are_checked_where_there_is_no_state_yet() -> None:
     opt = AdamW(parameters(), lr=0.5)
     saved = AdamW(parameters()).state_dict()
     saved["param_groups"][0]["betas"] = (0.9, 2.0)
-    with pytest.raises(ValueError, match="Invalid beta parameter at index 1: 2.0"):
+    with pytest.raises(ValueError, match=r"Invalid beta parameter at index 1: 2\.0"):
         opt.load_state_dict(saved)
     assert opt.param_groups[0]["lr"] == 0.5
     assert opt.param_groups[0]["betas"] == (0.9, 0.999)

@@ -127,8 +127,8 @@ class ColdStep:
         return WarmStep(opt, hypers, self.members, self._tasks, self._launched, norm_groups, self._only)
 
 
-def runs_fused(opt: Optimizer, member: Member) -> bool:
-    """Whether a kernel updates it. RuntimeError if one must and cannot."""
+def runs_fused(opt: Optimizer, member: Member, said: set[str]) -> bool:
+    """Whether a kernel updates it. RuntimeError if one must and cannot; on the CPU a warning that is not in `said`."""
     wanted, part = member.group["fused"], local(member.param)
     if wanted is False or member.group.get("differentiable"):
         return False
@@ -137,7 +137,9 @@ def runs_fused(opt: Optimizer, member: Member) -> bool:
         reason = f"{type(opt).__name__} has no kernel for tensors that are sharded over processes"
     reason = reason and reason.replace("use_fused_step=False", "fused=False")
     if reason and wanted and part.device.type == "cpu":
-        warn(f"fused=True on the CPU runs the reference: {reason}")
+        if reason not in said:
+            warn(f"fused=True on the CPU runs the reference: {reason}")
+            said.add(reason)
     elif reason and wanted:
         raise RuntimeError(f"`fused=True`, parameter {member.name!r}: {reason}")
     return reason is None

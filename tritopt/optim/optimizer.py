@@ -277,7 +277,7 @@ class Optimizer(torch.optim.Optimizer):
         """A row for each parameter, of its last step: norms, share of weights that stayed, non-finite gradients.
 
         By name where parameters are named, else by position. Waits for the device, and for the other processes that
-        hold shards, all of which must call it. Empty unless constructed with `track=True`.
+        hold shards, all of which must call it. ValueError unless constructed with `track=True`.
         """
         return self._stepper.telemetry(self)
 
