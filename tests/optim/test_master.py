@@ -318,3 +318,36 @@ def test_no_master_where_none_is_wanted_or_needed(cls: Any, dtype: torch.dtype) 
         assert COMPANIONS.isdisjoint(opt.state[p])
         assert {v.dtype for k, v in opt.state[p].items() if k not in ("step", *cls.rule.scalar_states)} <= {least}
     assert_same(opt.master_weights(), [p.detach() for p in params])
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("after", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("before", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("master", ["auto", "fp32", "kahan"])
+def test_a_model_may_change_its_dtype_between_steps(
+    master: str, before: torch.dtype, after: torch.dtype, fused: bool | None
+) -> None:
+    """A master is of a weight of one dtype: beside another the weight is the truth, as the model has it."""
+    model = torch.nn.Linear(64, 2).to(before)
+    opt = optim.SGD(model.parameters(), lr=0.25, master=master, fused=fused)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.37)
+    opt.step()
+    model.to(after)
+    expected = [p.detach().double() - 0.25 for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    for p, value in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), value.to(after), rtol=torch.finfo(after).eps, atol=1e-6)
+    opt.step()
+
+
+def test_a_master_that_is_none_names_the_way_out() -> None:
+    param = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    opt = optim.SGD([param], lr=0.1, master="fp32")
+    param.grad = torch.ones_like(param)
+    opt.step()
+    opt.state[param]["master_param"] = opt.state[param]["master_param"].double()
+    with pytest.raises(ValueError, match=r"must be torch\.float32; optimizer\.load_state_dict"):
+        opt.step()

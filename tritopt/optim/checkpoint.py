@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from tritopt import validate
 from tritopt.kernels.formats import MASTERS, PLAIN, Format
 from tritopt.kernels.state_formats import STATE_FORMATS, scales_shape
 from tritopt.optim.defaults import HOW, WrongKindError
@@ -130,8 +131,14 @@ def _without_stale_companion(opt: Optimizer, param: torch.Tensor, values: dict[s
 
 
 def take_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> bool:
-    """Bring the master in a state into this format, or make it from the weight. False if that was rounded."""
+    """Bring the master in a state into this format, or make it from the weight. False if that was rounded.
+
+    One of a weight of another dtype, as it is after `model.to(dtype)`, says nothing of this weight and is dropped.
+    """
     found = next((other for other in MASTERS.values() if other.companion in state), None)
+    if found is not None and not completes(param, state, found):
+        del state[found.companion]
+        found = None
     if found is fmt:
         return True
     weight = local(param.detach()).resolve_neg()
@@ -141,6 +148,14 @@ def take_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> b
     if fmt.companion_of is not None:
         state[fmt.companion] = like(param, fmt.companion_of(weight, value), tuple(param.shape))
     return found is not None or fmt.companion_of is None
+
+
+def completes(param: torch.Tensor, state: Mapping[str, Any], fmt: Format) -> bool:
+    """Whether the master in a state can be one of a parameter of this dtype."""
+    kept = state[fmt.companion].dtype
+    # Any other dtype than those of weights is no master at all, and refused by the step.
+    of_another = fmt.companion_dtype is None and kept != param.dtype and kept in validate.WEIGHT_DTYPES
+    return param.dtype in fmt.weight_dtypes and not of_another
 
 
 def take_states(

@@ -11,7 +11,7 @@ from tritopt import validate
 from tritopt.fused import Planner, Task
 from tritopt.kernels.formats import PLAIN
 from tritopt.optim import distributed
-from tritopt.optim.checkpoint import COMPANIONS, is_stored_as, keys_of, take_companion, take_states
+from tritopt.optim.checkpoint import COMPANIONS, completes, is_stored_as, keys_of, take_companion, take_states
 from tritopt.optim.members import Member
 from tritopt.optim.scalar_states import ScalarStates
 from tritopt.states import stored
@@ -32,7 +32,9 @@ def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarSta
         fmt, formats = opt.format_of(param, member.group), opt.state_formats_of(param, member.group)
         is_foreign = not COMPANIONS.isdisjoint(state.keys() - expected.keys())  # the group's `master` has changed
         is_shown = opt.shows_numbers(param, member.group)
-        is_complete = ("step" in state or not is_shown) and (not fmt.companion or fmt.companion in state)
+        is_complete = ("step" in state or not is_shown) and (
+            not fmt.companion or (fmt.companion in state and completes(param, state, fmt))
+        )
         if (
             is_complete
             and not is_foreign

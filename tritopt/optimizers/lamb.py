@@ -121,4 +121,5 @@ class LAMB(Optimizer):
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
         step = s.lr * trust_ratio(w, direction(mean, var, s.wd), s.lower_bound, s.upper_bound)
-        return w - step * direction(*stored((mean, var)), decay_of(w, s.wd)), (mean, var)
+        stored_mean, stored_var = stored((mean, var))
+        return w - step * direction(stored_mean, stored_var, decay_of(w, s.wd)), (mean, var)

@@ -135,5 +135,6 @@ class LANS(Optimizer):
         by_both = directions(mean, var, s.wd)
         mean_ratio, grad_ratio = (trust_ratio(w, d, s.lower_bound, s.upper_bound) for d in by_both)
         mean_step, grad_step = s.lr * s.beta1 * mean_ratio, s.lr * s.one_minus_beta1 * grad_ratio
-        by_mean, by_grad = directions(*stored((mean, var)), decay_of(w, s.wd))
+        stored_mean, stored_var = stored((mean, var))
+        by_mean, by_grad = directions(stored_mean, stored_var, decay_of(w, s.wd))
         return w - (mean_step * by_mean + grad_step * by_grad), (mean, var)
