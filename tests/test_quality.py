@@ -22,24 +22,9 @@ def test_clean(command: list[str]) -> None:
 
 TYPES = ("dict", "tuple")
 FACTORIES = [
-    "arange",
-    "as_tensor",
-    "asarray",
-    "empty",
-    "empty_strided",
-    "eye",
-    "full",
-    "linspace",
-    "logspace",
-    "ones",
-    "rand",
-    "randint",
-    "randn",
-    "randperm",
-    "scalar_tensor",
-    "tensor",
-    "zeros",
-]
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace",
+    "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros",
+]  # fmt: skip
 
 
 def calls(*folders: str) -> Iterator[tuple[Path, ast.Call]]:
