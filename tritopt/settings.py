@@ -25,14 +25,14 @@ def parameters_of(function: Callable[..., Any] | None) -> list[str]:
 
 
 @cache
-def _own_parameters(cls: type[Optimizer], base: type[Optimizer]) -> tuple[str, ...]:
+def _own_parameters(cls: Any, base: Any) -> tuple[str, ...]:
     """What the constructors of a class take beside the base's arguments."""
     inits = (vars(one).get("__init__") for one in cls.__mro__ if issubclass(one, base) and one is not base)
     names = dict.fromkeys(name for init in inits for name in parameters_of(init))
     return tuple(name for name in names if name not in parameters_of(base.__init__))
 
 
-def check_settings(opt: Optimizer, base: type[Optimizer]) -> None:
+def check_settings(opt: Optimizer, base: Any) -> None:
     """Raise what the constructor raises for a value that one of its arguments now has as an attribute.
 
     The package's own classes are asked by making another one of these values; a user's constructor may do more than
@@ -46,10 +46,11 @@ def check_settings(opt: Optimizer, base: type[Optimizer]) -> None:
     validate.nonnegative_count("aggregate_num", opt.aggregate_num)
     if opt.use_fused_step is not None:
         validate.boolean("use_fused_step", opt.use_fused_step)
-    names = [name for name in _own_parameters(type(opt), base) if name in vars(opt)]
+    cls: Any = type(opt)
+    names = [name for name in _own_parameters(cls, base) if name in vars(opt)]
     values = [opt.master, opt.state_dtype, *[getattr(opt, name) for name in names]]
     if len(values) == len(opt._checked) and all(map(is_, values, opt._checked)):
         return
-    if type(opt).__module__.startswith("tritopt."):
-        type(opt)(master=opt.master, state_dtype=opt.state_dtype, **dict(zip(names, values[2:], strict=True)))
+    if cls.__module__.startswith("tritopt."):
+        cls(master=opt.master, state_dtype=opt.state_dtype, **dict(zip(names, values[2:], strict=True)))
     opt._checked = tuple(values)

@@ -243,7 +243,7 @@ def check_round_trips(name: str, flatten: bool, folder: Path) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     ours = getattr(tritopt.optim, name)
     classes = [cls for cls in (ours, getattr(torch.optim, name, None)) if cls is not None]
-    settings = (
+    settings: list[dict[str, Any]] = (
         [{}, {"momentum": 0.9}] if name in ("SGD", "RMSprop") else [{"amsgrad": True}] if name == "Adam" else [{}]
     )
     for at, setting in enumerate(settings):
@@ -268,7 +268,8 @@ def check_no_master_outlives_its_weight(master: str, flatten: bool, folder: Path
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     ours, theirs = tritopt.optim.AdamW, torch.optim.AdamW
     for n_steps in (0, 4):
-        one = alone(theirs, 0, 2, DTYPE)
+        one: Any = alone(theirs, 0, 2, DTYPE)
+        model: Any
         model, opt = alone(ours, 1, n_steps, DTYPE, master=master, fused=False)
         with pytest.warns(UserWarning, match="the checkpoint has no master for 1 "):
             through(folder / f"theirs{n_steps}", one, (model, opt), options, partly=True)

@@ -112,7 +112,12 @@ def check_master_follows_a_write() -> None:
     for master in ("auto", "fp32", "kahan"):
         pair = Pair(AdamW, cycle(), dtype=torch.bfloat16, lr=1e-4, master=master)
         pair.step()
-        for written in (lambda p: p, lambda p: p.data, lambda p: getattr(p, "_local_tensor", p.data)):
+        names: list[Callable[[Any], Any]] = [
+            lambda p: p,
+            lambda p: p.data,
+            lambda p: getattr(p, "_local_tensor", p.data),
+        ]
+        for written in names:
             with torch.no_grad():
                 for param in (*pair.plain, *pair.shared):
                     written(param).mul_(2.0)

@@ -40,7 +40,7 @@ class StillScalars(NamedTuple):
 
 
 @triton.jit
-def still_update(w, g, state, s):
+def still_update(w: Any, g: Any, state: Any, s: Any) -> Any:
     """The weight, which is loaded and stored."""
     return w, state
 

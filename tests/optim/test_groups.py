@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -82,9 +83,8 @@ def test_a_wrong_value_is_refused_wherever_it_comes_from(cls: Class) -> None:
         if name not in ("master", "state_dtype", "multi_precision", "fused", "foreach", "capturable", "differentiable"):
             wrongly = copy.deepcopy(saved)
             wrongly["param_groups"][0][name] = value
-            assert untouched(opt, before, lambda bad=wrongly: opt.load_state_dict(bad)).startswith(
-                f"loaded state dict: {message}"
-            )
+            said = untouched(opt, before, partial(opt.load_state_dict, wrongly))
+            assert said.startswith(f"loaded state dict: {message}")
     opt.step()
     expected, others = case_of(cls)
     train(expected, others, range(3, 4))

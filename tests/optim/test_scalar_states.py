@@ -170,7 +170,7 @@ def test_processes_count_in_one_tensor(name: str, when: str) -> None:
         for value in opt.state[param].values():
             value.share_memory_()
         for _ in range(2):
-            worker = mp.get_context("fork").Process(target=_steps, args=(param, opt))  # type: ignore[attr-defined]
+            worker = mp.get_context("fork").Process(target=_steps, args=(param, opt))
             worker.start()
             worker.join()
             assert worker.exitcode == 0

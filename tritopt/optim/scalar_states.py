@@ -106,10 +106,11 @@ class ScalarStates:
             if name == "step":
                 exact = wide
         tensors: list[dict[str, torch.Tensor]] = [{} for _ in states]
-        elsewhere, seen = [], set()
+        elsewhere: list[tuple[str, int, torch.Tensor]] = []
+        seen: set[int] = set()
         for position, state in enumerate(states):
             for name, vector in vectors.items():
-                old = state.get(name)
+                old: Any = state.get(name)
                 if not state or (old is None and not is_shown(position)):
                     continue
                 if id(old) in seen or not _can_stay(old):  # two parameters cannot count in one tensor
