@@ -154,7 +154,7 @@ def _broadcast(p: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _by_another_name(p: torch.Tensor, value: torch.Tensor) -> None:
-    torch.empty(0, dtype=p.dtype).set_(p.untyped_storage(), 0, p.shape, p.stride()).copy_(value)  # type: ignore[call-overload]
+    torch.empty(0, dtype=p.dtype).set_(p.untyped_storage(), 0, p.shape, p.stride()).copy_(value)
 
 
 def _by_foreach(p: torch.Tensor, value: torch.Tensor) -> None:
