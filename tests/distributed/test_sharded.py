@@ -112,11 +112,7 @@ def check_master_follows_a_write() -> None:
     for master in ("auto", "fp32", "kahan"):
         pair = Pair(AdamW, cycle(), dtype=torch.bfloat16, lr=1e-4, master=master)
         pair.step()
-        names: list[Callable[[Any], Any]] = [
-            lambda p: p,
-            lambda p: p.data,
-            lambda p: getattr(p, "_local_tensor", p.data),
-        ]
+        names: tuple[Any, ...] = (lambda p: p, lambda p: p.data, lambda p: getattr(p, "_local_tensor", p.data))
         for written in names:
             with torch.no_grad():
                 for param in (*pair.plain, *pair.shared):

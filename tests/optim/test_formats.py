@@ -39,7 +39,7 @@ class StillScalars(NamedTuple):
     lr: float
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def still_update(w: Any, g: Any, state: Any, s: Any) -> Any:
     """The weight, which is loaded and stored."""
     return w, state

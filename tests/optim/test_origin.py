@@ -152,7 +152,8 @@ def test_state_dicts_have_torchs_keys(cls: Class) -> None:
 
 def test_a_bound_is_saved_where_there_is_one() -> None:
     params = parameters()
-    opt = optim.AdamW([{"params": params[:1], "clip_value": 0.5}, {"params": params[1:]}])
+    groups: Any = [{"params": params[:1], "clip_value": 0.5}, {"params": params[1:]}]
+    opt = optim.AdamW(groups)
     saved = opt.state_dict()["param_groups"]
     assert [group.get("clip_value") for group in saved] == [0.5, None]
     assert "clip_value" not in saved[1]
