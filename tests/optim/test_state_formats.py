@@ -150,7 +150,7 @@ def test_a_gradient_that_is_not_finite_ruins_its_own_weight_alone(
                 param.grad[0, 0] = bad
             opt.step()
         found.append(param.detach().isfinite())
-    assert_same(*found)
+    assert torch.equal(*found)
     assert found[0].sum() >= 2 * BLOCK - 1
 
 
