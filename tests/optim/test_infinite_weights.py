@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "DCASGD": ({}, {"momentum": 0.9}),
     "Signum": ({}, {"momentum": 0.0}, {"wd_lh": 0.1}),
 }
-CASES = [
+CASES: list[Any] = [
     pytest.param(cls, variant, id=f"{cls.__name__}-{i}")
     for cls in CLASSES
     for i, variant in enumerate(VARIANTS.get(cls.__name__, ({},)))
@@ -120,11 +120,11 @@ def test_in_every_master(master: str | None, weight_decay: float, fused: bool | 
 @FUSED
 def test_adafactor_relates_its_step_to_an_infinite_size(fused: bool | None) -> None:
     ours, theirs = masked(torch.float32), masked(torch.float32)
-    pairs: list[tuple[Any, Any, dict[str, Any]]] = [
+    sides: list[tuple[Any, torch.nn.Parameter, dict[str, Any]]] = [
         (optim.Adafactor, ours, {"fused": fused}),
         (torch.optim.Adafactor, theirs, {}),
     ]
-    for cls, param, options in pairs:
+    for cls, param, options in sides:
         param.grad = torch.where(param.detach().isfinite(), 0.1, 0.0)
         cls([param], lr=0.1, **options).step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

@@ -388,7 +388,8 @@ def test_differentiable_refuses_hyperparameters_that_require_a_gradient(name: st
     """Their derivative would be None, where torch's class has one."""
     param = torch.ones(3, requires_grad=True).clone()
     param.grad = torch.ones(3)
-    options: dict[str, Any] = {name: torch.tensor(0.1, requires_grad=True)}
+    value = torch.tensor(0.1, requires_grad=True)
+    options: dict[str, Any] = {name: value}
     opt = tritopt.optim.AdamW([param], differentiable=True, **options)
     with pytest.raises(ValueError, match=f"{name}=.*requires a gradient: pass numbers"):
         opt.step()
