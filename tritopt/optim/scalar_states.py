@@ -188,7 +188,8 @@ class ScalarStates:
         """Set numbers, of all parameters or of these, to what they were."""
         at = slice(None) if positions is None else list(positions)
         for vector, before in zip((*self._vectors.values(), self._exact), copies, strict=True):
-            vector[at] = torch.as_tensor(before)[at]
+            before = torch.from_numpy(before) if isinstance(before, np.ndarray) else before
+            vector[at] = before[at]
         self._show()
 
     def multiply(self, name: str, positions: Sequence[int], factors: torch.Tensor, skip: torch.Tensor | None) -> None:

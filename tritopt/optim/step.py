@@ -224,7 +224,9 @@ def _scalar(value: object) -> torch.Tensor | None:
     """What a GradScaler left on the optimizer, as a tensor []."""
     if value is None:
         return None
-    return distributed.whole(torch.as_tensor(value)).detach().reshape(())
+    if not isinstance(value, torch.Tensor):
+        value = torch.tensor(value, dtype=torch.float32, device="cpu")
+    return distributed.whole(value).detach().reshape(())
 
 
 def _on(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
