@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 State: TypeAlias = Any  # None, a tensor or a tuple; under multi_precision (companion of the weight, one of these)
 Values: TypeAlias = tuple[torch.Tensor, ...]
 Stored: TypeAlias = Callable[[Values], Values]
+Encode: TypeAlias = Callable[[Format, Sequence[torch.Tensor], torch.Tensor, Any], None]
 
 
 class Optimizer:
@@ -678,14 +679,14 @@ class Optimizer:
         common: tuple[float, ...],
         s: tuple[float, ...],
         device_rescale: torch.Tensor | None,
-        fit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda new, old: new,
+        encode: Encode = lambda fmt, planes, value, noise: fmt.encode(planes, value, noise),
         noise: Noise | None = None,
         tracked: list[Tracked] | None = None,
         place: int = 0,
     ) -> None:
         """Update one task in PyTorch. `common`: rescale, clip bound, wd.
 
-        `device_rescale` multiplies the first. NaN skips. `fit` makes a result ready to be copied over the old value.
+        `device_rescale` multiplies the first. NaN skips. `encode` stores a result in the planes of a format.
         `noise`: of the random bits that formats take. `tracked` gets what telemetry is made of, for this `place`.
         """
         rescale, bound, wd = common
@@ -711,7 +712,7 @@ class Optimizer:
 
         def store(values: Values) -> None:
             for i, (planes, value) in enumerate(zip(states, values, strict=True), start=1):
-                formats[i].encode(planes, fit(value, planes[0]), noise and noise._replace(shift=i))
+                encode(formats[i], planes, value, noise and noise._replace(shift=i))
 
         def stored(values: Values) -> Values:
             store(values)
@@ -722,7 +723,7 @@ class Optimizer:
         store(new_state)
         before = None if tracked is None else (w.clone(), task.weight[0].clone())
         # Last: a new state may be the old weight itself.
-        task.format.encode(task.weight, fit(new_weight, task.weight[0]), noise)
+        encode(task.format, task.weight, new_weight, noise)
         if before is not None and tracked is not None:
             tracked.append(whole(place, measure(task.grad, (before[0], new_weight), (before[1], task.weight[0]))))
 

@@ -15,6 +15,7 @@ import tritopt.optim
 from tests.distributed.layouts import CLOSE, EXACT, assert_same, mesh_of
 from tests.distributed.test_models import full, loss_of, mlp
 from tests.distributed.world import REASON, World
+from tritopt.kernels.formats import SPLIT16
 from tritopt.optim import distributed
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]
@@ -58,8 +59,16 @@ def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], t
     assert list(found) == list(expected)
     assert any(key.startswith("master_remainder of ") for key in found)
     for key, value in expected.items():
-        # A weight is its master, rounded.
-        assert_same(found[key], value, 2.0**-8 if tolerance and value.dtype == DTYPE else tolerance, key)
+        # A weight is its master, rounded, and a remainder the rest of it: together they are compared below.
+        if not (tolerance and value.dtype in (DTYPE, torch.int16)):
+            assert_same(found[key], value, tolerance, key)
+    names = [key.removeprefix("master_remainder of ") for key in expected if key.startswith("master_remainder of ")]
+    for name in names:
+        ours, theirs = (
+            SPLIT16.decode((some[name], some[f"master_remainder of {name}"]), torch.float32)
+            for some in (found, expected)
+        )
+        assert_same(ours, theirs, tolerance, f"master of {name}")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -133,6 +142,8 @@ def check_full_state_dict(case: str) -> None:
         for name, state in whole.items():
             for key, value in state.items():
                 assert type(value) is torch.Tensor
+                if key == "master_remainder":  # shown as fp16, which can be sent
+                    value = value.view(torch.int16)
                 assert_same(value, expected[f"{key} of {name}"], EXACT, f"{key} of {name}")
     # From rank 0, which alone has it.
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from tritopt import validate
-from tritopt.kernels.formats import MASTERS, PLAIN, Format
+from tritopt.kernels.formats import MASTERS, PLAIN, SPLIT16, Format
 from tritopt.kernels.state_formats import STATE_FORMATS, scales_shape
 from tritopt.optim.defaults import HOW, WrongKindError
-from tritopt.optim.distributed import laid_out, like, local
+from tritopt.optim.distributed import laid_out, like, local, seen_as
 from tritopt.optim.origin import is_foreign_key, known_states, same_keys, savers_of, states_of_class, stranger
 from tritopt.random import lies_like
 from tritopt.states import stored
@@ -75,7 +75,7 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         for name in ("step", *opt.rule.scalar_states):
             _check_number(key, name, values.get(name, 0.0))
         _check_states(key, values, expected, opt)
-        values = _without_stale_companion(opt, param, values)
+        values = received(_without_stale_companion(opt, param, values))
         formats, kinds = opt.state_formats_of(param, group), opt.state_kinds_of(param, group)
         known = {**_other_forms(param, kinds), **expected}
         loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
@@ -101,10 +101,30 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         post_hook(opt)
 
 
-def versions(opt: Optimizer) -> dict[int, tuple[int, ...]]:
-    """Versions of all state tensors by `id`, which writing to one in place changes."""
-    states = [values for values in opt.state.values() if isinstance(values, dict)]
-    return {id(value): _version(value) for values in states for value in values.values() if _is_many(value)}
+def sendable(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """States for a state_dict: a remainder is shown as fp16 numbers of the same bits, in the same memory.
+
+    Neither NCCL nor Gloo sends int16, so no full state dict could be gathered of it.
+    """
+    return {key: _with_remainder(values, torch.int16, torch.float16) for key, values in state.items()}
+
+
+def received(values: Any) -> Any:
+    """The states of `sendable`, as an optimizer keeps them; the same object if there is no remainder."""
+    return _with_remainder(values, torch.float16, torch.int16)
+
+
+def _with_remainder(values: Any, found: torch.dtype, wanted: torch.dtype) -> Any:
+    value = values.get(SPLIT16.companion) if isinstance(values, dict) else None
+    if not isinstance(value, torch.Tensor) or value.dtype != found:
+        return values
+    return {**values, SPLIT16.companion: seen_as(value, wanted)}
+
+
+def versions(state: Mapping[Any, Any]) -> dict[int, tuple[torch.Tensor, tuple[int, ...]]]:
+    """State tensors and their versions by `id`, which writing to one in place changes."""
+    states = [values for values in state.values() if isinstance(values, dict)]
+    return {id(value): (value, _version(value)) for values in states for value in values.values() if _is_many(value)}
 
 
 def _version(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -122,7 +142,8 @@ def _without_stale_companion(opt: Optimizer, param: torch.Tensor, values: dict[s
 
     def is_loaded(name: str) -> bool:
         value = values[name]
-        return value is not live.get(name) or opt._handed_out.get(id(value), _version(value)) != _version(value)
+        known = opt._handed_out.get(id(value))
+        return value is not live.get(name) if known is None else known[1] != _version(value)
 
     others = [name for name, value in values.items() if _is_many(value) and name not in COMPANIONS]
     # Where there is nothing beside it, nothing tells.

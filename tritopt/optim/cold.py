@@ -108,7 +108,7 @@ class ColdStep:
             noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
             undo.updates.begin([member], task.versions)
             member.rule.apply_reference(
-                task, common, scalars, launch.rescale, distributed.fitted, noise, launch.tracked, place
+                task, common, scalars, launch.rescale, distributed.encode, noise, launch.tracked, place
             )
 
     def finish(self) -> None:

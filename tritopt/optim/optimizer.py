@@ -142,7 +142,7 @@ class Optimizer(torch.optim.Optimizer):
         self._rules: dict[Hashable, Rule] = {}
         self._checked: dict[int, tuple[Any, ...]] = {}
         """Keys and values of param_groups when they were last found right, by `id` of the group."""
-        self._handed_out: dict[int, tuple[int, ...]] = {}
+        self._handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {}
         """Versions of state tensors when `state_dict` was last called, if there was no step since."""
         self._stepper = Stepper({"step": 0.0, **self.rule.scalar_states})
 
@@ -208,7 +208,9 @@ class Optimizer(torch.optim.Optimizer):
         The others are as the optimizer that loads it was constructed.
         """
         state_dict = super().state_dict()
-        self._handed_out = checkpoint.versions(self)
+        if "state" in state_dict:
+            state_dict["state"] = checkpoint.sendable(state_dict["state"])
+            self._handed_out = checkpoint.versions(state_dict["state"])
         if "param_groups" in state_dict:  # a hook may have made another dict of it
             state_dict["param_groups"] = [_saved(group, self.unsaved) for group in state_dict["param_groups"]]
         return state_dict

@@ -11,7 +11,7 @@ from tritopt import validate
 from tritopt.fused import Planner, Task
 from tritopt.kernels.formats import PLAIN
 from tritopt.optim import distributed
-from tritopt.optim.checkpoint import COMPANIONS, completes, is_stored_as, keys_of, take_companion, take_states
+from tritopt.optim.checkpoint import COMPANIONS, completes, is_stored_as, keys_of, received, take_companion, take_states
 from tritopt.optim.members import Member
 from tritopt.optim.scalar_states import ScalarStates
 from tritopt.states import stored
@@ -28,7 +28,8 @@ def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarSta
     for member in members:
         param = member.param
         expected = opt.expected_states(param, member.group)
-        state = opt.state.get(param, {})
+        kept = opt.state.get(param, {})
+        state = received(kept)  # where a wrapper has put what it was sent
         fmt, formats = opt.format_of(param, member.group), opt.state_formats_of(param, member.group)
         is_foreign = not COMPANIONS.isdisjoint(state.keys() - expected.keys())  # the group's `master` has changed
         is_shown = opt.shows_numbers(param, member.group)
@@ -37,6 +38,7 @@ def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarSta
         )
         if (
             is_complete
+            and state is kept
             and not is_foreign
             and all(is_stored_as(param, state, name, of_state, expected) for name, of_state in formats.items())
         ):
@@ -63,7 +65,7 @@ def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarSta
                 )
         if not made:
             continue
-        replaced.append((param, state))
+        replaced.append((param, kept))
         opt.state[param] = made
         numbers.take(member.position)
 
