@@ -145,18 +145,17 @@ def _master_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def _joined(high, rest):
     """The bits of the weight, in front, and the remainder's: but not where someone has written 0 or infinity since.
 
-    Below 0 there is nothing, so a remainder that would turn the sign around is that of another weight. Beside infinity
-    there are NaN, and numbers that only round to it.
+    Whoever sets a weight to 0, as pruning does, wants it to be 0: what a remainder adds to that is below 2^-134. Beside
+    infinity there are NaN, and numbers that only round to it.
     """
-    bits = high + rest
-    is_alone = ((bits ^ high) < 0) | (tl.abs(high.to(tl.float32, bitcast=True)) == float("inf"))
-    return tl.where(is_alone, high, bits).to(tl.float32, bitcast=True)
+    # Both ends of the numbers in one comparison: 0, less 1, is the largest.
+    is_alone = ((high & 0x7FFFFFFF) - 1).to(tl.uint32, bitcast=True) >= 0x7F7FFFFF
+    return tl.where(is_alone, high, high + rest).to(tl.float32, bitcast=True)
 
 
 def _joined_twin(high: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    bits = high + rest
-    is_alone = ((bits ^ high) < 0) | high.view(torch.float32).isinf()
-    return torch.where(is_alone, high, bits).view(torch.float32)
+    size = high & 0x7FFFFFFF
+    return torch.where((size == 0) | (size >= 0x7F800000), high, high + rest).view(torch.float32)
 
 
 @triton.jit

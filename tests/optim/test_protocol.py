@@ -231,7 +231,7 @@ def test_zero_grad(cls: Class) -> None:
     before = everything(opt)
     opt.step()
     assert_same(everything(opt), before)
-    assert not opt.state
+    assert not opt.state or cls.__name__ == "Adagrad"  # whose states the constructor makes
 
 
 @EVERY_CLASS
@@ -268,14 +268,14 @@ def test_frozen_missing_and_late_gradients(cls: Class) -> None:
                 apart[i].step()
         opt.step()
     assert torch.equal(params[0], frozen)
-    assert params[0] not in opt.state
+    assert params[0] not in opt.state or counts(opt, params[:1]) == [0]
     assert_same(params[1:], expected[1:])
     assert counts(opt, params[1:]) == [2, 3]
     params[0].requires_grad_(True)  # thawed
     set_grads(params, 4)
     opt.step()
     assert not torch.equal(params[0], frozen)
-    assert int(opt.state[params[0]]["step"]) == 1
+    assert counts(opt, params[:1]) == [1]
 
 
 @EVERY_CLASS

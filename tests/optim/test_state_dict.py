@@ -98,14 +98,14 @@ def test_a_state_dict_is_laid_out_as_torchs(cls: Class) -> None:
     saved = opt.state_dict()
     assert set(saved) == {"state", "param_groups"}
     assert [group["params"] for group in saved["param_groups"]] == [[0], [1, 2]]
-    assert set(saved["state"]) == {0, 1, 2}
+    assert set(saved["state"]) == ({0, 1, 2} if cls is not SGD else set())
     reference = twin(cls)
     if reference is not None:
         theirs = make(reference, clone(params))
         train(theirs, theirs.param_groups[0]["params"], range(1))
         for i in range(3):
             expected = theirs.state_dict()["state"].get(i, {})
-            ours = saved["state"][i]
+            ours = saved["state"].get(i, {})
             assert set(expected) <= set(ours)
             for name, value in expected.items():
                 if isinstance(value, torch.Tensor):
