@@ -48,8 +48,6 @@ class Format(NamedTuple):
     """Plane 1, from the weight and the fp32 value that the two are to hold."""
     draws: bool = False
     """Whether storing takes random bits."""
-    can_disagree: bool = False
-    """Whether plane 1 may hold what no longer rounds to the weight, after someone else has written that."""
     dtypes: tuple[torch.dtype, ...] = ()
     """Of the planes, where it is a format of states."""
     shown: Any = None
@@ -89,7 +87,8 @@ def decode_plain(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
 
 def encode_plain(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
     """Twin of `store_plain`."""
-    planes[0].copy_(value)
+    # Converted first: where fp32 becomes fp16, torch's copy_ does not ask whether what it writes is negated by a bit.
+    planes[0].copy_(value.to(planes[0].dtype))
 
 
 @triton.jit
@@ -106,7 +105,7 @@ def _completed(weight, value):
 
 def _completed_twin(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     rounded = value.to(weight.dtype).view(torch.int16)
-    return torch.where(rounded == weight.view(torch.int16), value, weight.float())
+    return torch.where(rounded == weight.resolve_neg().view(torch.int16), value, weight.float())
 
 
 @triton.jit
@@ -133,7 +132,7 @@ def decode_master(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.T
 def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
     """Twin of `store_master`."""
     planes[1].copy_(value)
-    planes[0].copy_(planes[1])
+    encode_plain(planes, planes[1])
 
 
 def _master_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -211,7 +210,7 @@ def _fitting(difference: torch.Tensor, half: int) -> torch.Tensor:
 
 
 def _remainder_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    difference = value.view(torch.int32) - (weight.view(torch.int16).to(torch.int32) << 16)
+    difference = value.view(torch.int32) - (weight.resolve_neg().view(torch.int16).to(torch.int32) << 16)
     return _fitting(difference, 0x8000).to(torch.int16)
 
 
@@ -250,7 +249,7 @@ def decode_kahan(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Te
 
 def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
     """Twin of `store_kahan`."""
-    planes[0].copy_(value)
+    encode_plain(planes, value)
     planes[1].copy_(_compensation_of(planes[0], value))
 
 
@@ -316,7 +315,7 @@ def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: An
 
 
 def _remainder8_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    difference = (value.view(torch.int32) >> 8) - (weight.view(torch.int16).to(torch.int32) << 8)
+    difference = (value.view(torch.int32) >> 8) - (weight.resolve_neg().view(torch.int16).to(torch.int32) << 8)
     return _fitting(difference, 0x80).to(torch.int8)
 
 
@@ -330,7 +329,7 @@ _ALL = (*_LOW, torch.float32, torch.float64)
 PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,), _ALL, shown=shown_nearest)
 MASTER_FP32 = Format(
     "fp32 master", 2, load_master, store_master, decode_master, encode_master, (True, True), _LOW,
-    "master_param", torch.float32, _master_of, can_disagree=True, shown=shown_nearest,
+    "master_param", torch.float32, _master_of, shown=shown_nearest,
 )  # fmt: skip
 SPLIT16 = Format(
     "split16", 2, load_split, store_split, decode_split, encode_split, (True, True), (torch.bfloat16,),
@@ -338,7 +337,7 @@ SPLIT16 = Format(
 )  # fmt: skip
 KAHAN = Format(
     "kahan", 2, load_kahan, store_kahan, decode_kahan, encode_kahan, (True, True), _LOW,
-    "compensation", None, _compensation_of, can_disagree=True, shown=shown_nearest,
+    "compensation", None, _compensation_of, shown=shown_nearest,
 )  # fmt: skip
 SPLIT8 = Format(
     "split8", 2, load_split8, store_split8, decode_split8, encode_split8, (True, True), (torch.bfloat16,),

@@ -100,7 +100,7 @@ def _scaled_twin(planes: Sequence[torch.Tensor], value: torch.Tensor, largest: f
     size = value.abs()
     peak = pad(torch.where(size.isnan(), -1.0, size), (0, -len(size) % BLOCK)).view(-1, BLOCK).amax(1)
     peak = torch.where(peak < 0, torch.nan, peak)
-    bits = (_at_most(peak, LARGEST_PEAK) * torch.tensor(1.0 / largest, dtype=torch.float32)).view(torch.int32)
+    bits = (_at_most(peak, LARGEST_PEAK) * float(np.float32(1.0 / largest))).view(torch.int32)
     exponent = ((bits + 0x7FFFFF) >> 23).clamp(1, 253)
     planes[1].view(-1).copy_(torch.where(peak.isnan(), torch.nan, (exponent << 23).view(torch.float32)))
     return _at_most(size * _spread_twin(((254 - exponent) << 23).view(torch.float32), len(size)), largest)

@@ -148,7 +148,7 @@ def test_ten_thousand_tensors_in_one_call(monkeypatch: pytest.MonkeyPatch) -> No
             def launch(*args: Any, **constants: Any) -> None:
                 launches.append((grid, [a.cpu() if isinstance(a, torch.Tensor) else a for a in args]))
                 if not INTERPRETED:
-                    multi_tensor_apply[grid](*args, **constants)
+                    multi_tensor_apply[grid](*args, **{**constants, "enable_fp_fusion": False})
 
             return launch
 
@@ -191,7 +191,7 @@ def test_offsets_beyond_2_to_the_31(small_chunks: None) -> None:
     constants = phases.phase_constants(Apply(add_scaled), launch, (PLAIN,), (torch.float16, torch.float16), 0)
     multi_tensor_apply[(1,)](
         torch.tensor(words), tensors, torch.zeros(1, dtype=torch.int32), None, None, None, None, None, 1,
-        **constants, CHUNK_SIZE=chunk, BLOCK_SIZE=16, TAIL_SIZE=16,
+        **constants, CHUNK_SIZE=chunk, BLOCK_SIZE=16, TAIL_SIZE=16, enable_fp_fusion=False,
     )  # fmt: skip
     assert weight[-40:].tolist() == [1.0] * 40
     assert weight[-60:-40].tolist() == [0.0] * 20
@@ -215,7 +215,7 @@ def test_partials_are_summed_per_tensor() -> None:
     partials = torch.arange(2 * int(chunks.sum()), dtype=torch.float64).reshape(-1, 2)
     sums = torch.empty(3, 2, dtype=torch.float64)
     table = torch.stack([chunks, first, chunks], dim=1)
-    sum_partials[(3,)](partials, table, sums, len(partials), 3, N_SUMS=2, BLOCK_SIZE=1024)
+    sum_partials[(3,)](partials, table, sums, len(partials), 3, N_SUMS=2, BLOCK_SIZE=1024, enable_fp_fusion=False)
     expected = torch.stack([part.sum(0) for part in partials.split(chunks.tolist())])
     torch.testing.assert_close(sums, expected, rtol=0, atol=0)
 

@@ -268,3 +268,13 @@ def test_swapped_data_is_noticed(name: str, variant: dict[str, Any]) -> None:
     model.step(grads)
     other.step(grads)
     assert_same(model.tensors(), other.tensors())
+
+
+def test_in_fp64_the_kernel_is_the_reference_bit_for_bit(name: str, variant: dict[str, Any]) -> None:
+    if any(phase.sums_elements for phase in tritopt.create(name, **variant).phases):
+        return  # whose kernels add in another order
+    kernel, reference = (Model(name, variant, torch.float64, use_fused_step=fused) for fused in (True, False))
+    for _ in range(3):
+        kernel.step()
+        reference.step()
+    assert_same(kernel.tensors(), reference.tensors())

@@ -176,14 +176,14 @@ class Kernel:
 def test_within_no_launches_nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     kernel, x = Kernel(), torch.zeros(4)
-    inside, outside = (Launcher(kernel, 3, {"SIZE": 4, "num_warps": 1}) for _ in range(2))
+    inside, outside = (Launcher(kernel, 3, {"SIZE": 4, "num_warps": 1, "enable_fp_fusion": False}) for _ in range(2))
     with no_launches():
         assert inside(x, 1) is None
         inside(x, 1)
     inside(x, 1)  # bound within
     assert kernel.calls == []
     assert outside(x, 1) is kernel
-    assert kernel.calls == [((3, 1, 1), (x, 1), {"SIZE": 4, "num_warps": 1})]
+    assert kernel.calls == [((3, 1, 1), (x, 1), {"SIZE": 4, "num_warps": 1, "enable_fp_fusion": False})]
     outside(x, 1)
     assert kernel.calls[1:] == [((3, 1, 1), (x, 1, 4), {})]  # what Triton compiled, by position
 
@@ -191,7 +191,7 @@ def test_within_no_launches_nothing_is_launched(monkeypatch: pytest.MonkeyPatch)
 def test_arguments_of_another_kind_go_by_way_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     kernel, x = Kernel(), torch.zeros(8)
-    bound = Launcher(kernel, 1, {"SIZE": 4})
+    bound = Launcher(kernel, 1, {"SIZE": 4, "enable_fp_fusion": False})
     bound(x, 1)
     for other, is_new in ((torch.zeros(8), False), (x[1:], True), (x.double(), True), (None, True), (x, True)):
         kernel.calls.clear()

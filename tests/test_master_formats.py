@@ -286,6 +286,43 @@ def test_an_optimizer_that_overrides_step_sees_fp32_masters() -> None:
     state = opt.create_state_multi_precision(0, weight)
     opt.update_multi_precision(0, weight, random(1, 7), state)
     assert torch.equal(weight, state[0].bfloat16())
+    before = state[0].clone()
+    weight.data[:3] = 2.0  # which is then the truth, and not the master
+    opt.update_multi_precision(0, weight, torch.zeros_like(weight), state)
+    assert torch.equal(state[0], torch.cat([torch.full((3,), 2.0), before[3:]]))
+    assert torch.equal(weight, state[0].bfloat16())
+
+
+@pytest.mark.parametrize("master", [name for name, fmt in MASTERS.items() if fmt.companion])
+def test_a_weight_that_is_negated_by_a_bit_has_a_master(master: str) -> None:
+    """From its creation on, and in another format."""
+    opt, weight = create("sgd", master, use_fused_step=False), random(0, 7)
+    for each in (weight, torch._neg_view(-weight)):
+        state = opt.create_state_multi_precision(0, each)
+        found = MASTERS[master].decode((each, state[0]), F32)
+        assert torch.equal(found, weight.float())
+        assert torch.equal(
+            MASTERS["fp32"].decode((each, create("sgd", "fp32").convert_state(0, each, state)[0]), F32), found
+        )
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+def test_an_optimizer_that_overrides_step_starts_from_a_weight_that_was_written(dtype: torch.dtype) -> None:
+    """Only where it was: its neighbours keep the low bits of their masters."""
+    opt, weight = Ported(multi_precision=True, master="fp32"), random(0, 7, dtype=dtype)
+    state = opt.create_state_multi_precision(0, weight)
+    opt.update_multi_precision(0, weight, random(1, 7, dtype=dtype) / 1000, state)
+    expected = state[0].clone()
+    assert not torch.equal(expected[1::2], weight[1::2].float())
+    for value, is_negated in ((3.0, False), (-5.0, True)):
+        written = torch._neg_view(-weight) if is_negated else weight
+        written[::2] = torch.tensor([-0.0, value, torch.inf, -value], dtype=dtype)
+        grad = random(2, 7, dtype=dtype) / 1000
+        expected[::2] = written[::2].float()
+        expected -= grad.float()
+        opt.update_multi_precision(0, written, grad, state)
+        assert torch.equal(state[0], expected)
+        assert torch.equal(written, expected.to(dtype))
 
 
 def test_bad_names_and_pairs_are_refused() -> None:

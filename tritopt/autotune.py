@@ -384,7 +384,7 @@ class Scratch:
             variant.launch.scalars,
             variant.launch.preamble,
             None if variant.launch.rescale is None else scalar,
-            None if variant.launch.noop is None else torch.zeros((), device=device),
+            None if variant.launch.noop is None else torch.zeros((), dtype=torch.float32, device=device),
             variant.launch.skip_zero_rescale,
             variant.launch.draws,
         )

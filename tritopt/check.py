@@ -327,7 +327,7 @@ def device() -> torch.device:
 
 def fused_unavailable() -> str | None:
     """Why no kernel can run here and what to do about it, or None."""
-    return fused.unavailable(torch.empty(0, device=device()))
+    return fused.unavailable(torch.empty(0, dtype=torch.float32, device=device()))
 
 
 def environment() -> dict[str, Any]:
@@ -552,7 +552,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16}
 def _order(fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes of finite numbers in their order, one for each number; and of each code, read unsigned, the place."""
     n = 256 ** fmt.dtypes[0].itemsize
-    codes = torch.arange(n, device="cpu").to(_INTEGERS[fmt.dtypes[0].itemsize]).view(fmt.dtypes[0])
+    codes = torch.arange(n, dtype=torch.int64, device="cpu").to(_INTEGERS[fmt.dtypes[0].itemsize]).view(fmt.dtypes[0])
     scales = [torch.ones(n // fmt.block, dtype=fmt.dtypes[1], device="cpu")] if fmt.block else []
     numbers = fmt.decode((codes, *scales), torch.float32)
     order = numbers.argsort()
@@ -636,7 +636,7 @@ def _random_like(tensor: torch.Tensor, dtype: torch.dtype, random: torch.Generat
     """Values of either sign between 1/8 and 2, as many in each octave, laid out like the tensor."""
     # On the CPU, so that they are the same on every machine.
     size = torch.empty(tensor.shape, dtype=torch.float64, device="cpu").uniform_(-3, 1, generator=random).exp2()
-    sign = torch.randint(0, 2, tensor.shape, generator=random, device="cpu") * 2 - 1
+    sign = torch.randint(0, 2, tensor.shape, generator=random, dtype=torch.int64, device="cpu") * 2 - 1
     return torch.empty_like(tensor, dtype=dtype).copy_(sign * size)
 
 

@@ -100,7 +100,7 @@ def compile_launches(
 
 def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunch]:
     """Likewise, the launches that a global norm of gradients takes (max_grad_norm)."""
-    return _compiled(lambda: Planner().squares("compile", [torch.zeros(64, 64, dtype=dtype)]), arch)
+    return _compiled(lambda: Planner().squares("compile", [torch.zeros(64, 64, dtype=dtype, device="cpu")]), arch)
 
 
 def _compiled(step: Callable[[], Any], arch: int | str) -> list[CompiledLaunch]:
@@ -152,14 +152,15 @@ def compile_launch(launched: Launched, arch: int | str) -> Any:
 
 
 def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
-    weight, grad = torch.zeros(64, 64, dtype=weight_dtype), torch.zeros(64, 64, dtype=grad_dtype)
+    weight, grad = (torch.zeros(64, 64, dtype=dtype, device="cpu") for dtype in (weight_dtype, grad_dtype))
     planes = [weight] if fmt.companion_of is None else [weight, fmt.companion_of(weight, weight.float())]
     opt.multi_precision = False
     state = fresh_state(opt, 0, weight if fmt is PLAIN else fmt.decode(planes, torch.float32))
     task = Task(tuple(planes), fmt, grad, tuple(tensors_of(state)), state_formats=opt.state_formats())
     scalars = opt.scalars(0.1, opt.wd, 1)
     # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
-    launch = Launch(opt.phases, type(scalars), opt.preamble, torch.ones(()), torch.zeros(()), draws=task.draws)
+    rescale, noop = (torch.full((), x, dtype=torch.float32, device="cpu") for x in (1.0, 0.0))
+    launch = Launch(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
     Planner().apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
 
 

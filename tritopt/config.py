@@ -2,7 +2,8 @@
 
 A block is what a program holds in registers at a time, a chunk all that one program does. No configuration changes what
 an elementwise phase computes. A phase that sums (norms, telemetry) adds in an order that block, chunk and warps decide,
-so it always has `GENERIC`: the same bits on every NVIDIA GPU, tuned or not.
+so it always has `GENERIC`: the same bits from run to run, tuned or not. They are not those of every GPU: for sm_100
+Triton adds pairs first, so that sums differ from sm_90's in the last bits.
 """
 
 from __future__ import annotations

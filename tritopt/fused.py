@@ -68,7 +68,8 @@ class Task(NamedTuple):
 
     def versions(self) -> list[int]:
         """How often autograd was told of writes to them."""
-        return [0 if tensor.is_inference() else tensor._version for tensor in self.written()]
+        parts = [getattr(tensor, "_local_tensor", tensor) for tensor in self.written()]  # of DTensors, what is here
+        return [0 if part.is_inference() else part._version for part in parts]
 
 
 def unavailable(tensor: torch.Tensor) -> str | None:
@@ -267,7 +268,7 @@ def holds_values(tensor: torch.Tensor) -> bool:
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    return torch.empty(shape, dtype=torch.float32, device="meta").stride()
 
 
 def _strides_equal(shape: Iterable[int], a: Iterable[int], b: Iterable[int]) -> bool:

@@ -246,19 +246,22 @@ class Stress:
     def __init__(self, cases: Sequence[Case], steps: int) -> None:
         self.cases, self.steps = list(cases), steps
         self._random = torch.Generator("cpu").manual_seed(0)  # on the CPU: the same numbers on every machine
-        weights = torch.empty(SHAPE, device="cpu").uniform_(-1, 1, generator=self._random).exp2()
+        weights = torch.empty(SHAPE, dtype=torch.float32, device="cpu").uniform_(-1, 1, generator=self._random).exp2()
         self.start = (weights * self._signs()).bfloat16().to(device())
         self._mean = (self._signs() * MEAN).to(device())
-        places = torch.randperm(math.prod(SHAPE), generator=self._random, device="cpu")[:OUTLIERS]
-        outliers = torch.ones(math.prod(SHAPE), device="cpu").index_fill_(0, places, OUTLIER).view(SHAPE).to(device())
-        ones = torch.ones(SHAPE, device=device())
+        places = torch.randperm(math.prod(SHAPE), generator=self._random, dtype=torch.int64, device="cpu")[:OUTLIERS]
+        outliers = torch.ones(math.prod(SHAPE), dtype=torch.float32, device="cpu").index_fill_(0, places, OUTLIER)
+        outliers = outliers.view(SHAPE).to(device())
+        ones = torch.ones(SHAPE, dtype=torch.float32, device=device())
         self._scale = torch.stack([c.gradient_rms * (outliers if c.outliers == "same" else ones) for c in self.cases])
         self._moving = [i for i, case in enumerate(self.cases) if case.outliers == "any"]
         self._outliers = outliers.view(-1)
-        self._normal = torch.randn((min(steps, 512), *SHAPE), generator=self._random, device="cpu").to(device())
+        self._normal = torch.randn(
+            (min(steps, 512), *SHAPE), generator=self._random, dtype=torch.float32, device="cpu"
+        ).to(device())
 
     def _signs(self) -> torch.Tensor:
-        return torch.randint(0, 2, SHAPE, generator=self._random, device="cpu") * 2.0 - 1.0
+        return torch.randint(0, 2, SHAPE, generator=self._random, dtype=torch.float32, device="cpu") * 2.0 - 1.0
 
     def gradients(self, step: int) -> torch.Tensor:
         """fp32 [cases, *SHAPE], of bf16 numbers."""
@@ -296,7 +299,7 @@ def train_stress(cls: type[optim.Optimizer], fmt: StorageFormat, stress: Stress)
     opt = make_optimizer(cls, groups, fmt)
     scale = LOSS_SCALE if fmt.dtype == torch.float16 else 1.0
     if scale != 1.0:
-        opt.grad_scale = torch.tensor(scale, device=device())  # type: ignore[attr-defined]
+        opt.grad_scale = torch.tensor(scale, dtype=torch.float32, device=device())  # type: ignore[attr-defined]
     probes = {round((i + 1) * stress.steps / N_PROBES) - 1 for i in range(N_PROBES)}
     updates = []
     for step in range(stress.steps):
@@ -406,8 +409,10 @@ class Digits(NamedTuple):
         except ImportError as error:
             raise ImportError("the digits need scikit-learn: pip install 'tritopt[numerics]'") from error
         digits = load_digits()
-        images, labels = torch.tensor(digits.data), torch.tensor(digits.target)
-        order = torch.randperm(len(labels), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(device())
+        images, labels = torch.from_numpy(digits.data), torch.from_numpy(digits.target)
+        order = torch.randperm(
+            len(labels), generator=torch.Generator("cpu").manual_seed(0), dtype=torch.int64, device="cpu"
+        ).to(device())
         images, labels = images.to(device(), torch.float64)[order], labels.to(device())[order]
         deviation = images[TEST_SIZE:].std(dim=0)
         images = (images - images[TEST_SIZE:].mean(dim=0)) / torch.where(deviation == 0, 1.0, deviation)
@@ -434,7 +439,7 @@ def train_digits(
     random = torch.Generator("cpu").manual_seed(0)
     params = [torch.nn.Parameter(w.to(device(), fmt.dtype)) for w in _first_weights(random)]
     opt = make_optimizer(cls, params, fmt, lr=lr)
-    scale = torch.tensor(DIGITS_SCALE if fmt.dtype == torch.float16 else 1.0, device=device())
+    scale = torch.tensor(DIGITS_SCALE if fmt.dtype == torch.float16 else 1.0, dtype=torch.float32, device=device())
     if fmt.dtype == torch.float16:
         opt.grad_scale = scale  # type: ignore[attr-defined]
     images, labels, test_images, test_labels = digits
@@ -449,7 +454,8 @@ def train_digits(
     for step in range(steps):
         at = step % (len(images) // BATCH_SIZE)
         if at == 0:
-            batches = torch.randperm(len(images), generator=random, device="cpu").to(device()).split(BATCH_SIZE)
+            order = torch.randperm(len(images), generator=random, dtype=torch.int64, device="cpu")
+            batches = order.to(device()).split(BATCH_SIZE)
         opt.zero_grad()
         torch.autograd.backward(functional.cross_entropy(logits(images[batches[at]]), labels[batches[at]]) * scale)
         opt.step()
@@ -465,7 +471,7 @@ def _first_weights(random: torch.Generator) -> list[torch.Tensor]:
     shapes = ((HIDDEN, 64), (HIDDEN, 1), (10, HIDDEN), (10, 1))
     bounds = (64**-0.5, 64**-0.5, HIDDEN**-0.5, HIDDEN**-0.5)
     return [
-        torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=random).bfloat16()
+        torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=random).bfloat16()
         for shape, bound in zip(shapes, bounds, strict=True)
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,10 @@ from tritopt.kernels.state_formats import SIGNED, SQUARES
 from tritopt.launch import Updates
 from tritopt.phases import Apply, Phase
 from tritopt.random import STEPS, Noise, noise_key
+from tritopt.settings import check_settings, parameters_of
 from tritopt.sparse import StandIn
 from tritopt.states import FP32, Choice, checked, format_of_planes, formats_of, stored
-from tritopt.telemetry import NOT_TRACKED, Telemetry, Tracked, Tracker, measure, refuse, telemetry, whole
+from tritopt.telemetry import Telemetry, Tracked, Tracker, check_asked, measure, refuse, telemetry, whole
 from tritopt.warning import warn
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 State: TypeAlias = Any  # None, a tensor or a tuple; under multi_precision (companion of the weight, one of these)
 Values: TypeAlias = tuple[torch.Tensor, ...]
 Stored: TypeAlias = Callable[[Values], Values]
+Encode: TypeAlias = Callable[[Format, Sequence[torch.Tensor], torch.Tensor, Any], None]
 
 
 class Optimizer:
@@ -164,6 +165,8 @@ class Optimizer:
         self.set_wd_mult({})
         self._planner = Planner()
         self._known_scalars: dict[tuple[float, float, int], tuple[float, ...]] = {}
+        self._checked: tuple[Any, ...] = ()
+        """Values of attributes that `check_settings` has found right."""
 
     # What an optimizer defines.
 
@@ -327,6 +330,7 @@ class Optimizer:
         Raises:
             ValueError: `master` does not go with the weight's dtype, or not with this optimizer.
         """
+        check_settings(self, Optimizer)
         fmt = self._format_of(index, weight)
         if fmt is not PLAIN:
             master = weight.detach().to(torch.float32, copy=True)
@@ -370,7 +374,7 @@ class Optimizer:
     def state_formats(self) -> tuple[Format, ...]:
         """Of each state. ValueError if `state_dtype` names what is none, or must not be stored so."""
         kinds = self.state_kinds
-        return formats_of(self.state_dtype, {name: kinds.get(name) for name in self.state_names})
+        return formats_of(checked(self.state_dtype), {name: kinds.get(name) for name in self.state_names})
 
     def _stored(self, weight: torch.Tensor, inner: State) -> State:
         """States as `state_dtype` has them, and no narrower than without it; the same object if they are."""
@@ -431,10 +435,12 @@ class Optimizer:
         Raises:
             ValueError, TypeError: bad input. Weights, states and counts are then as they were.
         """
+        check_settings(self, Optimizer)
         self._dispatch(*_with_gradients(indices, weights, grads, states))
 
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """`update` with states from `create_state_multi_precision`."""
+        check_settings(self, Optimizer)
         indices, weights, grads, states = _with_gradients(indices, weights, grads, states)
         masters = self._masters(indices, weights, states)
         if not self._overrides_step():
@@ -452,11 +458,12 @@ class Optimizer:
             )
             for weight, state, m in zip(weights, states, masters, strict=True):
                 if m:
-                    weight.copy_(state[0])
+                    PLAIN.encode((weight,), state[0])
         return None
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """Raise what `update_multi_precision` would raise about these arguments; update and count nothing."""
+        check_settings(self, Optimizer)
         indices, weights, grads, states = _with_gradients(indices, weights, grads, states)
         self._masters(indices, weights, states)
         self._multiplied(1.0, indices, "lr_mult")
@@ -651,10 +658,12 @@ class Optimizer:
     def telemetry(self) -> Telemetry:
         """A row for each parameter, by index, of its last step: norms, share of weights that stayed, and so on.
 
-        Waits for the device. ValueError unless constructed with `track=True`.
+        Waits for the device. Empty before the first step.
+
+        Raises:
+            ValueError: constructed without `track=True`.
         """
-        if not self.track:
-            raise ValueError(NOT_TRACKED)
+        check_asked(self.track, type(self).__name__)
         indices = list(self._sizes)
         return telemetry(indices, list(self._sizes.values()), self._tracker.sums(indices))
 
@@ -670,14 +679,14 @@ class Optimizer:
         common: tuple[float, ...],
         s: tuple[float, ...],
         device_rescale: torch.Tensor | None,
-        fit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda new, old: new,
+        encode: Encode = lambda fmt, planes, value, noise: fmt.encode(planes, value, noise),
         noise: Noise | None = None,
         tracked: list[Tracked] | None = None,
         place: int = 0,
     ) -> None:
         """Update one task in PyTorch. `common`: rescale, clip bound, wd.
 
-        `device_rescale` multiplies the first. NaN skips. `fit` makes a result ready to be copied over the old value.
+        `device_rescale` multiplies the first. NaN skips. `encode` stores a result in the planes of a format.
         `noise`: of the random bits that formats take. `tracked` gets what telemetry is made of, for this `place`.
         """
         rescale, bound, wd = common
@@ -703,7 +712,7 @@ class Optimizer:
 
         def store(values: Values) -> None:
             for i, (planes, value) in enumerate(zip(states, values, strict=True), start=1):
-                formats[i].encode(planes, fit(value, planes[0]), noise and noise._replace(shift=i))
+                encode(formats[i], planes, value, noise and noise._replace(shift=i))
 
         def stored(values: Values) -> Values:
             store(values)
@@ -714,7 +723,7 @@ class Optimizer:
         store(new_state)
         before = None if tracked is None else (w.clone(), task.weight[0].clone())
         # Last: a new state may be the old weight itself.
-        task.format.encode(task.weight, fit(new_weight, task.weight[0]), noise)
+        encode(task.format, task.weight, new_weight, noise)
         if before is not None and tracked is not None:
             tracked.append(whole(place, measure(task.grad, (before[0], new_weight), (before[1], task.weight[0]))))
 
@@ -791,19 +800,10 @@ def _initial_lr(learning_rate: float | None, lr_scheduler: LRScheduler | None) -
 
 
 def _unknown_keywords(cls: type[Optimizer], unknown: Iterable[str]) -> str:
-    names = {name for base in cls.__mro__[:-1] for name in _parameters(vars(base).get("__init__"))}
+    names = {name for base in cls.__mro__[:-1] for name in parameters_of(vars(base).get("__init__"))}
     known = sorted(names if cls.supports_lazy_update else names - {"lazy_update"})
     found = [f"{name!r}{registry.did_you_mean(name, known)}" for name in unknown]
     return f"{cls.__name__}() has no argument {' '.join(found)} known: {', '.join(known)}"
-
-
-def _parameters(function: Callable[..., Any] | None) -> list[str]:
-    if function is None:
-        return []
-    skipped = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [
-        name for name, p in inspect.signature(function).parameters.items() if p.kind not in skipped and name != "self"
-    ]
 
 
 def _with_gradients(

@@ -48,12 +48,13 @@ class Noise(NamedTuple):
         """16 random bits for each element of a plane, int64; neighbours in memory share a Philox call."""
         n = plane.numel()
         if self.gap:
-            places = torch.arange(n, device=plane.device)
+            places = torch.arange(n, dtype=torch.int64, device=plane.device)
             position = self.first + places + places // self.width * self.gap
             groups, which = torch.unique_consecutive(position >> 3, return_inverse=True)
             bits = self._of_groups(groups).view(-1)[which * 8 + (position & 7)]
         else:
-            groups = torch.arange(self.first >> 3, (self.first + n + 7) >> 3, device=plane.device)
+            ends = self.first >> 3, (self.first + n + 7) >> 3
+            groups = torch.arange(*ends, dtype=torch.int64, device=plane.device)
             bits = self._of_groups(groups).view(-1)[self.first & 7 :][:n]
         in_memory = is_dense(plane) and not self.row_major
         return bits.clone().as_strided(plane.shape, plane.stride()) if in_memory else bits.reshape(plane.shape)
@@ -84,7 +85,8 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def lies_like(state: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the elements lie in memory as those of the weight do when a step reads them."""
-    expected = weight.stride() if is_dense(weight) else torch.empty(weight.shape, device="meta").stride()
+    usual = torch.empty(weight.shape, dtype=weight.dtype, device="meta").stride()
+    expected = weight.stride() if is_dense(weight) else usual
     return all(n <= 1 or a == b for n, a, b in zip(weight.shape, state.stride(), expected, strict=True))
 
 

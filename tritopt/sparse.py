@@ -55,7 +55,7 @@ def _check_range(index: Hashable, grad: torch.Tensor) -> None:
     if grad.layout != torch.sparse_coo or (grad.is_coalesced() and grad._nnz() == 0):
         return
     indices = grad._indices()
-    sizes = torch.tensor(grad.shape[: grad.sparse_dim()], device=indices.device)[:, None]
+    sizes = torch.tensor(grad.shape[: grad.sparse_dim()], dtype=torch.int64, device=indices.device)[:, None]
     wrong = indices[(indices < 0) | (indices >= sizes)]
     if wrong.numel():
         raise ValueError(

@@ -16,7 +16,6 @@ import torch
 OF_GRADIENT = ("grad_square", "nonfinite")
 OF_UPDATE = ("weight_square", "update_square", "unchanged")
 COLUMNS = (*OF_GRADIENT, *OF_UPDATE)
-NOT_TRACKED = "no step is summed up, which telemetry() shows: construct the optimizer with track=True"
 
 
 class Tracked(NamedTuple):
@@ -94,8 +93,9 @@ def _joined(tracked: Sequence[Tracked], size: int) -> torch.Tensor:
     """fp64 [size, COLUMNS], 0 where a tensor has no elements here."""
     found = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device="cpu")
     for places, columns, values in tracked:
-        at = torch.tensor([COLUMNS.index(column) for column in columns], device="cpu")
-        found[torch.tensor(places, device="cpu")[:, None], at] = values.cpu()
+        at = [COLUMNS.index(column) for column in columns]
+        for place, row in zip(places, values.cpu(), strict=True):
+            found[place, at] = row
     return found
 
 
@@ -142,6 +142,14 @@ def measure(
 def whole(place: int, columns: torch.Tensor) -> Tracked:
     """All COLUMNS of one tensor."""
     return Tracked((place,), COLUMNS, columns[None])
+
+
+def check_asked(is_tracked: bool, name: str) -> None:
+    """ValueError where nothing was summed up because nobody asked for it."""
+    if not is_tracked:
+        raise ValueError(
+            f"this {name} sums up nothing: construct it with track=True, and call telemetry() after a step"
+        )
 
 
 def refuse(name: str) -> None:

@@ -150,7 +150,7 @@ def _device_id(weight: torch.Tensor) -> int:
 
 def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     attributes = optimizer.__getstate__()
-    for name in ("_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes"):
+    for name in ("_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes", "_checked"):
         del attributes[name]
     device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)
     schedule, name = attributes.pop(_SCHEDULER), type(optimizer).__name__.lower()

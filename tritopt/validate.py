@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -146,7 +146,24 @@ def has_memory(index: Hashable, name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"parameter {index!r}: the {name} is a tensor of zeros that has no memory; take its .clone()")
 
 
-CREATE_STATE = "create it with create_state_multi_precision(index, weight)"
+class WayOut(NamedTuple):
+    """What a face of the package advises where a state does not fit its weight."""
+
+    create: str
+    """In place of a state that cannot stand beside the weight."""
+    convert: str
+    """For a state in another format."""
+
+
+MXNETS = WayOut(
+    "create it with create_state_multi_precision(index, weight)",
+    "bring it into that with convert_state(index, weight, state)",
+)
+TORCHS = WayOut(
+    "optimizer.load_state_dict(optimizer.state_dict()) converts and moves states after model.to(...); a parameter of "
+    "another shape needs a new optimizer",
+    "optimizer.load_state_dict(optimizer.state_dict()) brings it into that",
+)
 
 
 def state_tensor(
@@ -155,18 +172,20 @@ def state_tensor(
     weight: torch.Tensor,
     shape: Sequence[int],
     dtype: torch.dtype | None = None,
-    way_out: str = CREATE_STATE,
+    way_out: WayOut = MXNETS,
 ) -> None:
     """ValueError unless the state has this shape, and this dtype or any real one, and can stand beside the weight."""
     if state.dtype not in WEIGHT_DTYPES if dtype is None else state.dtype != dtype:
+        expected = "float16, bfloat16, float32 or float64" if dtype is None else str(dtype)
         raise ValueError(
-            f"parameter {index!r}: a state is {state.dtype}, expected is {dtype or 'a dtype of weights'}; {way_out}"
+            f"parameter {index!r}: a state is {state.dtype} beside a weight that is {weight.dtype}, and must be "
+            f"{expected}; {way_out.create}"
         )
     has_memory(index, "state", state)
     if tuple(state.shape) != tuple(shape) or state.device != weight.device:
         raise ValueError(
             f"parameter {index!r}: state of shape {tuple(state.shape)} on {state.device} for a weight of shape "
-            f"{tuple(weight.shape)} on {weight.device}; {way_out}"
+            f"{tuple(weight.shape)} on {weight.device}; {way_out.create}"
         )
 
 
@@ -176,7 +195,7 @@ def state_planes(
     weight: torch.Tensor,
     shape: Sequence[int],
     fmt: Format,
-    way_out: str = CREATE_STATE,
+    way_out: WayOut = MXNETS,
 ) -> None:
     """ValueError unless these are the planes of a state of this shape in this format, and can stand beside the weight.
 
@@ -189,8 +208,7 @@ def state_planes(
     if len(planes) != fmt.n_planes or any(p.dtype != dtype for p, dtype in zip(planes, fmt.dtypes, strict=False)):
         raise ValueError(
             f"parameter {index!r}: a state of {', '.join(str(plane.dtype) for plane in planes)} is not stored as "
-            f"state_dtype says, in {', '.join(map(str, fmt.dtypes)) or 'one tensor'}; "
-            + ("bring it into that with convert_state(index, weight, state)" if way_out is CREATE_STATE else way_out)
+            f"state_dtype says, in {', '.join(map(str, fmt.dtypes)) or 'one tensor'}; {way_out.convert}"
         )
     state_tensor(index, planes[0], weight, shape, fmt.dtypes[0] if fmt.dtypes else None, way_out)
     if not fmt.block:

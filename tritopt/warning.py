@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import Any
 
 import torch
 
@@ -18,3 +19,11 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def warn_once(owner: Any, message: str) -> None:
+    """`warn`, unless this object has given this warning before."""
+    given: set[str] = vars(owner).setdefault("_warnings_given", set())
+    if message not in given:
+        given.add(message)
+        warn(message)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritopt.optim import Optimizer
+from tritopt.optim.distributed import whole
 
 Layout: TypeAlias = tuple[DeviceMesh, list[Placement]]
 SHAPES = ((5, 3), (2, 7), (3,), (1, 3), (4, 5), (6, 4), (1,), (), (0, 3))
@@ -114,9 +115,7 @@ class Pair:
         is_first = dist.get_rank() == 0
         for i, (plain, shared) in enumerate(zip(self.plain, self.shared, strict=True)):
             theirs, ours = {"weight": plain, **self.one.state[plain]}, {"weight": shared, **self.many.state[shared]}
-            values = {
-                name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in ours.items()
-            }
+            values = {name: whole(value) if isinstance(value, DTensor) else value for name, value in ours.items()}
             if is_first:
                 assert set(values) == set(theirs), (i, set(values), set(theirs))
                 for name, value in theirs.items():

@@ -108,13 +108,17 @@ def test_a_write_to_the_parameter_takes_its_master_along(size: int, worlds: dict
 
 
 def check_master_follows_a_write() -> None:
-    pair = Pair(AdamW, cycle(), dtype=torch.bfloat16, lr=1e-4)
-    pair.step()
-    with torch.no_grad():
-        for param in (*pair.plain, *pair.shared):
-            param.mul_(2.0)
-    pair.step()
-    pair.assert_same(EXACT)
+    """Of the parameter, of its data, and of what lies in this process, which no version counter shows."""
+    for master in ("auto", "fp32", "kahan"):
+        pair = Pair(AdamW, cycle(), dtype=torch.bfloat16, lr=1e-4, master=master)
+        pair.step()
+        names: tuple[Any, ...] = (lambda p: p, lambda p: p.data, lambda p: getattr(p, "_local_tensor", p.data))
+        for written in names:
+            with torch.no_grad():
+                for param in (*pair.plain, *pair.shared):
+                    written(param).mul_(2.0)
+            pair.step()
+            pair.assert_same(EXACT)
 
 
 @paths

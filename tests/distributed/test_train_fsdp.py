@@ -85,7 +85,7 @@ def compare(found: Any, expected: Any, tolerance: float) -> None:
     for ours, theirs in zip(found.model.parameters(), expected.model.parameters(), strict=True):
         assert_same(full(ours), full(theirs), tolerance, "weight")
         mine, its = found.optimizer.state[ours], expected.optimizer.state[theirs]
-        assert set(mine) == set(its) == {"step", "exp_avg", "exp_avg_sq", "master_param"}
+        assert set(mine) == set(its) == {"step", "exp_avg", "exp_avg_sq", "master_remainder"}
         for name, value in its.items():
             assert_same(full(mine[name]), full(value), tolerance, name)
 

@@ -26,6 +26,7 @@ from tritopt import optim
 from tritopt.optim import SGD, Adagrad, Adam, AdamW
 
 Class: TypeAlias = Any  # a class of tritopt.optim, with a signature of its own
+BF16 = torch.bfloat16
 
 
 def error_of(make: Callable[[], Any]) -> tuple[type[BaseException], str]:
@@ -84,7 +85,11 @@ def test_arguments_are_refused_in_torchs_words_and_taken_where_it_takes_them(cls
     except (ValueError, RuntimeError) as error:
         expected = type(error), str(error)
     else:
-        cls(parameters(), **bad)
+        if any(value is math.nan for value in bad.values()):  # torch's SGD takes it
+            with pytest.raises(ValueError, match="nan must not be NaN"):
+                cls(parameters(), **bad)
+        else:
+            cls(parameters(), **bad)
         return
     assert error_of(lambda: cls(parameters(), **bad)) == expected
 
@@ -359,12 +364,40 @@ def test_fused_true_where_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     params = parameters()
     opt = Adam(params, fused=True)
     monkeypatch.setattr("tritopt.optim.cold.unavailable", lambda tensor: "no kernel here")
-    set_grads(params, 0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2):
+        for step in range(3):
+            opt.add_param_group({"params": parameters(shapes=((step + 1,),))})  # such a step is not like the last
+            set_grads([p for group in opt.param_groups for p in group["params"]], step)
             opt.step()
-    assert [str(each.message) for each in caught] == ["fused=True on the CPU runs the reference: no kernel here"]
+        opt.load_state_dict(opt.state_dict())
+        opt.step()
+    (warning,) = caught
+    assert "fused=True on the CPU runs the reference: no kernel here" in str(warning.message)
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize(("before", "after"), [(BF16, torch.float16), (torch.float16, BF16)])
+def test_states_that_do_not_fit_any_more_name_torchs_way_out(
+    before: torch.dtype, after: torch.dtype, fused: bool | None
+) -> None:
+    model = torch.nn.Linear(5, 3).to(before)
+    opt = Adam(model.parameters(), fused=fused, master="kahan")
+    set_grads(list(model.parameters()), 0)
+    opt.step()
+    model.to(after)
+    set_grads(list(model.parameters()), 1)
+    opt.step()  # a master that is one of another dtype's is made anew
+    opt.state[model.weight]["exp_avg"] = torch.zeros(3, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"a state is torch.int64 beside a weight that is {after}") as caught:
+        opt.step()
+    assert "create_state" not in str(caught.value)
+    assert "optimizer.load_state_dict(optimizer.state_dict())" in str(caught.value)
+    opt.state[model.weight]["exp_avg"] = torch.zeros(3, 5)
+    model.weight.data, model.weight.grad = torch.zeros(2, 5, dtype=after), None
+    model.weight.grad = torch.ones(2, 5, dtype=after)
+    with pytest.raises(ValueError, match="a parameter of another shape needs a new optimizer"):
+        opt.step()
 
 
 def test_a_norm_for_one_group_is_refused() -> None:

@@ -39,7 +39,7 @@ def train(
 
 @pytest.mark.parametrize("is_warm", [False, True], ids=["first", "replayed"])
 @pytest.mark.parametrize("fused", [None, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_negated_gradients(cls: Any, dtype: torch.dtype, fused: bool | None, is_warm: bool) -> None:
     ours = train(cls, dtype, negated, fused, torch.clone, is_warm)
@@ -57,8 +57,10 @@ def test_gradients_of_zeros_without_memory(cls: Any, fused: bool | None, is_warm
 
 
 @pytest.mark.parametrize("fused", [None, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"max_grad_norm": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{}, {"capturable": True}, {"max_grad_norm": 0.5}, {"master": "kahan"}, {"master": None}], ids=str
+)
 def test_negated_weights(dtype: torch.dtype, fused: bool | None, options: dict[str, Any]) -> None:
     ours = train(optim.AdamW, dtype, torch.clone, fused, negated, False, **options)
     expected = train(optim.AdamW, dtype, torch.clone, fused, torch.clone, False, **options)

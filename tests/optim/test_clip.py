@@ -124,7 +124,8 @@ def test_arguments_as_torch_takes_them() -> None:
         torch.testing.assert_close(tritopt.clip_grad_norm_(argument, 1e9), norm)
     assert params[0].grad is not None
     torch.testing.assert_close(tritopt.clip_grad_norm_(params[0], 1e9), params[0].grad.norm())
-    torch.testing.assert_close(tritopt.clip_grad_norm_(params, torch.tensor(1e9), 2, False, True), norm)
+    bound: Any = torch.tensor(1e9)
+    torch.testing.assert_close(tritopt.clip_grad_norm_(params, bound, 2, False, True), norm)
     params[0].grad = None
     torch.testing.assert_close(tritopt.clip_grad_norm_(params, 1e9), exact_norm(params).float())
 

@@ -39,8 +39,8 @@ class StillScalars(NamedTuple):
     lr: float
 
 
-@triton.jit
-def still_update(w, g, state, s):
+@triton.jit  # type: ignore[untyped-decorator]
+def still_update(w: Any, g: Any, state: Any, s: Any) -> Any:
     """The weight, which is loaded and stored."""
     return w, state
 

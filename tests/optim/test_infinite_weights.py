@@ -26,15 +26,21 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "DCASGD": ({}, {"momentum": 0.9}),
     "Signum": ({}, {"momentum": 0.0}, {"wd_lh": 0.1}),
 }
-CASES = [
+CASES: list[Any] = [
     pytest.param(cls, variant, id=f"{cls.__name__}-{i}")
     for cls in CLASSES
     for i, variant in enumerate(VARIANTS.get(cls.__name__, ({},)))
 ]
 # Ftrl solves for the weight anew from its states. Adafactor's step is relative to the weights' root mean square, which
 # is infinite; so is torch's.
+
+
+def _class_of(case: Any) -> Any:
+    return case.values[0]
+
+
 FREE = ("Ftrl", "Adafactor")
-BOUND = [case for case in CASES if case.values[0].__name__ not in FREE]
+BOUND = [case for case in CASES if _class_of(case).__name__ not in FREE]
 DECAYS_BY_FACTOR = ("Lion", "LAMB", "LANS", "Adan")
 
 
@@ -80,7 +86,7 @@ def test_without_decay_they_stay(cls: Any, variant: dict[str, Any], fused: bool 
 
 
 @FUSED
-@pytest.mark.parametrize(("cls", "variant"), [case for case in BOUND if case.values[0].__name__ in DECAYS_BY_FACTOR])
+@pytest.mark.parametrize(("cls", "variant"), [case for case in BOUND if _class_of(case).__name__ in DECAYS_BY_FACTOR])
 def test_with_decay_as_a_factor_they_stay(cls: Any, variant: dict[str, Any], fused: bool | None) -> None:
     param = masked(torch.float32)
     before = param.detach().double()
@@ -114,7 +120,11 @@ def test_in_every_master(master: str | None, weight_decay: float, fused: bool | 
 @FUSED
 def test_adafactor_relates_its_step_to_an_infinite_size(fused: bool | None) -> None:
     ours, theirs = masked(torch.float32), masked(torch.float32)
-    for cls, param, options in ((optim.Adafactor, ours, {"fused": fused}), (torch.optim.Adafactor, theirs, {})):
+    sides: list[tuple[Any, torch.nn.Parameter, dict[str, Any]]] = [
+        (optim.Adafactor, ours, {"fused": fused}),
+        (torch.optim.Adafactor, theirs, {}),
+    ]
+    for cls, param, options in sides:
         param.grad = torch.where(param.detach().isfinite(), 0.1, 0.0)
         cls([param], lr=0.1, **options).step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

@@ -102,7 +102,7 @@ CASES += [("NAdam", "mu_product", write) for write in ("nothing", "shared", "sha
 
 
 @pytest.mark.parametrize(("name", "number", "write"), CASES)
-@pytest.mark.parametrize("options", [{}, {"fused": False}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"capturable": True, "fused": False}], ids=str)
 def test_numbers_count_as_torchs_do(write: str, name: str, number: str, options: dict[str, Any]) -> None:
     theirs = train(lambda params: getattr(torch.optim, name)(params, foreach=False), WRITES[write], number)
     ours = train(lambda params: getattr(optim, name)(params, **options), WRITES[write], number)
@@ -170,7 +170,7 @@ def test_processes_count_in_one_tensor(name: str, when: str) -> None:
         for value in opt.state[param].values():
             value.share_memory_()
         for _ in range(2):
-            worker = mp.get_context("fork").Process(target=_steps, args=(param, opt))  # type: ignore[attr-defined]
+            worker = mp.get_context("fork").Process(target=_steps, args=(param, opt))
             worker.start()
             worker.join()
             assert worker.exitcode == 0

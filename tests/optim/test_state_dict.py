@@ -77,7 +77,8 @@ def test_a_resumed_run_goes_on_bit_exactly(cls: Class, options: dict[str, Any]) 
 @EVERY_CLASS
 def test_masters_and_states_of_bf16_parameters_are_fp32_and_stay(cls: Class) -> None:
     params = parameters(torch.bfloat16)
-    opt = make(cls, params, master="fp32")
+    opt = make(cls, params)
+    opt.param_groups[0]["master"] = "fp32"
     train(opt, params, range(3))
     saved = through_file(opt.state_dict())
     for i, p in enumerate(params):

@@ -381,3 +381,15 @@ def test_step_saved_as_a_number_is_taken(name: str) -> None:
         opt.load_state_dict(copy.deepcopy(saved))  # tensors are taken as they are
         opt.step()
     torch.testing.assert_close(params[1], params[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_differentiable_refuses_hyperparameters_that_require_a_gradient(name: str) -> None:
+    """Their derivative would be None, where torch's class has one."""
+    param = torch.ones(3, requires_grad=True).clone()
+    param.grad = torch.ones(3)
+    value = torch.tensor(0.1, requires_grad=True)
+    options: dict[str, Any] = {name: value}
+    opt = tritopt.optim.AdamW([param], differentiable=True, **options)
+    with pytest.raises(ValueError, match=f"{name}=.*requires a gradient: pass numbers"):
+        opt.step()

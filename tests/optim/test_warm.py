@@ -211,7 +211,9 @@ def _exchange_group_keys(opt: optim.Optimizer, params: list[torch.Tensor]) -> No
 
 
 def _negate_gradient(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
-    params[2].grad = torch._neg_view(params[2].grad)
+    grad = params[2].grad
+    assert grad is not None
+    params[2].grad = torch._neg_view(grad)
 
 
 def _zero_gradient_without_memory(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:

@@ -208,7 +208,7 @@ def _timed(step: Callable[[], Any], clock: Callable[[], float]) -> float:
 def _groups(case: Case) -> list[dict[str, Any]]:
     params = []
     for _ in range(case.tensors):
-        param = torch.nn.Parameter(torch.zeros(ELEMENTS, device=device()))
+        param = torch.nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.float32, device=device()))
         param.grad = torch.zeros_like(param)
         params.append(param)
     size = -(-case.tensors // case.groups)
@@ -293,7 +293,7 @@ _ZEROS: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
 def _norms(tensors: Sequence[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
     key = len(tensors), tensors[0].device
     if key not in _ZEROS:
-        _ZEROS[key] = list(torch.zeros(len(tensors), device=tensors[0].device).unbind())
+        _ZEROS[key] = list(torch.zeros(len(tensors), dtype=torch.float32, device=tensors[0].device).unbind())
     return _ZEROS[key]
 
 

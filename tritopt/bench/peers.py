@@ -73,7 +73,7 @@ class Peer:
             return opt, opt.step
         for group in opt.param_groups:
             # A rate that is a number would be compiled in, and compiled again when it changes.
-            group["lr"] = torch.tensor(lr)
+            group["lr"] = torch.tensor(lr, dtype=torch.float32, device="cpu")
         return opt, torch.compile(opt.step, fullgraph=False)
 
 
@@ -95,7 +95,7 @@ def _torch(name: str, moved: float, formats: tuple[str, ...], **more: Any) -> li
     return found
 
 
-BESIDE_FP32 = ("fp32", "master")
+BESIDE_FP32 = ("fp32", "split16", "master")
 
 PEERS: tuple[Peer, ...] = (
     *_torch("AdamW", 28, BESIDE_FP32),

@@ -21,9 +21,10 @@ ELEMENTWISE = (
     "SGD", "Adam", "Lion", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "AdaBelief", "Adan", "NAG",
     "Signum", "Ftrl", "FTML", "DCASGD", "SGLD", "GroupAdaGrad",
 )  # fmt: skip
-FORMATS = ("split16", "split16+bf16", "split8+int8", "split8+fp8")
-"""Of the plan, beside bf16 weights with an fp32 master."""
-MAIN = "master"
+MAIN = "split16"
+"""What tritopt.optim does with bf16 weights by default."""
+FORMATS = ("master", "split16+bf16", "split8+int8", "split8+fp8")
+"""Of the plan, beside that."""
 AT_ONCE = ("torch fused", "FlashOptim")
 """Peers that a target names. They stand beside ours at once, as those with a launch per tensor do on tiny tensors; what
 others take is measured when everything of ours is."""
@@ -62,7 +63,7 @@ def plan(
     """All that is to be measured, in order.
 
     What is chosen (None: all) is crossed with what else is chosen: `formats` alone is AdamW in these, `optimizers`
-    alone in the fp32 master, `models` alone is AdamW on these. Nothing chosen is the list that README's targets need.
+    alone in MAIN, `models` alone is AdamW on these. Nothing chosen is the list that README's targets need.
 
     Raises:
         ValueError: an unknown name.

@@ -94,7 +94,8 @@ def print_table(terminal: Console, columns: Sequence[Column], lines: Sequence[Li
 
 
 def _longest_word(text: str) -> int:
-    return max(map(cell_len, text.split()), default=0)
+    """Columns that it takes, the text's indentation included."""
+    return len(text) - len(text.lstrip(" ")) + max(map(cell_len, text.split()), default=0)
 
 
 def _longest_line(text: str) -> int:

@@ -54,11 +54,13 @@ def tune(
         sizes = tuning.find_sizes(size)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    missing = None if HAS_TRITON else INSTALL_TRITON
-    if device().type != "cuda":
-        missing = missing or "a GPU, and there is none (or TRITON_INTERPRET=1 is set)"
+    missing = None
+    if not HAS_TRITON:
+        missing = f"tritopt tune needs {INSTALL_TRITON}"
+    elif device().type != "cuda":
+        missing = "tritopt tune measures on a GPU, and there is none (or TRITON_INTERPRET=1 is set)"
     if missing:
-        typer.echo(f"tritopt tune needs {missing}; --show and --clear work without", err=True)
+        typer.echo(f"{missing}; --show and --clear work without", err=True)
         raise typer.Exit(2)
     if not as_json:
         console().print(where(environment()), soft_wrap=True)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from tritopt import validate
-from tritopt.kernels.formats import MASTERS, PLAIN, Format
+from tritopt.kernels.formats import MASTERS, PLAIN, SPLIT16, Format
 from tritopt.kernels.state_formats import STATE_FORMATS, scales_shape
-from tritopt.optim.defaults import HOW
-from tritopt.optim.distributed import laid_out, like, local, version
-from tritopt.optim.origin import is_foreign_key, known_states, savers_of, states_of_class, stranger
+from tritopt.optim.defaults import HOW, WrongKindError
+from tritopt.optim.distributed import laid_out, like, local, seen_as
+from tritopt.optim.origin import is_foreign_key, known_states, same_keys, savers_of, states_of_class, stranger
 from tritopt.random import lies_like
 from tritopt.states import stored
 from tritopt.warning import warn
@@ -57,7 +57,10 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         try:
             opt.check_group(group)
         except ValueError as error:
-            raise ValueError(f"loaded state dict: {error}" + (f"; {warning[0]}" if warning else "")) from error
+            whose = warning[0] if warning else ""
+            if not whose and isinstance(error, WrongKindError):
+                whose = f"{', '.join(same_keys(type(opt)))} have hyperparameters of the same names: whose are these?"
+            raise ValueError(f"loaded state dict: {error}" + (whose and f"; {whose}")) from error
     saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     owners = ((param, group) for group in merged for param in group["params"])
     owner_of = dict(zip(saved_ids, owners, strict=True))
@@ -72,19 +75,20 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         for name in ("step", *opt.rule.scalar_states):
             _check_number(key, name, values.get(name, 0.0))
         _check_states(key, values, expected, opt)
-        values = _without_stale_companion(opt, param, values)
+        values = received(_without_stale_companion(opt, param, values))
         formats, kinds = opt.state_formats_of(param, group), opt.state_kinds_of(param, group)
         known = {**_other_forms(param, kinds), **expected}
         loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
+        if not loaded:  # and filled at the first gradient
+            continue
         state[param] = loaded
         fmt = opt.format_of(param, group)
-        # A state that is empty is filled at the first gradient. A master in another format waits for the next step: the
-        # model's weights may be loaded after its optimizer.
-        is_waiting = not loaded or (fmt.companion not in ("", *loaded) and not COMPANIONS.isdisjoint(loaded))
+        # A master in another format waits for the next step: the model's weights may be loaded after its optimizer.
+        is_waiting = fmt.companion not in ("", *loaded) and not COMPANIONS.isdisjoint(loaded)
         if not is_waiting and not take_companion(param, loaded, fmt):
             without_master.append(key)
-        take_states(param, state[param], formats, kinds, expected)
-        opt.complete_loaded_state(state[param])
+        take_states(param, loaded, formats, kinds, expected)
+        opt.complete_loaded_state(loaded)
     if warning:
         warn(": ".join(warning))
     if without_master:
@@ -97,10 +101,35 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         post_hook(opt)
 
 
-def versions(opt: Optimizer) -> dict[int, tuple[int, ...]]:
-    """Versions of all state tensors by `id`, which writing to one in place changes."""
-    states = [values for values in opt.state.values() if isinstance(values, dict)]
-    return {id(value): version(value) for values in states for value in values.values() if _is_many(value)}
+def sendable(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """States for a state_dict: a remainder is shown as fp16 numbers of the same bits, in the same memory.
+
+    Neither NCCL nor Gloo sends int16, so no full state dict could be gathered of it.
+    """
+    return {key: _with_remainder(values, torch.int16, torch.float16) for key, values in state.items()}
+
+
+def received(values: Any) -> Any:
+    """The states of `sendable`, as an optimizer keeps them; the same object if there is no remainder."""
+    return _with_remainder(values, torch.float16, torch.int16)
+
+
+def _with_remainder(values: Any, found: torch.dtype, wanted: torch.dtype) -> Any:
+    value = values.get(SPLIT16.companion) if isinstance(values, dict) else None
+    if not isinstance(value, torch.Tensor) or value.dtype != found:
+        return values
+    return {**values, SPLIT16.companion: seen_as(value, wanted)}
+
+
+def versions(state: Mapping[Any, Any]) -> dict[int, tuple[torch.Tensor, tuple[int, ...]]]:
+    """State tensors and their versions by `id`, which writing to one in place changes."""
+    states = [values for values in state.values() if isinstance(values, dict)]
+    return {id(value): (value, _version(value)) for values in states for value in values.values() if _is_many(value)}
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Another after each write in place, to the tensor or to its part in this process."""
+    return tuple(0 if part.is_inference() else part._version for part in (tensor, local(tensor)))
 
 
 def _without_stale_companion(opt: Optimizer, param: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +142,8 @@ def _without_stale_companion(opt: Optimizer, param: torch.Tensor, values: dict[s
 
     def is_loaded(name: str) -> bool:
         value = values[name]
-        return value is not live.get(name) or opt._handed_out.get(id(value), version(value)) != version(value)
+        known = opt._handed_out.get(id(value))
+        return value is not live.get(name) if known is None else known[1] != _version(value)
 
     others = [name for name, value in values.items() if _is_many(value) and name not in COMPANIONS]
     # Where there is nothing beside it, nothing tells.

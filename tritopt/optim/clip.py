@@ -88,7 +88,7 @@ def clip_grad_norm_(
     if norm_type != 2 or any(grad.dtype not in validate.WEIGHT_DTYPES for _, grad in grad_of.values()):
         return whole(torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, foreach))
     if not grad_of:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, dtype=torch.float32, device="cpu")
     params, grads = (list(column) for column in zip(*grad_of.values(), strict=True))
     parts = [_stored(local(grad)) for grad in grads]
     tasks = [Task((part,), PLAIN, part, ()) for part in parts]
@@ -145,8 +145,7 @@ class Clip:
     def __init__(self) -> None:
         self.norm: torch.Tensor | None = None
         """Of the last step, fp32 []; overwritten by the next."""
-        self._factor = torch.empty(0)
-        self._bound = torch.empty(0)
+        self._factor, self._bound = (torch.empty(0, dtype=torch.float64, device="cpu") for _ in range(2))
         self._max_norm = math.nan
         self._launch: Launcher | None = None
         self._stream = 0

@@ -22,7 +22,7 @@ from tritopt.optim.warm import WarmStep
 from tritopt.phases import Apply
 from tritopt.random import Noise
 from tritopt.telemetry import refuse
-from tritopt.warning import warn
+from tritopt.warning import warn_once
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -108,7 +108,7 @@ class ColdStep:
             noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
             undo.updates.begin([member], task.versions)
             member.rule.apply_reference(
-                task, common, scalars, launch.rescale, distributed.fitted, noise, launch.tracked, place
+                task, common, scalars, launch.rescale, distributed.encode, noise, launch.tracked, place
             )
 
     def finish(self) -> None:
@@ -127,8 +127,8 @@ class ColdStep:
         return WarmStep(opt, hypers, self.members, self._tasks, self._launched, norm_groups, self._only)
 
 
-def runs_fused(opt: Optimizer, member: Member, said: set[str]) -> bool:
-    """Whether a kernel updates it. RuntimeError if one must and cannot; on the CPU a warning that is not in `said`."""
+def runs_fused(opt: Optimizer, member: Member) -> bool:
+    """Whether a kernel updates it. RuntimeError if one must and cannot."""
     wanted, part = member.group["fused"], local(member.param)
     if wanted is False or member.group.get("differentiable"):
         return False
@@ -137,9 +137,7 @@ def runs_fused(opt: Optimizer, member: Member, said: set[str]) -> bool:
         reason = f"{type(opt).__name__} has no kernel for tensors that are sharded over processes"
     reason = reason and reason.replace("use_fused_step=False", "fused=False")
     if reason and wanted and part.device.type == "cpu":
-        if reason not in said:
-            warn(f"fused=True on the CPU runs the reference: {reason}")
-            said.add(reason)
+        warn_once(opt, f"fused=True on the CPU runs the reference: {reason}")
     elif reason and wanted:
         raise RuntimeError(f"`fused=True`, parameter {member.name!r}: {reason}")
     return reason is None

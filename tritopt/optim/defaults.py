@@ -30,11 +30,15 @@ MEANT = {word: name for name, words in _SYNONYMS.items() for word in words}
 """Our word for what other libraries call otherwise."""
 
 
+class WrongKindError(TypeError, ValueError):
+    """A value of a type that cannot be: the first of a constructor's argument, the second of a param_group's value."""
+
+
 def torch_defaults(torch_class: type[torch.optim.Optimizer], **arguments: Any) -> dict[str, Any]:
     """The defaults of torch's optimizer for these arguments; raises what it raises.
 
-    ValueError also for values of another kind than its constructor's own, which torch takes ("no" is true) or stumbles
-    over.
+    WrongKindError also for values of another kind than its constructor's own, which torch takes ("no" is true) or
+    stumbles over.
     """
     kinds = arguments_of(torch_class)
     for name, value in arguments.items():
@@ -62,12 +66,12 @@ def _arguments_of(cls: Any) -> Mapping[str, Any]:
 
 
 def check_kind(name: str, value: Any, like: Any) -> None:
-    """ValueError unless a hyperparameter is of the kind of a default: a bool, a number, or as many numbers."""
+    """WrongKindError unless a hyperparameter is of the kind of a default: a bool, a number, or as many numbers."""
     if isinstance(like, bool):
         check_flag(name, value)
     elif isinstance(like, tuple):
         if not isinstance(value, list | tuple) or len(value) != len(like):
-            raise ValueError(f"{name}={value!r} must be {len(like)} numbers")
+            raise WrongKindError(f"{name}={value!r} must be {len(like)} numbers")
         for one, its in zip(value, like, strict=True):
             if not (one is None and its is None):
                 _check_number(name, value, one)
@@ -76,12 +80,12 @@ def check_kind(name: str, value: Any, like: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """ValueError unless `value` is true or false: a configuration file's "False" is true."""
+    """WrongKindError unless `value` is true or false: a configuration file's "False" is true."""
     if not isinstance(value, Real | np.bool_) or value not in (0, 1):
-        raise ValueError(f"{name}={value!r} must be True or False")
+        raise WrongKindError(f"{name}={value!r} must be True or False")
 
 
 def _check_number(name: str, value: Any, one: Any) -> None:
-    is_scalar = isinstance(one, torch.Tensor) and not one.is_complex() and (one.numel() == 1 or name == "lr")
-    if not isinstance(one, Real) and not is_scalar:  # what torch itself says of a learning rate with more elements
-        raise ValueError(f"{name}={value!r} must be a number" + ("" if one is value else f", and not {one!r}"))
+    is_scalar = isinstance(one, torch.Tensor) and not one.is_complex() and (one.numel() == 1 or name in ("lr", "betas"))
+    if not isinstance(one, Real) and not is_scalar:  # torch has words of its own for these with more elements
+        raise WrongKindError(f"{name}={value!r} must be a number" + ("" if one is value else f", and not {one!r}"))

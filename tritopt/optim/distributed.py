@@ -14,6 +14,8 @@ from tritopt.random import noise_key
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
+    from tritopt.kernels.formats import Format
+
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Whether it is spread over processes by torch.distributed.tensor."""
@@ -94,7 +96,12 @@ def takes_blocks(param: torch.Tensor, block: int) -> bool:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor, in every process."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+    if not is_dtensor(tensor):
+        return tensor
+    if tensor.dtype == torch.int16:  # which is not sent
+        sent: Any = seen_as(tensor, torch.float16)
+        return seen_as(sent.full_tensor(), torch.int16)
+    return tensor.full_tensor()
 
 
 def like(param: torch.Tensor, value: torch.Tensor, shape: tuple[int, ...], per_block: bool = False) -> torch.Tensor:
@@ -106,7 +113,8 @@ def like(param: torch.Tensor, value: torch.Tensor, shape: tuple[int, ...], per_b
         return value
     from torch.distributed.tensor import DTensor
 
-    strides = param.stride() if shape == tuple(param.shape) else torch.empty(shape, device="meta").stride()
+    usual = torch.empty(shape, dtype=param.dtype, device="meta").stride()
+    strides = param.stride() if shape == tuple(param.shape) else usual
     return DTensor.from_local(
         value,
         param.device_mesh,
@@ -128,17 +136,42 @@ def laid_out(param: torch.Tensor, value: torch.Tensor, per_block: bool = False) 
 
     placements = placements_for(param, tuple(value.shape), per_block)
     if is_dtensor(value):
+        if value.dtype == torch.int16:  # which is not sent
+            moved: Any = seen_as(value, torch.float16)
+            return seen_as(moved.redistribute(param.device_mesh, placements), torch.int16)
         return value.redistribute(param.device_mesh, placements)
     everywhere = DTensor.from_local(value, param.device_mesh, [Replicate()] * param.device_mesh.ndim, run_check=False)
     # A shard is a view at first, which would keep the whole tensor in memory.
     return everywhere.redistribute(placements=placements).clone(memory_format=torch.contiguous_format)
 
 
-def fitted(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """A result, laid out as what it is copied over: DTensor's own copy_ does not take every layout."""
-    if is_dtensor(new) and is_dtensor(old) and new.placements != old.placements:
-        return new.redistribute(old.device_mesh, old.placements)
-    return new
+def seen_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same memory, its bits as those of another dtype of that size."""
+    if not is_dtensor(tensor):
+        return tensor.detach().view(dtype)
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local(tensor).detach().view(dtype),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def encode(fmt: Format, planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Store a value in the planes of a format, each process in its own part.
+
+    DTensor's own copy_ takes neither every layout nor bits that are seen as those of another dtype.
+    """
+    first = planes[0]
+    if is_dtensor(first):
+        if is_dtensor(value) and value.placements != first.placements:
+            value = value.redistribute(first.device_mesh, first.placements)
+        planes, value = list(map(local, planes)), local(value)
+    fmt.encode(planes, value, noise)
 
 
 def placements_for(param: DTensor, shape: tuple[int, ...], per_block: bool = False) -> list[Placement]:
@@ -206,12 +239,6 @@ def mark_written(params: Iterable[torch.Tensor]) -> None:
     torch.autograd.graph.increment_version([param for param in params if is_dtensor(param)])
 
 
-def version(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Differs after a write to a tensor: an operation on a DTensor counts in itself alone, not in its local part."""
-    part = local(tensor)
-    return tensor._version, part._version, part.data_ptr()
-
-
 class ShardSums:
     """Completes per-tensor sums over the processes: one all-reduce of one vector per mesh dimension, for all tensors.
 
@@ -230,7 +257,7 @@ class ShardSums:
                     if not placement.is_replicate():
                         rows.setdefault(tensor.device_mesh.get_group(dim), []).append(i)
         self._rows = [
-            (group, None if len(found) == len(tensors) else torch.tensor(found, device=self.device))
+            (group, None if len(found) == len(tensors) else torch.tensor(found, dtype=torch.int64, device=self.device))
             for group, found in rows.items()
         ]
 

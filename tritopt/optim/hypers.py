@@ -135,8 +135,21 @@ def _agree(a: Hyper, b: Hyper) -> bool:
     return isinstance(a.rate, torch.Tensor) or a.rate == b.rate
 
 
+def _refuse_derivatives(group: dict[str, Any]) -> None:
+    """ValueError for hyperparameters that wait for a derivative which no step gives them."""
+    for name, value in group.items():
+        for number in value if isinstance(value, tuple | list) and name not in _LISTS else (value,):
+            if isinstance(number, torch.Tensor) and number.requires_grad:
+                raise ValueError(
+                    f"differentiable=True differentiates by gradients and weights, and {name}={value!r} requires a "
+                    "gradient: pass numbers or a detached tensor, or take torch.optim's class for this derivative"
+                )
+
+
 def _hyper(opt: Optimizer, group: dict[str, Any]) -> Hyper:
     opt.check_group(group)
+    if group.get("differentiable"):
+        _refuse_derivatives(group)
     rule = opt.rule_of(group)
     bound = validate.bound_or(group["clip_value"], math.inf) if rule.clips else math.inf
     common = (-1.0 if group.get("maximize") else 1.0, bound, float(group.get("weight_decay", 0.0)))

@@ -16,7 +16,7 @@ from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16,
 from tritopt.kernels.state_formats import BLOCK
 from tritopt.optim import checkpoint
 from tritopt.optim.checkpoint import Expected, keys_of
-from tritopt.optim.defaults import HOW, MEANT, arguments_of, check_flag, torch_defaults
+from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, check_flag, torch_defaults
 from tritopt.optim.distributed import like, local, takes_blocks
 from tritopt.optim.members import Only, lives_on_device
 from tritopt.optim.observed import observed, uncompiled
@@ -142,7 +142,7 @@ class Optimizer(torch.optim.Optimizer):
         self._rules: dict[Hashable, Rule] = {}
         self._checked: dict[int, tuple[Any, ...]] = {}
         """Keys and values of param_groups when they were last found right, by `id` of the group."""
-        self._handed_out: dict[int, tuple[int, ...]] = {}
+        self._handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {}
         """Versions of state tensors when `state_dict` was last called, if there was no step since."""
         self._stepper = Stepper({"step": 0.0, **self.rule.scalar_states})
 
@@ -189,10 +189,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled, deep-copied and loaded states pass here."""
-        defaults = state.get("defaults") or self.defaults
+        defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
         # Without "differentiable", which torch adds here for classes that lack it: no group is to get it.
-        self.defaults = dict(defaults)
+        self.defaults = defaults
         self._forget()
         self.param_groups = [ParamGroup({**self.defaults, **group}, self.unsaved) for group in self.param_groups]
 
@@ -208,7 +208,9 @@ class Optimizer(torch.optim.Optimizer):
         The others are as the optimizer that loads it was constructed.
         """
         state_dict = super().state_dict()
-        self._handed_out = checkpoint.versions(self)
+        if "state" in state_dict:
+            state_dict["state"] = checkpoint.sendable(state_dict["state"])
+            self._handed_out = checkpoint.versions(state_dict["state"])
         if "param_groups" in state_dict:  # a hook may have made another dict of it
             state_dict["param_groups"] = [_saved(group, self.unsaved) for group in state_dict["param_groups"]]
         return state_dict
@@ -277,7 +279,10 @@ class Optimizer(torch.optim.Optimizer):
         """A row for each parameter, of its last step: norms, share of weights that stayed, non-finite gradients.
 
         By name where parameters are named, else by position. Waits for the device, and for the other processes that
-        hold shards, all of which must call it. ValueError unless constructed with `track=True`.
+        hold shards, all of which must call it. Empty before the first step.
+
+        Raises:
+            ValueError: constructed without `track=True`.
         """
         return self._stepper.telemetry(self)
 
@@ -394,7 +399,7 @@ class Optimizer(torch.optim.Optimizer):
             self._check_rate("weight_decay", group.get("weight_decay", 0.0))
             self.rule_of(group)
         except TypeError as error:
-            raise ValueError(str(error)) from error
+            raise WrongKindError(str(error)) from error
         if len(self._checked) > MAX_RULES:
             self._checked.clear()
         self._checked[id(group)] = now

@@ -17,7 +17,19 @@ _NEUTRAL = {*HOW, "maximize", "clip_value"}
 """Arguments that tell no optimizer from another."""
 _TORCH_ONLY = {
     "ASGD": {"step", "eta", "mu", "ax"},
-    "LBFGS": {"func_evals", "n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss"},
+    "LBFGS": {
+        "func_evals",
+        "n_iter",
+        "d",
+        "t",
+        "old_dirs",
+        "old_stps",
+        "ro",
+        "H_diag",
+        "prev_flat_grad",
+        "prev_loss",
+        "al",
+    },
     "Muon": {"momentum_buffer"},
     "Rprop": {"step", "prev", "step_size"},
     "SparseAdam": {"step", "exp_avg", "exp_avg_sq"},
@@ -75,6 +87,12 @@ def _hyperparameters() -> Mapping[str, Collection[str]]:
 def is_foreign_key(opt: Optimizer, name: str) -> bool:
     """Whether a key of a param_group is another class's hyperparameter, and none of this optimizer's."""
     return name not in opt.defaults and any(name in names for names in _hyperparameters().values())
+
+
+def same_keys(cls: Any) -> list[str]:
+    """Classes whose hyperparameters have the names that a class's have, itself included."""
+    names = _hyperparameters()
+    return sorted(name for name in names if names[name] == names.get(cls.__name__))
 
 
 def stranger(opt: Optimizer, groups: Sequence[Mapping[str, Any]], states: Collection[str]) -> tuple[str, str] | None:

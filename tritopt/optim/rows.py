@@ -81,7 +81,7 @@ class HostRows:
                 scalars = rule.scalars_at(name, lr, common[2], int(count), *others)
                 rows.append((*common, *scalars, *end))
                 continue
-            vector = torch.tensor(list(rates), dtype=torch.float64)
+            vector = torch.tensor(list(rates), dtype=torch.float64, device="cpu")
             scalars = rule.scalars_at(name, vector, common[2], int(count), *others)
             columns = [x.tolist() if isinstance(x, torch.Tensor) else [x] * len(rates) for x in scalars]
             rows += [(*common, *values, *end) for values in zip(*columns, strict=True)]
@@ -115,7 +115,7 @@ class RowTable:
     def __init__(self) -> None:
         self._constants = np.empty(0)
         self._is_constant = np.empty(0, bool)
-        self._values = torch.empty(0)
+        self._values = torch.empty(0, dtype=torch.float64, device="cpu")
 
     @property
     def values(self) -> torch.Tensor:

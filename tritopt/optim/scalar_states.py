@@ -106,10 +106,11 @@ class ScalarStates:
             if name == "step":
                 exact = wide
         tensors: list[dict[str, torch.Tensor]] = [{} for _ in states]
-        elsewhere, seen = [], set()
+        elsewhere: list[tuple[str, int, torch.Tensor]] = []
+        seen: set[int] = set()
         for position, state in enumerate(states):
             for name, vector in vectors.items():
-                old = state.get(name)
+                old: Any = state.get(name)
                 if not state or (old is None and not is_shown(position)):
                     continue
                 if id(old) in seen or not _can_stay(old):  # two parameters cannot count in one tensor
@@ -187,7 +188,8 @@ class ScalarStates:
         """Set numbers, of all parameters or of these, to what they were."""
         at = slice(None) if positions is None else list(positions)
         for vector, before in zip((*self._vectors.values(), self._exact), copies, strict=True):
-            vector[at] = torch.as_tensor(before)[at]
+            before = torch.from_numpy(before) if isinstance(before, np.ndarray) else before
+            vector[at] = before[at]
         self._show()
 
     def multiply(self, name: str, positions: Sequence[int], factors: torch.Tensor, skip: torch.Tensor | None) -> None:

@@ -11,7 +11,7 @@ from tritopt import validate
 from tritopt.fused import Planner, Task
 from tritopt.kernels.formats import PLAIN
 from tritopt.optim import distributed
-from tritopt.optim.checkpoint import COMPANIONS, completes, is_stored_as, keys_of, take_companion, take_states
+from tritopt.optim.checkpoint import COMPANIONS, completes, is_stored_as, keys_of, received, take_companion, take_states
 from tritopt.optim.members import Member
 from tritopt.optim.scalar_states import ScalarStates
 from tritopt.states import stored
@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 Replaced: TypeAlias = list[tuple[torch.Tensor, dict[str, Any]]]
 """Parameters, and the states they had; empty ones where they had none."""
 
-NEW_STATE = "load a checkpoint with load_state_dict, or delete opt.state[parameter], and the next step makes it anew"
-
 
 def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarStates, replaced: Replaced) -> None:
     """Complete states, whose numbers are bound. `replaced` gets what they were before."""
     for member in members:
         param = member.param
         expected = opt.expected_states(param, member.group)
-        state = opt.state.get(param, {})
+        kept = opt.state.get(param, {})
+        state = received(kept)  # where a wrapper has put what it was sent
         fmt, formats = opt.format_of(param, member.group), opt.state_formats_of(param, member.group)
         is_foreign = not COMPANIONS.isdisjoint(state.keys() - expected.keys())  # the group's `master` has changed
         is_shown = opt.shows_numbers(param, member.group)
@@ -39,6 +38,7 @@ def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarSta
         )
         if (
             is_complete
+            and state is kept
             and not is_foreign
             and all(is_stored_as(param, state, name, of_state, expected) for name, of_state in formats.items())
         ):
@@ -65,7 +65,7 @@ def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarSta
                 )
         if not made:
             continue
-        replaced.append((param, state))
+        replaced.append((param, kept))
         opt.state[param] = made
         numbers.take(member.position)
 
@@ -95,10 +95,11 @@ def task_of(opt: Optimizer, member: Member) -> Task:
     formats = tuple(opt.state_formats_of(param, member.group).values())
     validate.weight_and_grad(member.name, weight, part(grad))
     for value in planes[1:]:
-        validate.state_tensor(member.name, value, weight, weight.shape, fmt.dtype_of_companion(weight.dtype), NEW_STATE)
+        dtype = fmt.dtype_of_companion(weight.dtype)
+        validate.state_tensor(member.name, value, weight, weight.shape, dtype, validate.TORCHS)
     task = Task(planes, fmt, part(grad), values, state_formats=formats)
     for of_state, in_format, shape in zip(task.states(), formats, rule.state_shapes(weight.shape), strict=True):
-        validate.state_planes(member.name, of_state, weight, shape, in_format, NEW_STATE)
+        validate.state_planes(member.name, of_state, weight, shape, in_format, validate.TORCHS)
     return task._replace(noise=distributed.noise_of(opt.rounding_seed, member.name, param)) if task.draws else task
 
 

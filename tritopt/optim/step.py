@@ -31,7 +31,7 @@ from tritopt.optim.states import check_aliases, create_missing, task_of
 from tritopt.optim.undo import Undo
 from tritopt.optim.warm import WarmStep
 from tritopt.recent import Recent
-from tritopt.telemetry import NOT_TRACKED, Telemetry, Tracker, telemetry
+from tritopt.telemetry import Telemetry, Tracker, check_asked, telemetry
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
@@ -59,7 +59,6 @@ class Stepper:
         """Of steps for one parameter, by its position; likewise the next."""
         self._warm_of: dict[int, WarmStep] = {}
         self._of_graphs: list[Any] = []
-        self._said: set[str] = set()
 
     def update(self, opt: Optimizer, only: Only | None = None, is_captured: bool = False) -> None:
         """Update every parameter that has a gradient, or only one. Checks all before it writes anything.
@@ -141,7 +140,7 @@ class Stepper:
         undo.remember([member.position for member in members], not on_device)
         create_missing(opt, members, self._numbers, undo.replaced)
         tasks = [task_of(opt, member) for member in members]
-        fused = [runs_fused(opt, member, self._said) for member in members]
+        fused = [runs_fused(opt, member) for member in members]
         if opt.track:
             check_tracked(opt, members, fused)
         check_aliases(self._planner, members, tasks)
@@ -149,8 +148,7 @@ class Stepper:
 
     def telemetry(self, opt: Optimizer) -> Telemetry:
         """`Optimizer.telemetry`."""
-        if not opt.track:
-            raise ValueError(NOT_TRACKED)
+        check_asked(opt.track, type(opt).__name__)
         params = params_of(opt, None)
         sums = self.tracker.sums(range(len(params)))
         reduce = ShardSums(params)
@@ -226,7 +224,9 @@ def _scalar(value: object) -> torch.Tensor | None:
     """What a GradScaler left on the optimizer, as a tensor []."""
     if value is None:
         return None
-    return distributed.whole(torch.as_tensor(value)).detach().reshape(())
+    if not isinstance(value, torch.Tensor):
+        value = torch.tensor(value, dtype=torch.float32, device="cpu")
+    return distributed.whole(value).detach().reshape(())
 
 
 def _on(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

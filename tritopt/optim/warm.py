@@ -279,5 +279,5 @@ def _norm_table(group: Group) -> _Table:
 
 def _without_gradients(members: Sequence[Member]) -> list[Member]:
     """A gradient that is kept here would take its memory for as long as steps are alike."""
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     return [member._replace(grad=nothing) for member in members]

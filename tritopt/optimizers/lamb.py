@@ -114,12 +114,11 @@ class LAMB(Optimizer):
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence above. u is computed again, from the moments as they are stored."""
 
-        def direction(mean: torch.Tensor, var: torch.Tensor, wd: float) -> torch.Tensor:
+        def direction(wd: float, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
             return add_decay_twin(mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon), w, wd)
 
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
-        step = s.lr * trust_ratio(w, direction(mean, var, s.wd), s.lower_bound, s.upper_bound)
-        stored_mean, stored_var = stored((mean, var))
-        return w - step * direction(stored_mean, stored_var, decay_of(w, s.wd)), (mean, var)
+        step = s.lr * trust_ratio(w, direction(s.wd, mean, var), s.lower_bound, s.upper_bound)
+        return w - step * direction(decay_of(w, s.wd), *stored((mean, var))), (mean, var)

@@ -123,7 +123,7 @@ class LANS(Optimizer):
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence above. The directions are computed again, from the moments as they are stored."""
 
-        def directions(mean: torch.Tensor, var: torch.Tensor, wd: float) -> Values:
+        def directions(wd: float, mean: torch.Tensor, var: torch.Tensor) -> Values:
             root = sqrt(var * s.var_correction) + s.epsilon
             return tuple(add_decay_twin(x, w, wd) for x in (mean * s.mean_correction / root, g / root))
 
@@ -132,9 +132,8 @@ class LANS(Optimizer):
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
-        by_both = directions(mean, var, s.wd)
+        by_both = directions(s.wd, mean, var)
         mean_ratio, grad_ratio = (trust_ratio(w, d, s.lower_bound, s.upper_bound) for d in by_both)
         mean_step, grad_step = s.lr * s.beta1 * mean_ratio, s.lr * s.one_minus_beta1 * grad_ratio
-        stored_mean, stored_var = stored((mean, var))
-        by_mean, by_grad = directions(stored_mean, stored_var, decay_of(w, s.wd))
+        by_mean, by_grad = directions(decay_of(w, s.wd), *stored((mean, var)))
         return w - (mean_step * by_mean + grad_step * by_grad), (mean, var)

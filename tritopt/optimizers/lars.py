@@ -138,6 +138,6 @@ class LARS(SGD):
 
 
 def _squares_of_absent_rows(weight: torch.Tensor, grad: torch.Tensor) -> float:
-    rows = torch.arange(len(weight), device=weight.device)
+    rows = torch.arange(len(weight), dtype=torch.int64, device=weight.device)
     absent = weight[~torch.isin(rows, grad._indices()[0])].to(compute_dtype(weight))
     return float((absent * absent).sum(dtype=torch.float64))

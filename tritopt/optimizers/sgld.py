@@ -84,6 +84,6 @@ class SGLD(Optimizer):
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SGLDScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
-        offsets = torch.arange(w.numel(), device=w.device).view(w.shape)
+        offsets = torch.arange(w.numel(), dtype=torch.int64, device=w.device).view(w.shape)
         noise = normal((s.key_0, s.key_1, s.key_2, s.key_3), offsets, s.step, 0).to(w.dtype)
         return w - s.half_lr * g + s.deviation * noise, ()
