@@ -182,6 +182,13 @@ def sizes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("sizes_of_a_gpu")
+def test_a_compensation_just_below_half_an_ulp_is_right() -> None:
+    """Rounded to nearest it would be that half, which is another weight's where this one is odd."""
+    row = check_case(case(tritopt.SGD, torch.bfloat16, "kahan"))
+    assert row.passed, row
+
+
+@pytest.mark.usefixtures("sizes_of_a_gpu")
 def test_sums_that_cancel_before_their_sign_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Among thousands of elements some cancel to within rounding; a check that took them as they come would fail."""
     jumping = [case(cls, torch.bfloat16) for cls in (tritopt.Lion, tritopt.Signum, PortedSign)]
