@@ -57,8 +57,8 @@ SHARED: list[tuple[str, str, str, dict[str, str]]] = [
     (
         "sgd",
         "formats.py",
-        "return tl.load(planes[1] + offsets",
-        {"weight read for its master": "return tl.load(planes[0] + offsets"},
+        "return _completed(weight, tl.load(planes[1] + offsets, mask=mask))",
+        {"weight read for its master": "return _completed(weight, weight.to(tl.float32))"},
     ),
 ]
 

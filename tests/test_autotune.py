@@ -566,7 +566,7 @@ def test_bad_arguments(arguments: tuple[str, ...], expected: str) -> None:
 def test_without_a_gpu() -> None:
     done = run()
     assert done.exit_code == 2
-    assert "needs a GPU, and there is none" in done.output
+    assert "measures on a GPU, and there is none" in done.output
 
 
 # Cold start.

@@ -370,11 +370,11 @@ def test_a_failed_step_changes_nothing_and_is_not_reused() -> None:
         opt.step()
     before = values(opt, params)
     opt.param_groups[1]["lr"] = float("nan")
-    with pytest.raises(ValueError, match="lr"):
+    with pytest.raises(ValueError, match="Invalid learning rate: nan"):
         opt.step()
     opt.param_groups[1]["lr"] = 0.03
     opt.param_groups[1]["betas"] = (2.0, 0.9)
-    with pytest.raises(ValueError, match="beta1"):
+    with pytest.raises(ValueError, match="Invalid beta parameter at index 0"):
         opt.step()
     assert all(torch.equal(a, b) for a, b in zip(before, values(opt, params), strict=True))
     opt.param_groups[1]["betas"] = (0.9, 0.999)
