@@ -329,19 +329,19 @@ def test_table(compiled: list[Case]) -> None:
     lines = [line.split() for line in result.output.splitlines()]
     (adamw,) = (line for line in lines if line[:2] == ["adamw", "master"])
     assert adamw[2] == "adamw_update"
-    assert adamw[5:8] == ["7x128", "7x128", "28"]
-    assert adamw[-2:] == ["5.83", "memory"]
+    assert adamw[5:8] == ["8x128", "7x128", "30"]
+    assert adamw[-2:] == ["6.25", "memory"]
     (total,) = (line for line in lines if line[:1] == ["all"])
     assert total[1] == "40"
-    assert "must 28" not in result.output
+    assert "must 30" not in result.output
 
 
 def test_table_says_where_bytes_differ(compiled: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = [replace(row, bytes_loaded=16.0) if row.optimizer == "adamw" else row for row in SAVED]
+    wrong = [replace(row, bytes_loaded=18.0) if row.optimizer == "adamw" else row for row in SAVED]
     monkeypatch.setattr(sys.modules[__name__], "SAVED", wrong)
     result = run("--optimizer", "adamw", "--format", "master")
-    assert "30, must 28" in result.output
-    assert "adamw master, sm_90: the code loads 16 and stores 14 bytes per parameter, where 14 and 14" in result.output
+    assert "32, must 30" in result.output
+    assert "adamw master, sm_90: the code loads 18 and stores 14 bytes per parameter, where 16 and 14" in result.output
 
 
 def test_diff(compiled: list[Case], tmp_path: Path) -> None:

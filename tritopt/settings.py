@@ -25,11 +25,18 @@ def parameters_of(function: Callable[..., Any] | None) -> list[str]:
 
 
 @cache
-def _own_parameters(cls: Any, base: Any) -> tuple[str, ...]:
-    """What the constructors of a class take beside the base's arguments."""
-    inits = (vars(one).get("__init__") for one in cls.__mro__ if issubclass(one, base) and one is not base)
-    names = dict.fromkeys(name for init in inits for name in parameters_of(init))
-    return tuple(name for name in names if name not in parameters_of(base.__init__))
+def _own_parameters(cls: Any, base: Any) -> dict[Any, tuple[str, ...]]:
+    """The package's constructors of a class, and what each takes that the base's does not.
+
+    One by one, since a class may settle what the one above it takes.
+    """
+    inits = {one: vars(one).get("__init__") for one in cls.__mro__ if issubclass(one, base) and one is not base}
+    taken = parameters_of(base.__init__)
+    return {
+        one: tuple(name for name in parameters_of(init) if name not in taken)
+        for one, init in inits.items()
+        if one.__module__.startswith("tritopt.")
+    }
 
 
 def check_settings(opt: Optimizer, base: Any) -> None:
@@ -47,10 +54,13 @@ def check_settings(opt: Optimizer, base: Any) -> None:
     if opt.use_fused_step is not None:
         validate.boolean("use_fused_step", opt.use_fused_step)
     cls: Any = type(opt)
-    names = [name for name in _own_parameters(cls, base) if name in vars(opt)]
+    own = _own_parameters(cls, base)
+    names = [name for some in own.values() for name in some if name in vars(opt)]
     values = [opt.master, opt.state_dtype, *[getattr(opt, name) for name in names]]
     if len(values) == len(opt._checked) and all(map(is_, values, opt._checked)):
         return
-    if cls.__module__.startswith("tritopt."):
-        cls(master=opt.master, state_dtype=opt.state_dtype, **dict(zip(names, values[2:], strict=True)))
+    for one, some in own.items():
+        one(**{name: getattr(opt, name) for name in some if name in vars(opt)})
+    if cls in own:
+        cls(master=opt.master, state_dtype=opt.state_dtype)
     opt._checked = tuple(values)
