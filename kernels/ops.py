@@ -41,7 +41,12 @@ def is_finite(x):
 @triton.jit
 def add_decay(x, w, wd):
     """x + wd w; x alone where wd is 0, for 0 times an infinite weight is NaN."""
-    return tl.where(wd == 0, x, x + wd * w)
+    decay = wd * w
+    if x.dtype == tl.float64:
+        # Of a choice that is the same for all elements, the compiler makes two loops here.
+        return x + tl.where((decay != decay) & (w == w), 0.0, decay)
+    else:
+        return tl.where(wd == 0, x, x + decay)
 
 
 @triton.jit
