@@ -332,7 +332,7 @@ def test_table(compiled: list[Case]) -> None:
     assert adamw[5:8] == ["8x128", "7x128", "30"]
     assert adamw[-2:] == ["6.25", "memory"]
     (total,) = (line for line in lines if line[:1] == ["all"])
-    assert total[1] == "40"
+    assert total[1] == "44"
     assert "must 30" not in result.output
 
 

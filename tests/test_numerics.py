@@ -258,7 +258,8 @@ def test_json_is_a_list_of_rows() -> None:
     assert (first["arguments"], first["resident"], first["steps"]) == ({"master": "split16"}, 14, 3)
 
 
-def test_table_and_markdown() -> None:
+def test_table_and_markdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     arguments = ("--steps", "2", "--format", "stochastic", "--no-digits")
     table = run(*arguments)
     assert table.exit_code == 0, table.output
