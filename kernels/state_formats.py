@@ -210,7 +210,7 @@ def load_int8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 @triton.jit
 def store_int8(planes, offsets, mask, value, start, noise):
-    """Of either sign."""
+    """Store numbers of either sign."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_INT8)
     code = floor_of_root(scaled, 4)
     lower, higher = _fourth_power(code), _fourth_power(code + 1.0)
@@ -239,7 +239,7 @@ def load_uint8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 @triton.jit
 def store_uint8(planes, offsets, mask, value, start, noise):
-    """Of squares."""
+    """Store squares."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_UINT8) * 2.0**64
     code = floor_of_root(scaled, 8)
     lower, higher = _eighth_power(code), _eighth_power(code + 1.0)
@@ -269,7 +269,7 @@ def load_e4m3(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 @triton.jit
 def store_e4m3(planes, offsets, mask, value, start, noise):
-    """Of either sign."""
+    """Store numbers of either sign."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_E4M3)
     code = _short_float_code(scaled, start, offsets, mask, noise, _TO_E4M3)
     sign = (value.to(tl.int32, bitcast=True) >> 24) & 0x80
@@ -293,7 +293,7 @@ def load_e5m3(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 @triton.jit
 def store_e5m3(planes, offsets, mask, value, start, noise):
-    """Of squares."""
+    """Store squares."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_E5M3)
     code = _short_float_code(scaled, start, offsets, mask, noise, _TO_E5M3)
     code = tl.maximum(code, tl.minimum(value.to(tl.int32, bitcast=True), 1))
@@ -329,7 +329,7 @@ def _fp16_code_twin(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: 
 
 @triton.jit
 def store_fp16(planes, offsets, mask, value, start, noise):
-    """Of either sign."""
+    """Store numbers of either sign."""
     code = _fp16_code(planes, mask, value, start, offsets, noise)
     code = tl.where(value < 0, code | 0x8000, code)
     tl.store(planes[0] + offsets, code.to(tl.int16).to(tl.float16, bitcast=True), mask=mask)
@@ -345,7 +345,7 @@ def encode_fp16(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any)
 
 @triton.jit
 def store_fp16_squares(planes, offsets, mask, value, start, noise):
-    """Of squares."""
+    """Store squares."""
     code = _fp16_code(planes, mask, value, start, offsets, noise)
     code = tl.where((code == 0) & (value > 0), 1, code)
     tl.store(planes[0] + offsets, code.to(tl.int16).to(tl.float16, bitcast=True), mask=mask)

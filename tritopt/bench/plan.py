@@ -22,9 +22,9 @@ ELEMENTWISE = (
     "Signum", "Ftrl", "FTML", "DCASGD", "SGLD", "GroupAdaGrad",
 )  # fmt: skip
 MAIN = "split16"
-"""What tritopt.optim does with bf16 weights by default."""
+"""Storage format of bf16 weights in tritopt.optim by default."""
 FORMATS = ("master", "split16+bf16", "split8+int8", "split8+fp8")
-"""Of the plan, beside that."""
+"""Other storage formats of the plan."""
 AT_ONCE = ("torch fused", "FlashOptim")
 """Peers that a target names. They stand beside ours at once, as those with a launch per tensor do on tiny tensors; what
 others take is measured when everything of ours is."""

@@ -202,10 +202,11 @@ class Optimizer(torch.optim.Optimizer):
         return frozenset(HOW).difference(arguments_of(self.torch_class or type(self)))
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch, with torch's keys in param_groups, and `clip_value` where it is set.
+        """State dict with torch's keys in param_groups, and `clip_value` where it is set.
 
         So `torch.distributed.checkpoint`, which compares keys, takes it for torch's class of the same name and back.
-        The others are as the optimizer that loads it was constructed.
+        The others are as the optimizer that loads it was constructed. A `master_remainder`, int16 in `state`, is shown
+        as float16 of the same bits and memory, because NCCL and Gloo do not send int16.
         """
         state_dict = super().state_dict()
         if "state" in state_dict:
@@ -405,7 +406,7 @@ class Optimizer(torch.optim.Optimizer):
         self._checked[id(group)] = now
 
     def _check_settings(self, group: dict[str, Any]) -> None:
-        """What is neither a rate nor the rule's."""
+        """ValueError unless a group has all keys, and flags, formats and bounds that the constructor takes."""
         missing = [name for name in self.defaults if name not in group]
         if missing:
             raise ValueError(
