@@ -17,6 +17,9 @@ else:
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     patch_once_per_launch()
 
+# Rich asks it for the terminal's width, which differs from machine to machine.
+os.environ["COLUMNS"] = "200"
+
 # Fills what torch.empty returns with NaN: a value that nobody wrote shows.
 torch.use_deterministic_algorithms(True)
 torch.sparse.check_sparse_tensor_invariants.enable()
