@@ -131,3 +131,9 @@ def test_kernels_say_their_name(rows: list[dict[str, Any]]) -> None:
         "multi_tensor_sgd_nesterov_update",
     }
     assert names <= {row["kernel"] for row in rows}
+
+
+def test_one_worker_compiles(request: pytest.FixtureRequest) -> None:
+    """Where pytest-xdist does not keep groups together, silently, each worker compiles all of it."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@compiles")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ def _class_of(case: Any) -> Any:
 
 FREE = ("Ftrl", "Adafactor")
 BOUND = [case for case in CASES if _class_of(case).__name__ not in FREE]
+DECAYS = (0.0, 0.1)
 DECAYS_BY_FACTOR = ("Lion", "LAMB", "LANS", "Adan")
 
 
@@ -49,27 +51,38 @@ def masked(dtype: torch.dtype, *more: float) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.tensor(rows, dtype=dtype))
 
 
-def train(cls: Any, param: torch.nn.Parameter, **options: Any) -> torch.Tensor:
-    """Three steps whose gradient is 0 where the weight is not finite."""
-    opt = cls([param], **options)
+def train(
+    cls: Any, params: Sequence[torch.nn.Parameter], decays: Sequence[float], **options: Any
+) -> list[torch.Tensor]:
+    """Three steps whose gradients are 0 where the weight is not finite; each parameter has a decay of its own."""
+    has_decay = "weight_decay" in options_of(cls, weight_decay=0.0)
+    groups = [
+        {"params": [p], **({"weight_decay": decay} if has_decay else {})}
+        for p, decay in zip(params, decays, strict=True)
+    ]
+    opt = cls(groups, **options)
     for step in range(1, 4):
-        param.grad = torch.where(param.detach().isfinite(), 0.1 * step, 0.0).to(param.dtype)
+        for p in params:
+            p.grad = torch.where(p.detach().isfinite(), 0.1 * step, 0.0).to(p.dtype)
         opt.step()
-    return param.detach().double()
+    return [p.detach().double() for p in params]
+
+
+def train_one(cls: Any, param: torch.nn.Parameter, weight_decay: float, **options: Any) -> torch.Tensor:
+    """`train` of one parameter."""
+    return train(cls, [param], [weight_decay], **options)[0]
 
 
 @PRECISIONS
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @FUSED
 @pytest.mark.parametrize(("cls", "variant"), [case for case in BOUND if twin(case.values[0])])
-def test_as_torch(
-    cls: Any, variant: dict[str, Any], fused: bool | None, weight_decay: float, dtype: torch.dtype
-) -> None:
-    options = options_of(cls, weight_decay=weight_decay, **variant)
-    ours = train(cls, masked(dtype), fused=fused, **options)
-    theirs = train(twin(cls), masked(dtype), foreach=False, **options)
+def test_as_torch(cls: Any, variant: dict[str, Any], fused: bool | None, dtype: torch.dtype) -> None:
+    options = options_of(cls, **variant)
+    params = [[masked(dtype) for _ in DECAYS] for _ in range(2)]
+    ours = train(cls, params[0], DECAYS, fused=fused, **options)
+    theirs = train(twin(cls), params[1], DECAYS, foreach=False, **options)
     if dtype == torch.bfloat16:  # torch rounds each operation to it
-        ours, theirs = (torch.where(x.isfinite(), 0.0, x) for x in (ours, theirs))
+        ours, theirs = ([torch.where(x.isfinite(), 0.0, x) for x in side] for side in (ours, theirs))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=8 * torch.finfo(torch.float32).eps, equal_nan=True)
 
 
@@ -79,7 +92,7 @@ def test_as_torch(
 def test_without_decay_they_stay(cls: Any, variant: dict[str, Any], fused: bool | None, dtype: torch.dtype) -> None:
     param = masked(dtype)
     before = param.detach().double()
-    after = train(cls, param, fused=fused, **options_of(cls, weight_decay=0.0, **variant))
+    after = train_one(cls, param, 0.0, fused=fused, **options_of(cls, **variant))
     assert torch.equal(after.isinf(), before.isinf())
     assert torch.equal(after[before.isinf()], before[before.isinf()])
     assert (after != before)[before.isfinite()].any()
@@ -90,21 +103,18 @@ def test_without_decay_they_stay(cls: Any, variant: dict[str, Any], fused: bool 
 def test_with_decay_as_a_factor_they_stay(cls: Any, variant: dict[str, Any], fused: bool | None) -> None:
     param = masked(torch.float32)
     before = param.detach().double()
-    after = train(cls, param, fused=fused, **options_of(cls, weight_decay=0.1, **variant))
+    after = train_one(cls, param, 0.1, fused=fused, **options_of(cls, **variant))
     assert torch.equal(after[before.isinf()], before[before.isinf()])
     assert after[before.isfinite()].isfinite().all()
 
 
 @PRECISIONS
 @FUSED
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize(("cls", "variant"), CASES)
-def test_nan_stays(
-    cls: Any, variant: dict[str, Any], weight_decay: float, fused: bool | None, dtype: torch.dtype
-) -> None:
-    param = masked(dtype, math.nan, 1.0)
-    after = train(cls, param, fused=fused, **options_of(cls, weight_decay=weight_decay, **variant))
-    assert after[-1, 0].isnan()
+def test_nan_stays(cls: Any, variant: dict[str, Any], fused: bool | None, dtype: torch.dtype) -> None:
+    params = [masked(dtype, math.nan, 1.0) for _ in DECAYS]
+    for after in train(cls, params, DECAYS, fused=fused, **options_of(cls, **variant)):
+        assert after[-1, 0].isnan()
 
 
 @FUSED
@@ -113,7 +123,7 @@ def test_nan_stays(
 def test_in_every_master(master: str | None, weight_decay: float, fused: bool | None) -> None:
     param = masked(torch.bfloat16)
     before = param.detach().double()
-    after = train(optim.AdamW, param, fused=fused, lr=0.1, weight_decay=weight_decay, master=master)
+    after = train_one(optim.AdamW, param, weight_decay, fused=fused, lr=0.1, master=master)
     assert torch.equal(after[before.isinf()], before[before.isinf()])
 
 

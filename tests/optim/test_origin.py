@@ -31,7 +31,7 @@ def saver_id(cls: Class) -> str:
 
 def saved_by(cls: Class, has_stepped: bool, **options: Any) -> dict[str, Any]:
     params = parameters()
-    opt = cls(params, **options)
+    opt = cls(params, **options, **({"fused": False} if cls in CLASSES else {}))
     if has_stepped:
         for step in range(2):
             set_grads(params, step)
@@ -43,9 +43,9 @@ def saved_by(cls: Class, has_stepped: bool, **options: Any) -> dict[str, Any]:
 
 
 def outcome(cls: Class, saved: dict[str, Any]) -> tuple[str, str]:
-    """What becomes of it, and what is said."""
+    """What becomes of it, and what is said. Steps are those of the reference: loading is the same for both."""
     params = parameters()
-    opt = cls(params, **options_of(cls))
+    opt = cls(params, fused=False, **options_of(cls))
     train(opt, params, range(1))
     before = everything(opt)
     groups = [{**group, "params": None} for group in opt.param_groups]
