@@ -1,0 +1,161 @@
+"""State of the threads that run together: registers, special registers, shared memory, and where each one is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from tritopt.tools.ptx.floats import Array
+from tritopt.tools.ptx.memory import POISON, Fault, Memory, Shared
+from tritopt.tools.ptx.program import Instruction, Program
+
+Selection: TypeAlias = "slice | Array"
+"""Threads: a slice where they are a run, which needs no copies of registers; else their numbers, ascending."""
+DONE = np.iinfo(np.int32).max
+"""Block of a thread that has returned."""
+SPECIAL = ("%tid", "%ntid", "%ctaid", "%nctaid", "%clusterid", "%nclusterid", "%cluster_ctaid", "%cluster_nctaid")
+
+
+class Options(NamedTuple):
+    """How a launch runs."""
+
+    watches: bool = True
+    """Whether races are looked for."""
+    order: Callable[[Array], Array] | None = None
+    """Permutes or selects the numbers of programs; None: all, ascending."""
+    warp_seed: int | None = None
+    """Warps of a program run one after the other between barriers, in an order drawn anew each time; None: lockstep."""
+    inexact: bool = False
+    """Whether results of approximate instructions are an ulp off."""
+
+
+def dtype_of(kind: str) -> np.dtype[Any]:
+    """NumPy's type of a PTX type; 16-bit floats and packed ones are bits."""
+    if kind == "pred":
+        return np.dtype(bool)
+    letters, digits = kind.rstrip("0123456789"), "".join(c for c in kind if c.isdigit())
+    packed = {"bf16": "u2", "f16": "u2", "bf16x2": "u4", "f16x2": "u4", "f32x2": "u8"}
+    return np.dtype(packed.get(kind) or f"{ {'b': 'u', 's': 'i', 'u': 'u', 'f': 'f'}[letters] }{int(digits) // 8}")
+
+
+def bits_of(kind: str) -> np.dtype[Any]:
+    """Type of a register's bits: unsigned, or bool."""
+    dtype = dtype_of(kind)
+    return dtype if dtype.kind == "b" else np.dtype(f"u{dtype.itemsize}")
+
+
+class _Registers(dict[str, Array]):
+    """Bits of each register, [threads], made when it is first touched."""
+
+    def __init__(self, kinds: dict[str, str], n: int) -> None:
+        self._kinds, self._n = kinds, n
+
+    def __missing__(self, name: str) -> Array:
+        dtype = bits_of(self._kinds[name])
+        value = np.full(self._n, POISON % 256**dtype.itemsize if dtype.kind != "b" else 0, dtype)
+        self[name] = value
+        return value
+
+
+class Threads:
+    """Threads of some programs, one program after the other.
+
+    Args:
+        program: the kernel.
+        parameters: bits of its parameters.
+        numbers: numbers of the programs in the launch.
+        grid: number of programs along x, y, z.
+        shared: bytes of shared memory of each.
+        memory: global memory.
+        options: how the launch runs.
+    """
+
+    def __init__(
+        self, program: Program, parameters: dict[str, Array], numbers: Array, grid: Sequence[int], shared: int,
+        memory: Memory, options: Options,
+    ) -> None:  # fmt: skip
+        per = program.n_threads
+        n = self.n = len(numbers) * per
+        self.n_programs, self.parameters, self.memory = len(numbers), parameters, memory
+        self.registers = _Registers(program.registers, n)
+        self._all = np.ones(n, bool)
+        self.undefined: dict[str, Array] = dict.fromkeys(program.registers, self._all)
+        """Which threads have not written a register, or computed it from one that was not; left out: none."""
+        tid, x = np.tile(np.arange(per, dtype=np.uint32), len(numbers)), np.repeat(numbers, per)
+        self.program = np.repeat(np.arange(len(numbers)), per)
+        self.warp = tid // 32
+        self.id = x.astype(np.int64) * per + tid
+        """Number of each thread in the launch."""
+        places = (x % grid[0], x // grid[0] % grid[1], x // (grid[0] * grid[1]))
+        one, zero = np.ones(n, np.uint32), np.zeros(n, np.uint32)
+        self.special = {f"{name}.{axis}": one if "n" in name else zero for name in SPECIAL for axis in "xyz"}
+        self.special |= {f"%nctaid.{axis}": one * np.uint32(size) for axis, size in zip("xyz", grid, strict=True)}
+        for axis, place in zip("xyz", places, strict=True):
+            self.special[f"%ctaid.{axis}"] = self.special[f"%clusterid.{axis}"] = place.astype(np.uint32)
+        self.special |= {"%tid.x": tid, "%ntid.x": one * np.uint32(per), "%laneid": tid % 32, "%warpid": self.warp}
+        self.special |= {"%cluster_ctarank": zero, "%cluster_nctarank": one}
+        self.shared = Shared(len(numbers), -(-max(shared, 16) // 16) * 16, options.watches)
+        self.at = np.zeros(n, np.int32)
+        """Block where each thread goes on."""
+        self.is_waiting = np.zeros(n, bool)
+        """Whether it waits at a barrier."""
+        self.instruction = Instruction("", ())
+        """The one that runs now."""
+
+    def write(self, name: str, some: Selection, value: Array, undefined: Array | None) -> None:
+        """Set a register. undefined: threads whose value was computed from one that nobody wrote; None: none."""
+        self.registers[name][some] = value
+        mask = self.undefined.get(name)
+        if undefined is None and (mask is None or size_of(some) == self.n):
+            self.undefined.pop(name, None)
+            return
+        mask = np.zeros(self.n, bool) if mask is None else mask.copy() if mask is self._all else mask
+        mask[some] = False if undefined is None else undefined
+        self.undefined[name] = mask
+        if not mask.any():
+            del self.undefined[name]
+
+    def undefined_of(self, names: Sequence[str], some: Selection) -> Array | None:
+        """Threads for which one of these registers is undefined; None: no thread."""
+        union = None
+        for name in names:
+            mask = self.undefined.get(name)
+            if mask is not None:
+                union = mask[some] if union is None else union | mask[some]
+        return union if union is not None and union.any() else None
+
+    def check_defined(self, names: Sequence[str], some: Selection, use: str) -> None:
+        """Fault if one of these registers is undefined where it decides on something."""
+        undefined = self.undefined_of(names, some)
+        if undefined is not None:
+            guilty = [name for name in names if self.undefined_of([name], some) is not None]
+            what = f"{use} {', '.join(guilty)}, which comes of something that was never written"
+            raise Fault(what, self.id[some][int(undefined.argmax())])
+
+    def warps(self, some: Selection, what: str) -> int:
+        """Number of warps that these threads are; Fault if they are not all of them whole."""
+        numbers = np.arange(self.n)[some] if isinstance(some, slice) else some
+        n_warps = len(np.unique(numbers // 32))
+        if len(numbers) != 32 * n_warps:
+            counts = np.bincount(numbers // 32, minlength=1)
+            first = int(numbers[counts[numbers // 32] < 32][0])
+            raise Fault(f"{what} without all threads of the warp", self.id[first])
+        return n_warps
+
+
+def size_of(some: Selection) -> int:
+    """Number of threads."""
+    return some.stop - some.start if isinstance(some, slice) else len(some)
+
+
+def among(mask: Array, within: Selection) -> Selection | None:
+    """Select those of some threads for which the mask holds; None: none of them."""
+    places = np.flatnonzero(mask)
+    if len(places) == len(mask):
+        return within
+    if not len(places) or not isinstance(within, slice):
+        return within[places] if len(places) else None
+    first, last = int(places[0]) + within.start, int(places[-1]) + within.start
+    return slice(first, last + 1) if last - first + 1 == len(places) else places + within.start
