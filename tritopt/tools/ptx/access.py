@@ -85,7 +85,7 @@ def _load_shared(found: Instruction, dtype: np.dtype[Any], n: int, program: Prog
 
 
 def _undefined(is_defined: Array) -> Array | None:
-    return None if is_defined.all() else ~is_defined.all(1)
+    return None if is_defined.all() else np.asarray(~is_defined.all(1))
 
 
 def _store_shared(found: Instruction, dtype: np.dtype[Any], n: int, program: Program) -> Execute:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from tritopt.tools.ptx.operands import Execute, computation, listed, reader, reg
 from tritopt.tools.ptx.program import Instruction, Program
 from tritopt.tools.ptx.threads import Selection, Threads
 
-Function: TypeAlias = Callable[..., Array]
+Function: TypeAlias = Callable[..., Any]
+"""Of arrays, that gives one array, or one for each part of the first operand."""
 
 LOGIC: dict[str, Function] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
 # Each letter is an operand's type: t the instruction's, w twice as wide, u u32.
@@ -40,7 +41,6 @@ _INTEGERS: dict[str, tuple[str, Function]] = {
     "prmt": ("uuu", integers.permute),
     "lop3": ("tttu", integers.logic3),
     "popc": ("t", lambda x: np.bitwise_count(x).astype(np.uint32)),
-    "clz": ("t", lambda x: (8 * x.dtype.itemsize - np.frexp(x.astype(object).astype(float))[1]).astype(np.uint32)),
     **{name: ("t" if name == "not" else "tt", function) for name, function in LOGIC.items()},
 }
 _FLOATS: dict[str, tuple[int, Function]] = {
@@ -64,7 +64,7 @@ _COMPARE: dict[str, Function] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
 _OF_UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-_MODIFIERS = {"rn", "ftz", "approx", "full", "NaN", "sat"}
+_MODIFIERS = {"rn", "ftz", "approx", "full", "NaN"}
 WIDEN = {"bf16": floats.from_bf16, "f16": floats.from_f16}
 
 
@@ -86,8 +86,8 @@ def _typed(found: Instruction, parts: Sequence[str], inexact: bool) -> tuple[lis
         n, function, widen = len(one[0]) - 1, one[1], WIDEN[kind]
         return [kind] * n + ["f32"], lambda *xs: function(*map(widen, xs[:-1]), xs[-1])
     if kind == "pred":
-        function = np.logical_not if parts[0] == "not" else LOGIC.get(parts[0])
-        return None if function is None else (["pred"] * (1 if parts[0] == "not" else 2), function)
+        is_not = parts[0] == "not"
+        return (["pred"] * (1 if is_not else 2), LOGIC[parts[0]]) if parts[0] in LOGIC else None
     if re.fullmatch(r"[bsu]\d+", kind):
         entry = _INTEGERS.get(".".join(parts[:-1]))
         if entry is None:
@@ -102,8 +102,8 @@ def _typed(found: Instruction, parts: Sequence[str], inexact: bool) -> tuple[lis
 def _float(
     name: str, kind: str, modifiers: Sequence[str], n_sources: int, inexact: bool
 ) -> tuple[list[str], Function] | None:
-    if name in ("fma", "mad"):
-        n, function = 3, floats.fma32 if kind == "f32" else floats.fma64
+    if name in ("fma", "mad") and kind == "f32":
+        n, function = 3, floats.fma32
     elif name in ("min", "max"):
         pick = partial(floats.minimum if name == "min" else floats.maximum, keeps_nan="NaN" in modifiers)
         n, function = n_sources, lambda *xs: reduce(pick, xs)
@@ -113,7 +113,6 @@ def _float(
         return None
     steps: list[Function] = [] if name in ("abs", "neg") else [floats.canonical]
     steps += [floats.flush] if "ftz" in modifiers else []
-    steps += [floats.saturate] if "sat" in modifiers else []
     before = floats.flush if "ftz" in modifiers else None
     is_moved = inexact and {"approx", "full"}.intersection(modifiers)
 
@@ -153,21 +152,22 @@ def _setp(found: Instruction) -> tuple[list[str], Function] | None:
     """Comparison; p|q get it and its contrary, or, of packed numbers, those of the lower and the upper half."""
     name, *modifiers, kind = found.parts[1:]
     join = next((LOGIC[part] for part in modifiers if part in LOGIC), None)
-    if set(modifiers) - {"ftz", *LOGIC} or (kind.endswith("x2") and (join or "|" not in found.operands[0])):
+    is_pair = "|" in found.operands[0]
+    if set(modifiers) - {"ftz", *LOGIC} or (kind.endswith("x2") and (join or not is_pair)):
         return None
-    if kind.endswith("x2"):
-        of_half = comparison(name, kind[:-2])
-        halves = lambda x: (x.astype(np.uint16), (x >> np.uint32(16)).astype(np.uint16))  # noqa: E731
-        return [kind] * 2, lambda x, y: [of_half(*both) for both in zip(halves(x), halves(y), strict=True)]  # type: ignore[return-value]
-    compare = comparison(name, kind)
+    compare = comparison(name, kind.removesuffix("x2"))
     flush = floats.flush if "ftz" in modifiers else lambda x: x
-    join = join or (lambda x: x)
+
+    def halves(x: Array, y: Array) -> list[Array]:
+        shifts = np.uint32(0), np.uint32(16)
+        return [compare((x >> shift).astype(np.uint16), (y >> shift).astype(np.uint16)) for shift in shifts]
 
     def both(x: Array, y: Array, *others: Array) -> Array | list[Array]:
         holds = compare(flush(x), flush(y))
-        return [join(holds, *others), join(~holds, *others)] if "|" in found.operands[0] else join(holds, *others)
+        found = [holds if join is None else join(holds, *others) for holds in (holds, ~holds)]
+        return found if is_pair else found[0]
 
-    return [kind, kind, "pred"][: len(found.operands) - 1], both  # type: ignore[return-value]
+    return [kind, kind, "pred"][: len(found.operands) - 1], halves if kind.endswith("x2") else both
 
 
 def _selection(found: Instruction, program: Program) -> Execute:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tritopt.tools.ptx import floats, integers
+from tritopt.tools.ptx import floats
 from tritopt.tools.ptx.arithmetic import WIDEN
 from tritopt.tools.ptx.floats import Array
 from tritopt.tools.ptx.operands import Execute, computation, listed
@@ -22,7 +22,7 @@ def decode_conversion(found: Instruction, program: Program) -> Execute | None:
     """Executable of cvt; None if its pair of types or a modifier is not known."""
     types = [part for part in found.parts[1:] if re.fullmatch(r"[suf]\d+(x2)?|bf16(x2)?", part)]
     modifiers = set(found.parts[1:]) - set(types)
-    if len(types) != 2 or modifiers - {"rn", "ftz", "sat", *_WHOLE}:
+    if len(types) != 2 or modifiers - {"rn", "ftz", *_WHOLE}:
         return None
     target, source = types
     if target.endswith("x2"):
@@ -40,10 +40,7 @@ def _conversion(target: str, source: str, modifiers: set[str]) -> Callable[[Arra
     to = dtype_of(target)
     whole = next((_WHOLE[part] for part in modifiers if part in _WHOLE), None)
     if not is_from_float:
-        if not is_to_float:
-            return (lambda x: integers.clamp(x, to)) if "sat" in modifiers else (lambda x: x.astype(to))
-        # A 64-bit integer to 16 bits would be rounded twice.
-        return (lambda x: x.astype(to)) if target in ("f32", "f64") and "sat" not in modifiers else None
+        return (lambda x: x.astype(to)) if target not in _NARROW else None
     steps: list[Callable[[Array], Array]] = [WIDEN[source]] if source in WIDEN else []
     steps += [floats.flush] if "ftz" in modifiers and source != "f64" else []
     steps += [whole] if whole else []
@@ -52,7 +49,7 @@ def _conversion(target: str, source: str, modifiers: set[str]) -> Callable[[Arra
             return None
         steps += [lambda x: floats.to_integer(x, to)]
     elif target in _NARROW:
-        if source == "f64" or whole or "sat" in modifiers:
+        if source == "f64" or whole:
             return None
         steps += [_NARROW[target]]
     else:
@@ -60,7 +57,6 @@ def _conversion(target: str, source: str, modifiers: set[str]) -> Callable[[Arra
         steps += [] if source in WIDEN else [lambda x: floats.canonical(x.astype(to))]
         steps += [lambda x: x.astype(to)] if source in WIDEN and target == "f64" else []
         steps += [floats.flush] if "ftz" in modifiers and target == "f32" else []
-        steps += [floats.saturate] if "sat" in modifiers else []
 
     def convert(x: Array) -> Array:
         for step in steps:

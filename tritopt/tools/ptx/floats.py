@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
 
-Array: TypeAlias = np.ndarray[Any, Any]
-NAN = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF), 8: np.uint64(2**63 - 1)}
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+NAN: dict[int, Any] = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF), 8: np.uint64(2**63 - 1)}
 """Bits of the NaN that arithmetic gives, by size in bytes."""
-_SIGN = {4: np.uint32(2**31), 8: np.uint64(2**63)}
+_SIGN: dict[int, Any] = {4: np.uint32(2**31), 8: np.uint64(2**63)}
 
 
 def bits(x: Array) -> Array:
     """View as unsigned integers."""
-    return x.view(f"u{x.dtype.itemsize}")
+    return np.asarray(x.view(f"u{x.dtype.itemsize}"))
 
 
 def canonical(x: Array) -> Array:
@@ -33,11 +31,6 @@ def flush(x: Array) -> Array:
     """Replace subnormal fp32 numbers by zeros of their sign (.ftz)."""
     is_subnormal = (np.abs(x) < np.float32(2.0**-126)) & (x != 0)
     return np.where(is_subnormal, np.copysign(np.float32(0), x), x) if is_subnormal.any() else x
-
-
-def saturate(x: Array) -> Array:
-    """Clamp to [0, 1] (.sat): NaN and -0 give +0."""
-    return np.where(x > 0, np.minimum(x, x.dtype.type(1)), x.dtype.type(0))
 
 
 def to_bf16(x: Array) -> Array:
@@ -64,12 +57,12 @@ def from_f16(b: Array) -> Array:
 
 def absolute(x: Array) -> Array:
     """Clear the sign, that of NaN too."""
-    return (bits(x) & ~_SIGN[x.dtype.itemsize]).view(x.dtype)
+    return np.asarray(bits(x) & ~_SIGN[x.dtype.itemsize]).view(x.dtype)
 
 
 def negated(x: Array) -> Array:
     """Flip the sign, that of NaN too."""
-    return (bits(x) ^ _SIGN[x.dtype.itemsize]).view(x.dtype)
+    return np.asarray(bits(x) ^ _SIGN[x.dtype.itemsize]).view(x.dtype)
 
 
 def minimum(x: Array, y: Array, keeps_nan: bool) -> Array:
@@ -100,25 +93,6 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
     return canonical(np.where(is_inexact, b64 + toward, b64).view(np.float64).astype(np.float32))
 
 
-def fma64(a: Array, b: Array, c: Array) -> Array:
-    """Fused multiply-add of fp64, rounded once: by exact fractions, one number at a time."""
-    exact = np.frompyfunc(_fma, 3, 1)(*np.broadcast_arrays(a, b, c))
-    return canonical(np.array(exact, dtype=np.float64))
-
-
-def _fma(a: float, b: float, c: float) -> float:
-    if not all(map(math.isfinite, (a, b, c))):
-        # Of these only a product of finite numbers that overflows is not what it is.
-        return c if math.isfinite(a) and math.isfinite(b) else a * b + c
-    exact = Fraction(a) * Fraction(b) + Fraction(c)
-    if not exact:
-        return a * b + c if a == 0 or b == 0 else 0.0
-    try:
-        return float(exact)
-    except OverflowError:
-        return math.copysign(math.inf, exact)
-
-
 def in_double(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """Compute in fp64 and round to fp32 what NumPy's fp32 functions leave an ulp off."""
     return lambda x: function(x.astype(np.float64)).astype(np.float32)
@@ -132,15 +106,11 @@ def one_ulp_off(operand: Array, exact: Array) -> Array:
 
 
 def to_integer(x: Array, dtype: np.dtype[Any]) -> Array:
-    """Convert whole numbers: out of range gives the nearest integer.
-
-    NaN gives 0, and 2^(bits - 1) where either side has 64 bits.
-    """
-    info = np.iinfo(dtype)
-    is_wide = x.dtype.itemsize == 8 or dtype.itemsize == 8
-    of_nan = np.array(1 << (8 * dtype.itemsize - 1) if is_wide else 0, f"u{dtype.itemsize}").view(dtype)
-    # The largest integer may be no float: what is not below the first float beyond it is clamped apart.
-    is_above, is_below = x >= float(info.max), x <= float(info.min)
+    """Convert whole numbers: out of range gives the nearest integer, NaN 0, or 2^(n-1) if either side has 64 bits."""
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    is_above, is_below = x >= float(high), x <= float(low)
     inside = np.where(is_above | is_below | np.isnan(x), 0, x).astype(dtype)
-    clamped = np.where(is_above, dtype.type(info.max), np.where(is_below, dtype.type(info.min), inside))
+    clamped = np.where(is_above, dtype.type(high), np.where(is_below, dtype.type(low), inside))
+    is_wide = 8 in (x.dtype.itemsize, dtype.itemsize)
+    of_nan = np.array(1 << (8 * dtype.itemsize - 1) if is_wide else 0, f"u{dtype.itemsize}").view(dtype)
     return np.where(np.isnan(x), of_nan, clamped).astype(dtype)

@@ -23,6 +23,7 @@ from tritopt.tools.ptx.program import Instruction, Program
 from tritopt.tools.ptx.threads import DONE, Options, Selection, Threads, among, dtype_of
 from tritopt.tools.ptx.warps import decode_reduction, decode_shuffle
 
+_OPTIONS = Options()
 BATCH = 16384
 """Threads that run together: enough to hide Python's time, few enough for the caches."""
 _DECODE = {
@@ -62,7 +63,7 @@ class Machine:
         self._steps(False)
 
     def launch(
-        self, arguments: Sequence[Any], grid: Sequence[int], memory: Memory, options: Options = Options()
+        self, arguments: Sequence[Any], grid: Sequence[int], memory: Memory, options: Options = _OPTIONS
     ) -> None:
         """Run all programs of a grid. Fault at the first mistake.
 
@@ -84,8 +85,7 @@ class Machine:
                 try:
                     self._run(threads, options)
                 except Fault as fault:
-                    fault.locate(self.program.name, threads.instruction, self.program.n_threads)
-                    raise
+                    raise fault.locate(self.program.name, threads.instruction, self.program.n_threads) from None
         memory.check_races(self.program.name, self.program.n_threads)
 
     def _run(self, threads: Threads, options: Options) -> None:
@@ -134,19 +134,10 @@ class Machine:
         if found.name in ("bra", "ret", "exit"):
             return _jump(self.program.labels[found.operands[0]] if found.name == "bra" else DONE)
         if found.opcode == "bar.warp.sync":
-            return lambda threads, some: _nothing(threads.warps(some, "a barrier of a warp"))
-        if found.opcode in ("bar.sync", "barrier.sync", "bar.cta.sync", "barrier.cta.sync") and found.operands == ("0",):
+            return _wait_for_warp
+        if found.opcode in ("bar.sync", "barrier.sync") and found.operands == ("0",):
             return _wait
-        # All programs see one memory, at once.
-        return _no_operation if found.name in ("membar", "fence", "griddepcontrol") else None
-
-
-def _nothing(*args: Any) -> None:
-    pass
-
-
-def _no_operation(threads: Threads, some: Selection) -> None:
-    pass
+        return None
 
 
 def _jump(block: int) -> Execute:
@@ -156,8 +147,12 @@ def _jump(block: int) -> Execute:
     return execute
 
 
-def _wait(threads: Threads, some: Selection) -> None:
+def _wait_for_warp(threads: Threads, some: Selection) -> None:
     threads.warps(some, "a barrier")
+
+
+def _wait(threads: Threads, some: Selection) -> None:
+    _wait_for_warp(threads, some)
     threads.is_waiting[some] = True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
@@ -14,40 +14,38 @@ from tritopt.tools.ptx.program import Instruction
 _START, _END = 1 << 12, 1 << 47
 POISON = 0xA5A5A5A5A5A5A5A5
 """Bits of what was never written, cut to size."""
+_Access: TypeAlias = tuple[Array, int, Array, Instruction]
+"""Addresses, size in bytes, threads and instruction of an access."""
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818  the GPU's word, and compute-sanitizer's
     """A mistake that compute-sanitizer would report."""
 
     def __init__(self, what: str, thread: int, address: int | None = None) -> None:
         super().__init__(what)
-        self.thread = int(thread)
-        """Number of the thread in the launch, then in its program."""
+        self.program, self.thread = 0, int(thread)
+        """Numbers of the program in the launch and of the thread in it; of the thread in the launch until `locate`."""
         self.address = None if address is None else int(address)
         """Address in global or shared memory; None where no memory takes part."""
-        self.program = 0
-        """Number of the program in the launch."""
-        self.kernel = ""
-        self.instruction: Instruction | None = None
+        self.kernel, self.instruction = "", ""
 
-    def locate(self, kernel: str, instruction: Instruction, n_threads: int) -> None:
-        """Add what only the machine knows."""
-        self.kernel, self.instruction = kernel, instruction
+    def locate(self, kernel: str, instruction: Instruction, n_threads: int) -> Fault:
+        """Add what only the machine knows. Returns itself."""
+        self.kernel, self.instruction = kernel, str(instruction)
         self.program, self.thread = divmod(self.thread, n_threads)
+        return self
 
     def __str__(self) -> str:
         at = "" if self.address is None else f" at {self.address:#x}"
-        where = f"program {self.program}, thread {self.thread}"
-        return f"{self.kernel}: {self.args[0]}{at}; {where}; {self.instruction}"
+        return f"{self.kernel}: {self.args[0]}{at}; program {self.program}, thread {self.thread}; {self.instruction}"
 
 
 class _Everything:
     """All addresses of the process as one array, of which nothing is touched that is not asked for."""
 
     def __init__(self, width: int) -> None:
-        self.__array_interface__ = {
-            "data": (_START, False), "shape": ((_END - _START) // width,), "typestr": f"<u{width}", "version": 3,
-        }  # fmt: skip
+        n = (_END - _START) // width
+        self.__array_interface__ = {"data": (_START, False), "shape": (n,), "typestr": f"<u{width}", "version": 3}
 
 
 _WORDS = {width: np.asarray(_Everything(width)) for width in (1, 2, 4, 8)}
@@ -62,16 +60,16 @@ class Memory:
     """
 
     def __init__(self, ranges: Sequence[tuple[int, int]], watches: bool = True) -> None:
-        merged: list[list[int]] = []
+        merged: list[list[int]] = [[0, 0]]
         for first, end in sorted(ranges):
-            if merged and first < merged[-1][1]:
+            if first < merged[-1][1]:
                 merged[-1][1] = max(merged[-1][1], end)
             elif end > first:
                 merged.append([first, end])
-        self._starts, self._ends = np.array(merged or [[0, 0]], dtype=np.int64).T.copy()
+        self._starts, self._ends = np.array(merged, dtype=np.int64).T.copy()
         self._watches = watches
-        self._reads: list[tuple[Array, int, Array, Instruction]] = []
-        self._writes: list[tuple[Array, int, Array, Instruction]] = []
+        self._reads: list[_Access] = []
+        self._writes: list[_Access] = []
 
     def load(self, address: Array, width: int, n: int, ids: Array, by: Instruction) -> list[Array]:
         """Read n neighbouring words of `width` bytes for each of these threads."""
@@ -90,14 +88,12 @@ class Memory:
             _WORDS[width][index + i] = value
 
     def _index(self, address: Array, width: int, n: int, ids: Array, what: str) -> Array:
-        check_aligned(address, width * n, ids, f"{what} of global memory")
+        size = width * n
         place = np.searchsorted(self._starts, address, "right") - 1
-        is_outside = (place < 0) | (address + width * n > self._ends[place])
-        if is_outside.any():
-            first = int(is_outside.argmax())
-            what = f"{what} of {width * n} bytes outside of live tensors, by {is_outside.sum()} threads"
-            raise Fault(what, ids[first], address[first])
-        return (address - _START) // width
+        is_outside = (place < 0) | (address + size > self._ends[place])
+        _refuse(is_outside, f"{what} of {size} bytes outside of live tensors", ids, address)
+        _refuse(address % size != 0, f"misaligned {what} of {size} bytes", ids, address)
+        return np.asarray((address - _START) // width)
 
     def check_races(self, kernel: str, n_threads: int) -> None:
         """Fault if two threads wrote the same bytes, or a program read what another one wrote."""
@@ -106,39 +102,35 @@ class Memory:
         start, end, thread, by = _joined(self._writes)
         order = np.argsort(start, kind="stable")
         start, end, thread, by = start[order], end[order], thread[order], by[order]
-        clash = (start[1:] < end[:-1]) & (thread[1:] != thread[:-1])
-        if clash.any():
-            at = int(clash.argmax())
-            other = "program {}, thread {}".format(*divmod(int(thread[at]), n_threads))
-            fault = Fault(f"race: write of what {other} writes too", thread[at + 1], start[at + 1])
-            fault.locate(kernel, self._writes[by[at + 1]][3], n_threads)
-            raise fault
-        if not self._reads:
-            return
-        first, last, reader, read_by = _joined(self._reads)
+        clash = np.flatnonzero((start[1:] < end[:-1]) & (thread[1:] != thread[:-1]))
+        if len(clash):
+            other, i = divmod(int(thread[clash[0]]), n_threads), clash[0] + 1
+            fault = Fault("race: write of what program {}, thread {} writes".format(*other), thread[i], start[i])
+            raise fault.locate(kernel, self._writes[by[i]][3], n_threads)
+        first, last, reader, by = _joined(self._reads)
         place = np.searchsorted(start, last - 1, "right") - 1
-        clash = (place >= 0) & (end[place] > first) & (thread[place] // n_threads != reader // n_threads)
-        if clash.any():
-            at = int(clash.argmax())
-            fault = Fault(f"race: read of what program {thread[place[at]] // n_threads} writes", reader[at], first[at])
-            fault.locate(kernel, self._reads[read_by[at]][3], n_threads)
-            raise fault
+        writer = thread[place] // n_threads
+        clash = np.flatnonzero((place >= 0) & (end[place] > first) & (writer != reader // n_threads))
+        if len(clash):
+            i = clash[0]
+            fault = Fault(f"race: read of what program {writer[i]} writes", reader[i], first[i])
+            raise fault.locate(kernel, self._reads[by[i]][3], n_threads)
 
 
-def _joined(log: Sequence[tuple[Array, int, Array, Instruction]]) -> tuple[Array, Array, Array, Array]:
+def _joined(log: Sequence[_Access]) -> tuple[Array, Array, Array, Array]:
     """First address, end, thread, and place in the log, of every access."""
-    start = np.concatenate([address for address, _, _, _ in log])
+    empty = np.zeros(0, np.int64)
+    start = np.concatenate([empty, *(address for address, _, _, _ in log)])
     lengths = [len(address) for address, _, _, _ in log]
-    end = start + np.repeat([size for _, size, _, _ in log], lengths)
-    return start, end, np.concatenate([ids for _, _, ids, _ in log]), np.repeat(np.arange(len(log)), lengths)
+    end = start + np.repeat(np.array([size for _, size, _, _ in log], np.int64), lengths)
+    ids = np.concatenate([empty, *(ids for _, _, ids, _ in log)])
+    return start, end, ids, np.repeat(np.arange(len(log)), lengths)
 
 
-def check_aligned(address: Array, size: int, ids: Array, what: str) -> None:
-    """Fault if an address is no multiple of the access's size."""
-    misaligned = address % size
-    if misaligned.any():
-        first = int((misaligned != 0).argmax())
-        raise Fault(f"misaligned {what}, {size} bytes", ids[first], address[first])
+def _refuse(is_wrong: Array, what: str, ids: Array, address: Array) -> None:
+    if is_wrong.any():
+        first = int(is_wrong.argmax())
+        raise Fault(f"{what}, by {is_wrong.sum()} threads", ids[first], address[first])
 
 
 class Shared:
@@ -151,21 +143,17 @@ class Shared:
     """
 
     def __init__(self, n_programs: int, size: int, watches: bool) -> None:
-        self._size = size
+        self._size, self._watches = size, watches
         self._bytes = np.full(n_programs * size, POISON & 255, np.uint8)
         self._is_defined = np.zeros(n_programs * size, bool)
-        self._watches = watches
-        # One bit per warp, of which a program has 32 at most.
+        # A bit per warp, of which a program has 32 at most.
         self._readers, self._writers = np.zeros((2, n_programs * size), np.uint32)
 
     def places(self, offset: Array, n_bytes: int, program: Array, ids: Array) -> Array:
         """Index of each byte, [threads, n_bytes], of accesses at these addresses."""
         is_outside = (offset < 0) | (offset + n_bytes > self._size)
-        if is_outside.any():
-            first = int(is_outside.argmax())
-            what = f"access of {n_bytes} bytes outside of shared memory, which has {self._size}"
-            raise Fault(what, ids[first], offset[first])
-        check_aligned(offset, n_bytes, ids, "access to shared memory")
+        _refuse(is_outside, f"access of {n_bytes} bytes outside of shared memory, {self._size} bytes", ids, offset)
+        _refuse(offset % n_bytes != 0, f"misaligned access of {n_bytes} bytes to shared memory", ids, offset)
         return (program * self._size + offset)[:, None] + np.arange(n_bytes)
 
     def load(self, places: Array, warp: Array, ids: Array) -> tuple[Array, Array]:
@@ -176,22 +164,19 @@ class Shared:
         return self._bytes[places], self._is_defined[places]
 
     def store(self, places: Array, values: Array, is_defined: Array, warp: Array, ids: Array) -> None:
-        """Write bytes. Layouts with copies of an element write it several times: that is no race."""
-        if self._watches:
-            self._check(self._readers[places], warp, places, ids, "write of what another warp read")
-            same = self._bytes[places] == values
-            self._check(self._writers[places] * ~same, warp, places, ids, "write of what another warp wrote")
-            np.bitwise_or.at(self._writers, places, _bit(warp))
+        """Write bytes. Layouts with copies of an element write it several times, which is no race."""
+        before = self._bytes[places]
         self._bytes[places], self._is_defined[places] = values, is_defined
         if self._watches:
-            differs = self._bytes[places] != values
-            self._check(differs * ~np.uint32(0), warp, places, ids, "write of what another thread writes")
+            others = self._readers[places] | np.where(before == values, np.uint32(0), self._writers[places])
+            self._check(others, warp, places, ids, "write of what another warp read or wrote")
+            is_lost = np.where(self._bytes[places] != values, ~_bit(warp), np.uint32(0))
+            self._check(is_lost, warp, places, ids, "write of what another thread writes")
+            np.bitwise_or.at(self._writers, places, _bit(warp))
 
     def _check(self, warps: Array, warp: Array, places: Array, ids: Array, what: str) -> None:
-        clash = (warps & ~_bit(warp)).any(1)
-        if clash.any():
-            first = int(clash.argmax())
-            raise Fault(f"race: {what}, with no barrier between", ids[first], places[first, 0] % self._size)
+        is_wrong = np.asarray((warps & ~_bit(warp)).any(1))
+        _refuse(is_wrong, f"race in shared memory: {what} with no barrier between", ids, places[:, 0] % self._size)
 
     def pass_barrier(self) -> None:
         """Forget who touched what."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -34,8 +34,8 @@ def reader(operand: str, kind: str, program: Program) -> Read:
             return lambda threads, some: threads.registers[operand][some].view(dtype)
         return lambda threads, some: threads.registers[operand][some].astype(bits).view(dtype)
     if operand.startswith("%"):
-        if operand.partition(".")[0] not in (*SPECIAL, "%laneid", "%warpid", "%cluster_ctarank", "%cluster_nctarank"):
-            raise NotImplementedError(f"special register {operand}")
+        if operand not in SPECIAL:
+            raise KeyError(operand)
         return lambda threads, some: threads.special[operand][some].astype(bits).view(dtype)
     number = 0 if operand == program.shared_symbol else _number(operand)
     constant = np.array([number % 256**dtype.itemsize if dtype.kind != "b" else number], bits).view(dtype)
@@ -79,9 +79,7 @@ def full(value: Array, some: Selection) -> Array:
     return value if len(value) == size_of(some) else np.broadcast_to(value, size_of(some))
 
 
-def computation(
-    found: Instruction, function: Callable[..., Array | Sequence[Array]], kinds: Sequence[str], program: Program
-) -> Execute:
+def computation(found: Instruction, function: Callable[..., Any], kinds: Sequence[str], program: Program) -> Execute:
     """Instruction that computes its first operand, or each part of it, from the others."""
     targets, sources = listed(found.operands[0]), [part for operand in found.operands[1:] for part in listed(operand)]
     reads = [reader(source, kind, program) for source, kind in zip(sources, kinds, strict=True)]
@@ -92,8 +90,7 @@ def computation(
         results = function(*[read(threads, some) for read in reads])
         undefined = threads.undefined_of(names, some)
         if len(writes) == 1:
-            writes[0](threads, some, results, undefined)  # type: ignore[arg-type]
-            return
+            results = (results,)
         for write, result in zip(writes, results, strict=True):
             write(threads, some, result, undefined)
 

@@ -15,7 +15,10 @@ Selection: TypeAlias = "slice | Array"
 """Threads: a slice where they are a run, which needs no copies of registers; else their numbers, ascending."""
 DONE = np.iinfo(np.int32).max
 """Block of a thread that has returned."""
-SPECIAL = ("%tid", "%ntid", "%ctaid", "%nctaid", "%clusterid", "%nclusterid", "%cluster_ctaid", "%cluster_nctaid")
+SPECIAL = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid", "clusterid") for axis in "xyz"} | {
+    "%laneid", "%warpid", "%cluster_ctarank",
+}  # fmt: skip
+"""Special registers that are known."""
 
 
 class Options(NamedTuple):
@@ -31,13 +34,16 @@ class Options(NamedTuple):
     """Whether results of approximate instructions are an ulp off."""
 
 
+_PACKED = {"bf16": "u2", "f16": "u2", "bf16x2": "u4", "f16x2": "u4", "f32x2": "u8"}
+
+
 def dtype_of(kind: str) -> np.dtype[Any]:
     """NumPy's type of a PTX type; 16-bit floats and packed ones are bits."""
     if kind == "pred":
         return np.dtype(bool)
-    letters, digits = kind.rstrip("0123456789"), "".join(c for c in kind if c.isdigit())
-    packed = {"bf16": "u2", "f16": "u2", "bf16x2": "u4", "f16x2": "u4", "f32x2": "u8"}
-    return np.dtype(packed.get(kind) or f"{ {'b': 'u', 's': 'i', 'u': 'u', 'f': 'f'}[letters] }{int(digits) // 8}")
+    if kind in _PACKED:
+        return np.dtype(_PACKED[kind])
+    return np.dtype(f"{ {'b': 'u', 's': 'i', 'u': 'u', 'f': 'f'}[kind[0]] }{int(kind[1:]) // 8}")
 
 
 def bits_of(kind: str) -> np.dtype[Any]:
@@ -83,19 +89,20 @@ class Threads:
         self._all = np.ones(n, bool)
         self.undefined: dict[str, Array] = dict.fromkeys(program.registers, self._all)
         """Which threads have not written a register, or computed it from one that was not; left out: none."""
-        tid, x = np.tile(np.arange(per, dtype=np.uint32), len(numbers)), np.repeat(numbers, per)
+        tid, number = np.tile(np.arange(per, dtype=np.uint32), len(numbers)), np.repeat(numbers, per)
         self.program = np.repeat(np.arange(len(numbers)), per)
         self.warp = tid // 32
-        self.id = x.astype(np.int64) * per + tid
+        self.id = number.astype(np.int64) * per + tid
         """Number of each thread in the launch."""
-        places = (x % grid[0], x // grid[0] % grid[1], x // (grid[0] * grid[1]))
-        one, zero = np.ones(n, np.uint32), np.zeros(n, np.uint32)
-        self.special = {f"{name}.{axis}": one if "n" in name else zero for name in SPECIAL for axis in "xyz"}
-        self.special |= {f"%nctaid.{axis}": one * np.uint32(size) for axis, size in zip("xyz", grid, strict=True)}
-        for axis, place in zip("xyz", places, strict=True):
-            self.special[f"%ctaid.{axis}"] = self.special[f"%clusterid.{axis}"] = place.astype(np.uint32)
-        self.special |= {"%tid.x": tid, "%ntid.x": one * np.uint32(per), "%laneid": tid % 32, "%warpid": self.warp}
-        self.special |= {"%cluster_ctarank": zero, "%cluster_nctarank": one}
+        self.special = dict.fromkeys(SPECIAL, np.zeros(n, np.uint32))
+        for axis, size, n_x, each in zip("xyz", grid, (per, 1, 1), (1, grid[0], grid[0] * grid[1]), strict=True):
+            place = (number // each % size).astype(np.uint32)
+            self.special |= {f"%ctaid.{axis}": place, f"%clusterid.{axis}": place}
+            self.special |= {
+                f"%nctaid.{axis}": np.full(n, size, np.uint32),
+                f"%ntid.{axis}": np.full(n, n_x, np.uint32),
+            }
+        self.special |= {"%tid.x": tid, "%laneid": tid % 32, "%warpid": self.warp}
         self.shared = Shared(len(numbers), -(-max(shared, 16) // 16) * 16, options.watches)
         self.at = np.zeros(n, np.int32)
         """Block where each thread goes on."""
@@ -136,13 +143,11 @@ class Threads:
 
     def warps(self, some: Selection, what: str) -> int:
         """Number of warps that these threads are; Fault if they are not all of them whole."""
-        numbers = np.arange(self.n)[some] if isinstance(some, slice) else some
-        n_warps = len(np.unique(numbers // 32))
-        if len(numbers) != 32 * n_warps:
-            counts = np.bincount(numbers // 32, minlength=1)
-            first = int(numbers[counts[numbers // 32] < 32][0])
-            raise Fault(f"{what} without all threads of the warp", self.id[first])
-        return n_warps
+        lanes = np.bincount(np.arange(self.n)[some] // 32)
+        partial = np.flatnonzero((lanes > 0) & (lanes < 32))
+        if len(partial):
+            raise Fault(f"{what} without all threads of the warp", self.id[32 * partial[0]])
+        return int(np.count_nonzero(lanes))
 
 
 def size_of(some: Selection) -> int:
@@ -153,9 +158,9 @@ def size_of(some: Selection) -> int:
 def among(mask: Array, within: Selection) -> Selection | None:
     """Select those of some threads for which the mask holds; None: none of them."""
     places = np.flatnonzero(mask)
-    if len(places) == len(mask):
-        return within
-    if not len(places) or not isinstance(within, slice):
-        return within[places] if len(places) else None
+    if len(places) in (0, len(mask)):
+        return within if len(places) else None
+    if not isinstance(within, slice):
+        return within[places]
     first, last = int(places[0]) + within.start, int(places[-1]) + within.start
     return slice(first, last + 1) if last - first + 1 == len(places) else places + within.start
