@@ -50,24 +50,23 @@ class Record:
 
     def switch_off(self) -> None:
         """Give Triton and tritopt their own driver back. What was launched from this thread is done."""
-        for undo in reversed(self._undo):
-            undo()
-        self._undo = []
+        while self._undo:
+            self._undo.pop()()
 
     def options(self) -> Options:
         """How the next launch runs."""
         return Options(self.watches, self.order, self.warp_seed, self.inexact)
 
 
-_record = Record()
-"""The one that is switched on, or was."""
+_record: Record | None = None
+"""The one that is switched on."""
 
 
 def switch_on(capability: int = 90) -> Record:
     """Run kernels in the machine from now on, and let tritopt take tensors of the CPU.
 
     Kernels become Python for good if TRITON_INTERPRET=1 is set while they are imported, so a process either interprets
-    kernels or runs them here. Launches that were made before keep the driver that they were made with.
+    kernels or runs them here. Within another `switch_on`, this one counts until it is switched off.
 
     Args:
         capability: the GPU's compute capability, which kernels are compiled for: 80, 90 or 100.
@@ -80,20 +79,21 @@ def switch_on(capability: int = 90) -> Record:
     from triton.backends import Backend, backends
     from triton.runtime import driver
 
-    _record.switch_off()
-    _record = record = Record()
-    active, backend, device = driver._active, backends["nvidia"], fused.kernel_device
+    record, before, active, backend, device = Record(), _record, driver._active, backends["nvidia"], fused.kernel_device
+
+    def undo() -> None:
+        global _record
+        _record, driver._active, backends["nvidia"], fused.kernel_device = before, active, backend, device
+        if before is None:
+            gc.unfreeze()
+
+    record._undo = [undo]
+    _record, fused.kernel_device = record, "cpu"
     driver.set_active(Driver(capability))
-    backends["nvidia"] = Backend(_backend(backend.compiler), backend.driver)
-    fused.kernel_device = "cpu"
-    gc.collect()
-    _pass_over_what_is_there()
-    record._undo = [
-        lambda: setattr(fused, "kernel_device", device),
-        lambda: backends.update(nvidia=backend),
-        lambda: setattr(driver, "_active", active),
-        gc.unfreeze,
-    ]
+    if before is None:
+        backends["nvidia"] = Backend(_backend(backend.compiler), backend.driver)
+        gc.collect()
+        _pass_over_what_is_there()
     # Or objects of Triton's would outlive the interpreter, which complains.
     atexit.register(record.switch_off)
     return record
@@ -146,7 +146,7 @@ class _Utils:
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[Any, ...]:
         """Return module, function, registers, spilled bytes (neither of which PTX knows), and threads at most."""
         machine = Machine(parse(ptx.decode()), shared)
-        _record.n_binaries += 1
+        _switched_on().n_binaries += 1
         _pass_over_what_is_there()
         return machine, machine, 0, 0, 1024
 
@@ -156,6 +156,12 @@ class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         """Return an H100's."""
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+
+def _switched_on() -> Record:
+    if _record is None:
+        raise RuntimeError("this kernel was compiled for the PTX machine, which is switched off")
+    return _record
 
 
 class _Launcher:
@@ -169,19 +175,19 @@ class _Launcher:
         *arguments: Any,
     ) -> None:  # fmt: skip
         """Launch, as Triton calls it."""
-        program, began = machine.program, time.perf_counter()
+        record, program, began = _switched_on(), machine.program, time.perf_counter()
         passed = [_value(a) for a, is_passed in zip(arguments, self._is_passed, strict=True) if is_passed]
         # Triton's scratch memory, which no kernel of ours asks for.
         passed += [0] * (len(program.parameters) - len(passed))
-        memory = Memory(allocations(), _record.watches)
+        memory = Memory(allocations(), record.watches)
         try:
-            machine.launch(passed, (x, y, z), memory, _record.options())
+            machine.launch(passed, (x, y, z), memory, record.options())
         except Fault as fault:
-            _record.faults.append(str(fault))
+            record.faults.append(str(fault))
             raise
         finally:
-            _record.launches[program.name] += 1
-            _record.seconds += time.perf_counter() - began
+            record.launches[program.name] += 1
+            record.seconds += time.perf_counter() - began
 
 
 def _value(argument: Any) -> Any:
