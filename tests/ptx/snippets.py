@@ -54,7 +54,9 @@ def run(
     """Run PTX on these arrays, whose addresses are in %rd8, %rd9 ...; %r15 is the thread's number in the launch."""
     ranges = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays]
     addresses = [array.ctypes.data for array in arrays]
-    machine(body, len(arrays), n_threads, shared).launch(addresses, (grid, 1, 1), Memory(ranges, options.watches), options)
+    machine(body, len(arrays), n_threads, shared).launch(
+        addresses, (grid, 1, 1), Memory(ranges, options.watches), options
+    )
 
 
 def each(space: str, array: int, kind: str, register: str) -> str:

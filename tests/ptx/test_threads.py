@@ -62,7 +62,9 @@ def test_shuffles(mode: str, by: str, clamp: str, expected: list[int], is_valid:
     [("add.s32", 496 - 16 * 32), ("max.s32", 15), ("min.s32", -16), ("max.u32", -1), ("or.b32", -1), ("and.b32", 0)],
 )
 def test_reductions_of_a_warp(name: str, expected: int) -> None:
-    assert values(f"sub.s32 %r2, %r15, 16; mov.b32 %r3, -1; redux.sync.{name} %r1, %r2, %r3;") == [expected % 2**32] * 32
+    assert (
+        values(f"sub.s32 %r2, %r15, 16; mov.b32 %r3, -1; redux.sync.{name} %r1, %r2, %r3;") == [expected % 2**32] * 32
+    )
 
 
 def test_reduction_of_floats_with_nan() -> None:

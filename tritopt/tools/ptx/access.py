@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tritopt.tools.ptx.floats import Array
-from tritopt.tools.ptx.operands import Execute, address, full, listed, reader, registers_in, writer
+from tritopt.tools.ptx.operands import Execute, address, full, listed, reader, registers_in, undefined, writer
 from tritopt.tools.ptx.program import Instruction, Program
 from tritopt.tools.ptx.threads import Selection, Threads, dtype_of
 
@@ -75,35 +74,24 @@ def _load_shared(found: Instruction, dtype: np.dtype[Any], n: int, program: Prog
     def execute(threads: Threads, some: Selection) -> None:
         ids, size = threads.id[some], dtype.itemsize
         places = threads.shared.places(where(threads, some), n * size, threads.program[some], ids)
-        found, is_defined = threads.shared.load(places, threads.warp[some], ids)
-        for i, write in enumerate(writes):
-            part = slice(i * size, (i + 1) * size)
-            word = np.ascontiguousarray(found[:, part]).view(dtype).reshape(-1)
-            write(threads, some, word, _undefined(is_defined[:, part]))
+        values, masks = threads.shared.load(places, threads.warp[some], ids)
+        for write, value, mask in zip(writes, values.view(dtype).T, masks.view(f"u{size}").T, strict=True):
+            write(threads, some, np.ascontiguousarray(value), mask if mask.any() else None)
 
     return execute
 
 
-def _undefined(is_defined: Array) -> Array | None:
-    return None if is_defined.all() else np.asarray(~is_defined.all(1))
-
-
 def _store_shared(found: Instruction, dtype: np.dtype[Any], n: int, program: Program) -> Execute:
     where, values = address(found.operands[0], "u32", program), listed(found.operands[1])
-    reads = [reader(name, f"b{8 * dtype.itemsize}", program) for name in values]
-    names = [registers_in([name], program) for name in values]
+    kind = f"b{8 * dtype.itemsize}"
+    reads, read_masks = ([read(name, kind, program) for name in values] for read in (reader, undefined))
 
     def execute(threads: Threads, some: Selection) -> None:
         ids, size = threads.id[some], dtype.itemsize
         places = threads.shared.places(where(threads, some), n * size, threads.program[some], ids)
-        words = np.stack([full(read(threads, some), some) for read in reads], -1)
-        is_defined = np.ones(words.shape, bool)
-        for i, name in enumerate(names):
-            undefined = threads.undefined_of(name, some)
-            if undefined is not None:
-                is_defined[:, i] = ~undefined
-        data, known = words.view(np.uint8), np.repeat(is_defined, size, axis=1)
-        threads.shared.store(places, data, known, threads.warp[some], ids)
+        both = [[full(read(threads, some), some) for read in each] for each in (reads, read_masks)]
+        data, masks = (np.stack(each, -1).view(np.uint8) for each in both)
+        threads.shared.store(places, data, masks, threads.warp[some], ids)
 
     return execute
 
@@ -121,6 +109,7 @@ def decode_matrices(found: Instruction, program: Program) -> Execute | None:
     where, names = address(place, "u32", program), listed(values)
     is_transposed, n = "trans" in found.parts, len(names)
     reads = [] if is_load else [reader(name, "b32", program) for name in names]
+    read_masks = [undefined(name, "b32", program) for name in names]
     writes = [writer(name, program) for name in names] if is_load else []
 
     def execute(threads: Threads, some: Selection) -> None:
@@ -134,12 +123,11 @@ def decode_matrices(found: Instruction, program: Program) -> Execute | None:
         for i in range(n):
             places = tiles[:, i].reshape(-1, 4)
             if is_load:
-                found, is_defined = threads.shared.load(places, warp, ids)
-                writes[i](threads, some, found.view(np.uint32).reshape(-1), _undefined(is_defined))
+                value, mask = (x.view(np.uint32).reshape(-1) for x in threads.shared.load(places, warp, ids))
+                writes[i](threads, some, value, mask if mask.any() else None)
             else:
-                undefined = threads.undefined_of([names[i]], some)
-                known = np.ones(places.shape, bool) if undefined is None else np.repeat(~undefined[:, None], 4, 1)
-                value = np.ascontiguousarray(full(reads[i](threads, some), some)).view(np.uint8).reshape(-1, 4)
-                threads.shared.store(places, value, known, warp, ids)
+                both = (full(read[i](threads, some), some) for read in (reads, read_masks))
+                data, masks = (np.ascontiguousarray(x).view(np.uint8).reshape(-1, 4) for x in both)
+                threads.shared.store(places, data, masks, warp, ids)
 
     return execute

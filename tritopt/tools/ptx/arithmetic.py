@@ -11,9 +11,8 @@ import numpy as np
 
 from tritopt.tools.ptx import floats, integers
 from tritopt.tools.ptx.floats import Array
-from tritopt.tools.ptx.operands import Execute, computation, listed, reader, registers_in, writer
+from tritopt.tools.ptx.operands import Execute, any_bit, computation
 from tritopt.tools.ptx.program import Instruction, Program
-from tritopt.tools.ptx.threads import Selection, Threads
 
 Function: TypeAlias = Callable[..., Any]
 """Of arrays, that gives one array, or one for each part of the first operand."""
@@ -71,9 +70,11 @@ WIDEN = {"bf16": floats.from_bf16, "f16": floats.from_f16}
 def decode_arithmetic(found: Instruction, program: Program, inexact: bool) -> Execute | None:
     """Executable of an instruction that these tables have, else None."""
     if found.name == "selp":
-        return _selection(found, program)
+        return computation(found, _select, [found.parts[-1]] * 2 + ["pred"], program, _spread_of_selection)
     typed = _setp(found) if found.name == "setp" else _typed(found, found.parts, inexact)
-    return None if typed is None else computation(found, typed[1], typed[0], program)
+    if typed is None:
+        return None
+    return computation(found, typed[1], typed[0], program, _SPREAD.get(found.parts[-1], any_bit))
 
 
 def _typed(found: Instruction, parts: Sequence[str], inexact: bool) -> tuple[list[str], Function] | None:
@@ -124,6 +125,14 @@ def _float(
     return [kind] * n, compute
 
 
+def _spread_in_halves(values: Sequence[Array], masks: Sequence[Array]) -> Array:
+    is_undefined = any_bit(values, [mask.view(np.uint32) for mask in masks])
+    return np.where(is_undefined, ~np.uint32(0), np.uint32(0)).view(np.uint64)
+
+
+_SPREAD = {"f32x2": _spread_in_halves}
+
+
 def _pairwise(function: Function) -> Function:
     """Apply a function of fp32 to both halves of 64 bits."""
 
@@ -170,20 +179,11 @@ def _setp(found: Instruction) -> tuple[list[str], Function] | None:
     return [kind, kind, "pred"][: len(found.operands) - 1], halves if kind.endswith("x2") else both
 
 
-def _selection(found: Instruction, program: Program) -> Execute:
-    """selp: undefined where what was selected is, not where the other one is."""
-    kind, sources = found.parts[-1], found.operands[1:]
-    reads = [reader(source, each, program) for source, each in zip(sources, (kind, kind, "pred"), strict=True)]
-    names = [registers_in(listed(source), program) for source in sources]
-    write = writer(found.operands[0], program)
+def _select(x: Array, y: Array, holds: Array) -> Array:
+    return np.where(holds, x, y)
 
-    def execute(threads: Threads, some: Selection) -> None:
-        x, y, holds = (read(threads, some) for read in reads)
-        undefined = threads.undefined_of(names[2], some)
-        of_x, of_y = (threads.undefined_of(name, some) for name in names[:2])
-        if of_x is not None or of_y is not None:
-            picked = np.where(holds, False if of_x is None else of_x, False if of_y is None else of_y)
-            undefined = picked if undefined is None else undefined | picked
-        write(threads, some, np.where(holds, x, y), undefined)
 
-    return execute
+def _spread_of_selection(values: Sequence[Array], masks: Sequence[Array]) -> Array:
+    """Undefined is what of the selected operand is, not of the other one; and all if the predicate is."""
+    x, y, by = masks
+    return np.where(by, ~x.dtype.type(0), _select(x, y, values[2]))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def decode_conversion(found: Instruction, program: Program) -> Execute | None:
             return None
         narrow = _NARROW[target[:-2]]
         function = lambda high, low: (narrow(high).astype(np.uint32) << np.uint32(16)) | narrow(low)  # noqa: E731
-        return computation(found, function, ["f32", "f32"], program)
+        return computation(found, function, ["f32", "f32"], program, _halves)
     of_one = _conversion(target, source, modifiers)
     return None if of_one is None else computation(found, of_one, [source], program)
 
@@ -66,19 +67,25 @@ def _conversion(target: str, source: str, modifiers: set[str]) -> Callable[[Arra
     return convert
 
 
+def _halves(values: Sequence[Array], masks: Sequence[Array]) -> Array:
+    high, low = (np.where(mask != 0, np.uint32(0xFFFF), np.uint32(0)) for mask in masks)
+    return high << np.uint32(16) | low
+
+
 def decode_move(found: Instruction, program: Program) -> Execute:
     """Executable of mov, also between a register and several narrower ones, the lowest bits first."""
     kind, (to, of) = found.parts[-1], found.operands
-    if kind == "pred":
-        return computation(found, lambda x: x, ["pred"], program)
     size = dtype_of(kind).itemsize
-    if to.startswith("{"):
+
+    def split(x: Array) -> list[Array]:
         n = len(listed(to))
-        part = f"u{size // n}"
-        split = lambda x: list(np.ascontiguousarray(x).view(part).reshape(-1, n).T)  # noqa: E731
-        return computation(found, split, [f"b{8 * size}"], program)
-    if of.startswith("{"):
-        n = len(listed(of))
-        join = lambda *xs: np.stack(np.broadcast_arrays(*xs), -1).view(f"u{size}").reshape(-1)  # noqa: E731
-        return computation(found, join, [f"b{8 * size // n}"] * n, program)
-    return computation(found, lambda x: x, [kind], program)
+        return list(np.ascontiguousarray(x).view(f"u{size // n}").reshape(-1, n).T)
+
+    def join(*xs: Array) -> Array:
+        return np.stack(np.broadcast_arrays(*xs), -1).view(f"u{size}").reshape(-1)
+
+    n = len(listed(of))
+    function: Callable[..., Any] = split if to.startswith("{") else join if n > 1 else lambda x: x
+    kinds = [f"b{8 * size // n}"] * n if kind != "pred" else [kind]
+    # Undefined bits go where all bits go.
+    return computation(found, function, kinds, program, lambda values, masks: function(*masks))

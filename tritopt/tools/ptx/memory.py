@@ -145,7 +145,7 @@ class Shared:
     def __init__(self, n_programs: int, size: int, watches: bool) -> None:
         self._size, self._watches = size, watches
         self._bytes = np.full(n_programs * size, POISON & 255, np.uint8)
-        self._is_defined = np.zeros(n_programs * size, bool)
+        self._undefined = np.full(n_programs * size, 255, np.uint8)
         # A bit per warp, of which a program has 32 at most.
         self._readers, self._writers = np.zeros((2, n_programs * size), np.uint32)
 
@@ -157,16 +157,16 @@ class Shared:
         return (program * self._size + offset)[:, None] + np.arange(n_bytes)
 
     def load(self, places: Array, warp: Array, ids: Array) -> tuple[Array, Array]:
-        """Bytes at these places, and which of them were written."""
+        """Bytes at these places, and their undefined bits."""
         if self._watches:
             self._check(self._writers[places], warp, places, ids, "read of what another warp wrote")
             np.bitwise_or.at(self._readers, places, _bit(warp))
-        return self._bytes[places], self._is_defined[places]
+        return self._bytes[places], self._undefined[places]
 
-    def store(self, places: Array, values: Array, is_defined: Array, warp: Array, ids: Array) -> None:
-        """Write bytes. Layouts with copies of an element write it several times, which is no race."""
+    def store(self, places: Array, values: Array, undefined: Array, warp: Array, ids: Array) -> None:
+        """Write bytes and their undefined bits. Two threads may write the same value: layouts have copies."""
         before = self._bytes[places]
-        self._bytes[places], self._is_defined[places] = values, is_defined
+        self._bytes[places], self._undefined[places] = values, undefined
         if self._watches:
             others = self._readers[places] | np.where(before == values, np.uint32(0), self._writers[places])
             self._check(others, warp, places, ids, "write of what another warp read or wrote")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +25,17 @@ def listed(operand: str) -> list[str]:
 def registers_in(operands: Sequence[str], program: Program) -> list[str]:
     """Names of the registers among these operands."""
     return [part for operand in operands for part in listed(operand) if part in program.registers]
+
+
+def undefined(operand: str, kind: str, program: Program) -> Read:
+    """Bits of an operand that are undefined, as `reader` has its values."""
+    bits = bits_of(kind)
+
+    def read(threads: Threads, some: Selection) -> Array:
+        mask = threads.undefined.get(operand)
+        return np.zeros(size_of(some), bits) if mask is None else mask[some].astype(bits)
+
+    return read
 
 
 def reader(operand: str, kind: str, program: Program) -> Read:
@@ -56,6 +68,9 @@ def writer(operand: str, program: Program) -> Write:
         if value.dtype.itemsize != bits.itemsize:
             assert value.dtype.kind in "iu", value.dtype
             value = value.astype(f"i{bits.itemsize}" if value.dtype.kind == "i" else bits)
+        if undefined is not None:
+            is_bool = undefined.dtype.kind == "b"
+            undefined = np.where(undefined, ~bits.type(0), bits.type(0)) if is_bool else undefined.astype(bits)
         threads.write(operand, some, value.view(bits), undefined)
 
     return write
@@ -79,19 +94,39 @@ def full(value: Array, some: Selection) -> Array:
     return value if len(value) == size_of(some) else np.broadcast_to(value, size_of(some))
 
 
-def computation(found: Instruction, function: Callable[..., Any], kinds: Sequence[str], program: Program) -> Execute:
-    """Instruction that computes its first operand, or each part of it, from the others."""
+def any_bit(values: Sequence[Array], masks: Sequence[Array]) -> Array:
+    """Whether any bit of any operand is undefined: so is then all of the result."""
+    return np.asarray(reduce(np.logical_or, (mask != 0 for mask in masks)))
+
+
+def computation(
+    found: Instruction, function: Callable[..., Any], kinds: Sequence[str], program: Program,
+    spread: Callable[[Sequence[Array], Sequence[Array]], Any] = any_bit,
+) -> Execute:  # fmt: skip
+    """Instruction that computes its first operand, or each part of it, from the others.
+
+    Args:
+        found: the instruction.
+        function: of the operands' values; gives the result, or one for each part of the first operand.
+        kinds: types of the operands that it reads.
+        program: the kernel.
+        spread: undefined bits of the results (or a bool, for all of them), from the values of the operands and their
+            undefined bits.
+    """
     targets, sources = listed(found.operands[0]), [part for operand in found.operands[1:] for part in listed(operand)]
     reads = [reader(source, kind, program) for source, kind in zip(sources, kinds, strict=True)]
-    writes = [writer(target, program) for target in targets]
-    names = registers_in(sources, program)
+    read_masks = [undefined(source, kind, program) for source, kind in zip(sources, kinds, strict=True)]
+    writes, names = [writer(target, program) for target in targets], set(sources)
 
     def execute(threads: Threads, some: Selection) -> None:
-        results = function(*[read(threads, some) for read in reads])
-        undefined = threads.undefined_of(names, some)
-        if len(writes) == 1:
-            results = (results,)
-        for write, result in zip(writes, results, strict=True):
-            write(threads, some, result, undefined)
+        values = [read(threads, some) for read in reads]
+        results = function(*values)
+        results = results if len(writes) > 1 else (results,)
+        masks: Any = [None] * len(writes)
+        if not threads.undefined.keys().isdisjoint(names):
+            masks = spread(values, [read(threads, some) for read in read_masks])
+            masks = masks if isinstance(masks, list) else [masks] * len(writes)
+        for write, result, mask in zip(writes, results, masks, strict=True):
+            write(threads, some, result, mask)
 
     return execute

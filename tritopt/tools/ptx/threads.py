@@ -85,10 +85,11 @@ class Threads:
         per = program.n_threads
         n = self.n = len(numbers) * per
         self.n_programs, self.parameters, self.memory = len(numbers), parameters, memory
-        self.registers = _Registers(program.registers, n)
-        self._all = np.ones(n, bool)
-        self.undefined: dict[str, Array] = dict.fromkeys(program.registers, self._all)
-        """Which threads have not written a register, or computed it from one that was not; left out: none."""
+        self._kinds, self.registers = program.registers, _Registers(program.registers, n)
+        kinds = {kind: bits_of(kind) for kind in program.registers.values()}
+        self._all = {kind: np.full(n, -1 % 256**bits.itemsize, bits) for kind, bits in kinds.items()}
+        self.undefined = {name: self._all[kind] for name, kind in program.registers.items()}
+        """Set bits are those of a register that come of something that was never written; without an entry: none."""
         tid, number = np.tile(np.arange(per, dtype=np.uint32), len(numbers)), np.repeat(numbers, per)
         self.program = np.repeat(np.arange(len(numbers)), per)
         self.warp = tid // 32
@@ -112,34 +113,26 @@ class Threads:
         """The one that runs now."""
 
     def write(self, name: str, some: Selection, value: Array, undefined: Array | None) -> None:
-        """Set a register. undefined: threads whose value was computed from one that nobody wrote; None: none."""
+        """Set a register, and which of its bits are undefined; None: none."""
         self.registers[name][some] = value
         mask = self.undefined.get(name)
         if undefined is None and (mask is None or size_of(some) == self.n):
             self.undefined.pop(name, None)
             return
-        mask = np.zeros(self.n, bool) if mask is None else mask.copy() if mask is self._all else mask
-        mask[some] = False if undefined is None else undefined
+        if mask is None or mask is self._all[self._kinds[name]]:
+            mask = np.zeros_like(self.registers[name]) if mask is None else mask.copy()
+        mask[some] = 0 if undefined is None else undefined
         self.undefined[name] = mask
         if not mask.any():
             del self.undefined[name]
 
-    def undefined_of(self, names: Sequence[str], some: Selection) -> Array | None:
-        """Threads for which one of these registers is undefined; None: no thread."""
-        union = None
-        for name in names:
-            mask = self.undefined.get(name)
-            if mask is not None:
-                union = mask[some] if union is None else union | mask[some]
-        return union if union is not None and union.any() else None
-
     def check_defined(self, names: Sequence[str], some: Selection, use: str) -> None:
         """Fault if one of these registers is undefined where it decides on something."""
-        undefined = self.undefined_of(names, some)
-        if undefined is not None:
-            guilty = [name for name in names if self.undefined_of([name], some) is not None]
-            what = f"{use} {', '.join(guilty)}, which comes of something that was never written"
-            raise Fault(what, self.id[some][int(undefined.argmax())])
+        for name in self.undefined.keys() & set(names):
+            is_undefined = self.undefined[name][some] != 0
+            if is_undefined.any():
+                what = f"{use} {name}, which comes of something that was never written"
+                raise Fault(what, self.id[some][int(is_undefined.argmax())])
 
     def warps(self, some: Selection, what: str) -> int:
         """Number of warps that these threads are; Fault if they are not all of them whole."""

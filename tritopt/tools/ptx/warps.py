@@ -8,7 +8,7 @@ import numpy as np
 
 from tritopt.tools.ptx.arithmetic import LOGIC
 from tritopt.tools.ptx.floats import Array, maximum, minimum
-from tritopt.tools.ptx.operands import Execute, full, listed, reader, registers_in, writer
+from tritopt.tools.ptx.operands import Execute, full, listed, reader, registers_in, undefined, writer
 from tritopt.tools.ptx.program import Instruction, Program
 from tritopt.tools.ptx.threads import Selection, Threads
 
@@ -34,7 +34,8 @@ def decode_shuffle(found: Instruction, program: Program) -> Execute | None:
     count = _whole_warps(found, program)
     write, *notes = [writer(target, program) for target in targets]
     value, read_by, read_clamp = (reader(operand, "b32", program) for operand in found.operands[1:4])
-    names, lanes = registers_in(found.operands[1:2], program), registers_in(found.operands[2:4], program)
+    read_mask = undefined(found.operands[1], "b32", program)
+    lanes = registers_in(found.operands[2:4], program)
 
     def execute(threads: Threads, some: Selection) -> None:
         n_warps = count(threads, some)
@@ -49,10 +50,9 @@ def decode_shuffle(found: Instruction, program: Program) -> Execute | None:
         target = {"bfly": _LANES ^ n, "idx": low | (n & ~segment), "down": _LANES + n, "up": _LANES - n}[mode]
         is_valid = target >= high if mode == "up" else target <= high
         lane = np.where(is_valid, target, _LANES)
-        undefined = threads.undefined_of(names, some)
-        if undefined is not None:
-            undefined = np.take_along_axis(by_lane(undefined), lane, 1).reshape(-1)
-        write(threads, some, np.take_along_axis(by_lane(value(threads, some)), lane, 1).reshape(-1), undefined)
+        both = (by_lane(read(threads, some)) for read in (value, read_mask))
+        result, mask = (np.take_along_axis(each, lane, 1).reshape(-1) for each in both)
+        write(threads, some, result, mask if mask.any() else None)
         for note in notes:
             note(threads, some, is_valid.reshape(-1), None)
 
@@ -69,7 +69,7 @@ def decode_reduction(found: Instruction, program: Program) -> Execute | None:
     if set(modifiers) - ({"NaN"} if is_float else set()) or (is_float and name not in ("min", "max")):
         return None
     write, read = writer(found.operands[0], program), reader(found.operands[1], kind, program)
-    names = registers_in(found.operands[1:2], program)
+    read_mask = undefined(found.operands[1], kind, program)
 
     def execute(threads: Threads, some: Selection) -> None:
         n_warps = count(threads, some)
@@ -80,9 +80,7 @@ def decode_reduction(found: Instruction, program: Program) -> Execute | None:
                 result = pick(result, values[:, i], keeps_nan="NaN" in modifiers)
         else:
             result = function.reduce(values, axis=1).astype(values.dtype)  # type: ignore[attr-defined]
-        undefined = threads.undefined_of(names, some)
-        if undefined is not None:
-            undefined = np.repeat(undefined.reshape(n_warps, 32).any(1), 32)
-        write(threads, some, np.repeat(result, 32), undefined)
+        is_undefined = np.repeat(read_mask(threads, some).reshape(n_warps, 32).any(1), 32)
+        write(threads, some, np.repeat(result, 32), is_undefined if is_undefined.any() else None)
 
     return execute
