@@ -31,7 +31,7 @@ def record(request: pytest.FixtureRequest) -> Iterator[Record]:
 every_target = pytest.mark.parametrize("record", [80, 90, 100], indirect=True)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def scaled_sum(x, y, out, n, factor, beyond, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n + beyond
@@ -39,7 +39,7 @@ def scaled_sum(x, y, out, n, factor, beyond, BLOCK: tl.constexpr):  # type: igno
     tl.store(out + i, a + factor * tl.load(y + i, mask=inside, other=0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def row_sums(x, out, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -47,7 +47,7 @@ def row_sums(x, out, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # t
     tl.store(out + rows, tl.sum(block, axis=1))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def softmax(x, out, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, BLOCK)
     values = tl.load(x + i, mask=i < n, other=-float("inf"))
@@ -55,7 +55,7 @@ def softmax(x, out, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(out + i, powers / tl.sum(powers, axis=0), mask=i < n)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def copy_overlapping(x, out, STEP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i))
@@ -113,10 +113,10 @@ def test_overlapping_programs_race(record: Record) -> None:
 
 def test_a_tensor_owns_its_extent_and_not_its_storage(record: Record) -> None:
     x, out = torch.randn(256), torch.empty(256)
-    kept = torch.empty(0).set_(x.untyped_storage(), 0, (128,))
+    kept = torch.empty(0).set_(x.untyped_storage(), 0, (128,), (1,))
     copy_overlapping[(2,)](kept, out, STEP=128, BLOCK=128, num_warps=2, enable_fp_fusion=False)
     del x
-    with pytest.raises(Fault, match="read of .* bytes outside"):
+    with pytest.raises(Fault, match=r"read of \d+ bytes outside"):
         copy_overlapping[(2,)](kept, out, STEP=128, BLOCK=128, num_warps=2, enable_fp_fusion=False)
 
 

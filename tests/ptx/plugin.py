@@ -1,6 +1,7 @@
-"""`pytest -p tests.ptx.plugin`: any tests, with their kernels in the PTX machine; TRITOPT_PTX=80, 90 or 100 is the target.
+"""`pytest -p tests.ptx.plugin`: any tests, with their kernels in the PTX machine.
 
-TRITOPT_PTX_WARPS=7 runs the warps of each program in an order drawn with seed 7, and not in lockstep.
+TRITOPT_PTX=80, 90 or 100 is what they are compiled for; 90 if nothing is said. TRITOPT_PTX_WARPS=7 runs the
+warps of each program one after the other, in an order drawn with seed 7.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ CASES: list[tuple[str, str, list[list[int]], list[int]]] = [
     ("add.f32 {d}, {a}, {b};", B32, [[1], [1]], [2]),
     ("mul.ftz.f32 {d}, {a}, {b};", B32, [f32(-(2.0**-100)), f32(2.0**-40)], [0x80000000]),
     # One rounding: 1 - 2^-46 exactly, where two would give 1 or 0.
-    ("fma.rn.f32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32", [f32(1 + ULP, 0, INF, 1), f32(1 - ULP, 5, 0, 1), f32(-1, -0.0, 1, -1)],
+    ("fma.rn.f32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32",
+     [f32(1 + ULP, 0, INF, 1), f32(1 - ULP, 5, 0, 1), f32(-1, -0.0, 1, -1)],
      [*f32(-(2.0**-46), 0), CANONICAL, *f32(0)]),
     # Approximate ones are exact here, and rounded.
     ("sqrt.approx.ftz.f32 {d}, {a};", "b32 b32", [f32(2, 4)], [0x3FB504F3, *f32(2)]),
@@ -94,7 +95,8 @@ CASES: list[tuple[str, str, list[list[int]], list[int]]] = [
      [0x44332211, 0x88776655, 0xFF115500]),
     ("lop3.b32 {d}, {a}, {b}, {c}, 0xE8;", "b32 b32 b32 b32", [[0b11110000], [0b11001100], [0b10101010]], [0b11101000]),
     ("lop3.b32 {d}, {a}, {b}, {c}, 0x96;", "b32 b32 b32 b32", [[0b1100], [0b1010], [0b0001]], [0b0111]),
-    ("bfe.u32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32", [[0xABCD1234] * 4, [8, 28, 0, 32], [8, 8, 0, 4]], [0x12, 0xA, 0, 0]),
+    ("bfe.u32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32",
+     [[0xABCD1234] * 4, [8, 28, 0, 32], [8, 8, 0, 4]], [0x12, 0xA, 0, 0]),
     ("bfe.s32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32", [[0xABCD1234] * 4, [12, 28, 40, 8], [4, 8, 4, 8]],
      [1, 0xFFFFFFFA, 0xFFFFFFFF, 0x12]),
     ("bfi.b32 {d}, {a}, {b}, 8, {c};", "b32 b32 b32 b32", [[0xFF, 0xFF, 0xFFFF], [0, 0xFFFFFFFF, 0], [4, 0, 40]],
@@ -218,11 +220,14 @@ def test_fma_rounds_once() -> None:
 
 
 UNKNOWN = [
-    "atom.global.add.u32 %r1, [%rd8], 1;", "red.global.add.f32 [%rd8], %r1;", "cp.async.ca.shared.global [%r1], [%rd8], 4;",
+    "atom.global.add.u32 %r1, [%rd8], 1;",
+    "red.global.add.f32 [%rd8], %r1;", "cp.async.ca.shared.global [%r1], [%rd8], 4;",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1}, {%r2}, {%r3}, {%r4};", "call.uni foo;",
     "ld.local.b32 %r1, [%rd8];", "add.rz.f32 %r1, %r2, %r3;", "add.sat.s32 %r1, %r2, %r3;", "cvt.sat.u8.s32 %r1, %r2;",
     "cvt.rna.tf32.f32 %r1, %r2;", "min.xorsign.abs.f32 %r1, %r2, %r3;", "bar.sync 1, 64;", "bar.arrive 0, 64;",
-    "mov.u32 %r1, %clock;", "setp.lt.xnor.s32 %p1, %r1, %r2;", "fma.rn.relu.bf16 %h1, %h2, %h3, %h4;", "vote.sync.any.pred %p1, %p2, -1;",
+    "mov.u32 %r1, %clock;", "setp.lt.xnor.s32 %p1, %r1, %r2;",
+    "fma.rn.relu.bf16 %h1, %h2, %h3, %h4;",
+    "vote.sync.any.pred %p1, %p2, -1;",
     "ld.global.acquire.gpu.b32 %r1, [%rd8];", "bra $nowhere;", "elect.sync %r1|%p1, -1;",
 ]  # fmt: skip
 

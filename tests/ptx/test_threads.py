@@ -1,4 +1,4 @@
-"""Threads together: special registers, exchanges in a warp, divergence, barriers, shared memory, vectors, predicates."""
+"""Threads together: exchanges in a warp, divergence, barriers, shared memory, vectors, predicates."""
 
 from __future__ import annotations
 
