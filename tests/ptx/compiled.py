@@ -158,7 +158,7 @@ def outcome(machine: Machine, arguments: list[Any], out: torch.Tensor, options: 
 
 
 def test_every_barrier_of_a_reduction_is_needed(record: Record) -> None:
-    """Without any one of them, warps that run one after the other give other sums, and the check of races says so."""
+    """Without any one of them two warps race; and most show in the sums, too, if warps run one after the other."""
     chunks = torch.tensor([3, 1, 1100])
     first = torch.cumsum(chunks, 0) - chunks
     partials = torch.randint(-1000, 1000, (int(chunks.sum()), 2)).double()
@@ -178,12 +178,15 @@ def test_every_barrier_of_a_reduction_is_needed(record: Record) -> None:
     whole = Machine(program, compiled.metadata.shared)
     assert all(outcome(whole, arguments, sums, Options(warp_seed=seed)) == wanted for seed in seeds)
     barriers = [match.span() for match in re.finditer(r"bar\.sync\s+0;", ptx)]
-    assert len(barriers) >= 2
+    assert len(barriers) >= 3
+    n_shown = 0
     for start, end in barriers:
         broken = Machine(parse(ptx[:start] + ptx[end:]), compiled.metadata.shared)
         found = [outcome(broken, arguments, sums, Options(warp_seed=seed, watches=False)) for seed in seeds]
-        assert any(one != wanted for one in found)
+        n_shown += any(one != wanted for one in found)
         assert "race in shared memory" in str(outcome(broken, arguments, sums, Options()))
+    # Triton 3.6 has all warps read a sum that only the first one stores: what the others read does not matter.
+    assert n_shown == len(barriers) or (len(barriers) == 5 and n_shown == 2)
 
 
 def test_off_and_on_again() -> None:

@@ -86,7 +86,7 @@ def test_a_thread_missing_at_a_barrier() -> None:
     warp = "setp.lt.u32 %p1, %r15, 32; @%p1 bra $end; bar.sync 0; $end: mov.b32 %r1, 0;"
     found = fault(warp, n_threads=64)
     assert "a barrier that this thread never reaches" in str(found)
-    assert found.thread < 32
+    assert (found.thread < 32, found.instruction) == (True, "bar.sync 0")
     part = fault("setp.eq.u32 %p1, %r15, 5; @%p1 bra $end; bar.sync 0; $end: mov.b32 %r1, 0;")
     assert "a barrier without all threads of the warp" in str(part)
     assert "bar.warp.sync" in str(fault("setp.eq.u32 %p1, %r15, 5; @%p1 bar.warp.sync -1;"))

@@ -27,7 +27,7 @@ def test_compiled_kernels() -> None:
     pytest.importorskip("triton")
     ended = re.search(r"(\d+) passed(.*)in", pytest_in_the_machine(f"{HERE}/compiled.py"))
     assert ended is not None
-    assert int(ended[1]) >= 38
+    assert int(ended[1]) >= 36
     assert ended[2].strip() == ""
 
 

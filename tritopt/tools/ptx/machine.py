@@ -99,6 +99,7 @@ class Machine:
             is_missing = ~threads.is_waiting.reshape(threads.n_programs, -1)
             missing = is_missing & ~is_missing.all(1, keepdims=True)
             if missing.any():
+                threads.instruction = steps[int(threads.at[threads.is_waiting][0]) - 1][-1].instruction
                 raise Fault("a barrier that this thread never reaches", threads.id[int(missing.argmax())])
             threads.is_waiting[:] = False
             threads.shared.pass_barrier()
