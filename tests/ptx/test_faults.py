@@ -101,7 +101,7 @@ def test_a_thread_missing_at_an_exchange() -> None:
 
 def test_shared_memory_out_of_bounds_or_misaligned() -> None:
     for access in ("ld.shared.b32 %r1, [%r2];", "st.shared.b32 [%r2], %r15;"):
-        assert "outside of shared memory, 64 bytes" in str(fault(f"mov.b32 %r2, 64; {access}", shared=64))
+        assert "outside of shared memory, 60 bytes" in str(fault(f"mov.b32 %r2, 60; {access}", shared=60))
         assert "outside of shared memory" in str(fault(f"mov.b32 %r2, -4; {access}", shared=64))
         assert "misaligned" in str(fault(f"mov.b32 %r2, 2; {access}", shared=64))
 

@@ -8,39 +8,31 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tritopt import fused
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
-from tritopt.tools.ptx.floats import Array
 from tritopt.tools.ptx.machine import Machine
 from tritopt.tools.ptx.memory import Fault, Memory
 from tritopt.tools.ptx.program import parse
 from tritopt.tools.ptx.threads import Options
 
 
-class Record:
+@dataclass
+class Record(Options):
     """What ran in the machine, and how launches run; as a context manager it switches the machine off in the end."""
 
-    def __init__(self) -> None:
-        self.launches: Counter[str] = Counter()
-        """Number of launches, by the kernel's name."""
-        self.faults: list[str] = []
-        self.seconds = 0.0
-        """Time of all launches."""
-        self.n_binaries = 0
-        """Kernels that were loaded, each specialisation for itself."""
-        self.watches = True
-        """Whether races are looked for, which takes a third of the time."""
-        self.order: Callable[[Array], Array] | None = None
-        """Permutes or selects the numbers of a launch's programs."""
-        self.warp_seed: int | None = None
-        """Runs warps in a permuted order between barriers, drawn with this seed; None: in lockstep."""
-        self.inexact = False
-        """Puts results of approximate instructions an ulp off."""
-        self._undo: list[Callable[[], Any]] = []
+    launches: Counter[str] = field(default_factory=Counter)
+    """Number of launches, by the kernel's name."""
+    faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    """Time of all launches."""
+    n_binaries: int = 0
+    """Kernels that were loaded, each specialisation for itself."""
+    _undo: list[Callable[[], Any]] = field(default_factory=list)
 
     def __enter__(self) -> Record:
         return self
@@ -52,10 +44,6 @@ class Record:
         """Give Triton and tritopt their own driver back. What was launched from this thread is done."""
         while self._undo:
             self._undo.pop()()
-
-    def options(self) -> Options:
-        """How the next launch runs."""
-        return Options(self.watches, self.order, self.warp_seed, self.inexact)
 
 
 _record: Record | None = None
@@ -89,7 +77,7 @@ def switch_on(capability: int = 90) -> Record:
 
     record._undo = [undo]
     _record, fused.kernel_device = record, "cpu"
-    driver.set_active(Driver(capability))
+    driver.set_active(_Driver(capability))
     if before is None:
         backends["nvidia"] = Backend(_backend(backend.compiler), backend.driver)
         gc.collect()
@@ -117,45 +105,37 @@ def _backend(base: Any) -> Any:
     return ToPtx
 
 
-class Driver:
-    """Triton's interface of a driver."""
+class _Driver:
+    """Triton's interface of a driver, and of its one device."""
 
     def __init__(self, capability: int) -> None:
-        self.utils, self.launcher_cls, self._capability = _Utils(), _Launcher, capability
+        self.utils, self.launcher_cls, self._capability = self, _Launcher, capability
 
     def get_current_device(self) -> int:
-        """Return the capability: Triton keeps binaries by device, so each target has its own."""
+        # Triton keeps binaries by device, so each target has its own.
         return self._capability
 
     def get_current_stream(self, device: int) -> int:
-        """Return the only one."""
         return 0
 
     def get_current_target(self) -> Any:
-        """Return what kernels are compiled for."""
         return triton.backends.compiler.GPUTarget("cuda", self._capability, 32)
 
     def get_active_torch_device(self) -> torch.device:
-        """Return the device of the tensors."""
         return torch.device("cpu")
 
-
-class _Utils:
-    """Triton's interface of a device."""
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Return module, function, registers, spilled bytes (neither of which PTX knows), and threads at most."""
+        # Module, function, registers and spilled bytes (which ptxas would know), threads at most.
         machine = Machine(parse(ptx.decode()), shared)
         _switched_on().n_binaries += 1
         _pass_over_what_is_there()
         return machine, machine, 0, 0, 1024
 
     def unload_module(self, module: Machine) -> None:
-        """Nothing is held."""
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return an H100's."""
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+        pass
 
 
 def _switched_on() -> Record:
@@ -165,7 +145,7 @@ def _switched_on() -> Record:
 
 
 class _Launcher:
-    """In place of Triton's, which calls the CUDA driver."""
+    """Launches as Triton calls for them, where its own launcher calls the CUDA driver."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         self._is_passed = [src.signature[name] != "constexpr" for name in src.fn.arg_names]
@@ -174,14 +154,13 @@ class _Launcher:
         self, x: int, y: int, z: int, stream: int, machine: Machine, packed: Any, metadata: Any, enter: Any, leave: Any,
         *arguments: Any,
     ) -> None:  # fmt: skip
-        """Launch, as Triton calls it."""
         record, program, began = _switched_on(), machine.program, time.perf_counter()
         passed = [_value(a) for a, is_passed in zip(arguments, self._is_passed, strict=True) if is_passed]
         # Triton's scratch memory, which no kernel of ours asks for.
         passed += [0] * (len(program.parameters) - len(passed))
         memory = Memory(allocations(), record.watches)
         try:
-            machine.launch(passed, (x, y, z), memory, record.options())
+            machine.launch(passed, (x, y, z), memory, record)
         except Fault as fault:
             record.faults.append(str(fault))
             raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -39,11 +39,7 @@ _DECODE = {
 }
 
 
-class Step(NamedTuple):
-    """An instruction, decoded."""
-
-    instruction: Instruction
-    execute: Execute
+Step: TypeAlias = tuple[Instruction, Execute]
 
 
 class Machine:
@@ -99,7 +95,7 @@ class Machine:
             is_missing = ~threads.is_waiting.reshape(threads.n_programs, -1)
             missing = is_missing & ~is_missing.all(1, keepdims=True)
             if missing.any():
-                threads.instruction = steps[int(threads.at[threads.is_waiting][0]) - 1][-1].instruction
+                threads.instruction = steps[int(threads.at[threads.is_waiting][0]) - 1][-1][0]
                 raise Fault("a barrier that this thread never reaches", threads.id[int(missing.argmax())])
             threads.is_waiting[:] = False
             threads.shared.pass_barrier()
@@ -118,7 +114,7 @@ class Machine:
                 execute(threads, some)
 
     def _decode(self, inexact: bool) -> list[list[Step]]:
-        return [[Step(found, self._execute(found, inexact)) for found in block] for block in self.program.blocks]
+        return [[(found, self._execute(found, inexact)) for found in block] for block in self.program.blocks]
 
     def _execute(self, found: Instruction, inexact: bool) -> Execute:
         try:

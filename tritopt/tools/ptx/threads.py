@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,13 +16,18 @@ Selection: TypeAlias = "slice | Array"
 """Threads: a slice where they are a run, which needs no copies of registers; else their numbers, ascending."""
 DONE = np.iinfo(np.int32).max
 """Block of a thread that has returned."""
-SPECIAL = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid", "clusterid") for axis in "xyz"} | {
-    "%laneid", "%warpid", "%cluster_ctarank",
-}  # fmt: skip
+SPECIAL = {
+    "%tid.x",
+    "%ntid.x",
+    "%laneid",
+    "%warpid",
+    *(f"%{name}.{axis}" for name in ("ctaid", "nctaid") for axis in "xyz"),
+}
 """Special registers that are known."""
 
 
-class Options(NamedTuple):
+@dataclass
+class Options:
     """How a launch runs."""
 
     watches: bool = True
@@ -95,16 +101,11 @@ class Threads:
         self.warp = tid // 32
         self.id = number.astype(np.int64) * per + tid
         """Number of each thread in the launch."""
-        self.special = dict.fromkeys(SPECIAL, np.zeros(n, np.uint32))
-        for axis, size, n_x, each in zip("xyz", grid, (per, 1, 1), (1, grid[0], grid[0] * grid[1]), strict=True):
-            place = (number // each % size).astype(np.uint32)
-            self.special |= {f"%ctaid.{axis}": place, f"%clusterid.{axis}": place}
-            self.special |= {
-                f"%nctaid.{axis}": np.full(n, size, np.uint32),
-                f"%ntid.{axis}": np.full(n, n_x, np.uint32),
-            }
-        self.special |= {"%tid.x": tid, "%laneid": tid % 32, "%warpid": self.warp}
-        self.shared = Shared(len(numbers), -(-max(shared, 16) // 16) * 16, options.watches)
+        self.special = {"%tid.x": tid, "%ntid.x": np.full(n, per, np.uint32), "%laneid": tid % 32, "%warpid": self.warp}
+        for axis, size, step in zip("xyz", grid, (1, grid[0], grid[0] * grid[1]), strict=True):
+            self.special[f"%ctaid.{axis}"] = (number // step % size).astype(np.uint32)
+            self.special[f"%nctaid.{axis}"] = np.full(n, size, np.uint32)
+        self.shared = Shared(len(numbers), shared, options.watches)
         self.at = np.zeros(n, np.int32)
         """Block where each thread goes on."""
         self.is_waiting = np.zeros(n, bool)
