@@ -82,6 +82,23 @@ def test_a_program_that_reads_what_another_one_writes() -> None:
     run(own, np.zeros(64, np.uint32), grid=2)
 
 
+ONE = "setp.eq.u32 %p1, %r15, 0; setp.eq.u32 %p2, %r15, {other};"
+
+
+def test_races_of_accesses_that_are_wider_than_others() -> None:
+    inside = """mov.b32 %r1, 0; @%p1 st.global.v4.b32 [%rd8], {%r1, %r1, %r1, %r1}; @%p1 st.global.b32 [%rd8+4], %r1;
+    @%p2 st.global.b32 [%rd8+8], %r1;"""
+    assert "race: write of what program 0, thread 0 writes" in str(fault(ONE.format(other=1) + inside))
+    read = "@%p2 ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd8];"
+    # Three words are the reader's own: the first or the last one is another program's.
+    for theirs, own in ((0, (4, 8, 12)), (12, (0, 4, 8))):
+        writes = f"@%p1 st.global.b32 [%rd8+{theirs}], %r15;"
+        writes += " ".join(f"@%p2 st.global.b32 [%rd8+{place}], %r15;" for place in own)
+        found = fault(f"{ONE.format(other=32)} {writes} {read}", grid=2)
+        assert "race: read of what program 0 writes" in str(found)
+        assert found.program == 1
+
+
 def test_a_thread_missing_at_a_barrier() -> None:
     warp = "setp.lt.u32 %p1, %r15, 32; @%p1 bra $end; bar.sync 0; $end: mov.b32 %r1, 0;"
     found = fault(warp, n_threads=64)

@@ -102,19 +102,24 @@ class Memory:
         start, end, thread, by = _joined(self._writes)
         order = np.argsort(start, kind="stable")
         start, end, thread, by = start[order], end[order], thread[order], by[order]
-        clash = np.flatnonzero((start[1:] < end[:-1]) & (thread[1:] != thread[:-1]))
+        # Of the writes up to each one, the one that reaches furthest: what it does not overlap none of them does.
+        reach = np.maximum.accumulate(end)
+        top = np.maximum.accumulate(np.where(end == reach, np.arange(len(end)), 0))
+        clash = np.flatnonzero((start[1:] < reach[:-1]) & (thread[1:] != thread[top[:-1]]))
         if len(clash):
-            other, i = divmod(int(thread[clash[0]]), n_threads), clash[0] + 1
+            other, i = divmod(int(thread[top[clash[0]]]), n_threads), clash[0] + 1
             fault = Fault("race: write of what program {}, thread {} writes".format(*other), thread[i], start[i])
             raise fault.locate(kernel, self._writes[by[i]][3], n_threads)
         first, last, reader, by = _joined(self._reads)
-        place = np.searchsorted(start, last - 1, "right") - 1
-        writer = thread[place] // n_threads
-        clash = np.flatnonzero((place >= 0) & (end[place] > first) & (writer != reader // n_threads))
-        if len(clash):
-            i = clash[0]
-            fault = Fault(f"race: read of what program {writer[i]} writes", reader[i], first[i])
-            raise fault.locate(kernel, self._reads[by[i]][3], n_threads)
+        # A read of several writes overlaps the first one that ends behind its start, and the last that begins in it.
+        for place in (np.searchsorted(reach, first, "right"), np.searchsorted(start, last, "left") - 1):
+            at = np.clip(place, 0, len(start) - 1)
+            writer = thread[at] // n_threads
+            clash = np.flatnonzero((start[at] < last) & (end[at] > first) & (writer != reader // n_threads))
+            if len(clash):
+                i = clash[0]
+                fault = Fault(f"race: read of what program {writer[i]} writes", reader[i], first[i])
+                raise fault.locate(kernel, self._reads[by[i]][3], n_threads)
 
 
 def _joined(log: Sequence[_Access]) -> tuple[Array, Array, Array, Array]:
