@@ -189,7 +189,21 @@ def test_every_barrier_of_a_reduction_is_needed(record: Record) -> None:
     assert n_shown == len(barriers) or (len(barriers) == 5 and n_shown == 2)
 
 
-def test_off_and_on_again() -> None:
+def test_what_was_compiled_for_the_machine_needs_it(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, out = torch.randn(9), torch.randn(9), torch.empty(9)
+    add(x, y, out)
+    monkeypatch.setattr(driver, "_record", None)
+    with pytest.raises(RuntimeError, match="PTX machine, which is switched off"):
+        add(x, y, out)
+
+
+def test_tensors_of_other_devices_are_refused(record: Record) -> None:
+    reason = fused.unavailable(torch.empty(3, device="meta"))
+    assert reason is not None
+    assert "cannot update a tensor on meta: switch the PTX machine off" in reason
+
+
+def test_an_optimizer_is_bound_to_the_machine_that_is_on() -> None:
     param = torch.nn.Parameter(torch.zeros(4))
     outer = driver._record
     with switch_on(80) as record:

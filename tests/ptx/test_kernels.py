@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tritopt.kernels.language import INTERPRETED
+from tritopt.tools.ptx.driver import switch_on
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests/ptx"
 
@@ -23,11 +26,17 @@ def pytest_in_the_machine(*arguments: str, **env: str) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
+def test_interpreted_kernels_cannot_be_run_in_the_machine() -> None:
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET before tritopt is imported"):
+        switch_on()
+
+
 def test_compiled_kernels() -> None:
     pytest.importorskip("triton")
     ended = re.search(r"(\d+) passed(.*)in", pytest_in_the_machine(f"{HERE}/compiled.py"))
     assert ended is not None
-    assert int(ended[1]) >= 36
+    assert int(ended[1]) >= 38
     assert ended[2].strip() == ""
 
 

@@ -39,7 +39,6 @@ _INTEGERS: dict[str, tuple[str, Function]] = {
     "bfi": ("ttuu", integers.insert),
     "prmt": ("uuu", integers.permute),
     "lop3": ("tttu", integers.logic3),
-    "popc": ("t", lambda x: np.bitwise_count(x).astype(np.uint32)),
     **{name: ("t" if name == "not" else "tt", function) for name, function in LOGIC.items()},
 }
 _FLOATS: dict[str, tuple[int, Function]] = {
@@ -52,9 +51,6 @@ _FLOATS: dict[str, tuple[int, Function]] = {
     "rsqrt": (1, floats.in_double(lambda x: 1 / np.sqrt(x))),
     "ex2": (1, floats.in_double(np.exp2)),
     "lg2": (1, floats.in_double(np.log2)),
-    "sin": (1, floats.in_double(np.sin)),
-    "cos": (1, floats.in_double(np.cos)),
-    "tanh": (1, floats.in_double(np.tanh)),
     "abs": (1, floats.absolute),
     "neg": (1, floats.negated),
 }
