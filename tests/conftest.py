@@ -1,4 +1,7 @@
-"""Where tests run: on the GPU if there is one, otherwise in Triton's interpreter on the CPU."""
+"""Where tests run: on the GPU if there is one, otherwise in Triton's interpreter on the CPU.
+
+With TRITOPT_PTX=90 (or 80, 100), and tests/ptx/plugin.py, kernels are compiled, and run in the PTX machine.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import torch
 
 from tests.interpreter import patch_once_per_launch
 
-if torch.cuda.is_available():
+if os.environ.get("TRITOPT_PTX"):
+    os.environ["TRITON_INTERPRET"] = "0"
+elif torch.cuda.is_available():
     torch.set_default_device("cuda")
 else:
     # Read when kernels are imported, so before any test imports tritopt.

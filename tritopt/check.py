@@ -323,8 +323,8 @@ def _find(name: str) -> type[Optimizer]:
 
 
 def device() -> torch.device:
-    """Where the checks run: the GPU, unless there is none or TRITON_INTERPRET=1."""
-    return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+    """Where the checks run: the GPU, unless there is none or kernels take tensors of the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and fused.kernel_device == "cuda" else "cpu")
 
 
 def fused_unavailable() -> str | None:

@@ -72,19 +72,21 @@ class Task(NamedTuple):
         return [0 if part.is_inference() else part._version for part in parts]
 
 
+kernel_device = "cpu" if INTERPRETED else "cuda"
+"""Type of the devices whose tensors kernels take; "cpu" too while the PTX machine runs them (tritopt/tools/ptx)."""
+
+
 def unavailable(tensor: torch.Tensor) -> str | None:
     """Why the fused path cannot take this tensor and what to do about it, or None if it can."""
     if not HAS_TRITON:
         return MISSING_TRITON
-    if tensor.device.type != ("cpu" if INTERPRETED else "cuda"):
+    if tensor.device.type != kernel_device:
+        way_out = ": move it to a GPU, or set TRITON_INTERPRET=1"
+        if kernel_device == "cpu":
+            way_out = " while TRITON_INTERPRET=1: unset it" if INTERPRETED else ": switch the PTX machine off"
         return (
-            f"the fused path cannot update a tensor on {tensor.device}"
-            + (
-                " while TRITON_INTERPRET=1: unset it"
-                if INTERPRETED
-                else ": move it to a GPU, or set TRITON_INTERPRET=1"
-            )
-            + ", or pass use_fused_step=False to run the reference step"
+            f"the fused path cannot update a tensor on {tensor.device}{way_out}"
+            ", or pass use_fused_step=False to run the reference step"
         )
     return None
 

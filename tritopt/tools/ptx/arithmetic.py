@@ -1,0 +1,185 @@
+"""Arithmetic, logic, comparison and selection: PTX ISA 9.7.1 to 9.7.8, as tables of functions of arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tritopt.tools.ptx import floats, integers
+from tritopt.tools.ptx.floats import Array
+from tritopt.tools.ptx.operands import Execute, any_bit, computation
+from tritopt.tools.ptx.program import Instruction, Program
+
+Function: TypeAlias = Callable[..., Any]
+"""Of arrays, that gives one array, or one for each part of the first operand."""
+
+LOGIC: dict[str, Function] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
+# Each letter is an operand's type: t the instruction's, w twice as wide, u u32.
+_INTEGERS: dict[str, tuple[str, Function]] = {
+    "add": ("tt", np.add),
+    "sub": ("tt", np.subtract),
+    "mul.lo": ("tt", np.multiply),
+    "mul.hi": ("tt", integers.multiply_high),
+    "mul.wide": ("tt", lambda x, y: integers.widened(x) * integers.widened(y)),
+    "mad.lo": ("ttt", lambda x, y, z: x * y + z),
+    "mad.wide": ("ttw", lambda x, y, z: integers.widened(x) * integers.widened(y) + z),
+    "div": ("tt", integers.quotient),
+    "rem": ("tt", lambda x, y: x - integers.quotient(x, y) * y),
+    "min": ("tt", np.minimum),
+    "max": ("tt", np.maximum),
+    "abs": ("t", np.abs),
+    "neg": ("t", np.negative),
+    "shl": ("tu", integers.shift_left),
+    "shr": ("tu", integers.shift_right),
+    "bfe": ("tuu", integers.extract),
+    "bfi": ("ttuu", integers.insert),
+    "prmt": ("uuu", integers.permute),
+    "lop3": ("tttu", integers.logic3),
+    **{name: ("t" if name == "not" else "tt", function) for name, function in LOGIC.items()},
+}
+_FLOATS: dict[str, tuple[int, Function]] = {
+    "add": (2, np.add),
+    "sub": (2, np.subtract),
+    "mul": (2, np.multiply),
+    "div": (2, np.divide),
+    "sqrt": (1, np.sqrt),
+    "rcp": (1, lambda x: 1 / x),
+    "rsqrt": (1, floats.in_double(lambda x: 1 / np.sqrt(x))),
+    "ex2": (1, floats.in_double(np.exp2)),
+    "lg2": (1, floats.in_double(np.log2)),
+    "abs": (1, floats.absolute),
+    "neg": (1, floats.negated),
+}
+"""Number of operands, and the function, of which NaN comes out as the canonical one."""
+_COMPARE: dict[str, Function] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+_OF_UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
+_MODIFIERS = {"rn", "ftz", "approx", "full", "NaN"}
+WIDEN = {"bf16": floats.from_bf16, "f16": floats.from_f16}
+
+
+def decode_arithmetic(found: Instruction, program: Program, inexact: bool) -> Execute | None:
+    """Executable of an instruction that these tables have, else None."""
+    if found.name == "selp":
+        return computation(found, _select, [found.parts[-1]] * 2 + ["pred"], program, _spread_of_selection)
+    typed = _setp(found) if found.name == "setp" else _typed(found, found.parts, inexact)
+    if typed is None:
+        return None
+    return computation(found, typed[1], typed[0], program, _SPREAD.get(found.parts[-1], any_bit))
+
+
+def _typed(found: Instruction, parts: Sequence[str], inexact: bool) -> tuple[list[str], Function] | None:
+    """Types of the operands, and the function."""
+    kind, modifiers = parts[-1], parts[1:-1]
+    if kind == "f32x2" and (one := _typed(found, [*parts[:-1], "f32"], inexact)):
+        return ["b64"] * len(one[0]), _pairwise(one[1])
+    if kind in WIDEN and parts[-2] == "f32" and (one := _typed(found, parts[:-1], inexact)):
+        # Mixed precision: all but the last operand are 16 bits wide.
+        n, function, widen = len(one[0]) - 1, one[1], WIDEN[kind]
+        return [kind] * n + ["f32"], lambda *xs: function(*map(widen, xs[:-1]), xs[-1])
+    if kind == "pred":
+        is_not = parts[0] == "not"
+        return (["pred"] * (1 if is_not else 2), LOGIC[parts[0]]) if parts[0] in LOGIC else None
+    if re.fullmatch(r"[bsu]\d+", kind):
+        entry = _INTEGERS.get(".".join(parts[:-1]))
+        if entry is None:
+            return None
+        wide = f"{kind[0]}{2 * int(kind[1:])}"
+        return [{"t": kind, "w": wide, "u": "u32"}[letter] for letter in entry[0]], entry[1]
+    if kind not in ("f32", "f64") or not _MODIFIERS.issuperset(modifiers):
+        return None
+    return _float(parts[0], kind, modifiers, len(found.operands) - 1, inexact)
+
+
+def _float(
+    name: str, kind: str, modifiers: Sequence[str], n_sources: int, inexact: bool
+) -> tuple[list[str], Function] | None:
+    if name in ("fma", "mad") and kind == "f32":
+        n, function = 3, floats.fma32
+    elif name in ("min", "max"):
+        pick = partial(floats.minimum if name == "min" else floats.maximum, keeps_nan="NaN" in modifiers)
+        n, function = n_sources, lambda *xs: reduce(pick, xs)
+    elif name in _FLOATS:
+        n, function = _FLOATS[name]
+    else:
+        return None
+    steps: list[Function] = [] if name in ("abs", "neg") else [floats.canonical]
+    steps += [floats.flush] if "ftz" in modifiers else []
+    before = floats.flush if "ftz" in modifiers else None
+    is_moved = inexact and {"approx", "full"}.intersection(modifiers)
+
+    def compute(*operands: Array) -> Array:
+        xs = operands if before is None else tuple(map(before, operands))
+        result = reduce(lambda x, step: step(x), steps, function(*xs))
+        return floats.one_ulp_off(xs[0], result) if is_moved else result
+
+    return [kind] * n, compute
+
+
+def _spread_in_halves(values: Sequence[Array], masks: Sequence[Array]) -> Array:
+    is_undefined = any_bit(values, [mask.view(np.uint32) for mask in masks])
+    return np.where(is_undefined, ~np.uint32(0), np.uint32(0)).view(np.uint64)
+
+
+_SPREAD = {"f32x2": _spread_in_halves}
+
+
+def _pairwise(function: Function) -> Function:
+    """Apply a function of fp32 to both halves of 64 bits."""
+
+    def both(*operands: Array) -> Array:
+        pairs = [np.ascontiguousarray(operand).view(np.float32) for operand in np.broadcast_arrays(*operands)]
+        return np.ascontiguousarray(function(*pairs)).view(np.uint64)
+
+    return both
+
+
+def comparison(name: str, kind: str) -> Function:
+    """Compare numbers. Beside NaN what ends in u (equ, ltu ...) is true, and all else but `nan` is false."""
+    if kind in WIDEN:
+        of_f32, widen = comparison(name, "f32"), WIDEN[kind]
+        return lambda x, y: of_f32(widen(x), widen(y))
+    if kind[0] != "f":
+        return _COMPARE[_OF_UNSIGNED.get(name, name)]
+    if name in ("num", "nan"):
+        return lambda x, y: (np.isnan(x) | np.isnan(y)) == (name == "nan")
+    is_unordered = name not in _COMPARE
+    compare = _COMPARE[name[:-1] if is_unordered else name]
+    return lambda x, y: np.where(np.isnan(x) | np.isnan(y), is_unordered, compare(x, y))
+
+
+def _setp(found: Instruction) -> tuple[list[str], Function] | None:
+    """Comparison; p|q get it and its contrary, or, of packed numbers, those of the lower and the upper half."""
+    name, *modifiers, kind = found.parts[1:]
+    join = next((LOGIC[part] for part in modifiers if part in LOGIC), None)
+    is_pair = "|" in found.operands[0]
+    if set(modifiers) - {"ftz", *LOGIC} or (kind.endswith("x2") and (join or not is_pair)):
+        return None
+    compare = comparison(name, kind.removesuffix("x2"))
+    flush = floats.flush if "ftz" in modifiers else lambda x: x
+
+    def halves(x: Array, y: Array) -> list[Array]:
+        shifts = np.uint32(0), np.uint32(16)
+        return [compare((x >> shift).astype(np.uint16), (y >> shift).astype(np.uint16)) for shift in shifts]
+
+    def both(x: Array, y: Array, *others: Array) -> Array | list[Array]:
+        holds = compare(flush(x), flush(y))
+        found = [holds if join is None else join(holds, *others) for holds in (holds, ~holds)]
+        return found if is_pair else found[0]
+
+    return [kind, kind, "pred"][: len(found.operands) - 1], halves if kind.endswith("x2") else both
+
+
+def _select(x: Array, y: Array, holds: Array) -> Array:
+    return np.where(holds, x, y)
+
+
+def _spread_of_selection(values: Sequence[Array], masks: Sequence[Array]) -> Array:
+    """Undefined is what of the selected operand is, not of the other one; and all if the predicate is."""
+    x, y, by = masks
+    return np.where(by, ~x.dtype.type(0), _select(x, y, values[2]))
