@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import combinations, islice, product
+from itertools import combinations, islice, product, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +102,8 @@ FORMATS: tuple[tuple[torch.dtype, str | None, str | None, tuple[torch.dtype, ...
 """Dtype of the weights, `master` of the optimizer or None without multi_precision, its `state_dtype`, and dtypes of the
 gradients."""
 
+N_STEPS = {False: 3, True: 2}
+"""Steps of each case, by whether checks are quick."""
 SMALL = phases.Config(block_size=32, chunk_size=64)
 """For the interpreter, which takes about a millisecond per function call and block, however long the block is."""
 SMALL_OF_STATES = phases.Config(block_size=64, chunk_size=128)
@@ -301,8 +303,7 @@ def run_checks(classes: Sequence[type[Optimizer]] | None = None, quick: bool = F
     >>> all(row.passed for row in run_checks([tritopt.SGD], quick=True))
     True
     """
-    for case in cases(classes, quick):
-        yield check_case(case, n_steps=2 if quick else 3)
+    yield from map(check_case, cases(classes, quick), repeat(N_STEPS[quick]))
 
 
 def registered(names: Sequence[str] | None = None) -> list[type[Optimizer]]:
@@ -332,18 +333,19 @@ def fused_unavailable() -> str | None:
     return fused.unavailable(torch.empty(0, dtype=torch.float32, device=device()))
 
 
-def environment() -> dict[str, Any]:
-    """What the outcome may depend on."""
-    on_gpu = device().type == "cuda"
+def environment(compiled_for: str | None = None) -> dict[str, Any]:
+    """What the outcome may depend on. `compiled_for`: the GPU that the PTX machine stands in for, if that is used."""
+    on_gpu, here = device().type == "cuda", "Triton's interpreter" if INTERPRETED else "cpu"
     return {
         "tritopt": tritopt.__version__,
         "torch": torch.__version__,
         "triton": triton.__version__ if HAS_TRITON else None,
         "python": platform.python_version(),
         "machine": platform.platform(),
-        "device": torch.cuda.get_device_name() if on_gpu else "Triton's interpreter" if INTERPRETED else "cpu",
+        "device": "PTX machine" if compiled_for else torch.cuda.get_device_name() if on_gpu else here,
         "interpreter": INTERPRETED,
-        "fused_unavailable": fused_unavailable(),
+        "compiled_for": compiled_for,
+        "fused_unavailable": None if compiled_for else fused_unavailable(),
     }
 
 

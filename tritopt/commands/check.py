@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tritopt.check import Row, cases, environment, find_optimizers, registered, run_checks
+from tritopt.check import Row, cases, environment, find_optimizers, registered
 from tritopt.commands.console import (
     AsJson,
     Column,
@@ -24,6 +24,8 @@ from tritopt.commands.console import (
     with_progress,
 )
 from tritopt.kernels.formats import MASTERS
+from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
+from tritopt.tools.checks import TARGETS, run_cases
 
 MAX_FAILURES = 20
 
@@ -32,23 +34,34 @@ def check(
     target: Targets = None,
     optimizer: Annotated[list[str] | None, typer.Option(metavar="NAME", help="The same; may be repeated.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer combinations, fewer steps.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Compile kernels and run their PTX on the CPU; needs no GPU.")
+    ] = False,
+    compile_for: Annotated[
+        str, typer.Option("--target", metavar="ARCH", help=f"With --compiled: {', '.join(TARGETS)}.")
+    ] = "sm_90",
     as_json: AsJson = False,
 ) -> None:
     """Check optimizers on this machine: fused against reference, both against a float64 truth.
 
-    Exits with 1 if a check fails. Without a GPU the kernels run in Triton's interpreter.
+    Exits with 1 if a check fails. Without a GPU the kernels run in Triton's interpreter, or, with --compiled, as the
+    code that a GPU would get, which shows what the interpreter hides: layouts, masks, rounding, alignment, races.
     """
-    interpret_without_gpu()
+    if compiled:
+        _check_compiles(compile_for)
+    else:
+        interpret_without_gpu()
     try:
         named = [*(target or ()), *(optimizer or ())]
         classes = find_optimizers(named) if named else registered()
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    machine = environment()
+    gpu = compile_for if compiled else None
+    machine, chosen = environment(gpu), cases(classes, quick)
     terminal = console()
     if not as_json:
         terminal.print(where(machine), soft_wrap=True)
-    rows = list(with_progress(run_checks(classes, quick), "checking", len(cases(classes, quick)), not as_json))
+    rows = list(with_progress(run_cases(chosen, quick, gpu), "checking", len(chosen), not as_json))
     passed = _all_passed(rows)
     if as_json:
         typer.echo(
@@ -60,6 +73,15 @@ def check(
             terminal.print(note)
         _print_failures(terminal, [row for row in rows if not row.passed], len(rows))
     raise typer.Exit(0 if passed else 1)
+
+
+def _check_compiles(target: str) -> None:
+    if target not in TARGETS:
+        raise typer.BadParameter(f"--target {target} must be one of {', '.join(TARGETS)}")
+    if not HAS_TRITON:
+        raise typer.BadParameter(f"--compiled needs {INSTALL_TRITON}")
+    if INTERPRETED:
+        raise typer.BadParameter("--compiled runs what Triton compiles, but TRITON_INTERPRET=1: unset it")
 
 
 def _print_summary(terminal: Console, rows: Sequence[Row]) -> None:
