@@ -57,7 +57,8 @@ class Launches:
             return
         n_columns = len(constants["DTYPES"])
         words = args["table_ptr"][: args["n_tensors"] * (n_columns + 1)].view(-1, n_columns + 1)
-        for address in words[:, :n_columns].flatten().tolist():
+        # An empty tensor has no address.
+        for address in filter(None, words[:, :n_columns].flatten().tolist()):
             block: Block | None = self._memory.at(address, device)
             if block is None:
                 raise Fault(f"{name} reads a table with address {address}, where no memory of cuda:{device} is")

@@ -18,6 +18,7 @@ _WITHOUT_GUARD = {
     torch.Tensor.__getitem__: "get_item",
     torch.Tensor.__setitem__: "set_item",
     torch.Tensor.copy_: "copy_into",
+    torch.Tensor.__invert__: "invert",
 }
 CPU, META = torch.device("cpu"), torch.device("meta")
 _WAITING = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
@@ -136,6 +137,10 @@ class Operations(TorchDispatchMode):
         else:
             tensor[index].fill_(value)
 
+    def invert(self, tensor: CudaTensor) -> Any:
+        """`~tensor`."""
+        return aten.bitwise_not.default(tensor)
+
     def copy_into(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         """`target.copy_(source)`; what goes to the host has been waited for."""
         if not isinstance(target, CudaTensor):
@@ -146,10 +151,14 @@ class Operations(TorchDispatchMode):
         if not isinstance(source, CudaTensor):
             self._upload(source, target, stream, non_blocking)
             return target
-        if source.device != target.device:
-            stream.wait_stream(self._stream_of(source.device.index))
+        # Between devices it is the source's stream that copies.
+        here = self._stream_of(source.device.index)
         from_, to = source.here, target.here
-        self._queue("copy", stream, [source, target], lambda: to.copy_(from_))
+        if here is not stream:
+            here.wait_stream(stream)
+        self._queue("copy", here, [source, target], lambda: to.copy_(from_))
+        if here is not stream:
+            stream.wait_stream(here)
         return target
 
     def _made(self, func: Any, flat: list[Any], spec: Any) -> CudaTensor:

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritopt import validate
 from tritopt.exact import norm
 from tritopt.fused import Planner, Task, compute_dtype, unavailable
-from tritopt.group import Launch, Rows, current_stream, on_device
+from tritopt.device import current_stream, is_capturing, on_device
+from tritopt.group import Launch, Rows
 from tritopt.kernels.formats import PLAIN
 from tritopt.kernels.multi_tensor_norm import clip_factor
 from tritopt.kernels.scale import scale_update
@@ -41,6 +43,8 @@ class _Plans(threading.local):
 
 
 _plans = _Plans()
+_of_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What graphs have captured of plans, for as long as their first parameter lives."""
 
 
 @uncompiled
@@ -104,6 +108,8 @@ def clip_grad_norm_(
         )
     _scale(planner, key, tasks, _factor(total, max_norm))
     _plans.planner = planner
+    if is_capturing():
+        _of_graphs.setdefault(params[0], []).append(planner.held())
     return total.to(max((compute_dtype(part) for part in parts), key=lambda dtype: dtype.itemsize))
 
 
@@ -169,9 +175,11 @@ class Clip:
             self._max_norm = math.nan
             constants = {"EPSILON": EPSILON, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
             self._launch, self._stream = Launcher(clip_factor, 1, constants), stream
-        if max_norm != self._max_norm:
-            self._max_norm = max_norm
+        is_capture = is_capturing(found.device)
+        if is_capture or max_norm != self._max_norm:
             self._bound.fill_(max_norm)
+            # What a graph captures it writes with its replays: whoever comes next cannot rely on that.
+            self._max_norm = math.nan if is_capture else max_norm
         with on_device(found.device):
             self._launch(found, found.numel(), self._bound, inverse, self.norm, self._factor)
         return self._factor

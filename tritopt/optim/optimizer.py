@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeAlias, TypedDict
 import torch
 
 from tritopt import validate
+from tritopt.device import is_capturing
 from tritopt.fused import is_low_precision
 from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16, Format
 from tritopt.kernels.state_formats import BLOCK
@@ -251,7 +252,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _update(self, only: Only | None = None) -> None:
         self._handed_out = {}
-        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        is_captured = is_capturing()
         if is_captured:
             self._check_capturable()
         if torch.is_inference_mode_enabled():

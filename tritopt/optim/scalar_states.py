@@ -159,6 +159,11 @@ class ScalarStates:
             found.append(float(some[0]))
         return found
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that steps read and write on the device."""
+        places = [at for at in self._places.values() if isinstance(at, torch.Tensor)]
+        return [*self._vectors.values(), self._exact, *places]
+
     def advance(self, positions: Sequence[int], skip: torch.Tensor | None, on_host: bool) -> None:
         """Count one step of these parameters, none where `skip`, a bool [] on the device, is true.
 
