@@ -112,7 +112,9 @@ class Group:
         """What `build` makes of the shapes, arrays on the device; made and uploaded once."""
         if name not in self._tables:
             made = build(self.shapes)
-            self._tables[name] = tuple(upload(torch.from_numpy(x), self.device) if isinstance(x, np.ndarray) else x for x in made)
+            self._tables[name] = tuple(
+                upload(torch.from_numpy(x), self.device) if isinstance(x, np.ndarray) else x for x in made
+            )
         return self._tables[name]
 
     def ready(self, key: tuple[Any, ...], make: Callable[[], Prepared]) -> Prepared:

@@ -72,7 +72,6 @@ class Block:
         self.is_reused = True
 
 
-
 class Memory:
     """All blocks of some GPUs, and the pinned ones.
 

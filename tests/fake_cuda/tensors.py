@@ -14,11 +14,12 @@ from tests.fake_cuda.memory import Block, Memory, Owner
 from tests.fake_cuda.streams import Fault, Stream
 
 aten = torch.ops.aten
-_WITHOUT_GUARD = {
+_MADE_HERE = {
     torch.Tensor.__getitem__: "get_item",
     torch.Tensor.__setitem__: "set_item",
     torch.Tensor.copy_: "copy_into",
     torch.Tensor.__invert__: "invert",
+    torch.Tensor.tolist: "to_list",
 }
 CPU, META = torch.device("cpu"), torch.device("meta")
 _WAITING = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
@@ -58,8 +59,8 @@ class CudaTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Those that ask for a guard of the device, which a torch without CUDA does not have, do not get to it."""
-        instead = _WITHOUT_GUARD.get(func)
+        """Those that need a torch with CUDA, or know no subclasses, are made here."""
+        instead = _MADE_HERE.get(func)
         if instead is not None:
             operations = next(x for x in args if isinstance(x, CudaTensor)).operations
             return getattr(operations, instead)(*args, **(kwargs or {}))
@@ -102,8 +103,10 @@ class Operations(TorchDispatchMode):
         if func is aten._to_copy.default:
             source, device = args[0], _resolved(kwargs.get("device") or args[0].device, self._stream_of)
             if device != source.device:
-                converted = source.to(kwargs.get("dtype") or source.dtype)
-                return self._moved(converted, device, bool(kwargs.get("non_blocking")))
+                wanted = kwargs.get("dtype") or source.dtype
+                # Not `source.to`, which is no operation of its own below the dispatcher.
+                same = source if wanted == source.dtype else aten._to_copy.default(source, dtype=wanted)
+                return self._moved(same, device, bool(kwargs.get("non_blocking")))
         if not tensors:
             return self._made(func, flat, spec)
         if func in _WAITING:
@@ -136,6 +139,10 @@ class Operations(TorchDispatchMode):
             tensor[index].copy_(value)
         else:
             tensor[index].fill_(value)
+
+    def to_list(self, tensor: CudaTensor) -> Any:
+        """`tensor.tolist()`."""
+        return tensor.cpu().tolist()
 
     def invert(self, tensor: CudaTensor) -> Any:
         """`~tensor`."""
@@ -216,7 +223,12 @@ class Operations(TorchDispatchMode):
         return outputs
 
     def _queue(
-        self, name: str, stream: Stream, tensors: Sequence[CudaTensor], run: Callable[[], Any], more: Sequence[Block] = ()
+        self,
+        name: str,
+        stream: Stream,
+        tensors: Sequence[CudaTensor],
+        run: Callable[[], Any],
+        more: Sequence[Block] = (),
     ) -> None:
         blocks = [*(tensor.owner.block for tensor in tensors), *more]
 

@@ -13,9 +13,9 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritopt import validate
+from tritopt.device import current_stream, is_capturing, on_device
 from tritopt.exact import norm
 from tritopt.fused import Planner, Task, compute_dtype, unavailable
-from tritopt.device import current_stream, is_capturing, on_device
 from tritopt.group import Launch, Rows
 from tritopt.kernels.formats import PLAIN
 from tritopt.kernels.multi_tensor_norm import clip_factor
