@@ -21,7 +21,11 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Prepared = TypeVar("Prepared")
 MAX_READY = 16
 MAX_CAPTURED = 4
-"""Uploads that CUDA graphs may capture between two steps that are not captured."""
+"""Different uploads that CUDA graphs may capture between two steps that are not captured."""
+FIRST_STEP = (
+    "a CUDA graph captured an optimizer's first step: run a few steps before the capture, and do not change which "
+    "parameters have gradients in it"
+)
 
 
 @dataclass
@@ -226,10 +230,7 @@ def _no_staging(group: Group) -> str:
             f"CUDA graphs captured {MAX_CAPTURED} steps with other gradients since the last step outside of a capture: "
             "run a step between captures"
         )
-    return (
-        "a CUDA graph captured an optimizer's first step: run a few steps before the capture, and do not change which "
-        "parameters have gradients in it"
-    )
+    return FIRST_STEP
 
 
 def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[torch.Tensor | None]:

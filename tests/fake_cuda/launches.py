@@ -1,4 +1,4 @@
-"""Triton kernels on a stream: the interpreter runs them when the stream gets there, on the memory that they find then."""
+"""Triton kernels on a stream: the interpreter runs them when the stream gets there, on memory as it is then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tests.fake_cuda.memory import Block, Memory
-from tests.fake_cuda.streams import Fault, Stream
+from tests.fake_cuda.streams import GpuError, Stream
 from tests.fake_cuda.tensors import CudaTensor
 
 
@@ -35,7 +35,7 @@ class Launches:
             stream, name = self._stream(), _name(executor, constants)
             for arg in args:
                 if isinstance(arg, torch.Tensor) and arg.device != torch.device("cuda", stream.device):
-                    raise Fault(f"{name} on cuda:{stream.device} gets a tensor on {arg.device}")
+                    raise GpuError(f"{name} on cuda:{stream.device} gets a tensor on {arg.device}")
             inputs = [arg.here if isinstance(arg, CudaTensor) else arg for arg in args]
             blocks = [tensor.owner.block for tensor in tensors]
 
@@ -52,7 +52,7 @@ class Launches:
         return launch
 
     def _check_table(self, name: str, args: dict[str, Any], constants: dict[str, Any], device: int) -> None:
-        """Fault unless the addresses in a table are those of memory in use."""
+        """GpuError unless the addresses in a table are those of memory in use."""
         if not {"table_ptr", "n_tensors"} <= args.keys() or "DTYPES" not in constants:
             return
         n_columns = len(constants["DTYPES"])
@@ -61,7 +61,7 @@ class Launches:
         for address in filter(None, words[:, :n_columns].flatten().tolist()):
             block: Block | None = self._memory.at(address, device)
             if block is None:
-                raise Fault(f"{name} reads a table with address {address}, where no memory of cuda:{device} is")
+                raise GpuError(f"{name} reads a table with address {address}, where no memory of cuda:{device} is")
             block.check(name)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from tests.fake_cuda.streams import Fault, Graph, Stream, Work
+from tests.fake_cuda.streams import GpuError, Graph, Stream, Work
 
 POISON = 0xFF
 
@@ -48,9 +48,9 @@ class Block:
         return flat.as_strided(tuple(shape), tuple(strides))
 
     def check(self, who: str) -> None:
-        """Fault if this may be somebody else's by now."""
+        """GpuError if this may be somebody else's by now."""
         if self.is_reused:
-            raise Fault(f"{who} uses {self.size} bytes that were freed before it ran")
+            raise GpuError(f"{who} uses {self.size} bytes that were freed before it ran")
 
     def overwrite(self) -> None:
         """What whoever gets the memory next does to it."""
@@ -85,6 +85,8 @@ class Memory:
         """All that there ever were: nothing that is queued may read what is none of ours."""
         self.taken: dict[int, int] = {}
         """Bytes that are in use, by device."""
+        self.peak: dict[int, int] = {}
+        """As many as there ever were."""
 
     def allocate(self, n: int, stream: Stream) -> Owner:
         """So many bytes, for as long as the owner lives; torch.OutOfMemoryError if there is too little."""
@@ -92,6 +94,7 @@ class Memory:
         if taken + n > self.capacity:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {n} bytes")
         self.taken[stream.device] = taken + n
+        self.peak[stream.device] = max(taken + n, self.peak.get(stream.device, 0))
         return Owner(self._new(n, stream), self)
 
     def pin(self, host: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 _handles = count(1)
 
 
-class Fault(Exception):
+class GpuError(Exception):
     """Something that a GPU would do to memory which it must not, or would not do at all."""
 
 
@@ -61,7 +61,7 @@ class Stream:
     def synchronize(self) -> None:
         """Run all that is queued."""
         if self.graph is not None:
-            raise Fault("operation not permitted when stream is capturing")
+            raise GpuError("operation not permitted when stream is capturing")
         self.mark()()
 
     def _run_until(self, end: int) -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tests.fake_cuda.memory import Block, Memory, Owner
-from tests.fake_cuda.streams import Fault, Stream
+from tests.fake_cuda.streams import GpuError, Stream
 
 aten = torch.ops.aten
 _MADE_HERE = {
@@ -190,7 +190,7 @@ class Operations(TorchDispatchMode):
         pinned = self._memory.at(host.data_ptr(), None) if non_blocking else None
         if pinned is None:
             if stream.graph is not None and host.dim():
-                raise Fault("a copy from memory that is not pinned, or one that waits, while a stream is captured")
+                raise GpuError("a copy from memory that is not pinned, or one that waits, while a stream is captured")
             source = host.clone()
         else:
             # torch keeps pinned memory until copies out of it are done; a graph does not.
@@ -294,7 +294,7 @@ def _parts(index: Any) -> list[Any]:
 
 
 def _check_devices(func: Any, flat: Sequence[Any]) -> None:
-    """Fault for tensors of several devices, but for numbers on the host and indices."""
+    """GpuError for tensors of several devices, but for numbers on the host and indices."""
     devices = {x.device for x in flat if isinstance(x, torch.Tensor) and (isinstance(x, CudaTensor) or x.dim())}
     if len(devices) > 1 and "index" not in func.name():
-        raise Fault(f"{func}: all tensors must be on one device, not {', '.join(map(str, devices))}")
+        raise GpuError(f"{func}: all tensors must be on one device, not {', '.join(map(str, devices))}")

@@ -145,7 +145,10 @@ class Optimizer(torch.optim.Optimizer):
         """Keys and values of param_groups when they were last found right, by `id` of the group."""
         self._handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {}
         """Versions of state tensors when `state_dict` was last called, if there was no step since."""
+        before: Stepper | None = getattr(self, "_stepper", None)
         self._stepper = Stepper({"step": 0.0, **self.rule.scalar_states})
+        if before is not None:
+            self._stepper.of_graphs = before.of_graphs
 
     @property
     def grad_norm(self) -> torch.Tensor | None:

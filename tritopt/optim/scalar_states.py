@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tritopt.group import Array
+from tritopt.device import is_capturing
+from tritopt.group import FIRST_STEP, Array
 from tritopt.recent import Recent
 
 CPU = torch.device("cpu")
@@ -95,6 +96,8 @@ class ScalarStates:
         is_shown: Callable[[int], bool],
         first: Callable[[State], float],
     ) -> None:
+        if is_capturing(device):
+            raise RuntimeError(FIRST_STEP)
         exact, vectors = torch.empty(0, dtype=torch.float64, device=device), {}
         for name, initial in self.initial.items():
             values = [

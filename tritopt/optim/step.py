@@ -59,7 +59,8 @@ class Stepper:
         self._hypers_of: dict[int, Hypers] = {}
         """Of steps for one parameter, by its position; likewise the next."""
         self._warm_of: dict[int, WarmStep] = {}
-        self._of_graphs: list[Any] = []
+        self.of_graphs: list[Any] = []
+        """What CUDA graphs have captured of this, and read with each replay."""
         self._streams: dict[torch.device, int] = {}
         """Those of the last step whose scalars were formed on the device."""
 
@@ -107,7 +108,7 @@ class Stepper:
                 self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
         step.finish()
         if is_captured:
-            self._of_graphs.append((step, self._planner.held(), self._clip.held(), self._tensors()))
+            self.of_graphs.append((step, self._planner.held(), self._clip.held(), self._tensors()))
         self._keep_warm(only, None if self._numbers.is_shared else step.next(opt, hypers))
 
     def _tensors(self) -> list[torch.Tensor]:
