@@ -81,7 +81,7 @@ def test_two_streams_in_turn(first: int, cls: Any, dtype: torch.dtype, options: 
             # The user's own duty.
             for param in training.params:
                 if param.grad is not None:
-                    param.grad.record_stream(streams[1])
+                    streams[1].keep(param.grad)
         cuda.synchronize(streams[first])
         assert_same(training.results(), expected)
 

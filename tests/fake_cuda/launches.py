@@ -31,7 +31,8 @@ class Launches:
         def launch(executor: Any, *args: Any, **constants: Any) -> None:
             tensors = [arg for arg in args if isinstance(arg, CudaTensor)]
             if not tensors:
-                return run(executor, *args, **constants)
+                run(executor, *args, **constants)
+                return
             stream, name = self._stream(), _name(executor, constants)
             for arg in args:
                 if isinstance(arg, torch.Tensor) and arg.device != torch.device("cuda", stream.device):
@@ -47,7 +48,6 @@ class Launches:
                 run(executor, *inputs, **constants)
 
             stream.queue(name, work)
-            return None
 
         return launch
 

@@ -107,6 +107,8 @@ class FakeCuda:
             "get_device_properties": lambda device=None: SimpleNamespace(name="Fake", major=9, minor=0),
         }.items():
             patch.setattr(cuda, name, value)
+        on_cpu = torch.Generator
+        patch.setattr(torch, "Generator", lambda device=None: on_cpu())
         # With which Triton measures.
         patch.setattr(
             driver,

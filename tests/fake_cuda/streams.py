@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _handles = count(1)
 
@@ -57,6 +57,10 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         """As torch's: what is queued from now on runs after all that is queued on the other stream now."""
         self.queue_uncaptured("wait", other.mark())
+
+    def keep(self, tensor: Any) -> None:
+        """`tensor.record_stream`, which insists on streams of torch's own type."""
+        tensor.record_stream(self)
 
     def synchronize(self) -> None:
         """Run all that is queued."""

@@ -34,13 +34,13 @@ class CudaTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, here: torch.Tensor, owner: Owner, operations: Operations) -> CudaTensor:
-        made: CudaTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: CudaTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             here.size(),
             strides=here.stride(),
             storage_offset=here.storage_offset(),
             dtype=here.dtype,
-            device=torch.device("cuda", owner.block.device),
+            device=torch.device(f"cuda:{owner.block.device}"),
         )
         made.here, made.owner, made.operations = here, owner, operations
         return made
@@ -53,7 +53,7 @@ class CudaTensor(torch.Tensor):
         """As torch's: freed memory waits for what this stream has queued by then."""
         self.owner.block.users.append(stream)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         """Its kind; its numbers would have to be waited for."""
         return f"CudaTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
 
@@ -68,7 +68,9 @@ class CudaTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Queue it."""
         flat, _ = tree_flatten((args, kwargs))
         return next(x for x in flat if isinstance(x, CudaTensor)).operations.run(func, args, kwargs or {})
@@ -83,7 +85,7 @@ class Operations(TorchDispatchMode):
     """
 
     def __init__(self, memory: Memory, stream_of: Callable[[int | None], Stream]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._memory = memory
         self._stream_of = stream_of
 
@@ -134,7 +136,8 @@ class Operations(TorchDispatchMode):
     def set_item(self, tensor: torch.Tensor, index: Any, value: Any) -> None:
         """`tensor[index] = value`."""
         if any(isinstance(x, torch.Tensor) for x in _parts(index)):
-            aten.index_put_.default(tensor, _parts(index), value)
+            values = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=tensor.dtype, device=CPU)
+            aten.index_put_.default(tensor, _parts(index), values)
         elif isinstance(value, torch.Tensor):
             tensor[index].copy_(value)
         else:
