@@ -70,18 +70,16 @@ class Graphed(Training):
 CASES: list[tuple[type[optim.Optimizer], torch.dtype, dict[str, Any]]] = [
     (optim.AdamW, torch.float32, {"lr": 0.1}),
     (optim.AdamW, torch.bfloat16, {"lr": 0.1, "max_grad_norm": 0.5}),
-    (optim.AdamW, torch.bfloat16, {"lr": 0.1, "master": "split8", "state_dtype": "bf16"}),
-    (optim.LAMB, torch.float32, {"lr": 0.1, "max_grad_norm": 0.5}),
+    (optim.LAMB, torch.float32, {"lr": 0.1}),
     (optim.Adafactor, torch.float32, {}),
-    (optim.NAdam, torch.float32, {}),
 ]
 every_case = pytest.mark.parametrize(
     ("cls", "dtype", "options"), CASES, ids=[f"{cls.__name__}-{i}" for i, (cls, *_) in enumerate(CASES)]
 )
 EAGER, CAPTURE = "eager", "capture"
 PLANS: dict[str, list[Any]] = {
-    "between steps": [EAGER, EAGER, CAPTURE, 0, EAGER, 0, 0, EAGER, CAPTURE, 1, 0, EAGER, 1],
-    "one after the other": [EAGER, EAGER, *[CAPTURE] * 4, 3, 1, EAGER, 0, 2],
+    "between steps": [EAGER, EAGER, CAPTURE, 0, EAGER, 0, 0, CAPTURE, 1, EAGER, 0],
+    "one after the other": [EAGER, EAGER, *[CAPTURE] * 4, 3, EAGER, 0],
     "the last one first": [EAGER, CAPTURE, CAPTURE, 1, EAGER, 0],
 }
 

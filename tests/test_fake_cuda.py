@@ -37,7 +37,7 @@ def test_operations_run_when_they_are_waited_for(cuda: FakeCuda) -> None:
     assert cuda.log == []
     assert (x.device, x.shape, x.dtype) == (GPU, (3,), torch.float32)
     assert x.tolist() == [7.0, 6.0, 6.0]
-    assert float(x[0]) == 7.0
+    assert x[0].item() == 7.0
     assert torch.stack([x, ~(x > 6)]).sum().item() == 21.0
     assert "aten.add.Tensor" in cuda.log
 

@@ -53,7 +53,7 @@ class CudaTensor(torch.Tensor):
         """As torch's: freed memory waits for what this stream has queued by then."""
         self.owner.block.users.append(stream)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Its kind; its numbers would have to be waited for."""
         return f"CudaTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
 

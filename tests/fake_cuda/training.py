@@ -9,7 +9,7 @@ import torch
 
 from tritopt import optim
 
-SHAPES = ((7,), (3, 5), (2, 1, 4), (4, 2))
+SHAPES = ((7,), (3, 5), (2, 4))
 
 
 class Training:
