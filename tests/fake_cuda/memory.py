@@ -7,6 +7,7 @@ there, since the next who allocates on it may have it. A graph's memory goes bac
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right, insort
 from collections.abc import Iterable
 
 import torch
@@ -81,8 +82,10 @@ class Memory:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.blocks: list[Block] = []
-        """All that there ever were: nothing that is queued may read what is none of ours."""
+        self._blocks: dict[int, Block] = {}
+        """All that there ever were, by address: what is freed is not given to others, and shows."""
+        self._starts: list[int] = []
+        """Their addresses in order."""
         self.taken: dict[int, int] = {}
         """Bytes that are in use, by device."""
         self.peak: dict[int, int] = {}
@@ -106,14 +109,16 @@ class Memory:
 
     def at(self, address: int, device: int | None) -> Block | None:
         """The block of a device, or of the host, in which an address lies."""
-        for block in reversed(self.blocks):
-            if block.device == device and block.address <= address < block.address + max(block.size, 1):
-                return block
-        return None
+        before = bisect_right(self._starts, address)
+        block = self._blocks[self._starts[before - 1]] if before else None
+        if block is None or block.device != device or address >= block.address + max(block.size, 1):
+            return None
+        return block
 
     def _new(self, n: int, stream: Stream | None) -> Block:
         block = Block(n, stream)
-        self.blocks.append(block)
+        self._blocks[block.address] = block
+        insort(self._starts, block.address)
         return block
 
 
