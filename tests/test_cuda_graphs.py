@@ -31,31 +31,38 @@ class Graphed(Training):
     def __init__(self, cuda: FakeCuda | None, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options, capturable=True)
         self._cuda = cuda
-        self._graphs: list[tuple[Graph | None, list[torch.Tensor], float]] = []
+        self._graphs: list[tuple[Graph | None, list[torch.Tensor], tuple[float, float | None]]] = []
 
-    def capture(self) -> None:
-        """One more graph, of a step."""
+    def capture(self, here: bool = False) -> None:
+        """One more graph, of a step; on the stream that steps are made on, or on another."""
         grads = [torch.zeros_like(param) for param in self.params]
         graph = None
         if self._cuda is not None:
             self._take(grads)
-            with self._cuda.capture() as graph:
+            with self._cuda.capture(self._cuda.current_stream() if here else None) as graph:
                 self.opt.step()
-        self._graphs.append((graph, grads, self.opt.param_groups[0]["lr"]))
+        self._graphs.append((graph, grads, self._settings))
 
     def replay(self, place: int, number: int) -> None:
         """Replay a graph, with the gradients of a step of this number."""
-        graph, grads, lr = self._graphs[place]
+        graph, grads, settings = self._graphs[place]
         for i, grad in enumerate(grads):
             grad.copy_(numbers(grad.shape, 100 * number + i).to(grad.dtype))
         if graph is not None and self._cuda is not None:
             self._cuda.replay(graph)
             return
         self._take(grads)
-        group = self.opt.param_groups[0]
-        group["lr"], before = lr, group["lr"]
+        before, self._settings = self._settings, settings
         self.opt.step()
-        group["lr"] = before
+        self._settings = before
+
+    @property
+    def _settings(self) -> tuple[float, float | None]:
+        return self.opt.param_groups[0]["lr"], self.opt.max_grad_norm
+
+    @_settings.setter
+    def _settings(self, values: tuple[float, float | None]) -> None:
+        self.opt.param_groups[0]["lr"], self.opt.max_grad_norm = values
 
     def results(self) -> list[torch.Tensor]:
         """Without the norm, which is that of the last step that Python made."""
@@ -73,10 +80,11 @@ CASES: list[tuple[type[optim.Optimizer], torch.dtype, dict[str, Any]]] = [
     (optim.LAMB, torch.float32, {"lr": 0.1}),
 ]
 IDS = [f"{cls.__name__}-{i}" for i, (cls, *_) in enumerate(CASES)]
-EAGER, CAPTURE = "eager", "capture"
+EAGER, CAPTURE, CAPTURE_HERE, OTHER_BOUND = "eager", "capture", "capture here", "other bound"
 PLANS: dict[str, list[Any]] = {
     "between steps": [EAGER, EAGER, CAPTURE, 0, EAGER, 0, 0, CAPTURE, 1, EAGER, 0],
     "one after the other": [EAGER, EAGER, *[CAPTURE] * 4, 3, EAGER, 0],
+    "on one stream": [EAGER, EAGER, CAPTURE_HERE, EAGER, OTHER_BOUND, EAGER, 0, EAGER, CAPTURE_HERE, 1, 0],
     "the last one first": [EAGER, CAPTURE, CAPTURE, 1, EAGER, 0],
 }
 
@@ -85,8 +93,10 @@ def run(training: Graphed, plan: list[Any]) -> list[torch.Tensor]:
     for number, what in enumerate(plan):
         if what == EAGER:
             training.step(number)
-        elif what == CAPTURE:
-            training.capture()
+        elif what in (CAPTURE, CAPTURE_HERE):
+            training.capture(what == CAPTURE_HERE)
+        elif what == OTHER_BOUND:
+            training.opt.max_grad_norm = training.opt.max_grad_norm and training.opt.max_grad_norm / 2
         else:
             training.replay(what, number)
     return training.results()
