@@ -11,6 +11,7 @@ import torch
 from tests.fake_cuda.runtime import FakeCuda
 from tests.fake_cuda.training import Training, assert_same, on_cpu
 from tritopt import autotune, config, optim, tuning_cache
+from tritopt.bench.device import Device
 from tritopt.config import Config, SizeClass
 from tritopt.tuning_cache import TuningCache
 
@@ -77,6 +78,20 @@ def test_without_memory_it_is_what_is_shipped(capacity: int, monkeypatch: pytest
         assert_same(training.results(), expected)
     assert list(autotune._CHOSEN.values()) == [shipped]
     assert tuning_cache.files() == []
+
+
+def test_the_bench_times_what_the_stream_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By events, of which the stand-in puts a millisecond between one work and the next."""
+    monkeypatch.delenv("TRITOPT_AUTOTUNE")
+    with FakeCuda().running() as cuda:
+        training = Training(optim.SGD, ["cuda:0"], lr=0.1)
+        training.step(0)
+        training.opt.step()
+        device = Device(where="cuda:0")
+        assert device.device_times([training.opt.step], 5, lead=1e-3) == [2e-3] * 5
+        cuda.log.clear()
+        assert device.step_times([training.opt.step], 5) == [2e-3] * 5
+        assert [name for name in cuda.log if name != "event"] == ["sgd_update"] * 5
 
 
 def test_a_capture_measures_nothing() -> None:

@@ -104,6 +104,7 @@ class FakeCuda:
             "empty_cache": lambda: None,
             "synchronize": self.synchronize,
             "Event": self.event,
+            "_sleep": lambda cycles: self.current_stream().queue("sleep", lambda: None),
             "get_device_properties": lambda device=None: SimpleNamespace(name="Fake", major=9, minor=0),
         }.items():
             patch.setattr(cuda, name, value)
@@ -151,5 +152,5 @@ class CurrentEvent(Event):
         self._cuda = cuda
 
     def record(self, stream: Stream | None = None) -> None:
-        """Likewise."""
+        """Take the place behind all that is queued on a stream; None: the current one."""
         super().record(stream or self._cuda.current_stream())
