@@ -1,4 +1,6 @@
-"""Does `tritopt check` notice a broken formula? Breaks each on purpose, in a scratch copy, and looks.
+"""Does `tritopt check` notice a broken formula, and do tests on a stand-in of a GPU notice a broken host half?
+
+Breaks each on purpose, in a scratch copy, and looks.
 
 `python -m tests.mutations [NAME ...]` prints a table; the exit code is 1 if a mutation survives.
 """
@@ -62,20 +64,86 @@ SHARED: list[tuple[str, str, str, dict[str, str]]] = [
     ),
 ]
 
+# What the host does on a GPU only: (tests that must notice, file of the package, and as above).
+HOST: list[tuple[str, str, str, dict[str, str]]] = [
+    (
+        "test_cuda_steps",
+        "group.py",
+        "return known.copy_(pinned(host), non_blocking=True)",
+        {"one buffer for all uploads": "return known.copy_(group.staging[0].copy_(host), non_blocking=True)"},
+    ),
+    (
+        "test_cuda_steps",
+        "group.py",
+        "group.device_table is None or group.stream != stream",
+        {"one table for all streams": "group.device_table is None"},
+    ),
+    (
+        "test_cuda_steps",
+        "group.py",
+        "share_with_streams(group.uploaded())",
+        {"tables are freed to the first stream": "pass"},
+    ),
+    (
+        "test_cuda_steps",
+        "group.py",
+        "return on_device(group.device)",
+        {"launches on the current device": 'return on_device(torch.device("cpu"))'},
+    ),
+    (
+        "test_group",
+        "group.py",
+        "is_dirty = is_dirty or is_capture or group.is_captured",
+        {
+            "captures upload what is new only": "is_dirty = is_dirty or group.is_captured",
+            "steps read a graph's table": "is_dirty = is_dirty or is_capture",
+        },
+    ),
+    (
+        "test_group",
+        "group.py",
+        "group.captured.append((staging, made))",
+        {"a graph's upload is freed": "pass"},
+    ),
+    (
+        "test_cuda_graphs",
+        "optim/clip.py",
+        "if is_capture or self._is_captured or is_new:",
+        {"a bound that only another graph writes": "if is_new:"},
+    ),
+    (
+        "test_cuda_graphs",
+        "optim/step.py",
+        "self.of_graphs.append((step, self._planner.held(), self._clip.held(), self._tensors()))",
+        {
+            "a graph's tables are freed": "self.of_graphs.append((self._clip.held(), self._tensors()))",
+            "a graph's scalars are freed": "self.of_graphs.append((step, self._planner.held(), self._clip.held()))",
+        },
+    ),
+    (
+        "test_cuda_tuning",
+        "autotune.py",
+        "elif wanted and is_capturing(group.device):",
+        {"measures while a graph is captured": "elif False:"},
+    ),
+]
+
 
 class Mutation(NamedTuple):
     """One wrong text."""
 
     optimizer: str
+    """Whose check must notice; or the name of a file of tests."""
     file: str
+    """In the kernels' folder; for tests, in the package."""
     old: str
     wrong: str
     new: str
 
 
 def collect() -> list[Mutation]:
-    """The shared ones, and those of each optimizer's tests."""
-    found = list(SHARED)
+    """The shared ones, those of each optimizer's tests, and the host's."""
+    found = [*SHARED, *HOST]
     for path in sorted((ROOT / "tests" / "optimizers").glob("test_*.py")):
         name = path.stem.removeprefix("test_")
         module = importlib.import_module(f"tests.optimizers.{path.stem}")
@@ -91,46 +159,66 @@ class Outcome(NamedTuple):
 
 
 def copy_checkout(to: Path) -> None:
-    """The package alone, its symlink to the kernels included."""
+    """The package and its tests, its symlink to the kernels included."""
     ignored = shutil.ignore_patterns("__pycache__")
-    for folder in ("tritopt", "kernels"):
+    for folder in ("tritopt", "kernels", "tests"):
         shutil.copytree(ROOT / folder, to / folder, symlinks=True, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", to)
+
+
+def path_of(mutation: Mutation, checkout: Path) -> Path:
+    """The file that is mutated."""
+    return checkout / ("tritopt" if _is_tests(mutation.optimizer) else "kernels") / mutation.file
 
 
 def mutate(checkout: Path, mutation: Mutation) -> None:
     """Replace the text; ValueError if it does not occur exactly once."""
-    path = checkout / "kernels" / mutation.file
+    path = path_of(mutation, checkout)
     text = path.read_text()
     if text.count(mutation.old) != 1:
-        raise ValueError(
-            f"kernels/{mutation.file} has {mutation.old!r} {text.count(mutation.old)} times; it must occur once"
-        )
+        raise ValueError(f"{mutation.file} has {mutation.old!r} {text.count(mutation.old)} times; it must occur once")
     path.write_text(text.replace(mutation.old, mutation.new))
 
 
-def run_check(optimizer: str, mutation: Mutation | None) -> Outcome:
-    """`tritopt check --quick` of one optimizer in a mutated copy of the checkout."""
+def run_check(name: str, mutation: Mutation | None) -> Outcome:
+    """`tritopt check --quick` of one optimizer, or one file of tests, in a mutated copy of the checkout."""
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder)
         copy_checkout(checkout)
         if mutation is not None:
             mutate(checkout, mutation)
-        run = subprocess.run(
-            [sys.executable, "-m", "tritopt", "check", "--quick", "--json", "--optimizer", optimizer],
-            cwd=checkout,
-            env={**os.environ, "PYTHONPATH": str(checkout)},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        if run.returncode not in (0, 1) or not run.stdout.startswith("{"):
-            raise RuntimeError(
-                f"{optimizer}, {mutation}: the check itself broke, exit code {run.returncode}\n{run.stderr}"
-            )
+        run = _run(checkout, *_command(name))
+    if _is_tests(name):
+        if run.returncode not in (0, 1):
+            raise RuntimeError(f"{name}, {mutation}: the tests did not run, exit code {run.returncode}\n{run.stdout}")
+        return Outcome(run.returncode == 1, run.stdout.strip().rpartition("\n")[2])
+    if run.returncode not in (0, 1) or not run.stdout.startswith("{"):
+        raise RuntimeError(f"{name}, {mutation}: the check itself broke, exit code {run.returncode}\n{run.stderr}")
     rows = json.loads(run.stdout)["rows"]
     # A mutation that raises says nothing about the check: only a difference counts.
     noticed = [row["reason"] for row in rows if not row["passed"] and "differ by" in row["reason"]]
     return Outcome(run.returncode == 1 and bool(noticed), f"{len(noticed)} of {len(rows)} cases fail")
+
+
+def _is_tests(name: str) -> bool:
+    return name.startswith("test_")
+
+
+def _command(name: str) -> tuple[str, ...]:
+    if _is_tests(name):
+        return "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{name}.py"
+    return "tritopt", "check", "--quick", "--json", "--optimizer", name
+
+
+def _run(checkout: Path, *module: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *module],
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def main(names: list[str]) -> int:
@@ -159,7 +247,7 @@ def main(names: list[str]) -> int:
 if __name__ == "__main__":
     known = sorted({mutation.optimizer for mutation in collect()})
     parser = argparse.ArgumentParser(description="Break formulas on purpose and see whether `tritopt check` notices.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"optimizers: {', '.join(known)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"optimizers and tests: {', '.join(known)}")
     chosen = parser.parse_args().names
     if unknown := set(chosen) - set(known):
         parser.error(f"no mutations of {', '.join(sorted(unknown))}; known: {', '.join(known)}")

@@ -527,10 +527,10 @@ def test_program_runs_the_kernels_with_or_without_gpu(here: Path) -> None:
     assert all((row["fused_vs_reference"] is not None) == HAS_TRITON for row in answer["rows"])
 
 
-def test_mutations_fit_the_kernels() -> None:
+def test_mutations_fit_the_code() -> None:
     """What `python -m tests.mutations` breaks exists, once; running it takes minutes."""
     for mutation in mutations.collect():
-        text = (ROOT / "kernels" / mutation.file).read_text()
+        text = mutations.path_of(mutation, ROOT).read_text()
         assert text.count(mutation.old) == 1, mutation
     counted = Counter(mutation.optimizer for mutation in mutations.collect())
     shipped = [name for name, cls in registry.OPTIMIZERS.items() if cls.__module__.startswith("tritopt.")]

@@ -33,6 +33,7 @@ from tritopt.config import (
     shipped,
     size_of,
 )
+from tritopt.device import is_capturing
 from tritopt.group import Group, Launch, on_device_of, upload_table
 from tritopt.kernels.formats import Format
 from tritopt.kernels.language import triton
@@ -174,6 +175,8 @@ def _tuned_in_step(variant: Variant, size: SizeClass, device: torch.device, cach
     began = time.monotonic()
     tuned = tune(variant, size, device)
     _spent += time.monotonic() - began
+    if tuned.failure is not None:
+        warn(f"{variant.phase.update.__name__}: launched as shipped, as tuning failed with {tuned.failure}")
     if tuned.entry is not None:
         cache.put(variant.key(size), tuned.entry)
     return tuned.config
@@ -199,11 +202,6 @@ def gpu_of(device: torch.device) -> Gpu | None:
     if torch.version.hip:
         return Gpu(properties.name, properties.gcnArchName.partition(":")[0])
     return Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether launches go into a CUDA graph, where nothing can be measured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def default_of(variant: Variant, size: SizeClass, device: torch.device) -> Config:

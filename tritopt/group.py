@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
+from tritopt.device import current_stream, from_pinned, is_capturing, on_device, pinned, share_with_streams, upload
 from tritopt.kernels.formats import Format
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Prepared = TypeVar("Prepared")
 MAX_READY = 16
 MAX_CAPTURED = 4
-"""Uploads that CUDA graphs may capture between two steps that are not captured."""
+"""Different uploads that CUDA graphs may capture between two steps that are not captured."""
+FIRST_STEP = (
+    "a CUDA graph captured an optimizer's first step: run a few steps before the capture, and do not change which "
+    "parameters have gradients in it"
+)
 
 
 @dataclass
@@ -95,8 +100,8 @@ class Group:
     stream: int = 0
     staging: list[torch.Tensor] = field(default_factory=list)
     """Pinned, for tables that are uploaded while CUDA graphs are captured: each replay reads its own again."""
-    captured: list[torch.Tensor] = field(default_factory=list)
-    """What CUDA graphs read when they are replayed."""
+    captured: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """What CUDA graphs read when they are replayed: pinned tables, and those on the device."""
     is_captured: bool = False
     """Whether `device_table` is a CUDA graph's, which each replay writes and nobody before the first."""
     _ready: list[tuple[Any, Any]] = field(default_factory=list)
@@ -111,7 +116,9 @@ class Group:
         """What `build` makes of the shapes, arrays on the device; made and uploaded once."""
         if name not in self._tables:
             made = build(self.shapes)
-            self._tables[name] = tuple(_upload(x, self.device) if isinstance(x, np.ndarray) else x for x in made)
+            self._tables[name] = tuple(
+                upload(torch.from_numpy(x), self.device) if isinstance(x, np.ndarray) else x for x in made
+            )
         return self._tables[name]
 
     def ready(self, key: tuple[Any, ...], make: Callable[[], Prepared]) -> Prepared:
@@ -127,6 +134,10 @@ class Group:
     def held(self) -> tuple[Any, ...]:
         """The device memory of what was prepared, for those who need it for longer than the group does."""
         return self.device_table, list(self._ready), dict(self._tables)
+
+    def uploaded(self) -> list[torch.Tensor]:
+        """What `tables` has made."""
+        return [x for made in self._tables.values() for x in made if isinstance(x, torch.Tensor)]
 
     @property
     def places(self) -> torch.Tensor:
@@ -157,11 +168,9 @@ def upload_table(group: Group, words: Array, scalars: Array | torch.Tensor) -> N
 def refresh_table(group: Group, n_words: int, scalars: Array | torch.Tensor, is_dirty: bool = False) -> None:
     """Likewise, where the addresses already stand in `group.host_table`. `is_dirty`: and others than the device has."""
     stream = current_stream(group.device)
-    is_capturing = group.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    # A graph's table is for its own replays. With no staging left, it is the same graph that goes on.
-    is_foreign = group.is_captured != is_capturing or (is_capturing and bool(group.staging))
-    # A table is freed to the stream it was made on, so another stream gets its own.
-    is_dirty = is_dirty or is_foreign or group.device_table is None or group.stream != stream
+    is_capture = is_capturing(group.device)
+    # A graph's table is for its own replays, and what the host has uploaded before may be another's by then.
+    is_dirty = is_dirty or is_capture or group.is_captured or group.device_table is None or group.stream != stream
     if not isinstance(scalars, torch.Tensor):
         tail = group.host_table[n_words:]
         values = scalars.reshape(-1).view(np.int64)
@@ -170,41 +179,58 @@ def refresh_table(group: Group, n_words: int, scalars: Array | torch.Tensor, is_
             is_dirty = True
     if is_dirty:
         if group.stream != stream:
+            # A table is freed to the stream it was made on, so another stream gets its own.
             group.device_table = None
+            share_with_streams(group.uploaded())
         group.stream = stream
         with on_device_of(group):
-            group.device_table = _uploaded_table(group, group.host_table, is_capturing)
+            make = _captured_table if is_capture else _uploaded_table
+            group.device_table = make(group, torch.from_numpy(group.host_table))
     if isinstance(scalars, torch.Tensor):
         assert group.device_table is not None
         group.device_table[n_words:].view(torch.float64).copy_(scalars.reshape(-1))
 
 
-def _uploaded_table(group: Group, table: Array, is_capturing: bool) -> torch.Tensor:
-    """`_upload`, which may also be captured: pinned memory is made before, and belongs to the graph afterwards."""
-    host = torch.from_numpy(table)
+def _uploaded_table(group: Group, host: torch.Tensor) -> torch.Tensor:
+    """The table on the device, and pinned memory for the graphs that may be captured next."""
+    known = group.device_table
     if group.device.type != "cuda":
         # What is written to one is written to the other.
-        known = group.device_table
         return known if known is not None and known.data_ptr() == host.data_ptr() else host
     group.staging = [staging for staging in group.staging if staging.shape == host.shape]
-    if not is_capturing:
-        missing = MAX_CAPTURED - len(group.staging)
-        group.staging += [_pinned(host) for _ in range(missing)]
-        if group.device_table is None or group.is_captured:
-            group.is_captured = False
-            return _upload(table, group.device)
-        # The launches of the step before, which read it, come first on this stream.
-        return group.device_table.copy_(_pinned(host), non_blocking=True)
-    if not group.staging:
-        raise RuntimeError(
-            "a CUDA graph captured an optimizer's first step: run a few steps before the capture, and do not change "
-            "which parameters have gradients in it"
-        )
-    staging = group.staging.pop().copy_(host)
-    made = _from_pinned(staging, group.device)
-    group.captured += [staging, made]
+    group.staging += [pinned(host) for _ in range(MAX_CAPTURED - len(group.staging))]
+    if known is None or group.is_captured:
+        group.is_captured = False
+        return upload(host, group.device)
+    # The launches of the step before, which read it, come first on this stream.
+    return known.copy_(pinned(host), non_blocking=True)
+
+
+def _captured_table(group: Group, host: torch.Tensor) -> torch.Tensor:
+    """A table that each replay uploads again, out of pinned memory that was made before and is the graphs' from now on.
+
+    Graphs, and steps of one graph, that upload the same have it in common.
+    """
+    staging = next((known for known, _ in group.captured if torch.equal(known, host)), None)
+    if staging is None:
+        staging = next((found for found in group.staging if found.shape == host.shape), None)
+        if staging is None:
+            raise RuntimeError(_no_staging(group))
+        group.staging = [other for other in group.staging if other is not staging]
+        staging.copy_(host)
+    made = from_pinned(staging, group.device)
+    group.captured.append((staging, made))
     group.is_captured = True
     return made
+
+
+def _no_staging(group: Group) -> str:
+    if group.captured:
+        return (
+            f"CUDA graphs captured {MAX_CAPTURED} steps with other gradients since the last step outside of a capture: "
+            "run a step between captures"
+        )
+    return FIRST_STEP
 
 
 def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[torch.Tensor | None]:
@@ -245,36 +271,6 @@ def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Ten
     return torch.cat((earlier, new), dim=1) if earlier is not None and new is not None else new
 
 
-def _upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(array)
-    return host if device.type != "cuda" else _from_pinned(_pinned(host), device)
-
-
-def _pinned(host: torch.Tensor) -> torch.Tensor:
-    """A copy. torch keeps its memory until the copies out of it are done, so the next step cannot overwrite those."""
-    return host.pin_memory()
-
-
-def _from_pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return host.to(device, non_blocking=True)
-
-
 def on_device_of(group: Group) -> AbstractContextManager[Any]:
     """`on_device`."""
     return on_device(group.device)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _HERE
-    make: Callable[[torch.device], AbstractContextManager[Any]] = torch.cuda.device
-    return make(device)
-
-
-_HERE: AbstractContextManager[Any] = nullcontext()
-
-
-def current_stream(device: torch.device) -> int:
-    """Its handle; 0 on the CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -626,25 +626,31 @@ class Optimizer:
             return
         bound = validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
         live = [i for i, lr in enumerate(lrs) if not (lr == 0 and self.skips_zero_lr)]
-        for draws in (False, True):
-            kernel = [i for i in live if on_kernel[i] and tasks[i].draws == draws]
-            if kernel:
-                skip = self.skips_zero_rescale
-                launch = Launch(
-                    self.phases, type(scalars[0]), self.preamble, device_rescale, skip_zero_rescale=skip, draws=draws
-                )
-                launch.tracked = [] if self.track else None
-                steps = [(float(counts[i] % STEPS),) if draws else () for i in kernel]
-                launched = [indices[i] for i in kernel]
-                updates.begin(launched)
-                self._planner.apply(
-                    tuple(launched),
-                    [tasks[i] for i in kernel],
-                    [(rescale, bound, wds[i], *scalars[i], *step) for i, step in zip(kernel, steps, strict=True)],
-                    launch,
-                )
-                if launch.tracked is not None:
-                    self._tracker.add(launched, launch.tracked)
+        by_launch: dict[tuple[bool, torch.device], list[int]] = {}
+        for i in live:
+            if on_kernel[i]:
+                by_launch.setdefault((tasks[i].draws, tasks[i].grad.device), []).append(i)
+        for (draws, device), kernel in by_launch.items():
+            launch = Launch(
+                self.phases,
+                type(scalars[0]),
+                self.preamble,
+                None if device_rescale is None else device_rescale.to(device),
+                skip_zero_rescale=self.skips_zero_rescale,
+                draws=draws,
+            )
+            launch.tracked = [] if self.track else None
+            steps = [(float(counts[i] % STEPS),) if draws else () for i in kernel]
+            launched = [indices[i] for i in kernel]
+            updates.begin(launched)
+            self._planner.apply(
+                tuple(launched),
+                [tasks[i] for i in kernel],
+                [(rescale, bound, wds[i], *scalars[i], *step) for i, step in zip(kernel, steps, strict=True)],
+                launch,
+            )
+            if launch.tracked is not None:
+                self._tracker.add(launched, launch.tracked)
         for i in live:
             if not on_kernel[i]:
                 noise = Noise(*tasks[i].noise, counts[i] % STEPS) if tasks[i].draws else None

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritopt import validate
+from tritopt.device import current_stream, is_capturing, on_device
 from tritopt.exact import norm
 from tritopt.fused import Planner, Task, compute_dtype, unavailable
-from tritopt.group import Launch, Rows, current_stream, on_device
+from tritopt.group import Launch, Rows
 from tritopt.kernels.formats import PLAIN
 from tritopt.kernels.multi_tensor_norm import clip_factor
 from tritopt.kernels.scale import scale_update
@@ -41,6 +43,8 @@ class _Plans(threading.local):
 
 
 _plans = _Plans()
+_of_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What graphs have captured of plans, for as long as their first parameter lives."""
 
 
 @uncompiled
@@ -104,6 +108,8 @@ def clip_grad_norm_(
         )
     _scale(planner, key, tasks, _factor(total, max_norm))
     _plans.planner = planner
+    if is_capturing():
+        _of_graphs.setdefault(params[0], []).append(planner.held())
     return total.to(max((compute_dtype(part) for part in parts), key=lambda dtype: dtype.itemsize))
 
 
@@ -149,6 +155,8 @@ class Clip:
         self._max_norm = math.nan
         self._launch: Launcher | None = None
         self._stream = 0
+        self._is_captured = False
+        """Whether a CUDA graph captured the last launch."""
 
     def held(self) -> tuple[torch.Tensor | None, ...]:
         """What its launches read and write."""
@@ -162,17 +170,21 @@ class Clip:
             self.norm = norm.float()
             factor = torch.where(norm.isfinite(), _factor(norm, max_norm), torch.nan)
             return factor if inverse is None else factor * inverse
-        stream = current_stream(found.device)
-        if self._launch is None or self.norm is None or self.norm.device != found.device or stream != self._stream:
+        stream, is_capture = current_stream(found.device), is_capturing(found.device)
+        is_new = self._launch is None or self.norm is None or self.norm.device != found.device or stream != self._stream
+        # What a graph captures is its own: it writes that with its replays, and nobody before them.
+        if is_capture or self._is_captured or is_new:
             self.norm = torch.empty((), dtype=torch.float32, device=found.device)
             self._factor, self._bound = (torch.empty((), dtype=torch.float64, device=found.device) for _ in range(2))
             self._max_norm = math.nan
             constants = {"EPSILON": EPSILON, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
             self._launch, self._stream = Launcher(clip_factor, 1, constants), stream
+        self._is_captured = is_capture
         if max_norm != self._max_norm:
             self._max_norm = max_norm
             self._bound.fill_(max_norm)
         with on_device(found.device):
+            assert self._launch is not None
             self._launch(found, found.numel(), self._bound, inverse, self.norm, self._factor)
         return self._factor
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeAlias, TypedDict
 import torch
 
 from tritopt import validate
+from tritopt.device import is_capturing
 from tritopt.fused import is_low_precision
 from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16, Format
 from tritopt.kernels.state_formats import BLOCK
@@ -144,7 +145,10 @@ class Optimizer(torch.optim.Optimizer):
         """Keys and values of param_groups when they were last found right, by `id` of the group."""
         self._handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {}
         """Versions of state tensors when `state_dict` was last called, if there was no step since."""
+        before: Stepper | None = getattr(self, "_stepper", None)
         self._stepper = Stepper({"step": 0.0, **self.rule.scalar_states})
+        if before is not None:
+            self._stepper.of_graphs = before.of_graphs
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
@@ -251,7 +255,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _update(self, only: Only | None = None) -> None:
         self._handed_out = {}
-        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        is_captured = is_capturing()
         if is_captured:
             self._check_capturable()
         if torch.is_inference_mode_enabled():

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tritopt.group import Array
+from tritopt.device import is_capturing
+from tritopt.group import FIRST_STEP, Array
 from tritopt.recent import Recent
 
 CPU = torch.device("cpu")
@@ -95,6 +96,8 @@ class ScalarStates:
         is_shown: Callable[[int], bool],
         first: Callable[[State], float],
     ) -> None:
+        if is_capturing(device):
+            raise RuntimeError(FIRST_STEP)
         exact, vectors = torch.empty(0, dtype=torch.float64, device=device), {}
         for name, initial in self.initial.items():
             values = [
@@ -158,6 +161,11 @@ class ScalarStates:
                 return None
             found.append(float(some[0]))
         return found
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that steps read and write on the device."""
+        places = [at for at in self._places.values() if isinstance(at, torch.Tensor)]
+        return [*self._vectors.values(), self._exact, *places]
 
     def advance(self, positions: Sequence[int], skip: torch.Tensor | None, on_host: bool) -> None:
         """Count one step of these parameters, none where `skip`, a bool [] on the device, is true.

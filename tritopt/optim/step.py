@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tritopt import validate
+from tritopt.device import current_stream, share_with_streams
 from tritopt.fused import Planner
 from tritopt.group import Rows
 from tritopt.optim import distributed
@@ -58,7 +59,10 @@ class Stepper:
         self._hypers_of: dict[int, Hypers] = {}
         """Of steps for one parameter, by its position; likewise the next."""
         self._warm_of: dict[int, WarmStep] = {}
-        self._of_graphs: list[Any] = []
+        self.of_graphs: list[Any] = []
+        """What CUDA graphs have captured of this, and read with each replay."""
+        self._streams: dict[torch.device, int] = {}
+        """Those of the last step whose scalars were formed on the device."""
 
     def update(self, opt: Optimizer, only: Only | None = None, is_captured: bool = False) -> None:
         """Update every parameter that has a gradient, or only one. Checks all before it writes anything.
@@ -88,6 +92,8 @@ class Stepper:
         if step is None:
             return
         rescale = self._gradient_scale(opt, step, grad_scale)
+        if on_device:
+            self._follow_streams(step)
         skip = _skip(found_inf, rescale, self._numbers.device) if on_device else None
         self._advance(step, skip, not on_device)
         rows = [self._rows(step, bucket, hypers, on_device, only) for bucket in step.buckets]
@@ -102,9 +108,19 @@ class Stepper:
                 self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
         step.finish()
         if is_captured:
-            rows_of = [table.values for table in self._tables.values()]
-            self._of_graphs.append((step, self._planner.held(), self._clip.held(), rows_of))
+            self.of_graphs.append((step, self._planner.held(), self._clip.held(), self._tensors()))
         self._keep_warm(only, None if self._numbers.is_shared else step.next(opt, hypers))
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """What of this is on the device, and read by one step after the other."""
+        return [*self._numbers.tensors(), *(table.values for table in self._tables.values())]
+
+    def _follow_streams(self, step: ColdStep | WarmStep) -> None:
+        """Keep for the current streams what was made on others."""
+        streams = {bucket.device: current_stream(bucket.device) for bucket in step.buckets}
+        if streams != self._streams:
+            self._streams = streams
+            share_with_streams(self._tensors())
 
     def _forget_plans(self) -> None:
         self._planner, self._clip, self._hypers, self._warm = Planner(), Clip(), Hypers(), None
