@@ -50,6 +50,10 @@ CASES: list[tuple[str, str, list[list[int]], list[int]]] = [
     ("fma.rn.f32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32",
      [f32(1 + ULP, 0, INF, 1), f32(1 - ULP, 5, 0, 1), f32(-1, -0.0, 1, -1)],
      [*f32(-(2.0**-46), 0), CANONICAL, *f32(0)]),
+    # A product half way between two numbers, and a sum that says to which side: far below the last bit of fp64.
+    ("fma.rn.f32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32",
+     [f32(*[1 + 2.0**-12] * 2, *[-1 - 2.0**-12] * 2), f32(*[1 + 2.0**-12] * 4), f32(2.0**-80, -(2.0**-80)) * 2],
+     f32(1 + 2.0**-11 + ULP, 1 + 2.0**-11, -1 - 2.0**-11, -1 - 2.0**-11 - ULP)),
     # Approximate ones are exact here, and rounded.
     ("sqrt.approx.ftz.f32 {d}, {a};", "b32 b32", [f32(2, 4)], [0x3FB504F3, *f32(2)]),
     ("ex2.approx.ftz.f32 {d}, {a};", "b32 b32", [f32(0.5, 3, -INF)], [0x3FB504F3, *f32(8, 0)]),
