@@ -13,7 +13,7 @@ PER_THREAD = "mul.wide.u32 %rd0, %r15, {size}; add.s64 %rd0, %rd0, %rd8;"
 
 
 def fault(body: str, n: int = 32, n_threads: int = 32, grid: int = 1, shared: int = 0, **options: object) -> Fault:
-    """What is wrong with PTX that has n words of memory at %rd8."""
+    """Fault of PTX that has n words of memory at %rd8."""
     with pytest.raises(Fault) as error:
         run(body, np.zeros(n, np.uint32), n_threads=n_threads, grid=grid, shared=shared, options=Options(**options))  # type: ignore[arg-type]
     return error.value

@@ -18,7 +18,7 @@ HERE = "tests/ptx"
 
 
 def pytest_in_the_machine(*arguments: str, **env: str) -> str:
-    """What pytest prints at its end."""
+    """Output of pytest, which must have succeeded."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | env
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.ptx.plugin", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)

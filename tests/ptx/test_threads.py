@@ -10,7 +10,7 @@ from tritopt.tools.ptx.threads import Options
 
 
 def values(body: str, n_threads: int = 32, grid: int = 1, shared: int = 0, options: Options | None = None) -> list[int]:
-    """What each thread has in %r1 at the end."""
+    """Value that each thread has in %r1 at the end."""
     out = np.zeros(n_threads * grid, np.uint32)
     options = Options() if options is None else options
     run(f"{body}\n{each('st', 0, 'b32', '%r1')}", out, n_threads=n_threads, grid=grid, shared=shared, options=options)
