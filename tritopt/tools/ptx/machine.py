@@ -173,7 +173,7 @@ def _turns(threads: Threads, seed: int | None) -> Iterator[list[Array | None]]:
 
 
 def _next(threads: Threads, turn: Array | None) -> Selection | None:
-    """Threads of the first block at which selection stand; None if all wait or have returned."""
+    """Threads of the first block at which some stand; None if all wait or have returned."""
     at = np.where(threads.is_waiting, DONE, threads.at)
     at = at if turn is None else np.where(turn, at, DONE)
     block = at.min()
