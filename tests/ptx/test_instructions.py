@@ -9,7 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from tests.ptx.snippets import compute, f32, f64, machine
+from tests.ptx.snippets import compute, each, f32, f64, machine, run
+from tritopt.tools.ptx.threads import Options
 
 NAN, INF = math.nan, math.inf
 # A NaN with a sign and a payload, which no arithmetic hands on.
@@ -243,9 +244,6 @@ def test_what_is_unknown_raises_when_it_is_loaded(text: str) -> None:
 
 
 def test_approximations_can_be_an_ulp_off() -> None:
-    from tests.ptx.snippets import each, run
-    from tritopt.tools.ptx.threads import Options
-
     values = np.linspace(1, 2, 32, dtype=np.float32)
     results = {}
     for name in ("sqrt.approx.f32", "sqrt.rn.f32"):

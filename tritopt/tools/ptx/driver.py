@@ -23,7 +23,7 @@ from tritopt.tools.ptx.threads import Options
 
 @dataclass
 class Record(Options):
-    """Launches that ran in the machine, and how they run; a context manager that switches the machine off in the end."""
+    """Launches that ran in the machine, and how they run; a context manager that switches it off in the end."""
 
     launches: Counter[str] = field(default_factory=Counter)
     """Number of launches, by the kernel's name."""
