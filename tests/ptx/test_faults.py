@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.ptx.snippets import each, run
+from tests.ptx.snippets import each, machine, run
 from tritopt.tools.ptx.memory import Fault, Memory
 from tritopt.tools.ptx.threads import Options
 
@@ -13,7 +13,7 @@ PER_THREAD = "mul.wide.u32 %rd0, %r15, {size}; add.s64 %rd0, %rd0, %rd8;"
 
 
 def fault(body: str, n: int = 32, n_threads: int = 32, grid: int = 1, shared: int = 0, **options: object) -> Fault:
-    """What is wrong with PTX that has n words of memory at %rd8."""
+    """Fault of PTX that has n words of memory at %rd8."""
     with pytest.raises(Fault) as error:
         run(body, np.zeros(n, np.uint32), n_threads=n_threads, grid=grid, shared=shared, options=Options(**options))  # type: ignore[arg-type]
     return error.value
@@ -45,8 +45,6 @@ def test_neighbouring_tensors_are_no_room() -> None:
     """An access that begins in one tensor and ends in the next one touches what neither owns alone."""
     array = np.zeros(8, np.uint32)
     first = array.ctypes.data
-    from tests.ptx.snippets import machine
-
     memory = Memory([(first, first + 8), (first + 8, first + 32)])
     with pytest.raises(Fault, match="outside"):
         machine("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd8];", 1).launch([first], (1, 1, 1), memory)

@@ -9,7 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from tests.ptx.snippets import compute, f32, f64, machine
+from tests.ptx.snippets import compute, each, f32, f64, machine, run
+from tritopt.tools.ptx.threads import Options
 
 NAN, INF = math.nan, math.inf
 # A NaN with a sign and a payload, which no arithmetic hands on.
@@ -50,6 +51,10 @@ CASES: list[tuple[str, str, list[list[int]], list[int]]] = [
     ("fma.rn.f32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32",
      [f32(1 + ULP, 0, INF, 1), f32(1 - ULP, 5, 0, 1), f32(-1, -0.0, 1, -1)],
      [*f32(-(2.0**-46), 0), CANONICAL, *f32(0)]),
+    # A product half way between two numbers, and a sum that says to which side: far below the last bit of fp64.
+    ("fma.rn.f32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32",
+     [f32(*[1 + 2.0**-12] * 2, *[-1 - 2.0**-12] * 2), f32(*[1 + 2.0**-12] * 4), f32(2.0**-80, -(2.0**-80)) * 2],
+     f32(1 + 2.0**-11 + ULP, 1 + 2.0**-11, -1 - 2.0**-11, -1 - 2.0**-11 - ULP)),
     # Approximate ones are exact here, and rounded.
     ("sqrt.approx.ftz.f32 {d}, {a};", "b32 b32", [f32(2, 4)], [0x3FB504F3, *f32(2)]),
     ("ex2.approx.ftz.f32 {d}, {a};", "b32 b32", [f32(0.5, 3, -INF)], [0x3FB504F3, *f32(8, 0)]),
@@ -239,9 +244,6 @@ def test_what_is_unknown_raises_when_it_is_loaded(text: str) -> None:
 
 
 def test_approximations_can_be_an_ulp_off() -> None:
-    from tests.ptx.snippets import each, run
-    from tritopt.tools.ptx.threads import Options
-
     values = np.linspace(1, 2, 32, dtype=np.float32)
     results = {}
     for name in ("sqrt.approx.f32", "sqrt.rn.f32"):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.ptx.snippets import each, run
+from tests.ptx.snippets import each, machine, run
+from tritopt.tools.ptx.memory import Fault, Memory
 from tritopt.tools.ptx.threads import Options
 
 
 def values(body: str, n_threads: int = 32, grid: int = 1, shared: int = 0, options: Options | None = None) -> list[int]:
-    """What each thread has in %r1 at the end."""
+    """Value that each thread has in %r1 at the end."""
     out = np.zeros(n_threads * grid, np.uint32)
     options = Options() if options is None else options
     run(f"{body}\n{each('st', 0, 'b32', '%r1')}", out, n_threads=n_threads, grid=grid, shared=shared, options=options)
@@ -26,9 +27,6 @@ def test_special_registers() -> None:
 
 
 def test_programs_are_numbered_along_x_first() -> None:
-    from tests.ptx.snippets import machine
-    from tritopt.tools.ptx.memory import Memory
-
     out = np.zeros(24, np.uint32)
     body = """mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %ctaid.z;
     mad.lo.s32 %r4, %r3, 4, %r2; mad.lo.s32 %r4, %r4, 2, %r1; mul.wide.u32 %rd0, %r4, 4; add.s64 %rd0, %rd0, %rd8;
@@ -135,8 +133,6 @@ def test_shared_memory_of_each_program(seed: int | None) -> None:
 
 
 def test_missing_barrier_gives_other_results_in_some_order_of_warps() -> None:
-    from tritopt.tools.ptx.memory import Fault
-
     broken = REVERSED.replace("bar.sync 0;", "")
     # In lockstep it does not show but for the check of races.
     expected = [127 - thread for thread in range(128)]
@@ -145,6 +141,20 @@ def test_missing_barrier_gives_other_results_in_some_order_of_warps() -> None:
         values(broken, 128, shared=512)
     with pytest.raises(Fault, match="never written"):
         values(broken, 128, shared=512, options=Options(watches=False, warp_seed=0))
+
+
+def test_warps_take_turns_in_any_order() -> None:
+    """The second warp reads what the first one writes: which is right without a barrier if warps go by number."""
+    body = """shl.b32 %r2, %r15, 2; setp.lt.u32 %p1, %r15, 32; mov.b32 %r1, 0;
+    @%p1 st.shared.b32 [%r2], %r15; @!%p1 ld.shared.b32 %r1, [%r2+-128];"""
+    expected = [0] * 32 + list(range(32))
+    outcomes = set()
+    for seed in range(8):
+        try:
+            outcomes.add(values(body, 64, shared=128, options=Options(watches=False, warp_seed=seed)) == expected)
+        except Fault:
+            outcomes.add(None)
+    assert outcomes == {True, None}
 
 
 def test_vectors_of_shared_and_global_memory() -> None:

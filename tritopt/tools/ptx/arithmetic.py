@@ -15,7 +15,7 @@ from tritopt.tools.ptx.operands import Execute, any_bit, computation
 from tritopt.tools.ptx.program import Instruction, Program
 
 Function: TypeAlias = Callable[..., Any]
-"""Of arrays, that gives one array, or one for each part of the first operand."""
+"""Function of arrays that gives one array, or one for each part of the first operand."""
 
 LOGIC: dict[str, Function] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
 # Each letter is an operand's type: t the instruction's, w twice as wide, u u32.
@@ -63,22 +63,22 @@ _MODIFIERS = {"rn", "ftz", "approx", "full", "NaN"}
 WIDEN = {"bf16": floats.from_bf16, "f16": floats.from_f16}
 
 
-def decode_arithmetic(found: Instruction, program: Program, inexact: bool) -> Execute | None:
+def decode_arithmetic(instruction: Instruction, program: Program, inexact: bool) -> Execute | None:
     """Executable of an instruction that these tables have, else None."""
-    if found.name == "selp":
-        return computation(found, _select, [found.parts[-1]] * 2 + ["pred"], program, _spread_of_selection)
-    typed = _setp(found) if found.name == "setp" else _typed(found, found.parts, inexact)
+    if instruction.name == "selp":
+        return computation(instruction, _select, [instruction.parts[-1]] * 2 + ["pred"], program, _spread_of_selection)
+    typed = _setp(instruction) if instruction.name == "setp" else _typed(instruction, instruction.parts, inexact)
     if typed is None:
         return None
-    return computation(found, typed[1], typed[0], program, _SPREAD.get(found.parts[-1], any_bit))
+    return computation(instruction, typed[1], typed[0], program, _SPREAD.get(instruction.parts[-1], any_bit))
 
 
-def _typed(found: Instruction, parts: Sequence[str], inexact: bool) -> tuple[list[str], Function] | None:
+def _typed(instruction: Instruction, parts: Sequence[str], inexact: bool) -> tuple[list[str], Function] | None:
     """Types of the operands, and the function."""
     kind, modifiers = parts[-1], parts[1:-1]
-    if kind == "f32x2" and (one := _typed(found, [*parts[:-1], "f32"], inexact)):
+    if kind == "f32x2" and (one := _typed(instruction, [*parts[:-1], "f32"], inexact)):
         return ["b64"] * len(one[0]), _pairwise(one[1])
-    if kind in WIDEN and parts[-2] == "f32" and (one := _typed(found, parts[:-1], inexact)):
+    if kind in WIDEN and parts[-2] == "f32" and (one := _typed(instruction, parts[:-1], inexact)):
         # Mixed precision: all but the last operand are 16 bits wide.
         n, function, widen = len(one[0]) - 1, one[1], WIDEN[kind]
         return [kind] * n + ["f32"], lambda *xs: function(*map(widen, xs[:-1]), xs[-1])
@@ -93,7 +93,7 @@ def _typed(found: Instruction, parts: Sequence[str], inexact: bool) -> tuple[lis
         return [{"t": kind, "w": wide, "u": "u32"}[letter] for letter in entry[0]], entry[1]
     if kind not in ("f32", "f64") or not _MODIFIERS.issuperset(modifiers):
         return None
-    return _float(parts[0], kind, modifiers, len(found.operands) - 1, inexact)
+    return _float(parts[0], kind, modifiers, len(instruction.operands) - 1, inexact)
 
 
 def _float(
@@ -153,11 +153,11 @@ def comparison(name: str, kind: str) -> Function:
     return lambda x, y: np.where(np.isnan(x) | np.isnan(y), is_unordered, compare(x, y))
 
 
-def _setp(found: Instruction) -> tuple[list[str], Function] | None:
+def _setp(instruction: Instruction) -> tuple[list[str], Function] | None:
     """Comparison; p|q get it and its contrary, or, of packed numbers, those of the lower and the upper half."""
-    name, *modifiers, kind = found.parts[1:]
+    name, *modifiers, kind = instruction.parts[1:]
     join = next((LOGIC[part] for part in modifiers if part in LOGIC), None)
-    is_pair = "|" in found.operands[0]
+    is_pair = "|" in instruction.operands[0]
     if set(modifiers) - {"ftz", *LOGIC} or (kind.endswith("x2") and (join or not is_pair)):
         return None
     compare = comparison(name, kind.removesuffix("x2"))
@@ -169,10 +169,10 @@ def _setp(found: Instruction) -> tuple[list[str], Function] | None:
 
     def both(x: Array, y: Array, *others: Array) -> Array | list[Array]:
         holds = compare(flush(x), flush(y))
-        found = [holds if join is None else join(holds, *others) for holds in (holds, ~holds)]
-        return found if is_pair else found[0]
+        results = [holds if join is None else join(holds, *others) for holds in (holds, ~holds)]
+        return results if is_pair else results[0]
 
-    return [kind, kind, "pred"][: len(found.operands) - 1], halves if kind.endswith("x2") else both
+    return [kind, kind, "pred"][: len(instruction.operands) - 1], halves if kind.endswith("x2") else both
 
 
 def _select(x: Array, y: Array, holds: Array) -> Array:

@@ -19,10 +19,10 @@ _WHOLE: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trunc, 
 _NARROW = {"bf16": floats.to_bf16, "f16": floats.to_f16}
 
 
-def decode_conversion(found: Instruction, program: Program) -> Execute | None:
+def decode_conversion(instruction: Instruction, program: Program) -> Execute | None:
     """Executable of cvt; None if its pair of types or a modifier is not known."""
-    types = [part for part in found.parts[1:] if re.fullmatch(r"[suf]\d+(x2)?|bf16(x2)?", part)]
-    modifiers = set(found.parts[1:]) - set(types)
+    types = [part for part in instruction.parts[1:] if re.fullmatch(r"[suf]\d+(x2)?|bf16(x2)?", part)]
+    modifiers = set(instruction.parts[1:]) - set(types)
     if len(types) != 2 or modifiers - {"rn", "ftz", *_WHOLE}:
         return None
     target, source = types
@@ -31,9 +31,9 @@ def decode_conversion(found: Instruction, program: Program) -> Execute | None:
             return None
         narrow = _NARROW[target[:-2]]
         function = lambda high, low: (narrow(high).astype(np.uint32) << np.uint32(16)) | narrow(low)  # noqa: E731
-        return computation(found, function, ["f32", "f32"], program, _halves)
+        return computation(instruction, function, ["f32", "f32"], program, _halves)
     of_one = _conversion(target, source, modifiers)
-    return None if of_one is None else computation(found, of_one, [source], program)
+    return None if of_one is None else computation(instruction, of_one, [source], program)
 
 
 def _conversion(target: str, source: str, modifiers: set[str]) -> Callable[[Array], Array] | None:
@@ -72,9 +72,9 @@ def _halves(values: Sequence[Array], masks: Sequence[Array]) -> Array:
     return high << np.uint32(16) | low
 
 
-def decode_move(found: Instruction, program: Program) -> Execute:
+def decode_move(instruction: Instruction, program: Program) -> Execute:
     """Executable of mov, also between a register and several narrower ones, the lowest bits first."""
-    kind, (to, of) = found.parts[-1], found.operands
+    kind, (to, of) = instruction.parts[-1], instruction.operands
     size = dtype_of(kind).itemsize
 
     def split(x: Array) -> list[Array]:
@@ -86,6 +86,6 @@ def decode_move(found: Instruction, program: Program) -> Execute:
 
     n = len(listed(of))
     function: Callable[..., Any] = split if to.startswith("{") else join if n > 1 else lambda x: x
-    kinds = [f"b{8 * size // n}"] * n if kind != "pred" else [kind]
+    types = [f"b{8 * size // n}"] * n if kind != "pred" else [kind]
     # Undefined bits go where all bits go.
-    return computation(found, function, kinds, program, lambda values, masks: function(*masks))
+    return computation(instruction, function, types, program, lambda values, masks: function(*masks))

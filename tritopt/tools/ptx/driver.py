@@ -23,7 +23,7 @@ from tritopt.tools.ptx.threads import Options
 
 @dataclass
 class Record(Options):
-    """What ran in the machine, and how launches run; as a context manager it switches the machine off in the end."""
+    """Launches that ran in the machine, and how they run; a context manager that switches it off in the end."""
 
     launches: Counter[str] = field(default_factory=Counter)
     """Number of launches, by the kernel's name."""
@@ -192,11 +192,11 @@ def _tensors() -> list[torch.Tensor]:
 
 def allocations() -> list[tuple[int, int]]:
     """First address and end of what each live tensor of the CPU spans: its own extent, not its storage's."""
-    found = set()
+    spans = set()
     for candidate in _tensors():
         for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
             if tensor is not None and tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel():
                 first = tensor.data_ptr()
                 span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-                found.add((first, first + span * tensor.element_size()))
-    return list(found)
+                spans.add((first, first + span * tensor.element_size()))
+    return list(spans)

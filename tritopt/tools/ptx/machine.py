@@ -105,52 +105,55 @@ class Machine:
         threads.at[selection] = block + 1 if block + 1 < len(steps) else DONE
         for instruction, execute in steps[block]:
             threads.instruction = instruction
-            some: Selection | None = selection
+            active: Selection | None = selection
             if instruction.guard is not None:
                 threads.check_defined([instruction.guard], selection, "predicate")
                 holds = threads.registers[instruction.guard][selection]
-                some = among(~holds if instruction.is_negated else holds, selection)
-            if some is not None:
-                execute(threads, some)
+                active = among(~holds if instruction.is_negated else holds, selection)
+            if active is not None:
+                execute(threads, active)
 
     def _decode(self, inexact: bool) -> list[list[Step]]:
-        return [[(found, self._execute(found, inexact)) for found in block] for block in self.program.blocks]
+        return [
+            [(instruction, self._execute(instruction, inexact)) for instruction in block]
+            for block in self.program.blocks
+        ]
 
-    def _execute(self, found: Instruction, inexact: bool) -> Execute:
+    def _execute(self, instruction: Instruction, inexact: bool) -> Execute:
         try:
-            execute = self._control(found) or decode_arithmetic(found, self.program, inexact)
-            if execute is None and found.name in _DECODE:
-                execute = _DECODE[found.name](found, self.program)
+            execute = self._control(instruction) or decode_arithmetic(instruction, self.program, inexact)
+            if execute is None and instruction.name in _DECODE:
+                execute = _DECODE[instruction.name](instruction, self.program)
         except (KeyError, ValueError, IndexError) as error:
-            raise NotImplementedError(f"{self.program.name}: the machine does not know `{found}`") from error
+            raise NotImplementedError(f"{self.program.name}: the machine does not know `{instruction}`") from error
         if execute is None:
-            raise NotImplementedError(f"{self.program.name}: the machine does not know `{found}`")
+            raise NotImplementedError(f"{self.program.name}: the machine does not know `{instruction}`")
         return execute
 
-    def _control(self, found: Instruction) -> Execute | None:
-        if found.name in ("bra", "ret", "exit"):
-            return _jump(self.program.labels[found.operands[0]] if found.name == "bra" else DONE)
-        if found.opcode == "bar.warp.sync":
+    def _control(self, instruction: Instruction) -> Execute | None:
+        if instruction.name in ("bra", "ret", "exit"):
+            return _jump(self.program.labels[instruction.operands[0]] if instruction.name == "bra" else DONE)
+        if instruction.opcode == "bar.warp.sync":
             return _wait_for_warp
-        if found.opcode in ("bar.sync", "barrier.sync") and found.operands == ("0",):
+        if instruction.opcode in ("bar.sync", "barrier.sync") and instruction.operands == ("0",):
             return _wait
         return None
 
 
 def _jump(block: int) -> Execute:
-    def execute(threads: Threads, some: Selection) -> None:
-        threads.at[some] = block
+    def execute(threads: Threads, selection: Selection) -> None:
+        threads.at[selection] = block
 
     return execute
 
 
-def _wait_for_warp(threads: Threads, some: Selection) -> None:
-    threads.warps(some, "a barrier")
+def _wait_for_warp(threads: Threads, selection: Selection) -> None:
+    threads.warps(selection, "a barrier")
 
 
-def _wait(threads: Threads, some: Selection) -> None:
-    _wait_for_warp(threads, some)
-    threads.is_waiting[some] = True
+def _wait(threads: Threads, selection: Selection) -> None:
+    _wait_for_warp(threads, selection)
+    threads.is_waiting[selection] = True
 
 
 def _parameter(value: Any, dtype: np.dtype[Any]) -> Array:

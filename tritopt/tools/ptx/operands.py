@@ -31,9 +31,9 @@ def undefined(operand: str, kind: str, program: Program) -> Read:
     """Bits of an operand that are undefined, as `reader` has its values."""
     bits = bits_of(kind)
 
-    def read(threads: Threads, some: Selection) -> Array:
+    def read(threads: Threads, selection: Selection) -> Array:
         mask = threads.undefined.get(operand)
-        return np.zeros(size_of(some), bits) if mask is None else mask[some].astype(bits)
+        return np.zeros(size_of(selection), bits) if mask is None else mask[selection].astype(bits)
 
     return read
 
@@ -43,15 +43,15 @@ def reader(operand: str, kind: str, program: Program) -> Read:
     dtype, bits = dtype_of(kind), bits_of(kind)
     if operand in program.registers:
         if bits_of(program.registers[operand]) == bits:
-            return lambda threads, some: threads.registers[operand][some].view(dtype)
-        return lambda threads, some: threads.registers[operand][some].astype(bits).view(dtype)
+            return lambda threads, selection: threads.registers[operand][selection].view(dtype)
+        return lambda threads, selection: threads.registers[operand][selection].astype(bits).view(dtype)
     if operand.startswith("%"):
         if operand not in SPECIAL:
             raise KeyError(operand)
-        return lambda threads, some: threads.special[operand][some].astype(bits).view(dtype)
+        return lambda threads, selection: threads.special[operand][selection].astype(bits).view(dtype)
     number = 0 if operand == program.shared_symbol else _number(operand)
     constant = np.array([number % 256**dtype.itemsize if dtype.kind != "b" else number], bits).view(dtype)
-    return lambda threads, some: constant
+    return lambda threads, selection: constant
 
 
 def _number(text: str) -> int:
@@ -61,17 +61,17 @@ def _number(text: str) -> int:
 def writer(operand: str, program: Program) -> Write:
     """Setter of a register: signed values are extended by their sign, all others by zeros."""
     if operand == "_":
-        return lambda threads, some, value, undefined: None
+        return lambda threads, selection, value, undefined: None
     bits = bits_of(program.registers[operand])
 
-    def write(threads: Threads, some: Selection, value: Array, undefined: Array | None) -> None:
+    def write(threads: Threads, selection: Selection, value: Array, undefined: Array | None) -> None:
         if value.dtype.itemsize != bits.itemsize:
             assert value.dtype.kind in "iu", value.dtype
             value = value.astype(f"i{bits.itemsize}" if value.dtype.kind == "i" else bits)
         if undefined is not None:
             is_bool = undefined.dtype.kind == "b"
             undefined = np.where(undefined, ~bits.type(0), bits.type(0)) if is_bool else undefined.astype(bits)
-        threads.write(operand, some, value.view(bits), undefined)
+        threads.write(operand, selection, value.view(bits), undefined)
 
     return write
 
@@ -82,16 +82,16 @@ def address(operand: str, kind: str, program: Program) -> Read:
     read, plus = reader(base.strip(), kind, program), np.int64(int(offset.strip() or "0", 0))
     names = registers_in([base], program)
 
-    def addresses(threads: Threads, some: Selection) -> Array:
-        threads.check_defined(names, some, "address of")
-        return full(read(threads, some).astype(np.int64) + plus, some)
+    def addresses(threads: Threads, selection: Selection) -> Array:
+        threads.check_defined(names, selection, "address of")
+        return full(read(threads, selection).astype(np.int64) + plus, selection)
 
     return addresses
 
 
-def full(value: Array, some: Selection) -> Array:
+def full(value: Array, selection: Selection) -> Array:
     """One value per thread, where a constant has one for all."""
-    return value if len(value) == size_of(some) else np.broadcast_to(value, size_of(some))
+    return value if len(value) == size_of(selection) else np.broadcast_to(value, size_of(selection))
 
 
 def any_bit(values: Sequence[Array], masks: Sequence[Array]) -> Array:
@@ -100,33 +100,36 @@ def any_bit(values: Sequence[Array], masks: Sequence[Array]) -> Array:
 
 
 def computation(
-    found: Instruction, function: Callable[..., Any], kinds: Sequence[str], program: Program,
+    instruction: Instruction, function: Callable[..., Any], types: Sequence[str], program: Program,
     spread: Callable[[Sequence[Array], Sequence[Array]], Any] = any_bit,
 ) -> Execute:  # fmt: skip
     """Instruction that computes its first operand, or each part of it, from the others.
 
     Args:
-        found: the instruction.
+        instruction: with its operands.
         function: of the operands' values; gives the result, or one for each part of the first operand.
-        kinds: types of the operands that it reads.
+        types: types of the operands that it reads.
         program: the kernel.
         spread: undefined bits of the results (or a bool, for all of them), from the values of the operands and their
             undefined bits.
     """
-    targets, sources = listed(found.operands[0]), [part for operand in found.operands[1:] for part in listed(operand)]
-    reads = [reader(source, kind, program) for source, kind in zip(sources, kinds, strict=True)]
-    read_masks = [undefined(source, kind, program) for source, kind in zip(sources, kinds, strict=True)]
+    targets, sources = (
+        listed(instruction.operands[0]),
+        [part for operand in instruction.operands[1:] for part in listed(operand)],
+    )
+    reads = [reader(source, kind, program) for source, kind in zip(sources, types, strict=True)]
+    read_masks = [undefined(source, kind, program) for source, kind in zip(sources, types, strict=True)]
     writes, names = [writer(target, program) for target in targets], set(sources)
 
-    def execute(threads: Threads, some: Selection) -> None:
-        values = [read(threads, some) for read in reads]
+    def execute(threads: Threads, selection: Selection) -> None:
+        values = [read(threads, selection) for read in reads]
         results = function(*values)
         results = results if len(writes) > 1 else (results,)
         masks: Any = [None] * len(writes)
         if not threads.undefined.keys().isdisjoint(names):
-            masks = spread(values, [read(threads, some) for read in read_masks])
+            masks = spread(values, [read(threads, selection) for read in read_masks])
             masks = masks if isinstance(masks, list) else [masks] * len(writes)
         for write, result, mask in zip(writes, results, masks, strict=True):
-            write(threads, some, result, mask)
+            write(threads, selection, result, mask)
 
     return execute

@@ -104,8 +104,8 @@ def _add(program: Program, statement: str) -> None:
     elif statement.startswith(".reg"):
         _, kind, names = statement.split(None, 2)
         for name in names.split(","):
-            found = _RANGE.match(name.strip())
-            declared = [f"{found[1]}{i}" for i in range(int(found[2]))] if found else [name.strip()]
+            span = _RANGE.match(name.strip())
+            declared = [f"{span[1]}{i}" for i in range(int(span[2]))] if span else [name.strip()]
             program.registers.update(dict.fromkeys(declared, kind.removeprefix(".")))
     else:
         match = _INSTRUCTION.match(statement)

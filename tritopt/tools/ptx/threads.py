@@ -61,8 +61,8 @@ def bits_of(kind: str) -> np.dtype[Any]:
 class _Registers(dict[str, Array]):
     """Bits of each register, [threads], made when it is first touched."""
 
-    def __init__(self, kinds: dict[str, str], n: int) -> None:
-        self._kinds, self._n = kinds, n
+    def __init__(self, types: dict[str, str], n: int) -> None:
+        self._kinds, self._n = types, n
 
     def __missing__(self, name: str) -> Array:
         dtype = bits_of(self._kinds[name])
@@ -92,8 +92,8 @@ class Threads:
         n = self.n = len(numbers) * per
         self.n_programs, self.parameters, self.memory = len(numbers), parameters, memory
         self._kinds, self.registers = program.registers, _Registers(program.registers, n)
-        kinds = {kind: bits_of(kind) for kind in program.registers.values()}
-        self._all = {kind: np.full(n, -1 % 256**bits.itemsize, bits) for kind, bits in kinds.items()}
+        types = {kind: bits_of(kind) for kind in program.registers.values()}
+        self._all = {kind: np.full(n, -1 % 256**bits.itemsize, bits) for kind, bits in types.items()}
         self.undefined = {name: self._all[kind] for name, kind in program.registers.items()}
         """Set bits are those of a register that come of something that was never written; without an entry: none."""
         tid, number = np.tile(np.arange(per, dtype=np.uint32), len(numbers)), np.repeat(numbers, per)
@@ -113,40 +113,40 @@ class Threads:
         self.instruction = Instruction("", ())
         """The one that runs now."""
 
-    def write(self, name: str, some: Selection, value: Array, undefined: Array | None) -> None:
+    def write(self, name: str, selection: Selection, value: Array, undefined: Array | None) -> None:
         """Set a register, and which of its bits are undefined; None: none."""
-        self.registers[name][some] = value
+        self.registers[name][selection] = value
         mask = self.undefined.get(name)
-        if undefined is None and (mask is None or size_of(some) == self.n):
+        if undefined is None and (mask is None or size_of(selection) == self.n):
             self.undefined.pop(name, None)
             return
         if mask is None or mask is self._all[self._kinds[name]]:
             mask = np.zeros_like(self.registers[name]) if mask is None else mask.copy()
-        mask[some] = 0 if undefined is None else undefined
+        mask[selection] = 0 if undefined is None else undefined
         self.undefined[name] = mask
         if not mask.any():
             del self.undefined[name]
 
-    def check_defined(self, names: Sequence[str], some: Selection, use: str) -> None:
+    def check_defined(self, names: Sequence[str], selection: Selection, use: str) -> None:
         """Fault if one of these registers is undefined where it decides on something."""
         for name in self.undefined.keys() & set(names):
-            is_undefined = self.undefined[name][some] != 0
+            is_undefined = self.undefined[name][selection] != 0
             if is_undefined.any():
                 what = f"{use} {name}, which comes of something that was never written"
-                raise Fault(what, self.id[some][int(is_undefined.argmax())])
+                raise Fault(what, self.id[selection][int(is_undefined.argmax())])
 
-    def warps(self, some: Selection, what: str) -> int:
+    def warps(self, selection: Selection, what: str) -> int:
         """Number of warps that these threads are; Fault if they are not all of them whole."""
-        lanes = np.bincount(np.arange(self.n)[some] // 32)
+        lanes = np.bincount(np.arange(self.n)[selection] // 32)
         partial = np.flatnonzero((lanes > 0) & (lanes < 32))
         if len(partial):
             raise Fault(f"{what} without all threads of the warp", self.id[32 * partial[0]])
         return int(np.count_nonzero(lanes))
 
 
-def size_of(some: Selection) -> int:
+def size_of(selection: Selection) -> int:
     """Number of threads."""
-    return some.stop - some.start if isinstance(some, slice) else len(some)
+    return selection.stop - selection.start if isinstance(selection, slice) else len(selection)
 
 
 def among(mask: Array, within: Selection) -> Selection | None:
