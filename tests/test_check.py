@@ -23,6 +23,7 @@ from tritopt.__main__ import app
 from tritopt.check import Case, Contender, Row, check_case, load_optimizer, run_checks
 from tritopt.kernels.language import HAS_TRITON, tl, triton  # noqa: F401
 from tritopt.kernels.state_formats import BLOCK, SIGNED, STATE_FORMATS, store_int8
+from tritopt.tools import checks
 
 needs_kernels = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 ROOT = Path(__file__).resolve().parent.parent
@@ -485,6 +486,42 @@ def test_command_fails_for_a_broken_kernel(here: Path) -> None:
     assert "tritopt.create('ascending', learning_rate=0.1), weights float32, gradients float32:" in result.stdout
     assert "11 of 11 checks failed" in result.stdout
     assert tritopt.create("ascending").learning_rate == 0.01
+
+
+@needs_kernels
+def test_compiled_kernels_are_checked_without_a_gpu(here: Path) -> None:
+    """The compiler must find kernels that are not interpreted, so this needs a process of its own."""
+    (here / "broken.py").write_text(BROKEN)
+    env = {**os.environ, "TRITON_INTERPRET": "0", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "tritopt", "check", "broken:Ascending", "test", "--quick", "--compiled"]
+    done = subprocess.run([*command, "--json"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["device"], answer["compiled_for"], answer["interpreter"]) == ("PTX machine", "sm_90", False)
+    assert {(row["optimizer"], row["passed"]) for row in answer["rows"]} == {("ascending", False), ("test", True)}
+    assert all(row["fused_vs_reference"] is not None for row in answer["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compiled", "--target", "sm_70"], "--target sm_70 must be one of sm_80, sm_90, sm_100"),
+        pytest.param(["--compiled"], "TRITON_INTERPRET=1: unset it", marks=needs_kernels),
+    ],
+)
+def test_what_cannot_be_compiled_is_a_usage_error(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["check", *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_many_checks_are_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the same rows in the same order."""
+    chosen = check.cases([tritopt.Test], quick=True)
+    expected = [check_case(case, n_steps=2) for case in chosen]
+    monkeypatch.setattr(checks, "MANY", len(chosen))
+    assert list(checks.run_cases(chosen, quick=True)) == expected
+    assert all(row.passed for row in expected)
 
 
 def test_json() -> None:
