@@ -143,7 +143,7 @@ def _spread_in_halves(values: Sequence[Array], masks: Sequence[Array]) -> Array:
     return np.where(is_undefined, ~np.zeros(1, half), np.zeros(1, half)).view(masks[0].dtype)
 
 
-_SPREAD = dict.fromkeys(("f32x2", "bf16x2", "f16x2"), _spread_in_halves)
+_SPREAD = dict.fromkeys(("f32x2", "bf16x2", "f16x2", "s16x2", "u16x2"), _spread_in_halves)
 
 
 def _pairwise(function: Function, half: np.dtype[Any]) -> Function:
