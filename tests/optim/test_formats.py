@@ -39,7 +39,7 @@ class StillScalars(NamedTuple):
     lr: float
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def still_update(w, g, state, s):  # type: ignore[no-untyped-def]
     """The weight, which is loaded and stored."""
     return w, state
