@@ -122,7 +122,7 @@ class FakeCuda:
         )
         launches = Launches(self.memory, self.current_stream)
         patch.setattr(interpreter.GridExecutor, "__call__", launches.wrap(interpreter.GridExecutor.__call__))
-        patch.setattr(fused, "INTERPRETED", False)
+        patch.setattr(fused, "kernel_device", "cuda")
         # What is in C asks torch for addresses, past what a subclass says of its own.
         patch.setattr(walk, "_found", [walk.IN_PYTHON])
 
