@@ -148,7 +148,7 @@ def test_warps_take_turns_in_any_order() -> None:
     body = """shl.b32 %r2, %r15, 2; setp.lt.u32 %p1, %r15, 32; mov.b32 %r1, 0;
     @%p1 st.shared.b32 [%r2], %r15; @!%p1 ld.shared.b32 %r1, [%r2+-128];"""
     expected = [0] * 32 + list(range(32))
-    outcomes = set()
+    outcomes: set[bool | None] = set()
     for seed in range(8):
         try:
             outcomes.add(values(body, 64, shared=128, options=Options(watches=False, warp_seed=seed)) == expected)

@@ -13,6 +13,7 @@ from tritopt.tools.ptx import floats, integers
 from tritopt.tools.ptx.floats import Array
 from tritopt.tools.ptx.operands import Execute, any_bit, computation
 from tritopt.tools.ptx.program import Instruction, Program
+from tritopt.tools.ptx.threads import dtype_of
 
 Function: TypeAlias = Callable[..., Any]
 """Function of arrays that gives one array, or one for each part of the first operand."""
@@ -70,18 +71,21 @@ def decode_arithmetic(instruction: Instruction, program: Program, inexact: bool)
     typed = _setp(instruction) if instruction.name == "setp" else _typed(instruction, instruction.parts, inexact)
     if typed is None:
         return None
-    return computation(instruction, typed[1], typed[0], program, _SPREAD.get(instruction.parts[-1], any_bit))
+    spread = any_bit if instruction.name == "setp" else _SPREAD.get(instruction.parts[-1], any_bit)
+    return computation(instruction, typed[1], typed[0], program, spread)
 
 
 def _typed(instruction: Instruction, parts: Sequence[str], inexact: bool) -> tuple[list[str], Function] | None:
     """Types of the operands, and the function."""
     kind, modifiers = parts[-1], parts[1:-1]
-    if kind == "f32x2" and (one := _typed(instruction, [*parts[:-1], "f32"], inexact)):
-        return ["b64"] * len(one[0]), _pairwise(one[1])
+    if kind.endswith("x2") and (one := _typed(instruction, [*parts[:-1], kind[:-2]], inexact)):
+        return [kind] * len(one[0]), _pairwise(one[1], dtype_of(kind[:-2]))
     if kind in WIDEN and parts[-2] == "f32" and (one := _typed(instruction, parts[:-1], inexact)):
         # Mixed precision: all but the last operand are 16 bits wide.
         n, function, widen = len(one[0]) - 1, one[1], WIDEN[kind]
         return [kind] * n + ["f32"], lambda *xs: function(*map(widen, xs[:-1]), xs[-1])
+    if kind in WIDEN and _MODIFIERS.issuperset(modifiers):
+        return _half(parts[0], kind, modifiers, len(instruction.operands) - 1)
     if kind == "pred":
         is_not = parts[0] == "not"
         return (["pred"] * (1 if is_not else 2), LOGIC[parts[0]]) if parts[0] in LOGIC else None
@@ -121,20 +125,33 @@ def _float(
     return [kind] * n, compute
 
 
+def _half(name: str, kind: str, modifiers: Sequence[str], n_sources: int) -> tuple[list[str], Function] | None:
+    """Arithmetic of 16-bit floats: in fp64, where it is exact or rounded so that rounding again does no harm."""
+    if name in ("abs", "neg"):
+        return [kind], _FLOATS[name][1]
+    one = (["f64"] * 3, floats.fma_to_odd) if name == "fma" else _float(name, "f64", modifiers, n_sources, False)
+    if one is None or name not in ("fma", "add", "sub", "mul", "min", "max"):
+        return None
+    function, widen = one[1], WIDEN[kind]
+    narrow = floats.f64_to_bf16 if kind == "bf16" else floats.to_f16
+    return [kind] * len(one[0]), lambda *xs: narrow(function(*(widen(x).astype(np.float64) for x in xs)))
+
+
 def _spread_in_halves(values: Sequence[Array], masks: Sequence[Array]) -> Array:
-    is_undefined = any_bit(values, [mask.view(np.uint32) for mask in masks])
-    return np.where(is_undefined, ~np.uint32(0), np.uint32(0)).view(np.uint64)
+    half = f"u{masks[0].dtype.itemsize // 2}"
+    is_undefined = any_bit(values, [mask.view(half) for mask in masks])
+    return np.where(is_undefined, ~np.zeros(1, half), np.zeros(1, half)).view(masks[0].dtype)
 
 
-_SPREAD = {"f32x2": _spread_in_halves}
+_SPREAD = dict.fromkeys(("f32x2", "bf16x2", "f16x2"), _spread_in_halves)
 
 
-def _pairwise(function: Function) -> Function:
-    """Apply a function of fp32 to both halves of 64 bits."""
+def _pairwise(function: Function, half: np.dtype[Any]) -> Function:
+    """Apply a function to both halves of packed numbers."""
 
     def both(*operands: Array) -> Array:
-        pairs = [np.ascontiguousarray(operand).view(np.float32) for operand in np.broadcast_arrays(*operands)]
-        return np.ascontiguousarray(function(*pairs)).view(np.uint64)
+        pairs = [np.ascontiguousarray(operand).view(half) for operand in np.broadcast_arrays(*operands)]
+        return np.ascontiguousarray(function(*pairs)).view(operands[0].dtype)
 
     return both
 

@@ -10,7 +10,7 @@ import numpy as np
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 NAN: dict[int, Any] = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF), 8: np.uint64(2**63 - 1)}
 """Bits of the NaN that arithmetic gives, by size in bytes."""
-_SIGN: dict[int, Any] = {4: np.uint32(2**31), 8: np.uint64(2**63)}
+_SIGN: dict[int, Any] = {2: np.uint16(2**15), 4: np.uint32(2**31), 8: np.uint64(2**63)}
 
 
 def bits(x: Array) -> Array:
@@ -77,20 +77,33 @@ def maximum(x: Array, y: Array, keeps_nan: bool) -> Array:
     return canonical(np.where((x == 0) & (y == 0), (bits(x) & bits(y)).view(x.dtype), larger))
 
 
-def fma32(a: Array, b: Array, c: Array) -> Array:
-    """Fused multiply-add of fp32, rounded once: in fp64 the product is exact, and the sum is rounded to odd.
+def fma_to_odd(a: Array, b: Array, c: Array) -> Array:
+    """Sum a * b + c of fp64 numbers whose product is exact, rounded to odd: what is rounded once more is rounded right.
 
-    fp64 has more than twice the bits of fp32 and two to spare, so what was rounded to odd rounds to nearest as the
-    exact sum would (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums").
+    fp64 has more than twice the bits of fp32 and two to spare, so rounding to odd first does no harm (Boldo and
+    Melquiond, "Emulation of a FMA and correctly rounded sums").
     """
-    x, y = np.broadcast_arrays(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64))
+    x, y = np.broadcast_arrays(a * b, c)
     total = x + y
     part = total - x
     error = (x - (total - part)) + (y - part)
     b64 = np.array(total).view(np.int64)
     is_inexact = (error != 0) & np.isfinite(total) & (b64 & 1 == 0)
     toward = np.where((error > 0) == (total > 0), 1, -1)
-    return canonical(np.where(is_inexact, b64 + toward, b64).view(np.float64).astype(np.float32))
+    return np.where(is_inexact, b64 + toward, b64).view(np.float64)
+
+
+def fma32(a: Array, b: Array, c: Array) -> Array:
+    """Fused multiply-add of fp32, rounded once."""
+    return fma_to_odd(*(x.astype(np.float64) for x in (a, b, c))).astype(np.float32)
+
+
+def f64_to_bf16(x: Array) -> Array:
+    """Bits of bf16 of fp64 numbers, rounded once: by way of fp32, rounded to odd."""
+    cut = x.astype(np.float32)
+    cut = np.where(np.abs(cut) > np.abs(x), np.nextafter(cut, np.float32(0)), cut)
+    is_lost = (cut != x) & ~np.isnan(x)
+    return to_bf16((bits(cut) | is_lost.astype(np.uint32)).view(np.float32))
 
 
 def in_double(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
