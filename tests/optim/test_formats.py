@@ -39,8 +39,8 @@ class StillScalars(NamedTuple):
     lr: float
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def still_update(w: Any, g: Any, state: Any, s: Any) -> Any:
+@triton.jit
+def still_update(w, g, state, s):  # type: ignore[no-untyped-def]
     """The weight, which is loaded and stored."""
     return w, state
 

@@ -114,6 +114,12 @@ def test_a_thread_missing_at_an_exchange() -> None:
         run(f"setp.ge.u32 %p1, %r15, 32; @%p1 {exchange}", np.zeros(1, np.uint32), n_threads=64)
 
 
+def test_exchanges_of_a_part_of_a_warp_are_not_known() -> None:
+    for exchange in ("shfl.sync.bfly.b32 %r1, %r15, 1, 31, 0xFF;", "redux.sync.add.s32 %r1, %r15, 0xFF;"):
+        with pytest.raises(NotImplementedError, match="of a part of a warp"):
+            run(exchange, np.zeros(1, np.uint32))
+
+
 def test_shared_memory_out_of_bounds_or_misaligned() -> None:
     for access in ("ld.shared.b32 %r1, [%r2];", "st.shared.b32 [%r2], %r15;"):
         assert "outside of shared memory, 60 bytes" in str(fault(f"mov.b32 %r2, 60; {access}", shared=60))
@@ -153,6 +159,23 @@ def test_what_was_never_written_and_does_not_matter() -> None:
         f"setp.lt.u32 %p1, %r15, 9; @%p1 mov.b32 %r1, 1; {STORE.replace('st.', '@%p1 st.')}",
     ):
         run(body, np.zeros(32, np.uint32))
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        "cvt.u32.u64 %r1, %rd2;", "mov.b64 {%r1, _}, %rd2;", "and.b64 %rd3, %rd2, 0xFFFFFFFF; cvt.u32.u64 %r1, %rd3;",
+        "shl.b64 %rd3, %rd2, 32; shr.u64 %rd3, %rd3, 32; cvt.u32.u64 %r1, %rd3;",
+        "or.b64 %rd3, %rd2, 0xFFFFFFFF00000000; shr.s64 %rd3, %rd3, 8; cvt.s32.s64 %r1, %rd3;",
+        "mul.rn.f32x2 %rd3, %rd2, %rd2; mov.b64 {%r1, _}, %rd3;",
+        "cvt.u32.u64 %r4, %rd2; prmt.b32 %r1, %r4, %r5, 0x3210;", "xor.b64 %rd3, %rd2, %rd2; cvt.u32.u64 %r1, %rd3;",
+    ],
+)  # fmt: skip
+def test_halves_of_which_one_was_never_written(half: str) -> None:
+    """Compilers pack them, and take the other one out again."""
+    run(f"mov.b64 %rd2, {{%r15, %r7}}; {half} {STORE}", np.zeros(32, np.uint32))
+    swapped = f"mov.b64 %rd2, {{%r7, %r15}}; {half} {STORE}"
+    assert "never written" in str(fault(swapped))
 
 
 def test_races_of_warps_in_shared_memory() -> None:

@@ -72,6 +72,8 @@ CASES: list[tuple[str, str, list[list[int]], list[int]]] = [
     ("sub.rn.f16 {d}, {a}, {b};", "b16 b16 b16", [[0x3C00, 0x7C00], [0x0C00, 0x7C00]], [0x3C00, 0x7FFF]),
     ("add.rn.f16x2 {d}, {a}, {b};", B32, [[0x3C003C01], [0x10001000]], [0x3C003C02]),
     ("mul.rn.bf16x2 {d}, {a}, {b};", B32, [[0x3F81BF81], [0x3F813F81]], [0x3F82BF82]),
+    ("add.s16x2 {d}, {a}, {b};", B32, [[0x0001FFFF], [0x00010001]], [0x00020000]),
+    ("max.s16x2 {d}, {a}, {b};", B32, [[0x0001FFFF], [0xFFFF0001]], [0x00010001]),
     ("neg.bf16x2 {d}, {a};", "b32 b32", [[0x3F80FFC1]], [0xBF807FC1]),
     ("abs.f16 {d}, {a};", "b16 b16", [[0xBC00]], [0x3C00]),
     ("max.NaN.bf16 {d}, {a}, {b};", "b16 b16 b16", [[0x3F80, 0x8000], [0x7FC0, 0x0000]], [0x7FFF, 0]),

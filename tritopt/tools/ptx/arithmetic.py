@@ -71,7 +71,7 @@ def decode_arithmetic(instruction: Instruction, program: Program, inexact: bool)
     typed = _setp(instruction) if instruction.name == "setp" else _typed(instruction, instruction.parts, inexact)
     if typed is None:
         return None
-    spread = any_bit if instruction.name == "setp" else _SPREAD.get(instruction.parts[-1], any_bit)
+    spread = _SPREAD.get(instruction.name) or _SPREAD.get(instruction.parts[-1], any_bit)
     return computation(instruction, typed[1], typed[0], program, spread)
 
 
@@ -143,7 +143,25 @@ def _spread_in_halves(values: Sequence[Array], masks: Sequence[Array]) -> Array:
     return np.where(is_undefined, ~np.zeros(1, half), np.zeros(1, half)).view(masks[0].dtype)
 
 
-_SPREAD = dict.fromkeys(("f32x2", "bf16x2", "f16x2"), _spread_in_halves)
+def _spread_of_shift(shift: Function) -> Function:
+    def spread(values: Sequence[Array], masks: Sequence[Array]) -> Array:
+        moved = shift(masks[0].view(values[0].dtype), values[1]).view(masks[0].dtype)
+        return np.asarray(np.where(masks[1] != 0, ~moved.dtype.type(0), moved))
+
+    return spread
+
+
+# Compilers pack two numbers of which one is undefined, and take the other one out: its bits must stay apart.
+_SPREAD: dict[str, Function] = {
+    **dict.fromkeys(("f32x2", "bf16x2", "f16x2", "s16x2", "u16x2"), _spread_in_halves),
+    "setp": any_bit,
+    "and": lambda v, m: (m[0] | m[1]) & (v[0] | m[0]) & (v[1] | m[1]),
+    "or": lambda v, m: (m[0] | m[1]) & (~v[0] | m[0]) & (~v[1] | m[1]),
+    "xor": lambda v, m: m[0] | m[1],
+    "prmt": lambda v, m: np.where(m[2] != 0, ~np.uint32(0), integers.permute(m[0], m[1], v[2])),
+    "shl": _spread_of_shift(integers.shift_left),
+    "shr": _spread_of_shift(integers.shift_right),
+}
 
 
 def _pairwise(function: Function, half: np.dtype[Any]) -> Function:

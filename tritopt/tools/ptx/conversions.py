@@ -11,7 +11,7 @@ import numpy as np
 from tritopt.tools.ptx import floats
 from tritopt.tools.ptx.arithmetic import WIDEN
 from tritopt.tools.ptx.floats import Array
-from tritopt.tools.ptx.operands import Execute, computation, listed
+from tritopt.tools.ptx.operands import Execute, any_bit, computation, listed
 from tritopt.tools.ptx.program import Instruction, Program
 from tritopt.tools.ptx.threads import dtype_of
 
@@ -33,7 +33,11 @@ def decode_conversion(instruction: Instruction, program: Program) -> Execute | N
         function = lambda high, low: (narrow(high).astype(np.uint32) << np.uint32(16)) | narrow(low)  # noqa: E731
         return computation(instruction, function, ["f32", "f32"], program, _halves)
     of_one = _conversion(target, source, modifiers)
-    return None if of_one is None else computation(instruction, of_one, [source], program)
+    if of_one is None:
+        return None
+    is_of_integers = "f" not in source + target
+    spread = (lambda values, masks: of_one(masks[0].view(values[0].dtype))) if is_of_integers else any_bit
+    return computation(instruction, of_one, [source], program, spread)
 
 
 def _conversion(target: str, source: str, modifiers: set[str]) -> Callable[[Array], Array] | None:

@@ -67,7 +67,7 @@ def writer(operand: str, program: Program) -> Write:
     def write(threads: Threads, selection: Selection, value: Array, undefined: Array | None) -> None:
         if value.dtype.itemsize != bits.itemsize:
             assert value.dtype.kind in "iu", value.dtype
-            value = value.astype(f"i{bits.itemsize}" if value.dtype.kind == "i" else bits)
+            value = value.astype(bits)
         if undefined is not None:
             is_bool = undefined.dtype.kind == "b"
             undefined = np.where(undefined, ~bits.type(0), bits.type(0)) if is_bool else undefined.astype(bits)

@@ -40,7 +40,7 @@ class Options:
     """Whether results of approximate instructions are an ulp off."""
 
 
-_PACKED = {"bf16": "u2", "f16": "u2", "bf16x2": "u4", "f16x2": "u4", "f32x2": "u8"}
+_PACKED = {"s16x2": "u4", "u16x2": "u4", "bf16": "u2", "f16": "u2", "bf16x2": "u4", "f16x2": "u4", "f32x2": "u8"}
 
 
 def dtype_of(kind: str) -> np.dtype[Any]:
