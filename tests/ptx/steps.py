@@ -1,4 +1,4 @@
-"""Steps of tritopt.optim in the machine, against the reference. test_steps.py runs this file where they are compiled."""
+"""Steps of tritopt.optim in the machine, against the reference. test_steps.py runs this file."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def assert_near(ours: torch.Tensor, expected: torch.Tensor, before: torch.Tensor
 
 
 def shuffle(record: Record, step: int) -> None:
-    """Programs in another order, warps one after the other, approximations an ulp off: none of which may change bits."""
+    """Put programs and warps in another order and approximations an ulp off, none of which may change bits."""
     random = np.random.default_rng(step)
     record.order = random.permutation if step else None
     record.warp_seed = step if step == 1 else None
@@ -113,7 +113,7 @@ def assert_follows_reference(
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_optimizer(record: Record, cls: Any, dtype: torch.dtype) -> None:
-    assert_follows_reference(record, cls, dtype, **({} if dtype == FP32 else {"master": "fp32"}))
+    assert_follows_reference(record, cls, dtype, master="fp32")
 
 
 @pytest.mark.parametrize("cls", [optim.AdamW, optim.LAMB, optim.GroupAdaGrad], ids=lambda cls: cls.__name__)
