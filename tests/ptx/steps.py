@@ -25,7 +25,7 @@ def layouts_for(cls: Any) -> tuple[Layout, ...]:
     """All that it takes; of Adafactor, which has kernels for every shape of blocks, some."""
     if cls is optim.GroupAdaGrad:
         return tuple(layout for layout in MATRICES if len(layout.shape) == 2)
-    return (*VECTORS, *MATRICES[2:7]) if cls is optim.Adafactor else EVERY
+    return (*VECTORS[:7], *MATRICES[4:6]) if cls is optim.Adafactor else EVERY
 
 
 def sums(cls: Any) -> bool:
@@ -60,11 +60,11 @@ def assert_near(ours: torch.Tensor, expected: torch.Tensor, before: torch.Tensor
     assert is_within, f"{name}: {error:.3g} ulp apart"
 
 
-def shuffle(record: Record, step: int) -> None:
+def shuffle(record: Record, step: int, warps: bool = True) -> None:
     """Put programs and warps in another order and approximations an ulp off, none of which may change bits."""
     random = np.random.default_rng(step)
     record.order = random.permutation if step else None
-    record.warp_seed = step if step == 1 else None
+    record.warp_seed = step if step == 1 and warps else None
     record.inexact = True
 
 
@@ -88,7 +88,8 @@ def assert_follows_reference(
     (ours, params), (reference, others) = runs
     for step in range(steps):
         before = {name: tensor.clone() for name, tensor in tensors(reference, others).items()}
-        shuffle(record, step)
+        # Elementwise kernels of fp32 share no memory.
+        shuffle(record, step, warps=sums(cls) or dtype != FP32)
         launches = record.launches.total()
         for opt, some in runs:
             if before_step is not None:
@@ -194,7 +195,7 @@ def test_clip_grad_norm(record: Record) -> None:
 
 @pytest.mark.parametrize("cls", [optim.AdamW, optim.LAMB], ids=lambda cls: cls.__name__)
 def test_telemetry(record: Record, cls: Any) -> None:
-    opts = assert_follows_reference(record, cls, BF16, master="fp32", track=True)
+    opts = assert_follows_reference(record, cls, BF16, master="fp32", steps=2, track=True)
     for ours, expected in zip(*(opt.telemetry() for opt in opts), strict=True):
         assert (ours.name, ours.elements, ours.nonfinite) == (expected.name, expected.elements, expected.nonfinite)
         for name in ("grad_norm", "weight_norm", "update_norm", "unchanged"):
@@ -208,8 +209,11 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("cls", [optim.AdamW, optim.LAMB], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [*((optim.AdamW, config) for config in CONFIGS), (optim.LAMB, CONFIGS[1])],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
 def test_launch_configurations(
     record: Record, cls: Any, config: phases.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
