@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import tritopt
 from tests.optim.training import CLASSES, options_of
 from tests.ptx.layouts import EVERY, MATRICES, VECTORS, Layout, is_guarded, parameters, set_gradients
 from tritopt import check, fused, optim, phases
+from tritopt.compiled import recorded_launches
 from tritopt.tools.ptx.driver import Record, switch_on
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -141,6 +143,19 @@ def test_sums_differ_between_gpus_in_the_last_bits() -> None:
 )
 def test_dtypes_of_weights_and_gradients(record: Record, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     assert_follows_reference(record, optim.SGD, dtype, grad_dtype, momentum=0.9)
+
+
+def test_no_launch_contracts(record: Record) -> None:
+    """Nor can the fma of a kernel whose sums have another order show in its results."""
+    names = Counter[str]()
+    for cls in CLASSES:
+        params = parameters(layouts_for(cls), FP32)
+        set_gradients(params, layouts_for(cls), FP32, 0)
+        opt = cls(params, max_grad_norm=1.0)
+        for launched in recorded_launches(opt.step):
+            assert launched.options["enable_fp_fusion"] is False, launched.kernel
+            names[launched.kernel.__name__] += 1
+    assert names.keys() >= {"multi_tensor_apply", "sum_partials", "clip_factor", "row_apply", "factored_apply"}
 
 
 def test_three_hundred_small_tensors(record: Record) -> None:
