@@ -22,7 +22,7 @@ class Layout(NamedTuple):
 VECTORS = (
     *(Layout((n,)) for n in (0, 1, 7, 255, 1024, 1025, 8195)),
     Layout(()),
-    Layout((2100,), "unaligned"),
+    Layout((700,), "unaligned"),
     Layout((1031,), "plain", "unaligned"),
     Layout((1100,), "unaligned", "plain"),
 )
@@ -30,7 +30,7 @@ MATRICES = (
     Layout((0, 4)),
     Layout((3, 5)),
     Layout((40, 64)),
-    Layout((2, 1500)),
+    Layout((2, 600)),
     Layout((5, 64), "unaligned"),
     Layout((33, 70), "transposed"),
     Layout((2, 3, 4, 5), "channels_last"),
