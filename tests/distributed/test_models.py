@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(RE
 
 KINDS = {
     2: ("ddp", "fsdp", "tensor parallel"),
-    4: ("fsdp", "tensor parallel", "hybrid", "fsdp of tensor parallel"),
+    4: ("hybrid", "fsdp of tensor parallel"),
 }
 
 

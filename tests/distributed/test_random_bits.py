@@ -55,7 +55,7 @@ def check_shards(name: str, master: str, fused: bool | None) -> None:
 
 
 STATES = (
-    ((6, 128), "rows"), ((5, 64), "rows twice"), ((3, 2, 64), "hybrid"), ((2**15,), "rows"), ((4, 256), "columns"),
+    ((6, 128), "rows"), ((5, 64), "rows twice"), ((3, 2, 64), "hybrid"), ((2**13,), "rows"), ((4, 256), "columns"),
     ((6, 128), "blocks"), ((3, 64), "replicated"), ((1, 64), "rows"),
 )  # fmt: skip
 """Split between the runs of elements that share a scale."""

@@ -171,8 +171,8 @@ N_SUMS = {"AdamW": 0, "LAMB": 1, "LANS": 2, "LARS": 1}
 
 def test_sends_one_vector_for_all_tensors(worlds: dict[int, World]) -> None:
     for name in ("AdamW", *BY_NORMS):
-        worlds[4].run(check_sends_one_vector, name, None)
         worlds[4].run(check_sends_one_vector, name, 0.5)
+    worlds[4].run(check_sends_one_vector, "LAMB", None)
 
 
 def check_sends_one_vector(name: str, max_grad_norm: float | None) -> None:

@@ -116,7 +116,7 @@ def where(machine: dict[str, Any]) -> str:
     if machine["fused_unavailable"]:
         return f"Reference against truth only: {machine['fused_unavailable']}\n{versions}"
     if target := machine["compiled_for"]:
-        return f"No GPU in use: kernels are compiled for {target}, and their PTX is run by tritopt, on the CPU.\n{versions}"
+        return f"No GPU in use: kernels are compiled for {target} and run in the PTX machine, on the CPU.\n{versions}"
     if machine["interpreter"]:
         return f"No GPU in use: the kernels run in Triton's interpreter, on the CPU.\n{versions}"
     return f"The kernels run on {machine['device']}.\n{versions}"
