@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tritopt
-from tritopt import check
+from tritopt import check, phases
 from tritopt.check import Case
 from tritopt.tools.ptx.driver import Record
 
@@ -28,6 +28,12 @@ def name_of(case: Case) -> str:
 
 NAMES = ("adamw", "lamb", "groupadagrad", "adafactor", "sgld", "lion")
 CASES = [case for case in check.cases(check.registered(NAMES)) if is_chosen(case)]
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make several of tensors that are soon done."""
+    monkeypatch.setattr(phases, "CONFIG", phases.CONFIG._replace(chunk_size=2048))
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

@@ -116,7 +116,11 @@ def assert_follows_reference(
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_optimizer(record: Record, cls: Any, dtype: torch.dtype) -> None:
-    assert_follows_reference(record, cls, dtype, master="fp32")
+    layouts = layouts_for(cls)
+    if dtype == BF16 and not sums(cls):
+        # Other tests have long ones in bf16.
+        layouts = tuple(layout for layout in layouts if math.prod(layout.shape) < 4000)
+    assert_follows_reference(record, cls, dtype, layouts=layouts, master="fp32")
 
 
 @pytest.mark.parametrize("cls", [optim.AdamW, optim.LAMB, optim.GroupAdaGrad], ids=lambda cls: cls.__name__)
