@@ -1,4 +1,5 @@
-"""Does `tritopt check` notice a broken formula, and do tests on a stand-in of a GPU notice a broken host half?
+"""Does `tritopt check` notice a broken formula, do tests on a stand-in of a GPU notice a broken host half, and those in
+the PTX machine what only compiled code shows?
 
 Breaks each on purpose, in a scratch copy, and looks.
 
@@ -128,12 +129,72 @@ HOST: list[tuple[str, str, str, dict[str, str]]] = [
     ),
 ]
 
+# What only compiled code shows, in the PTX machine: (file of tests that are run there, file of the package, as above).
+COMPILED: list[tuple[str, str, str, dict[str, str]]] = [
+    (
+        "ptx/steps",
+        "kernels/tables.py",
+        "address_bits % 16 == 0",
+        {"alignment is taken for granted": "address_bits == address_bits"},
+    ),
+    (
+        "ptx/steps",
+        "kernels/multi_tensor_apply.py",
+        "ptrs, first, offsets, offsets < n_elements,",
+        {"mask one too far": "ptrs, first, offsets, offsets <= n_elements,"},
+    ),
+    (
+        "ptx/steps",
+        "kernels/multi_tensor_apply.py",
+        "n_here = tl.where(is_live, tl.minimum(n_elements - start, CHUNK_SIZE), 0)",
+        {"chunks overlap": "n_here = tl.where(is_live, tl.minimum(n_elements - start, CHUNK_SIZE + 1), 0)"},
+    ),
+    (
+        "ptx/steps",
+        "phases.py",
+        '"num_warps": config.num_warps,\n            "enable_fp_fusion": False,',
+        {"contracts to fma": '"num_warps": config.num_warps,\n            "enable_fp_fusion": True,'},
+    ),
+    (
+        "ptx/steps",
+        "optim/clip.py",
+        '"BLOCK_SIZE": 1024, "enable_fp_fusion": False',
+        {"a norm contracts to fma": '"BLOCK_SIZE": 1024, "enable_fp_fusion": True'},
+    ),
+    ("ptx/steps", "kernels/ops.py", "return tl.div_rn(x, y)", {"approximate division": "return x / y"}),
+    ("ptx/steps", "kernels/ops.py", "return tl.sqrt_rn(x)", {"approximate root": "return tl.sqrt(x)"}),
+    (
+        "ptx/steps",
+        "tools/ptx/driver.py",
+        "return machine, machine, 0, 0, 1024",
+        {
+            "a reduction without its first barrier": (
+                'text = ptx.decode().replace("bar.sync", "bar.warp.sync -1; //", name == "sum_partials")\n'
+                "        machine = Machine(parse(text), shared)\n"
+                "        return machine, machine, 0, 0, 1024"
+            )
+        },
+    ),
+    (
+        "ptx/addresses",
+        "kernels/multi_tensor_apply.py",
+        ".to(tl.int64) * CHUNK_SIZE",
+        {"chunks begin below 2^31": ".to(tl.int32) * CHUNK_SIZE"},
+    ),
+    (
+        "ptx/addresses",
+        "kernels/multi_tensor_apply.py",
+        "offsets = first + tl.arange(0, TAIL_SIZE)",
+        {"offsets below 2^32": "offsets = first.to(tl.uint32) + tl.arange(0, TAIL_SIZE)"},
+    ),
+]
+
 
 class Mutation(NamedTuple):
     """One wrong text."""
 
     optimizer: str
-    """Whose check must notice; or the name of a file of tests."""
+    """Whose check must notice; or the name of a file of tests, in the folder of tests."""
     file: str
     """In the kernels' folder; for tests, in the package."""
     old: str
@@ -142,8 +203,8 @@ class Mutation(NamedTuple):
 
 
 def collect() -> list[Mutation]:
-    """The shared ones, those of each optimizer's tests, and the host's."""
-    found = [*SHARED, *HOST]
+    """The shared ones, those of each optimizer's tests, the host's, and those of compiled code."""
+    found = [*SHARED, *HOST, *COMPILED]
     for path in sorted((ROOT / "tests" / "optimizers").glob("test_*.py")):
         name = path.stem.removeprefix("test_")
         module = importlib.import_module(f"tests.optimizers.{path.stem}")
@@ -201,12 +262,17 @@ def run_check(name: str, mutation: Mutation | None) -> Outcome:
 
 
 def _is_tests(name: str) -> bool:
-    return name.startswith("test_")
+    return name.startswith("test_") or _is_compiled(name)
+
+
+def _is_compiled(name: str) -> bool:
+    return name.startswith("ptx/")
 
 
 def _command(name: str) -> tuple[str, ...]:
     if _is_tests(name):
-        return "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{name}.py"
+        machine = ("-p", "tests.ptx.plugin") if _is_compiled(name) else ()
+        return "pytest", "-q", "-x", *machine, "-p", "no:cacheprovider", f"tests/{name}.py"
     return "tritopt", "check", "--quick", "--json", "--optimizer", name
 
 
