@@ -506,6 +506,7 @@ def test_compiled_kernels_are_checked_without_a_gpu(here: Path) -> None:
     ("arguments", "message"),
     [
         (["--compiled", "--target", "sm_70"], "--target sm_70 must be one of sm_80, sm_90, sm_100"),
+        (["--target", "sm_90"], "--target sm_90 needs --compiled"),
         pytest.param(["--compiled"], "TRITON_INTERPRET=1: unset it", marks=needs_kernels),
     ],
 )
@@ -515,13 +516,40 @@ def test_what_cannot_be_compiled_is_a_usage_error(arguments: list[str], message:
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
-def test_many_checks_are_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are the same rows in the same order."""
-    chosen = check.cases([tritopt.Test], quick=True)
-    expected = [check_case(case, n_steps=2) for case in chosen]
-    monkeypatch.setattr(checks, "MANY", len(chosen))
-    assert list(checks.run_cases(chosen, quick=True)) == expected
+MADE = """
+import os, tritopt
+
+def make(steps):
+    class Made(tritopt.Test):
+        def step(self, indices, weights, grads, states):
+            steps()
+            super().step(indices, weights, grads, states)
+    return Made
+
+Made, Dying = make(lambda: print("a step")), make(lambda: os._exit(3))
+"""
+
+
+def shared(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    """Rows of an optimizer, by two processes."""
+    monkeypatch.setattr(checks, "MANY", 1)
+    monkeypatch.setattr(checks, "_n_cores", lambda: 2)
+    return list(checks.run_cases([name], quick=True))
+
+
+def test_many_checks_are_shared_by_processes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the same rows in the same order, also of a class that no name leads to, and that prints."""
+    (here / "broken.py").write_text(MADE)
+    expected = list(run_checks([load_optimizer("broken:Made")], quick=True))
+    assert shared("broken:Made", monkeypatch) == expected
     assert all(row.passed for row in expected)
+
+
+def test_a_process_that_dies_fails_its_checks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "broken.py").write_text(MADE)
+    rows = shared("broken:Dying", monkeypatch)
+    assert rows
+    assert {row.reason for row in rows} == {"the process that was to check it ended with exit code 3"}
 
 
 def test_json() -> None:

@@ -64,11 +64,6 @@ class Graphed(Training):
     def _settings(self, values: tuple[float, float | None]) -> None:
         self.opt.param_groups[0]["lr"], self.opt.max_grad_norm = values
 
-    def results(self) -> list[torch.Tensor]:
-        """Without the norm, which is that of the last step that Python made."""
-        found = super().results()
-        return found if self.opt.grad_norm is None else found[:-1]
-
     def _take(self, grads: list[torch.Tensor]) -> None:
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = grad

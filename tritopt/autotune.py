@@ -147,9 +147,9 @@ def choose(phase: Apply, group: Group, launch: Launch, source: str, n_earlier: i
         elif wanted and is_capturing(group.device):
             return gpu.shipped(variant, size)  # what is met again outside of the capture may still be tuned
         else:
-            _CHOSEN[place] = (
-                _tuned_in_step(variant, size, group.device, cache) if wanted else gpu.shipped(variant, size)
-            )
+            _CHOSEN[place] = gpu.shipped(variant, size)
+            if wanted:
+                _tune_in_step(variant, size, place, cache)
         return _CHOSEN[place]
 
 
@@ -164,22 +164,24 @@ _LOCK = threading.RLock()
 _spent = 0.0
 
 
-def _tuned_in_step(variant: Variant, size: SizeClass, device: torch.device, cache: TuningCache) -> Config:
+def _tune_in_step(variant: Variant, size: SizeClass, place: tuple[torch.device, Key], cache: TuningCache) -> None:
+    """Choose by measurement, or leave the choice; it stands before a warning, which may be an error, ends the step."""
     global _spent
+    device = place[0]
     if _spent >= PROCESS_SECONDS:
         warn(
             f"{variant.phase.update.__name__}: launched as shipped, as this process has tuned for more than "
             f"{PROCESS_SECONDS:.0f} seconds; `tritopt tune` does it ahead of time"
         )
-        return default_of(variant, size, device)
+        return
     began = time.monotonic()
     tuned = tune(variant, size, device)
     _spent += time.monotonic() - began
+    _CHOSEN[place] = tuned.config
     if tuned.failure is not None:
         warn(f"{variant.phase.update.__name__}: launched as shipped, as tuning failed with {tuned.failure}")
     if tuned.entry is not None:
         cache.put(variant.key(size), tuned.entry)
-    return tuned.config
 
 
 class Gpu(NamedTuple):

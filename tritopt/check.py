@@ -387,9 +387,9 @@ def _is_optimizer(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Optimizer)
 
 
-def check_case(case: Case, n_steps: int = 3) -> Row:
-    """Run one case. Whatever an optimizer raises makes a failed row."""
-    row = Row(
+def case_row(case: Case) -> Row:
+    """The row of a case that was not checked yet."""
+    return Row(
         case.cls.__name__.lower(),
         case.arguments,
         case.variant,
@@ -399,6 +399,11 @@ def check_case(case: Case, n_steps: int = 3) -> Row:
         case.master,
         case.state_dtype,
     )
+
+
+def check_case(case: Case, n_steps: int = 3) -> Row:
+    """Run one case. Whatever an optimizer raises makes a failed row."""
+    row = case_row(case)
     small = SMALL if case.state_dtype is None else SMALL_OF_STATES
     try:
         with _launch_config(small if INTERPRETED else phases.CONFIG):

@@ -143,10 +143,10 @@ class Planner:
         device = tensors[0].device if tensors else torch.device("cpu")
         return squares_of(groups, len(tasks), device, reduce).view(-1)
 
-    def groups_of_squares(self, key: Hashable) -> list[Group]:
-        """Those of the last `squares` with this key; none if there was none."""
+    def groups_of_squares(self, key: Hashable) -> list[Group] | None:
+        """Those of the last `squares` with this key; None if there was none, or it had to go for others."""
         found = self._plans.get(("squares", key))
-        return [] if found is None else found[1]
+        return None if found is None else found[1]
 
     def held(self) -> list[Any]:
         """All groups, and what they have on the device (`Group.held`)."""

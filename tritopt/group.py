@@ -225,7 +225,7 @@ def _captured_table(group: Group, host: torch.Tensor) -> torch.Tensor:
 
 
 def _no_staging(group: Group) -> str:
-    if group.captured:
+    if group.captured and not group.staging:
         return (
             f"CUDA graphs captured {MAX_CAPTURED} steps with other gradients since the last step outside of a capture: "
             "run a step between captures"

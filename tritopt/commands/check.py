@@ -38,8 +38,8 @@ def check(
         bool, typer.Option("--compiled", help="Compile kernels and run their PTX on the CPU; needs no GPU.")
     ] = False,
     compile_for: Annotated[
-        str, typer.Option("--target", metavar="ARCH", help=f"With --compiled: {', '.join(TARGETS)}.")
-    ] = "sm_90",
+        str | None, typer.Option("--target", metavar="ARCH", help=f"With --compiled: {', '.join(TARGETS)}.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check optimizers on this machine: fused against reference, both against a float64 truth.
@@ -48,7 +48,10 @@ def check(
     code that a GPU would get, which shows what the interpreter hides: layouts, masks, rounding, alignment, races.
     """
     if compiled:
+        compile_for = compile_for or "sm_90"
         _check_compiles(compile_for)
+    elif compile_for is not None:
+        raise typer.BadParameter(f"--target {compile_for} needs --compiled")
     else:
         interpret_without_gpu()
     try:
@@ -56,12 +59,13 @@ def check(
         classes = find_optimizers(named) if named else registered()
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    gpu = compile_for if compiled else None
-    machine, chosen = environment(gpu), cases(classes, quick)
+    machine = environment(compile_for)
     terminal = console()
     if not as_json:
         terminal.print(where(machine), soft_wrap=True)
-    rows = list(with_progress(run_cases(chosen, quick, gpu), "checking", len(chosen), not as_json))
+    rows = list(
+        with_progress(run_cases(named, quick, compile_for), "checking", len(cases(classes, quick)), not as_json)
+    )
     passed = _all_passed(rows)
     if as_json:
         typer.echo(

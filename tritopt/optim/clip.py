@@ -13,7 +13,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritopt import validate
-from tritopt.device import current_stream, is_capturing, on_device
+from tritopt.device import current_stream, is_capturing, on_device, share_with_streams
 from tritopt.exact import norm
 from tritopt.fused import Planner, Task, compute_dtype, unavailable
 from tritopt.group import Launch, Rows
@@ -44,7 +44,7 @@ class _Plans(threading.local):
 
 _plans = _Plans()
 _of_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""What graphs have captured of plans, for as long as their first parameter lives."""
+"""What graphs have captured of plans, for as long as one of the parameters lives."""
 
 
 @uncompiled
@@ -109,7 +109,9 @@ def clip_grad_norm_(
     _scale(planner, key, tasks, _factor(total, max_norm))
     _plans.planner = planner
     if is_capturing():
-        _of_graphs.setdefault(params[0], []).append(planner.held())
+        held = planner.held()
+        for param in params:
+            _of_graphs.setdefault(param, []).append(held)
     return total.to(max((compute_dtype(part) for part in parts), key=lambda dtype: dtype.itemsize))
 
 
@@ -171,10 +173,14 @@ class Clip:
             factor = torch.where(norm.isfinite(), _factor(norm, max_norm), torch.nan)
             return factor if inverse is None else factor * inverse
         stream, is_capture = current_stream(found.device), is_capturing(found.device)
-        is_new = self._launch is None or self.norm is None or self.norm.device != found.device or stream != self._stream
-        # What a graph captures is its own: it writes that with its replays, and nobody before them.
-        if is_capture or self._is_captured or is_new:
-            self.norm = torch.empty((), dtype=torch.float32, device=found.device)
+        known = self.norm if self.norm is not None and self.norm.device == found.device else None
+        if known is None:
+            self.norm = torch.full((), torch.nan, dtype=torch.float32, device=found.device)
+        elif stream != self._stream:
+            share_with_streams([known])
+        # What a graph captures is its own: it writes that with its replays, and nobody before them. The norm is of
+        # whichever step was the last, replayed or not.
+        if is_capture or self._is_captured or known is None or stream != self._stream:
             self._factor, self._bound = (torch.empty((), dtype=torch.float64, device=found.device) for _ in range(2))
             self._max_norm = math.nan
             constants = {"EPSILON": EPSILON, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}

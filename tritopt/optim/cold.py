@@ -124,7 +124,7 @@ class ColdStep:
         if not all(isinstance(state, dict) for state in opt.state.values()):  # torch lets users keep anything there
             return None
         norm_groups = [] if opt.max_grad_norm is None else self._planner.groups_of_squares(self._key)
-        if opt.max_grad_norm is not None and not norm_groups:  # so many plans that this one had to go
+        if norm_groups is None:  # so many plans that this one had to go
             return None
         return WarmStep(opt, hypers, self.members, self._tasks, self._launched, norm_groups, self._only)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from itertools import repeat
+from dataclasses import asdict, fields
+from typing import IO, NamedTuple
 
 import torch
 
-from tritopt.check import N_STEPS, Case, Row, check_case, device
+from tritopt.check import N_STEPS, Case, Row, case_row, cases, check_case, device, find_optimizers, registered
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 """Compute capabilities of the GPUs that the PTX machine stands in for, by the compiler's names."""
@@ -20,26 +22,89 @@ MAX_PROCESSES = 16
 """Limit of processes, each of which has half a gigabyte of libraries in memory."""
 
 
-def run_cases(cases: Sequence[Case], quick: bool, target: str | None = None) -> Iterator[Row]:
+class Part(NamedTuple):
+    """The share of one process: every `n`-th case, beginning with case `first`."""
+
+    names: list[str]
+    """Optimizers as users name them, which each process looks up for itself; none: all that are registered."""
+    quick: bool
+    target: str | None
+    first: int
+    n: int
+
+    def cases(self) -> list[Case]:
+        """Return all cases, those of other processes too."""
+        return cases(find_optimizers(self.names) if self.names else registered(), self.quick)
+
+    def rows(self) -> Iterator[Row]:
+        """Check this share."""
+        for case in self.cases()[self.first :: self.n]:
+            yield check_case(case, N_STEPS[self.quick])
+
+
+def run_cases(names: Sequence[str], quick: bool, target: str | None = None) -> Iterator[Row]:
     """A row for each case, in order, as soon as it is known; on the CPU by a process for each core, if there are many.
 
     Args:
-        cases: what to check; their classes are imported again by other processes.
-        quick: whether each takes fewer steps.
+        names: optimizers, as `tritopt.check.find_optimizers` takes them; none: all that are registered.
+        quick: whether there are fewer cases of fewer steps.
         target: a key of TARGETS, to compile kernels for it and run them in the PTX machine; None: as they are here.
     """
-    is_many = len(cases) >= MANY and device().type == "cpu"
-    if target is None and not is_many:
-        yield from map(check_case, cases, repeat(N_STEPS[quick]))
+    whole = Part(list(names), quick, target, 0, 1)
+    chosen = whole.cases()
+    is_shared = len(chosen) >= MANY and (target is not None or device().type == "cpu")
+    n = min(_n_cores(), MAX_PROCESSES) if is_shared else 1
+    if target is None and n == 1:
+        yield from whole.rows()
         return
-    n = min(len(cases), torch.get_num_threads(), MAX_PROCESSES) if is_many else 1
-    with ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _begin, (target,)) as pool:
-        yield from pool.map(partial(check_case, n_steps=N_STEPS[quick]), cases)
+    processes = [_start(whole._replace(first=i, n=n)) for i in range(n)]
+    try:
+        for i, case in enumerate(chosen):
+            yield _next_row(processes[i % n], case)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
-def _begin(target: str | None) -> None:
+def _n_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start(part: Part) -> subprocess.Popen[str]:
+    """Start a process that writes a line of JSON for each row; when nobody reads any more, it ends."""
+    command = [sys.executable, "-m", "tritopt.tools.checks", json.dumps(part)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _next_row(process: subprocess.Popen[str], case: Case) -> Row:
+    assert process.stdout is not None
+    row, line = case_row(case), process.stdout.readline()
+    if not line:
+        row.fail(f"the process that was to check it ended with exit code {process.wait()}")
+        return row
+    found = json.loads(line)
+    # Only this process has them as they were given: JSON has no tuples.
+    kept = {"arguments": row.arguments, "variant": row.variant}
+    return Row(**{field.name: found[field.name] for field in fields(Row)} | kept)
+
+
+def _write_rows(part: Part, out: IO[str]) -> None:
     torch.set_num_threads(1)
-    if target is not None:
+    if part.target is not None:
         from tritopt.tools.ptx.driver import switch_on
 
-        switch_on(TARGETS[target])
+        switch_on(TARGETS[part.target])
+    for row in part.rows():
+        out.write(json.dumps(asdict(row), default=str) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    # What an optimizer prints must not stand between rows.
+    rows, sys.stdout = sys.stdout, sys.stderr
+    try:
+        _write_rows(Part(*json.loads(sys.argv[1])), rows)
+    except (BrokenPipeError, KeyboardInterrupt):
+        os._exit(1)
