@@ -324,7 +324,7 @@ def _find(name: str) -> type[Optimizer]:
 
 
 def device() -> torch.device:
-    """Where the checks run: the GPU, unless there is none or kernels take tensors of the CPU."""
+    """Return the device of the checks: the GPU, unless there is none or kernels take tensors of the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() and fused.kernel_device == "cuda" else "cpu")
 
 
@@ -334,7 +334,10 @@ def fused_unavailable() -> str | None:
 
 
 def environment(compiled_for: str | None = None) -> dict[str, Any]:
-    """What the outcome may depend on. `compiled_for`: the GPU that the PTX machine stands in for, if that is used."""
+    """Describe the machine and the versions that the outcome may depend on.
+
+    compiled_for: the GPU that the PTX machine stands in for, if that is used.
+    """
     on_gpu, here = device().type == "cuda", "Triton's interpreter" if INTERPRETED else "cpu"
     return {
         "tritopt": tritopt.__version__,

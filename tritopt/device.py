@@ -1,4 +1,4 @@
-"""What the host asks of a GPU: its current stream, whether that is captured, pinned uploads, memory that streams share.
+"""Current stream of a GPU, whether a graph captures it, pinned uploads, and memory that streams share.
 
 On the CPU, whose kernels Triton interprets, there is nothing to ask, and uploads are no copies.
 """

@@ -101,7 +101,7 @@ class Group:
     staging: list[torch.Tensor] = field(default_factory=list)
     """Pinned, for tables that are uploaded while CUDA graphs are captured: each replay reads its own again."""
     captured: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """What CUDA graphs read when they are replayed: pinned tables, and those on the device."""
+    """Tables that replays of CUDA graphs read: the pinned one and its copy on the device, a pair for each upload."""
     is_captured: bool = False
     """Whether `device_table` is a CUDA graph's, which each replay writes and nobody before the first."""
     _ready: list[tuple[Any, Any]] = field(default_factory=list)
@@ -136,7 +136,7 @@ class Group:
         return self.device_table, list(self._ready), dict(self._tables)
 
     def uploaded(self) -> list[torch.Tensor]:
-        """What `tables` has made."""
+        """Return the tensors that `tables` has made, on the device."""
         return [x for made in self._tables.values() for x in made if isinstance(x, torch.Tensor)]
 
     @property

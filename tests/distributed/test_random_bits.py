@@ -61,7 +61,7 @@ STATES = (
 """Split between the runs of elements that share a scale."""
 
 
-@pytest.mark.parametrize(("state_dtype", "size"), [("bf16", 2), ("fp8", 2), ("int8", 4)])
+@pytest.mark.parametrize(("state_dtype", "size"), [("bf16", 2), ("fp16", 2), ("fp8", 2), ("int8", 4)])
 def test_states_of_shards_equal_one_process(state_dtype: str, size: int, worlds: dict[int, World]) -> None:
     worlds[size].run(check_states, state_dtype)
 

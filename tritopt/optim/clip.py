@@ -44,7 +44,7 @@ class _Plans(threading.local):
 
 _plans = _Plans()
 _of_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""What graphs have captured of plans, for as long as one of the parameters lives."""
+"""Plans that CUDA graphs captured in `clip_grad_norm_`, by parameter: kept as long as one of its parameters lives."""
 
 
 @uncompiled

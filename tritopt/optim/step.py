@@ -60,7 +60,7 @@ class Stepper:
         """Of steps for one parameter, by its position; likewise the next."""
         self._warm_of: dict[int, WarmStep] = {}
         self.of_graphs: list[Any] = []
-        """What CUDA graphs have captured of this, and read with each replay."""
+        """Steps, tables and scalars that CUDA graphs have captured, and read with each replay."""
         self._streams: dict[torch.device, int] = {}
         """Those of the last step whose scalars were formed on the device."""
 
@@ -112,7 +112,7 @@ class Stepper:
         self._keep_warm(only, None if self._numbers.is_shared else step.next(opt, hypers))
 
     def _tensors(self) -> list[torch.Tensor]:
-        """What of this is on the device, and read by one step after the other."""
+        """Return the tensors on the device that one step after the other reads."""
         return [*self._numbers.tensors(), *(table.values for table in self._tables.values())]
 
     def _follow_streams(self, step: ColdStep | WarmStep) -> None:
