@@ -10,8 +10,6 @@ import os
 
 import torch
 
-from tests.interpreter import patch_once_per_launch
-
 if os.environ.get("TRITOPT_PTX"):
     os.environ["TRITON_INTERPRET"] = "0"
 elif torch.cuda.is_available():
@@ -19,8 +17,10 @@ elif torch.cuda.is_available():
 else:
     # Read when kernels are imported, so before any test imports tritopt.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    patch_once_per_launch()
+if importlib.util.find_spec("triton"):
+    from tritopt.tools.interpreter import speed_up
+
+    speed_up()
 
 # Rich asks it for the terminal's width, which differs from machine to machine.
 os.environ["COLUMNS"] = "200"

@@ -38,14 +38,14 @@ def content(opt: optim.Optimizer, param: torch.Tensor) -> tuple[torch.Tensor, di
 
 
 class InterruptAt:
-    """Raises KeyboardInterrupt at the n-th line of the package that runs; kernels apart, which are others' code."""
+    """Raises KeyboardInterrupt at the n-th line of the package that runs; kernels, and what runs them, apart."""
 
     def __init__(self, n: int) -> None:
         self.left = n
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
-        if not name.startswith(PACKAGE) or "kernels" in name:
+        if not name.startswith(PACKAGE) or "kernels" in name or "tools" in name:
             return None
         if event == "line":
             self.left -= 1

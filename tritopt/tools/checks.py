@@ -13,6 +13,7 @@ from typing import IO, NamedTuple
 import torch
 
 from tritopt.check import N_STEPS, Case, Row, case_row, cases, check_case, device, find_optimizers, registered
+from tritopt.tools.interpreter import speed_up
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 """Compute capabilities of the GPUs that the PTX machine stands in for, by the compiler's names."""
@@ -38,6 +39,7 @@ class Part(NamedTuple):
 
     def rows(self) -> Iterator[Row]:
         """Check this share."""
+        speed_up()
         for case in self.cases()[self.first :: self.n]:
             yield check_case(case, N_STEPS[self.quick])
 

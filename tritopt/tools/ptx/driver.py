@@ -80,7 +80,6 @@ def switch_on(capability: int = 90) -> Record:
     driver.set_active(_Driver(capability))
     if before is None:
         backends["nvidia"] = Backend(_backend(backend.compiler), backend.driver)
-        gc.collect()
         _pass_over_what_is_there()
     # Or objects of Triton's would outlive the interpreter, which complains.
     atexit.register(record.switch_off)
@@ -131,7 +130,6 @@ class _Driver:
         # Module, function, registers and spilled bytes (which ptxas would know), threads at most.
         machine = Machine(parse(ptx.decode()), shared)
         _switched_on().n_binaries += 1
-        _pass_over_what_is_there()
         return machine, machine, 0, 0, 1024
 
     def unload_module(self, module: Machine) -> None:
@@ -176,18 +174,27 @@ def _value(argument: Any) -> Any:
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _known: list[weakref.ref[torch.Tensor]] = []
 """Tensors that the garbage collector passes over."""
+_MANY = 100_000
+"""Objects of the garbage collector, to look through which takes a launch about five milliseconds."""
 
 
 def _pass_over_what_is_there() -> None:
-    """Let the garbage collector, and so `_tensors`, look at what is made from now on: Triton leaves much behind."""
-    _known[:] = [weakref.ref(tensor) for tensor in _tensors()]
+    """Let `gc.get_objects`, and so `_tensors`, look at what is made from now on: Triton leaves much behind."""
+    # Passed over, a cycle is never freed, and its tensors would be looked at in every launch.
+    gc.unfreeze()
+    gc.collect()
+    _known[:] = [weakref.ref(thing) for thing in gc.get_objects() if type(thing) in _TENSORS]
     gc.freeze()
 
 
 def _tensors() -> list[torch.Tensor]:
     """All that are alive."""
+    objects = gc.get_objects()
+    if len(objects) > _MANY:
+        objects.clear()
+        _pass_over_what_is_there()
     known = [tensor for tensor in (reference() for reference in _known) if tensor is not None]
-    return known + [candidate for candidate in gc.get_objects() if type(candidate) in _TENSORS]
+    return known + [candidate for candidate in objects if type(candidate) in _TENSORS]
 
 
 def allocations() -> list[tuple[int, int]]:
