@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tritopt.tools.interpreter import speed_up
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMEOUT = timedelta(seconds=30)
 REASON = None if dist.is_available() and dist.is_gloo_available() else "this torch has no torch.distributed with gloo"
@@ -22,12 +24,13 @@ REASON = None if dist.is_available() and dist.is_gloo_available() else "this tor
 def forks() -> Any:
     """A multiprocessing context whose processes are forked, in milliseconds, from one that has imported tritopt.
 
-    Not from this process, whose threads a fork would not survive. Kernels run in the interpreter there.
+    Not from this process, whose threads a fork would not survive. Kernels run in the interpreter there, or, where this
+    process has them in the PTX machine, in that.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.tensor", "tritopt.optim", "tests.distributed.world"])
     kept = {name: os.environ.get(name) for name in ("PYTHONPATH", "TRITON_INTERPRET")}
-    os.environ.update(PYTHONPATH=str(ROOT), TRITON_INTERPRET="1")
+    os.environ.update(PYTHONPATH=str(ROOT), TRITON_INTERPRET="0" if os.environ.get("TRITOPT_PTX") else "1")
     try:
         forkserver.ensure_running()
     finally:
@@ -105,6 +108,12 @@ def _received(pipe: Any) -> tuple[str | None, Any]:
 def _serve(rank: int, size: int, meeting: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    if target := os.environ.get("TRITOPT_PTX"):
+        from tritopt.tools.ptx.driver import switch_on
+
+        switch_on(int(target))
+    else:
+        speed_up()
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=TIMEOUT)
     while True:
         try:
