@@ -272,15 +272,16 @@ def store_e4m3(planes, offsets, mask, value, start, noise):
     """Store numbers of either sign."""
     scaled = _scaled(planes, mask, value, start, _LARGEST_E4M3)
     code = _short_float_code(scaled, start, offsets, mask, noise, _TO_E4M3)
-    sign = (value.to(tl.int32, bitcast=True) >> 24) & 0x80
-    tl.store(planes[0] + offsets, (code | sign).to(tl.uint8), mask=mask)
+    # Not the sign bit, which a GPU's NaN and a CPU's have differently.
+    code = tl.where(value < 0, code | 0x80, code)
+    tl.store(planes[0] + offsets, code.to(tl.uint8), mask=mask)
 
 
 def encode_e4m3(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
     """Twin of `store_e4m3`."""
     value = _like_codes(planes[0], value)
     code = _short_float_code_twin(_scaled_twin(planes, value, 2**8), planes[0], noise, 2.0**-120)
-    _in_memory(planes[0]).copy_(torch.where(value.signbit(), code | 0x80, code) & 0xFF)
+    _in_memory(planes[0]).copy_(torch.where(value < 0, code | 0x80, code) & 0xFF)
 
 
 @triton.jit

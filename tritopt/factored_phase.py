@@ -18,6 +18,7 @@ from tritopt.kernels.factored_apply import (
     factored_sums,
 )
 from tritopt.kernels.multi_tensor_norm import sum_partials
+from tritopt.launch import launch_once
 from tritopt.row_phase import group_constants
 
 if TYPE_CHECKING:
@@ -68,7 +69,6 @@ class ApplyFactored(NamedTuple):
         """
         return 3 * grad + 2 * weight[0] + 2 * states, weight[1] + states
 
-    @np.errstate(all="ignore")  # Triton's interpreter computes with NumPy, also in lanes past the end
     def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> None:
         """All of them; see the kernels' module."""
         config = phases.CONFIG
@@ -95,34 +95,34 @@ class ApplyFactored(NamedTuple):
 
         for kind in kinds:
             if kind.factored_tiles:
-                factored_sums[(kind.factored_tiles,)](
-                    table, shape_table, kind.tiles, *flags, parts, n_tensors,
+                launch_once(
+                    factored_sums, kind.factored_tiles, table, shape_table, kind.tiles, *flags, parts, n_tensors,
                     SQUARE_FN=self.square, **kind.block(config), **without("LOAD_FN", "STORE_FN"),
                 )  # fmt: skip
         if len(line_table):
-            factored_moments[(len(line_table),)](
-                table, shape_table, line_table, *flags, parts, n_tensors,
+            launch_once(
+                factored_moments, len(line_table), table, shape_table, line_table, *flags, parts, n_tensors,
                 MOMENT_FN=self.moment, BLOCK_PARTS=BLOCK_PARTS, BLOCK_LINES=BLOCK_LINES,
                 **without("LOAD_FN", "STORE_FN", "PREAMBLE_FN", "VECTOR"),
             )  # fmt: skip
         for kind in kinds:
             if len(kind.matrices):
-                factored_means[(len(kind.matrices),)](
-                    table, shape_table, kind.matrices, means,
+                launch_once(
+                    factored_means, len(kind.matrices), table, shape_table, kind.matrices, means,
                     BB=kind.shape[0], BLOCK_ROWS=max(1, config.block_size // kind.shape[0]),
                     **{name: constants[name] for name in ("N_PLANES", "DTYPES", "COMPUTE_DTYPE")},
                     num_warps=config.num_warps, enable_fp_fusion=False,
                 )  # fmt: skip
         for is_update in (False, True):
             for kind in kinds:
-                factored_apply[(len(kind.tiles),)](
-                    table, shape_table, kind.tiles, *flags, means, partials, totals, n_tensors,
-                    FUNCTIONS=tuple(self), IS_UPDATE=is_update, **kind.block(config), **common,
+                launch_once(
+                    factored_apply, len(kind.tiles), table, shape_table, kind.tiles, *flags, means, partials, totals,
+                    n_tensors, FUNCTIONS=tuple(self), IS_UPDATE=is_update, **kind.block(config), **common,
                 )  # fmt: skip
             if not is_update:
-                sum_partials[(n_tensors,)](
-                    partials, tile_counts, totals, sizes.tiles, n_tensors, N_SUMS=2, BLOCK_SIZE=1024,
-                    enable_fp_fusion=False,
+                launch_once(
+                    sum_partials, n_tensors, partials, tile_counts, totals, sizes.tiles, n_tensors,
+                    N_SUMS=2, BLOCK_SIZE=1024, enable_fp_fusion=False,
                 )  # fmt: skip
 
 

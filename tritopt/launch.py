@@ -83,6 +83,19 @@ class Launcher:
         return True
 
 
+def launch_once(kernel: Any, grid: int, *args: Any, **constants: Any) -> None:
+    """Launch a kernel that is not bound, since its tables and constants differ from launch to launch."""
+    launches.n_begun += 1
+    try:
+        if _is_launching:
+            # As in Launcher: lanes past the end.
+            with np.errstate(all="ignore"):
+                kernel[(grid, 1, 1)](*args, **constants)
+    except Exception:
+        launches.n_begun -= 1
+        raise
+
+
 class _Launches(threading.local):
     """Launches that this thread has made: a step that fails asks whether it has made any."""
 

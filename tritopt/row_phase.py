@@ -12,6 +12,7 @@ from tritopt import phases
 from tritopt.kernels.language import tl
 from tritopt.kernels.preambles import PREAMBLES
 from tritopt.kernels.row_apply import row_apply
+from tritopt.launch import launch_once
 
 if TYPE_CHECKING:
     from tritopt.group import Group, Launch
@@ -49,7 +50,6 @@ class ApplyRows(NamedTuple):
         """Bytes per parameter (read, written). The gradient is read twice, the second time mostly from the cache."""
         return weight[0] + 2 * grad + states, weight[1] + states
 
-    @np.errstate(all="ignore")  # Triton's interpreter computes with NumPy, also in lanes past the end
     def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> None:
         """One launch; rows that fit into less than a block get a smaller one and fewer warps."""
         config = phases.CONFIG
@@ -59,7 +59,9 @@ class ApplyRows(NamedTuple):
         smallest = config.block_size // config.num_warps
         block_size = min(max(1 << (longest - 1).bit_length(), smallest), config.block_size)
         functions = (self.mean, self.state, self.update, group.format.load, group.format.store)
-        row_apply[(len(row_table),)](
+        launch_once(
+            row_apply,
+            len(row_table),
             group.device_table,
             matrix_table,
             row_table,

@@ -163,6 +163,22 @@ def test_a_gradient_that_is_not_finite_ruins_its_own_weight_alone(
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8", "fp8"])
+@pytest.mark.parametrize("fused", [None, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("cls", [optim.SGD, optim.Adagrad], ids=["signed", "squares"])
+def test_nan_of_either_sign_has_one_code(cls: Any, fused: bool | None, name: str) -> None:
+    """0 times infinity is a positive NaN on a GPU, and a negative one on a CPU."""
+    param = torch.nn.Parameter(torch.ones(2, BLOCK))
+    opt = make(cls, [param], state_dtype=name, fused=fused)
+    param.grad = torch.ones_like(param)
+    param.grad.view(torch.int32)[:, 0] = torch.tensor([0x7FC00000, -0x400000])
+    opt.step()
+    planes = [plane for key, plane in opt.state[param].items() if key != "step" and not key.endswith("_scale")]
+    assert planes
+    for plane in planes:
+        assert torch.equal(plane[0, 0], plane[1, 0])
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8", "fp8"])
 @KERNEL_AND_REFERENCE
 def test_a_finite_gradient_leaves_its_neighbours_finite(cls: Any, fused: bool | None, name: str) -> None:
     """But of optimizers by sums, where fp32 states give NaN to the whole tensor too."""

@@ -163,6 +163,38 @@ def test_what_was_launched_before_a_failure_is_counted(monkeypatch: pytest.Monke
         assert float(state_now["step"]) == float(state["step"]) + is_updated
 
 
+@pytest.mark.parametrize("failing", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("n_before", [0, 2])
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.LAMB, optim.GroupAdaGrad, optim.Adafactor])
+def test_what_a_kernel_has_updated_is_counted(
+    cls: Any, n_before: int, failing: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of every kind: tensors of two dtypes are updated by launches of their own, of which the second fails."""
+    params = [torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))]
+    opt = cls(params, lr=0.01)
+    for step in range(n_before):
+        set_grads(params, step)
+        opt.step()
+    before = [param.detach().clone() for param in params]
+    set_grads(params, n_before)
+    phase, n_calls = type(cls.rule().phases[-1]), 0
+    launch = phase.launch
+
+    def fail_later(self: Any, *arguments: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2 * len(opt.rule().phases):
+            raise failing("made up")
+        return launch(self, *arguments)
+
+    monkeypatch.setattr(phase, "launch", fail_later)
+    with pytest.raises(failing):
+        opt.step()
+    is_updated = [not torch.equal(param, old) for param, old in zip(params, before, strict=True)]
+    assert is_updated == [True, False]
+    assert float(opt.state[params[0]]["step"]) == n_before + 1
+
+
 @pytest.mark.parametrize("use_fused_step", [True, False])
 @pytest.mark.parametrize("failing", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_counts_of_the_other_face(failing: type[BaseException], use_fused_step: bool, monkeypatch: Any) -> None:

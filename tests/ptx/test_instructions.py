@@ -259,6 +259,13 @@ def test_what_is_unknown_raises_when_it_is_loaded(text: str) -> None:
     assert text.rstrip(";") in str(error.value)
 
 
+def test_local_memory_may_be_declared_but_not_used() -> None:
+    declared = ".local .align 1 .b8 \t__local_depot0[1];\n.reg .b64 %SP;\n"
+    assert machine(declared, 1).program.blocks
+    with pytest.raises(NotImplementedError, match="__local_depot0"):
+        machine(f"{declared}mov.b64 %SP, __local_depot0;", 1)
+
+
 def test_approximations_can_be_an_ulp_off() -> None:
     values = np.linspace(1, 2, 32, dtype=np.float32)
     results = {}

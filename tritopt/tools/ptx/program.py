@@ -10,6 +10,7 @@ _INSTRUCTION = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTA
 _COMMA = re.compile(r",(?![^{\[]*[}\]])")
 _RANGE = re.compile(r"^(%\w+)<(\d+)>$")
 _SHARED = re.compile(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[")
+_LOCAL = re.compile(r"\.local\s+\.align\s+\d+\s+\.b8\s+(\w+)\[")
 _ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier")
 
 
@@ -73,7 +74,12 @@ def parse(text: str) -> Program:
     words = [parameter.split() for parameter in parameters.split(",") if parameter.strip()]
     typed = [(word[-1], word[1].removeprefix(".")) for word in words]
     program = Program(name, typed, int(n_threads[1]), next(iter(symbols), None))
-    for statement in _statements(text[entry.end() : _closing_brace(text, entry.end())]):
+    body = text[entry.end() : _closing_brace(text, entry.end())]
+    for array in _LOCAL.findall(body):
+        # LLVM declares one that it has no use for; one that is used holds what registers could not.
+        if len(re.findall(rf"{array}\b", body)) > 1:
+            raise NotImplementedError(f"kernel {name} uses local memory, {array}, which the PTX machine does not have")
+    for statement in _statements(body):
         _add(program, statement)
     return program
 
@@ -107,7 +113,7 @@ def _add(program: Program, statement: str) -> None:
             span = _RANGE.match(name.strip())
             declared = [f"{span[1]}{i}" for i in range(int(span[2]))] if span else [name.strip()]
             program.registers.update(dict.fromkeys(declared, kind.removeprefix(".")))
-    else:
+    elif not statement.startswith(".local"):
         match = _INSTRUCTION.match(statement)
         if match is None:
             raise ValueError(f"kernel {program.name}: {statement!r} is no instruction that is known")
