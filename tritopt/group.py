@@ -104,6 +104,8 @@ class Group:
     """Tables that replays of CUDA graphs read: the pinned one and its copy on the device, a pair for each upload."""
     is_captured: bool = False
     """Whether `device_table` is a CUDA graph's, which each replay writes and nobody before the first."""
+    writer: object = None
+    """Who has written `host_table` last, and may trust that it is as they left it; None: nobody who comes again."""
     _ready: list[tuple[Any, Any]] = field(default_factory=list)
     _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -155,6 +157,7 @@ def upload_table(group: Group, words: Array, scalars: Array | torch.Tensor) -> N
 
     words: int64 [members, pointers + 1], addresses and index of the scalars' row. scalars: `Rows.values`.
     """
+    group.writer = None
     tail = np.zeros(scalars.numel()) if isinstance(scalars, torch.Tensor) else scalars.reshape(-1)
     n_words = words.size
     is_new = group.host_table.size != n_words + tail.size

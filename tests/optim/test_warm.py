@@ -15,6 +15,7 @@ import torch
 from tritopt import optim, walk
 from tritopt.optim.cold import ColdStep
 from tritopt.optim.warm import WarmStep
+from tritopt.recent import Recent
 
 Change = Callable[[optim.Optimizer, list[torch.Tensor]], None]
 
@@ -303,16 +304,33 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def after(change: str, is_warm: bool) -> list[torch.Tensor]:
-    """Weights and states after two steps, the change, and two more."""
+WITHOUT = ((), (1, 5), (0, 3, 6))
+"""Parameters without a gradient, in turn."""
+
+
+def drop_gradients(params: list[torch.Tensor], step: int) -> None:
+    for i in WITHOUT[step % len(WITHOUT)]:
+        params[i].grad = None
+
+
+def forget(opt: optim.Optimizer) -> None:
+    """Let the next step be one from scratch."""
+    opt._stepper._warm, opt._stepper._warm_by_gradients = None, Recent()
+
+
+def after(change: str, is_warm: bool, in_turn: bool = False) -> list[torch.Tensor]:
+    """Weights and states after steps, the change, and more steps, with gradients of one set of parameters or three."""
     params = parameters()
     opt = options(params, optim.AdamW)
-    for step in range(4):
+    changed, end = (6, 10) if in_turn else (2, 4)
+    for step in range(end):
         set_grads(params, step)
-        if step == 2:
+        if in_turn:
+            drop_gradients(params, step)
+        if step == changed:
             CHANGES[change](opt, params)
         if not is_warm:
-            opt._stepper._warm = None
+            forget(opt)
         opt.step()
         for name in ("found_inf", "grad_scale"):
             if hasattr(opt, name):
@@ -335,25 +353,98 @@ def test_a_change_is_noticed(change: str, language: str, monkeypatch: pytest.Mon
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed_by_steps_in_turn(change: str) -> None:
+    found, expected = (after(change, is_warm, in_turn=True) for is_warm in (True, False))
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of parameters of each step that is built."""
+    built = []
+    build = ColdStep.__init__
+
+    def count(self: ColdStep, planner: Any, members: Any, *arguments: Any) -> None:
+        built.append(len(members))
+        build(self, planner, members, *arguments)
+
+    monkeypatch.setattr(ColdStep, "__init__", count)
+    return built
+
+
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.LAMB])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_gradients_of_other_parameters_in_turn(
+    cls: type[optim.Optimizer], capturable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two heads that take turns, experts without tokens: each set of gradients is looked at once."""
+    found = []
+    for is_warm in (True, False):
+        params = parameters()
+        opt = options(params, cls)
+        for group in opt.param_groups:
+            group["capturable"] = capturable
+        built = count_builds(monkeypatch)
+        for step in range(12):
+            set_grads(params, step)
+            drop_gradients(params, step)
+            if not is_warm:
+                forget(opt)
+            opt.step()
+        monkeypatch.undo()
+        # A first step makes states, and so does the first of those that had no gradient in it.
+        assert not is_warm or len(built) == len(WITHOUT)
+        found.append(values(opt, params))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_steps_that_share_a_launch_keep_their_own_addresses() -> None:
+    """Parameters that draw random bits are updated by a launch of their own: the others' is the same without them."""
+    found = []
+    for is_warm in (True, False):
+        params = [torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))]
+        opt = optim.SGD(params, lr=0.1, momentum=0.9, master="stochastic")
+        grads = [[torch.full_like(p, i + j) for p in params] for i, j in ((1, 2), (3, 4))]
+        for step in (0, 1, 0, 1, 1, 0, 0, 1):
+            for param, grad in zip(params, grads[step], strict=True):
+                param.grad = grad
+            if step == 1:
+                params[1].grad = None
+            if not is_warm:
+                forget(opt)
+            opt.step()
+        found.append(values(opt, params))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_parameters_that_were_removed_are_let_go() -> None:
+    params = parameters()
+    opt = options(params, optim.AdamW)
+    for step in range(6):
+        set_grads(params, step)
+        drop_gradients(params, step)
+        opt.step()
+    gone = weakref.ref(params[5])
+    opt.state.pop(params[5])
+    del opt.param_groups[1]["params"][2], params[5]
+    set_grads(params, 6)
+    opt.step()
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("cls", [optim.AdamW, optim.SGD, optim.LAMB, optim.NAdam])
 def test_steps_that_are_alike_look_at_nothing_again(
     cls: type[optim.Optimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = parameters()
     opt = options(params, cls)
-    cold = 0
-    build = ColdStep.__init__
-
-    def count(self: ColdStep, *arguments: Any) -> None:
-        nonlocal cold
-        cold += 1
-        build(self, *arguments)
-
-    monkeypatch.setattr(ColdStep, "__init__", count)
+    built = count_builds(monkeypatch)
     for step in range(5):
         set_grads(params, step)
         opt.step()
-    assert cold == 1
+    assert len(built) == 1
     assert isinstance(opt._stepper._warm, WarmStep)
 
 
@@ -451,7 +542,7 @@ def both_ways(run: Callable[[Callable[[optim.Optimizer], None]], list[torch.Tens
     """What `run` returns where it leaves warm steps alone, and where each of its steps starts cold."""
 
     def forget(opt: optim.Optimizer) -> None:
-        opt._stepper._warm = None
+        forget(opt)
         opt._stepper._warm_of.clear()
 
     return [run(lambda opt: None), run(forget)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,11 @@ class Stepper:
         self.tracker = Tracker()
         self._hypers = Hypers()
         self._warm: WarmStep | None = None
+        """The last step; None after one that cannot be repeated."""
+        self._warm_by_gradients: Recent[WarmStep] = Recent()
+        """Steps by which parameters had gradients: two heads that take turns, or experts without tokens, come again."""
+        self._params: list[torch.Tensor] = []
+        """All parameters of these steps."""
         self._hypers_of: dict[int, Hypers] = {}
         """Of steps for one parameter, by its position; likewise the next."""
         self._warm_of: dict[int, WarmStep] = {}
@@ -109,7 +115,8 @@ class Stepper:
         step.finish()
         if is_captured:
             self.of_graphs.append((step, self._planner.held(), self._clip.held(), self._tensors()))
-        self._keep_warm(only, None if self._numbers.is_shared else step.next(opt, hypers))
+        following = None if self._numbers.is_shared else step.next(opt, hypers)
+        self._keep_warm(opt, only, following, following is not step)
 
     def _tensors(self) -> list[torch.Tensor]:
         """Return the tensors on the device that one step after the other reads."""
@@ -125,6 +132,7 @@ class Stepper:
     def _forget_plans(self) -> None:
         self._planner, self._clip, self._hypers, self._warm = Planner(), Clip(), Hypers(), None
         self._hypers_of, self._warm_of, self._tables = {}, {}, {}
+        self._params, self._warm_by_gradients = [], Recent()
 
     def create_states(self, opt: Optimizer) -> None:
         """Make the states of all parameters, as they are otherwise made with a first gradient."""
@@ -144,11 +152,13 @@ class Stepper:
         self, opt: Optimizer, hypers: Hypers, on_device: bool, undo: Undo, only: Only | None
     ) -> ColdStep | WarmStep | None:
         """What is to be done, checked."""
-        warm = self._take_warm(only)
-        if warm is not None and self._numbers.device == (warm.device if on_device else CPU) and warm.holds(opt, hypers):
-            undo.remember(warm.positions, not on_device)
-            return warm
+        for warm in self._warm_steps(opt, only):
+            if self._numbers.device == (warm.device if on_device else CPU) and warm.holds(opt, hypers):
+                undo.remember(warm.positions, not on_device)
+                return warm
         members = members_of(opt, only)
+        if only is None:
+            self._forget_steps_of_others(params_of(opt, None))
         if not members:
             return None
         device = local(members[0].param).device if on_device else CPU
@@ -174,20 +184,34 @@ class Stepper:
             sums = on_device.cpu()
         return telemetry(names_of(opt), [param.numel() for param in params], sums)
 
-    def _take_warm(self, only: Only | None) -> WarmStep | None:
-        """What the step may be like. It is kept again after the step: what follows a failure starts cold."""
+    def _warm_steps(self, opt: Optimizer, only: Only | None) -> Iterator[WarmStep]:
+        """What the step may be like: the last one, and the last with gradients of the same parameters."""
         if only is not None:
             found = self._warm_of.pop(only.position, None)
-            is_it = found is not None and found.members[0].group is only.group and found.members[0].param is only.param
-            return found if is_it else None
-        warm, self._warm = self._warm, None
-        return warm
+            if found is not None and found.members[0].group is only.group and found.members[0].param is only.param:
+                yield found
+            return
+        last, self._warm = self._warm, None
+        if last is not None:
+            yield last
+        if last is None or last.has_other_gradients:
+            found = self._warm_by_gradients.get(_with_gradients(params_of(opt, None)))
+            if found is not None and found is not last:
+                yield found
 
-    def _keep_warm(self, only: Only | None, step: WarmStep | None) -> None:
-        if only is None:
-            self._warm = step
-        elif step is not None:
-            self._warm_of[only.position] = step
+    def _forget_steps_of_others(self, params: list[torch.Tensor]) -> None:
+        """Let go of parameters that the optimizer no longer has."""
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            self._params, self._warm_by_gradients = params, Recent()
+
+    def _keep_warm(self, opt: Optimizer, only: Only | None, step: WarmStep | None, is_new: bool) -> None:
+        if only is not None:
+            if step is not None:
+                self._warm_of[only.position] = step
+            return
+        self._warm = step
+        if step is not None and is_new:
+            self._warm_by_gradients.put(_with_gradients(params_of(opt, None)), step, len(step.members))
 
     def _gradient_scale(
         self, opt: Optimizer, step: ColdStep | WarmStep, grad_scale: torch.Tensor | None
@@ -234,6 +258,11 @@ class Stepper:
 def _owned(opt: Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     """All parameters, and their groups."""
     return [(param, group) for group in opt.param_groups for param in group["params"]]
+
+
+def _with_gradients(params: Sequence[torch.Tensor]) -> bytes:
+    """A byte for each parameter: whether it has a gradient."""
+    return bytes([param.grad is not None for param in params])
 
 
 def _scalar(value: object) -> torch.Tensor | None:

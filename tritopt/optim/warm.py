@@ -42,12 +42,15 @@ class _Table:
         """Of what is the gradient's address."""
         self._grads: Array | None = None
         self._row_of: Array | None = None
+        self._writer = object()
 
     def upload(self, grads: Array, row_of: Array, values: Array | torch.Tensor) -> None:
         """Bring to the device what is new: addresses of the gradients are new where their array is."""
         group, n_words = self.group, self._words.size
         n_values = values.numel() if isinstance(values, torch.Tensor) else values.size
-        if row_of is not self._row_of or group.host_table.size != n_words + n_values:
+        # Steps with gradients of other parameters may have the group in common.
+        is_another = group.writer is not self._writer
+        if is_another or row_of is not self._row_of or group.host_table.size != n_words + n_values:
             self._words[:, -1] = row_of[self._in_bucket]
             self._words[:, self._columns] = grads[self._members, None]
             upload_table(group, self._words, values)
@@ -57,7 +60,7 @@ class _Table:
             refresh_table(group, n_words, values, is_dirty=True)
         else:
             refresh_table(group, n_words, values)
-        self._grads, self._row_of = grads, row_of
+        self._grads, self._row_of, group.writer = grads, row_of, self._writer
 
 
 class _Update(NamedTuple):
@@ -133,10 +136,12 @@ class WarmStep:
         self._weights_at = np.zeros(len(weights), np.int64)
         self._weights_are = self._walk.describe(weights, self._weights_at, n_words(weights))
         self.device = local(members[0].param).device
+        self.has_other_gradients = False
+        """Whether `holds` found other gradients than before, and all else as it was."""
 
     def holds(self, opt: Optimizer, hypers: Hypers) -> bool:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
-        ask = self._walk
+        ask, self.has_other_gradients = self._walk, False
         if self._states_are is None or self._weights_are is None or self._kinds is None:
             return False
         is_held = self._only is not None or ask.hold(hypers.lists, self._params)
@@ -149,7 +154,8 @@ class WarmStep:
         # A weight may have become another view of the same memory.
         if not ask.are(self._weights(), self._weights_are, self._weights_at):
             return False
-        return self._takes_grads(self._params)
+        self.has_other_gradients = not self._takes_grads(self._params)
+        return not self.has_other_gradients
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
         """Sum of squares of each gradient, fp64 [members, 1]."""
