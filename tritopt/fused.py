@@ -106,7 +106,8 @@ class Planner:
 
     def __init__(self) -> None:
         self._plans: Recent[tuple[Hashable, list[Group]]] = Recent()
-        self._places: Recent[list[Any]] = Recent()
+        self._places: Recent[frozenset[Any]] = Recent()
+        """Address, shape and strides of all tensors that lists write which were found to share no element."""
 
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         """Plans hold addresses of this process: a copy starts without any."""
@@ -155,17 +156,21 @@ class Planner:
     def check_aliases(self, key: Hashable, owners: Sequence[Hashable], tasks: Sequence[Task]) -> None:
         """ValueError if the step would write an element twice; looked at again only when a tensor has moved."""
         places = [(t.data_ptr(), t.shape, t.stride()) for task in tasks for t in task.written()]
-        if self._places.get(key) == places:
+        known = self._places.get(key)
+        found = frozenset(places)
+        # Without some of its tensors a list that shares none still shares none; one that is there twice does.
+        if known is not None and len(found) == len(places) and found <= known:
             return
         owner_of = [owner for owner, task in zip(owners, tasks, strict=True) for _ in task.written()]
         validate.no_aliases(owner_of, [tensor for task in tasks for tensor in task.written()])
-        self._places.put(key, places, len(places))
+        self._places.put(key, found, len(places))
 
     def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[Group]:
-        signature = tuple((_kind(task), task.grad.shape, task.noise) for task in tasks)
+        signature = tuple([(_kind(task), task.grad.shape, task.noise) for task in tasks])
         found = self._plans.get(key)
         if found is None or found[0] != signature:
-            found = self._plans.put(key, (signature, _build_groups(tasks)), len(tasks))
+            groups = _build_groups(tasks, [kind for kind, *_ in signature])
+            found = self._plans.put(key, (signature, groups), len(tasks))
         return found[1]
 
 
@@ -204,15 +209,15 @@ def _words(group: Group, tasks: Sequence[Task], rows: Rows) -> np.ndarray[Any, n
 
 def _kind(task: Task) -> Hashable:
     """What tasks of one group have in common."""
-    names = tuple(fmt.name for fmt in task.formats)
-    return task.grad.device, names, tuple(t.dtype for t in task.tensors())
+    names = tuple([fmt.name for fmt in task.formats])
+    return task.grad.device, names, tuple([t.dtype for t in task.tensors()])
 
 
-def _build_groups(tasks: Sequence[Task]) -> list[Group]:
+def _build_groups(tasks: Sequence[Task], kinds: Sequence[Hashable]) -> list[Group]:
     members: dict[Hashable, list[int]] = {}
-    for i, task in enumerate(tasks):
+    for i, (task, kind) in enumerate(zip(tasks, kinds, strict=True)):
         if task.grad.numel() > 0:
-            members.setdefault(_kind(task), []).append(i)
+            members.setdefault(kind, []).append(i)
     groups = []
     for positions in members.values():
         first = tasks[positions[0]]

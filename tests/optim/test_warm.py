@@ -403,7 +403,8 @@ def test_steps_that_share_a_launch_keep_their_own_addresses() -> None:
     """Parameters that draw random bits are updated by a launch of their own: the others' is the same without them."""
     found = []
     for is_warm in (True, False):
-        params = [torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))]
+        low = torch.ones(8, dtype=torch.bfloat16)
+        params: list[torch.Tensor] = [torch.nn.Parameter(value) for value in (torch.ones(8), low)]
         opt = optim.SGD(params, lr=0.1, momentum=0.9, master="stochastic")
         grads = [[torch.full_like(p, i + j) for p in params] for i, j in ((1, 2), (3, 4))]
         for step in (0, 1, 0, 1, 1, 0, 0, 1):

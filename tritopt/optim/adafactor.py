@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 
 from tritopt.optim.checkpoint import Expected
 from tritopt.optim.defaults import torch_defaults
+from tritopt.optim.layout import Layout
 from tritopt.optim.optimizer import Optimizer, Options, Params
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.optimizer import Values
@@ -81,9 +82,9 @@ class Adafactor(Optimizer):
             del found["row_var"]
         return found
 
-    def states_of(self, param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> Values:
+    def states_of(self, layout: Layout, state: dict[str, Any]) -> Values:
         """The rule's states, the empty one included."""
-        if param.dim() > 1:
-            return super().states_of(param, group, state)
+        if "row_var" in layout.expected:
+            return super().states_of(layout, state)
         variance = state["variance"]
         return variance.new_empty(0), variance

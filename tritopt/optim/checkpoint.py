@@ -71,23 +71,22 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
             state[key] = values
             continue
         param, group = owner_of[key]
-        expected = opt.expected_states(param, group)
+        layout = opt.layouts.of(opt, param, group)
+        expected, fmt = layout.expected, layout.format
         for name in ("step", *opt.rule.scalar_states):
             _check_number(key, name, values.get(name, 0.0))
         _check_states(key, values, expected, opt)
         values = received(_without_stale_companion(opt, param, values))
-        formats, kinds = opt.state_formats_of(param, group), opt.state_kinds_of(param, group)
-        known = {**_other_forms(param, kinds), **expected}
+        known = {**_other_forms(param, layout.kinds), **expected}
         loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
         if not loaded:  # and filled at the first gradient
             continue
         state[param] = loaded
-        fmt = opt.format_of(param, group)
         # A master in another format waits for the next step: the model's weights may be loaded after its optimizer.
         is_waiting = fmt.companion not in ("", *loaded) and not COMPANIONS.isdisjoint(loaded)
         if not is_waiting and not take_companion(param, loaded, fmt):
             without_master.append(key)
-        take_states(param, loaded, formats, kinds, expected)
+        take_states(param, loaded, layout.formats, layout.kinds, expected)
         opt.complete_loaded_state(loaded)
     if warning:
         warn(": ".join(warning))

@@ -38,6 +38,7 @@ class ColdStep:
         rates: their groups' learning rates.
         fused: whether a kernel updates them.
         only: the parameter, if the step is for one.
+        like: the step before, if all states are as it had them.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class ColdStep:
         rates: Mapping[int, Number],
         fused: Sequence[bool],
         only: Only | None = None,
+        like: WarmStep | None = None,
     ) -> None:
         self._planner = planner
         self._only = only
+        self._like = like
         self._tasks = tasks
         self.members = list(members)
         self._launched: list[tuple[Bucket, list[Group]]] = []
@@ -126,7 +129,7 @@ class ColdStep:
         norm_groups = [] if opt.max_grad_norm is None else self._planner.groups_of_squares(self._key)
         if norm_groups is None:  # so many plans that this one had to go
             return None
-        return WarmStep(opt, hypers, self.members, self._tasks, self._launched, norm_groups, self._only)
+        return WarmStep(opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
 
 
 def runs_fused(opt: Optimizer, member: Member) -> bool:

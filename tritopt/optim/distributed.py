@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from tritopt.kernels.formats import Format
 
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Whether it is spread over processes by torch.distributed.tensor."""
+    if type(tensor) in _PLAIN:  # asked many times a parameter
+        return False
     # Whoever made one has imported the module, which a torch built without torch.distributed does not have.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

@@ -11,6 +11,7 @@ from tritopt import validate
 from tritopt.fused import unavailable
 from tritopt.group import Launch
 from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
+from tritopt.optim.layout import Layout
 from tritopt.optimizer import Optimizer as Rule
 from tritopt.phases import Apply
 from tritopt.row_phase import ApplyRows
@@ -32,20 +33,31 @@ class Member(NamedTuple):
     grad: torch.Tensor
     group: dict[str, Any]
     rule: Rule
-
-    @property
-    def needs_whole(self) -> bool:
-        """Whether sums over a sharded tensor are left to DTensor's operations, because no launch completes them."""
-        if not is_sharded(self.param) or not any(phase.sums_elements for phase in self.rule.phases):
-            return False
-        if all(isinstance(phase, ApplyRows) for phase in self.rule.phases) and has_whole_rows(self.param):
-            return False
-        has_kernel = all(isinstance(phase, Apply) for phase in self.rule.phases)
-        return not (has_kernel and self.group["fused"] is not False and unavailable(local(self.param)) is None)
+    layout: Layout
+    needs_whole: bool
+    """Whether sums over a sharded tensor are left to DTensor's operations, because no launch completes them."""
 
     def part(self, tensor: torch.Tensor) -> torch.Tensor:
         """What of the parameter, its gradient or a state takes part in the step here."""
         return tensor if self.needs_whole else local(tensor)
+
+
+def member_of(
+    opt: Optimizer, position: int, name: Hashable, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any],
+    rule: Rule,
+) -> Member:  # fmt: skip
+    """A parameter of a group with this rule."""
+    layout = opt.layouts.of(opt, param, group, rule)
+    return Member(position, name, param, grad, group, rule, layout, _needs_whole(param, group, rule))
+
+
+def _needs_whole(param: torch.Tensor, group: dict[str, Any], rule: Rule) -> bool:
+    if not is_sharded(param) or not any(phase.sums_elements for phase in rule.phases):
+        return False
+    if all(isinstance(phase, ApplyRows) for phase in rule.phases) and has_whole_rows(param):
+        return False
+    has_kernel = all(isinstance(phase, Apply) for phase in rule.phases)
+    return not (has_kernel and group["fused"] is not False and unavailable(local(param)) is None)
 
 
 class Bucket(NamedTuple):
@@ -106,14 +118,15 @@ def members_of(opt: Optimizer, only: Only | None = None) -> list[Member]:
     if only is not None:
         assert only.param.grad is not None
         grad = aligned(only.param.grad, only.param)
-        return [Member(only.position, only.name, only.param, grad, only.group, opt.rule_of(only.group))]
+        return [member_of(opt, only.position, only.name, only.param, grad, only.group, opt.rule_of(only.group))]
     members, position = [], 0
     for group in opt.param_groups:
         rule, names = opt.rule_of(group), group.get("param_names")
         for i, param in enumerate(group["params"]):
             if param.grad is not None:
                 grad = aligned(param.grad, param)
-                members.append(Member(position, names[i] if names else position, param, grad, group, rule))
+                name = names[i] if names else position
+                members.append(member_of(opt, position, name, param, grad, group, rule))
             position += 1
     return members
 

@@ -16,9 +16,10 @@ from tritopt.fused import is_low_precision
 from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16, Format
 from tritopt.kernels.state_formats import BLOCK
 from tritopt.optim import checkpoint
-from tritopt.optim.checkpoint import Expected, keys_of
+from tritopt.optim.checkpoint import Expected
 from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, check_flag, torch_defaults
 from tritopt.optim.distributed import like, local, takes_blocks
+from tritopt.optim.layout import Layout, Layouts
 from tritopt.optim.members import Only, lives_on_device
 from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.step import Stepper
@@ -141,6 +142,7 @@ class Optimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Start without what is derived from parameters and states."""
         self._rules: dict[Hashable, Rule] = {}
+        self.layouts = Layouts()
         self._checked: dict[int, tuple[Any, ...]] = {}
         """Keys and values of param_groups when they were last found right, by `id` of the group."""
         self._handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {}
@@ -363,10 +365,9 @@ class Optimizer(torch.optim.Optimizer):
             )
         return fmt
 
-    def states_of(self, param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    def states_of(self, layout: Layout, state: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """The planes of a parameter's states, in the rule's order."""
-        formats = self.state_formats_of(param, group)
-        return tuple(state[key] for name, fmt in formats.items() for key in keys_of(name, fmt))
+        return tuple([state[key] for key in layout.keys])
 
     def sparse_error_of(self, group: dict[str, Any]) -> str | None:
         """`sparse_error`, where it depends on the group."""

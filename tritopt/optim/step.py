@@ -22,6 +22,7 @@ from tritopt.optim.members import (
     Member,
     Only,
     groups_of,
+    member_of,
     members_of,
     names_of,
     params_of,
@@ -29,7 +30,7 @@ from tritopt.optim.members import (
 )
 from tritopt.optim.rows import RowTable
 from tritopt.optim.scalar_states import CPU, ScalarStates
-from tritopt.optim.states import check_aliases, create_missing, task_of
+from tritopt.optim.states import Complete, check_aliases, create_missing, task_of
 from tritopt.optim.undo import Undo
 from tritopt.optim.warm import WarmStep
 from tritopt.recent import Recent
@@ -62,6 +63,7 @@ class Stepper:
         """Steps by which parameters had gradients: two heads that take turns, or experts without tokens, come again."""
         self._params: list[torch.Tensor] = []
         """All parameters of these steps."""
+        self._complete = Complete()
         self._hypers_of: dict[int, Hypers] = {}
         """Of steps for one parameter, by its position; likewise the next."""
         self._warm_of: dict[int, WarmStep] = {}
@@ -132,12 +134,12 @@ class Stepper:
     def _forget_plans(self) -> None:
         self._planner, self._clip, self._hypers, self._warm = Planner(), Clip(), Hypers(), None
         self._hypers_of, self._warm_of, self._tables = {}, {}, {}
-        self._params, self._warm_by_gradients = [], Recent()
+        self._params, self._warm_by_gradients, self._complete = [], Recent(), Complete()
 
     def create_states(self, opt: Optimizer) -> None:
         """Make the states of all parameters, as they are otherwise made with a first gradient."""
         members = [
-            Member(position, name, param, param, group, opt.rule_of(group))
+            member_of(opt, position, name, param, param, group, opt.rule_of(group))
             for position, (name, (param, group)) in enumerate(zip(names_of(opt), _owned(opt), strict=True))
         ]
         self._bind(opt, CPU)
@@ -152,10 +154,14 @@ class Stepper:
         self, opt: Optimizer, hypers: Hypers, on_device: bool, undo: Undo, only: Only | None
     ) -> ColdStep | WarmStep | None:
         """What is to be done, checked."""
+        like = None
         for warm in self._warm_steps(opt, only):
-            if self._numbers.device == (warm.device if on_device else CPU) and warm.holds(opt, hypers):
+            is_there = self._numbers.device == (warm.device if on_device else CPU)
+            if is_there and warm.holds(opt, hypers):
                 undo.remember(warm.positions, not on_device)
                 return warm
+            if is_there and only is None and warm.has_other_gradients:
+                like = warm
         members = members_of(opt, only)
         if only is None:
             self._forget_steps_of_others(params_of(opt, None))
@@ -164,13 +170,19 @@ class Stepper:
         device = local(members[0].param).device if on_device else CPU
         self._bind(opt, device)
         undo.remember([member.position for member in members], not on_device)
-        create_missing(opt, members, self._numbers, undo.replaced)
-        tasks = [task_of(opt, member) for member in members]
+        if like is None and only is None:
+            self._complete = Complete()
+        complete = self._complete if only is None else Complete()
+        known = [complete.has(member) for member in members]
+        others = [member for member, is_known in zip(members, known, strict=True) if not is_known]
+        create_missing(opt, others, self._numbers, undo.replaced)
+        tasks = [task_of(opt, member, is_known) for member, is_known in zip(members, known, strict=True)]
         fused = [runs_fused(opt, member) for member in members]
         if opt.track:
             check_tracked(opt, members, fused)
         check_aliases(self._planner, members, tasks)
-        return ColdStep(self._planner, members, tasks, hypers.rates, fused, only)
+        complete.add(others)
+        return ColdStep(self._planner, members, tasks, hypers.rates, fused, only, None if undo.replaced else like)
 
     def telemetry(self, opt: Optimizer) -> Telemetry:
         """`Optimizer.telemetry`."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.fused import Task, squares_of
+from tritopt.fused import squares_of
 from tritopt.group import Array, Group, Launch, Rows, refresh_table, run_phases, upload_table
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.hypers import Hypers
@@ -79,10 +79,10 @@ class WarmStep:
         opt: the optimizer.
         hypers: its hyperparameters.
         members: all parameters that had a gradient.
-        tasks: their tensors.
         launched: the launches, and for each the engine's groups.
         norm_groups: those of the gradients' norm, if there was one.
         only: the parameter, if the step was for one.
+        like: a step that was found to have the same states as this one; None: there is none.
     """
 
     def __init__(
@@ -90,21 +90,22 @@ class WarmStep:
         opt: Optimizer,
         hypers: Hypers,
         members: Sequence[Member],
-        tasks: Sequence[Task],
         launched: Sequence[tuple[Bucket, list[Group]]],
         norm_groups: list[Group],
         only: Only | None,
+        like: WarmStep | None,
     ) -> None:
         self.members = _without_gradients(members)
+        stripped = {id(member): new for member, new in zip(members, self.members, strict=True)}
         self.positions = [member.position for member in members]
         self.reduce: ShardSums | None = None
         """Of the gradients' norm, once it was asked for."""
         self.buckets = [bucket for bucket, _ in launched]
         for bucket in self.buckets:
-            bucket.runs[:] = map(_without_gradients, bucket.runs)
+            bucket.runs[:] = [[stripped[id(member)] for member in some] for some in bucket.runs]
         self._updates = {
             id(bucket): _Update(
-                [_table(bucket, g, tasks) for g in groups], HostRows(bucket.runs, bucket.draws, self.positions), []
+                [_table(bucket, g) for g in groups], HostRows(bucket.runs, bucket.draws, self.positions), []
             )
             for bucket, groups in launched
         }
@@ -123,8 +124,10 @@ class WarmStep:
         self._with_grad = None if all(has_grad) else np.flatnonzero(has_grad)
         self._named = _named(self._groups)
         self._names = _names(self._named)
-        self._owners = self._owners_now(opt)
-        self._states_are, self._states = known_states(self._walk, self._states_now(opt))
+        self._owners: list[Any] = self._owners_now(opt) if like is None else like._owners
+        self._known: tuple[Any, Array] = (
+            known_states(self._walk, self._states_now(opt)) if like is None else like._known
+        )
         self._is_sharded = any(is_dtensor(member.param) for member in members)
         self._members_params = [member.param for member in self.members]
         grads = [None if param.grad is None else local(param.grad) for param in self._params]
@@ -137,19 +140,19 @@ class WarmStep:
         self._weights_are = self._walk.describe(weights, self._weights_at, n_words(weights))
         self.device = local(members[0].param).device
         self.has_other_gradients = False
-        """Whether `holds` found other gradients than before, and all else as it was."""
+        """Whether `holds` found other gradients than before, and all else as it was, when it was asked last."""
 
     def holds(self, opt: Optimizer, hypers: Hypers) -> bool:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
         ask, self.has_other_gradients = self._walk, False
-        if self._states_are is None or self._weights_are is None or self._kinds is None:
+        if self._known[0] is None or self._weights_are is None or self._kinds is None:
             return False
         is_held = self._only is not None or ask.hold(hypers.lists, self._params)
         if not is_held or _options(opt) != self._options or not self._takes_hypers(opt, hypers):
             return False
         if _names(self._named) != self._names or not ask.same(self._owners_now(opt), self._owners):
             return False
-        if not ask.states_are(self._states_now(opt), self._states_are, self._states):
+        if not ask.states_are(self._states_now(opt), *self._known):
             return False
         # A weight may have become another view of the same memory.
         if not ask.are(self._weights(), self._weights_are, self._weights_at):
@@ -269,10 +272,12 @@ def _slice_if_run(places: Array) -> Array | slice:
     return slice(int(places[0]), int(places[0]) + len(places)) if is_run else places
 
 
-def _table(bucket: Bucket, group: Group, tasks: Sequence[Task]) -> _Table:
+def _table(bucket: Bucket, group: Group) -> _Table:
     in_bucket = np.array(group.members, dtype=np.int64)
     members = np.array(bucket.places, dtype=np.int64)[in_bucket]
-    words = np.array([[*[t.data_ptr() for t in tasks[i].tensors()], 0] for i in members], dtype=np.int64)
+    # The addresses that this step has uploaded, and the places of its scalars' rows.
+    n_words = len(group.dtypes) + 1
+    words = group.host_table[: len(members) * n_words].reshape(-1, n_words).copy()
     column = group.format.n_planes
     return _Table(group, members, in_bucket, words, slice(column, column + 1))
 
