@@ -541,11 +541,6 @@ def test_a_sparse_gradient_is_noticed() -> None:
 
 def both_ways(run: Callable[[Callable[[optim.Optimizer], None]], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
     """What `run` returns where it leaves warm steps alone, and where each of its steps starts cold."""
-
-    def forget(opt: optim.Optimizer) -> None:
-        forget(opt)
-        opt._stepper._warm_of.clear()
-
     return [run(lambda opt: None), run(forget)]
 
 
