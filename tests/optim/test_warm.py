@@ -315,7 +315,9 @@ def drop_gradients(params: list[torch.Tensor], step: int) -> None:
 
 def forget(opt: optim.Optimizer) -> None:
     """Let the next step be one from scratch."""
-    opt._stepper._warm, opt._stepper._warm_by_gradients = None, Recent()
+    stepper = opt._stepper
+    stepper._warm, stepper._warm_by_gradients = None, Recent()
+    stepper._warm_of.clear()
 
 
 def after(change: str, is_warm: bool, in_turn: bool = False) -> list[torch.Tensor]:
