@@ -31,12 +31,12 @@ def test_lists_are_those_of_the_targets() -> None:
     assert {case.clip for case in CASES} == {False, True}
 
 
-@pytest.mark.parametrize("case", [SMALL, Case(8, 8, False), Case(7, 3, True)])
+@pytest.mark.parametrize("case", [SMALL, Case(8, 8, False), Case(7, 3, True), Case(40, 2, True, sets=3)])
 def test_rows(case: Case) -> None:
     rows = [row for row in host_times([case], rounds=5) if row.contestant.startswith(("tritopt", "torch"))]
     assert [row.contestant for row in rows] == list(NAMES)
     for row in rows:
-        assert (row.tensors, row.groups, row.clip) == case
+        assert Case(row.tensors, row.groups, row.clip, row.sets) == case
         assert row.refused is None
         assert row.ms is not None
         assert row.best_ms is not None

@@ -115,7 +115,9 @@ def test_bench(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setattr(
         host,
         "case_times",
-        lambda case, *_: [host.HostRow("torch foreach", case.tensors, case.groups, case.clip, "nothing", **times)],
+        lambda case, *_: [
+            host.HostRow("torch foreach", case.tensors, case.groups, case.clip, case.sets, "nothing", **times)
+        ],
     )
     assert_fits(run("bench", "--host").output.partition("replaced,")[0], width, "foreach", "0.500", "0.12")
 

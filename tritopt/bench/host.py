@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,6 +31,8 @@ from tritopt.launch import no_launches
 ELEMENTS = 4
 """Of each tensor: what work there is beside kernels must not be arithmetic."""
 MAX_NORM = 1.0
+ABSENT = 10
+"""One parameter in so many is without a gradient in each of several sets in turn, and in no other."""
 BASELINE = "torch fused"
 OURS = "tritopt"
 WARM = 3
@@ -47,10 +50,13 @@ class Case(NamedTuple):
     groups: int
     clip: bool
     """Whether gradients are clipped to a global norm: by max_grad_norm, or by torch's clip_grad_norm_."""
+    sets: int = 1
+    """Of parameters that have gradients, in turn: more than one as with two heads, or experts without tokens."""
 
 
-CASES = tuple(
-    Case(tensors, groups, clip) for tensors, groups in ((400, 1), (400, 400), (4000, 1)) for clip in (False, True)
+CASES = (
+    *(Case(tensors, groups, clip) for tensors, groups in ((400, 1), (400, 400), (4000, 1)) for clip in (False, True)),
+    Case(400, 1, False, sets=4),
 )
 
 
@@ -62,6 +68,7 @@ class HostRow:
     tensors: int
     groups: int
     clip: bool
+    sets: int
     replaced: str
     """What was replaced by nothing."""
     ms: float | None = None
@@ -205,6 +212,25 @@ def _timed(step: Callable[[], Any], clock: Callable[[], float]) -> float:
     return clock() - start
 
 
+def _in_turn(step: Callable[[], Any], groups: Sequence[dict[str, Any]], case: Case) -> Callable[[], Any]:
+    """The step, each time with gradients of another set of parameters: all but a few, if there are several sets."""
+    if case.sets == 1:
+        return step
+    owned = [(param, param.grad) for group in groups for param in group["params"]]
+    left_out = [owned[i :: ABSENT * case.sets] for i in range(case.sets)]
+    turns = cycle(range(case.sets))
+
+    def call() -> None:
+        turn = next(turns)
+        for param, grad in left_out[turn - 1]:
+            param.grad = grad
+        for param, _ in left_out[turn]:
+            param.grad = None
+        step()
+
+    return call
+
+
 def _groups(case: Case) -> list[dict[str, Any]]:
     params = []
     for _ in range(case.tensors):
@@ -217,7 +243,9 @@ def _groups(case: Case) -> list[dict[str, Any]]:
 
 def _ours() -> Contestant:
     def make(case: Case) -> Callable[[], Any]:
-        return optim.AdamW(_groups(case), lr=1e-3, max_grad_norm=MAX_NORM if case.clip else None).step
+        groups = _groups(case)
+        opt = optim.AdamW(groups, lr=1e-3, max_grad_norm=MAX_NORM if case.clip else None)
+        return _in_turn(opt.step, groups, case)
 
     return Contestant(OURS, make, no_launches, "launches of Triton kernels")
 
@@ -243,13 +271,13 @@ def _with_clip(case: Case, cls: Any, arguments: dict[str, Any]) -> Callable[[], 
     params = [param for group in groups for param in group["params"]]
     opt = cls(groups, lr=1e-3, **arguments)
     if not case.clip:
-        return opt.step  # type: ignore[no-any-return]
+        return _in_turn(opt.step, groups, case)
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
         opt.step()
 
-    return step
+    return _in_turn(step, groups, case)
 
 
 _OF_FUSED = ("_fused_adamw_", "_foreach_add_", "_foreach_norm", "_foreach_mul_")

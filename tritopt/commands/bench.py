@@ -203,11 +203,11 @@ def _bench_host(rounds: int, peer: Sequence[str] | None, save: Path | None, as_j
     if as_json:
         typer.echo(json.dumps(document, indent=1))
         return
-    ranks = {"tensors": 0, "groups": 0, "clip": 0, "": 0, "ms, median": 0, "best": 2, "cold": 1, "times": 0}
+    ranks = {"tensors": 0, "groups": 0, "sets": 3, "clip": 0, "": 0, "ms, median": 0, "best": 2, "cold": 1, "times": 0}
     columns = [Column(name, rank, "left" if name in ("", "clip") else "right") for name, rank in ranks.items()]
     lines = []
     for row, after in zip(rows, [*rows[1:], None], strict=True):
-        start = [f"{row.tensors:,}", f"{row.groups:,}", "yes" if row.clip else "no", row.contestant]
+        start = [f"{row.tensors:,}", f"{row.groups:,}", str(row.sets), "yes" if row.clip else "no", row.contestant]
         numbers = [row.refused or "-"]
         if row.ms is not None:
             times = [f"{ms:.3f}" for ms in (row.ms, row.best_ms, row.cold_ms) if ms is not None]
