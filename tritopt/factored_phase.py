@@ -87,7 +87,6 @@ class ApplyFactored(NamedTuple):
             **constants,
             "SOURCE_HASH": phases.source_hash(functions, launch.scalars),
             "num_warps": config.num_warps,
-            "enable_fp_fusion": False,
         }
         without = partial(_without, common)
         flags = (launch.rescale, launch.noop)
@@ -111,7 +110,7 @@ class ApplyFactored(NamedTuple):
                     factored_means, len(kind.matrices), table, shape_table, kind.matrices, means,
                     BB=kind.shape[0], BLOCK_ROWS=max(1, config.block_size // kind.shape[0]),
                     **{name: constants[name] for name in ("N_PLANES", "DTYPES", "COMPUTE_DTYPE")},
-                    num_warps=config.num_warps, enable_fp_fusion=False,
+                    num_warps=config.num_warps,
                 )  # fmt: skip
         for is_update in (False, True):
             for kind in kinds:
@@ -122,7 +121,7 @@ class ApplyFactored(NamedTuple):
             if not is_update:
                 launch_once(
                     sum_partials, n_tensors, partials, tile_counts, totals, sizes.tiles, n_tensors,
-                    N_SUMS=2, BLOCK_SIZE=1024, enable_fp_fusion=False,
+                    N_SUMS=2, BLOCK_SIZE=1024,
                 )  # fmt: skip
 
 

@@ -84,13 +84,16 @@ class Launcher:
 
 
 def launch_once(kernel: Any, grid: int, *args: Any, **constants: Any) -> None:
-    """Launch a kernel that is not bound, since its tables and constants differ from launch to launch."""
+    """Launch a kernel that is not bound, since its tables and constants differ from launch to launch.
+
+    Contraction to fma, which changes bits, is forbidden.
+    """
     launches.n_begun += 1
     try:
         if _is_launching:
             # As in Launcher: lanes past the end.
             with np.errstate(all="ignore"):
-                kernel[(grid, 1, 1)](*args, **constants)
+                kernel[(grid, 1, 1)](*args, **constants, enable_fp_fusion=False)
     except Exception:
         launches.n_begun -= 1
         raise

@@ -75,7 +75,6 @@ class ApplyRows(NamedTuple):
             SOURCE_HASH=phases.source_hash(functions, launch.scalars),
             BLOCK_SIZE=block_size,
             num_warps=max(1, block_size // smallest),
-            enable_fp_fusion=False,
         )
 
 

@@ -143,6 +143,7 @@ class Optimizer(torch.optim.Optimizer):
         """Start without what is derived from parameters and states."""
         self._rules: dict[Hashable, Rule] = {}
         self.layouts = Layouts()
+        """How each parameter is kept."""
         self._checked: dict[int, tuple[Any, ...]] = {}
         """Keys and values of param_groups when they were last found right, by `id` of the group."""
         self._handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {}
