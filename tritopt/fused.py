@@ -107,7 +107,7 @@ class Planner:
     def __init__(self) -> None:
         self._plans: Recent[tuple[Hashable, list[Group]]] = Recent()
         self._places: Recent[frozenset[Any]] = Recent()
-        """Address, shape and strides of all tensors that lists write which were found to share no element."""
+        """Address, shape and strides of each tensor of a list whose tensors were found to share no element."""
 
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         """Plans hold addresses of this process: a copy starts without any."""

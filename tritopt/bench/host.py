@@ -51,7 +51,7 @@ class Case(NamedTuple):
     clip: bool
     """Whether gradients are clipped to a global norm: by max_grad_norm, or by torch's clip_grad_norm_."""
     sets: int = 1
-    """Of parameters that have gradients, in turn: more than one as with two heads, or experts without tokens."""
+    """Sets of parameters that have gradients, in turn: several as with two heads, or experts without tokens."""
 
 
 CASES = (

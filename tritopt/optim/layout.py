@@ -23,15 +23,15 @@ class Layout(NamedTuple):
 
     rule: Rule
     format: Format
-    """Of the parameter with its master."""
+    """Format of the parameter with its master."""
     kinds: dict[str, str | None]
     """What each state holds (`state_kinds` of the rule), by its name."""
     formats: dict[str, Format]
-    """Of each state, by its name, in the rule's order."""
+    """Format of each state, by its name, in the rule's order."""
     expected: dict[str, Expected]
     """Shape and dtype of each tensor of the state but numbers, by its key."""
     keys: tuple[str, ...]
-    """Of the planes of all states, in the rule's order."""
+    """Keys in the state of all states' planes, in the rule's order."""
     shows_numbers: bool
     """Whether the step stands in the state."""
 
@@ -43,7 +43,7 @@ class Layouts:
         self._known: dict[Hashable, Layout] = {}
 
     def of(self, opt: Optimizer, param: torch.Tensor, group: dict[str, Any], rule: Rule | None = None) -> Layout:
-        """Of a parameter. ValueError if its group says what cannot be.
+        """Return a parameter's layout. ValueError if its group says what cannot be.
 
         rule: the group's, where it is known.
         """
