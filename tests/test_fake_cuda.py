@@ -16,11 +16,12 @@ from tritopt.device import on_device
 from tritopt.fused import Planner, Task
 from tritopt.group import Launch
 from tritopt.kernels.formats import PLAIN
-from tritopt.kernels.language import triton
+from tritopt.kernels.language import INTERPRETED, triton
 from tritopt.phases import Apply
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="the stand-in interprets kernels")
 GPU = torch.device("cuda", 0)
 
 
@@ -141,6 +142,7 @@ def add_scaled(w, g, state, s):  # type: ignore[no-untyped-def]
     return w + s.factor * g, state
 
 
+@needs_interpreter
 def test_kernels_run_late_and_on_the_current_device(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, grad = torch.zeros(5, device="cuda:1"), torch.ones(5, device="cuda:1")
     launch, scalars = Launch((Apply(add_scaled),), Scale, "decoupled"), [(1.0, float("inf"), 0.0, 2.0)]
@@ -153,6 +155,7 @@ def test_kernels_run_late_and_on_the_current_device(cuda: FakeCuda, monkeypatch:
         Planner().apply("key", tasks, scalars, launch)
 
 
+@needs_interpreter
 def test_a_table_with_an_address_of_nobody(cuda: FakeCuda) -> None:
     weight, grad = torch.zeros(5, device=GPU), torch.ones(5)
     assert fused.unavailable(weight) is None
