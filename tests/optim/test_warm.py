@@ -421,6 +421,27 @@ def test_steps_that_share_a_launch_keep_their_own_addresses() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("state_dtype", ["int8", "fp32"])
+def test_a_weight_that_lies_otherwise_beside_gradients_that_are_new(state_dtype: str) -> None:
+    """States whose elements share scales lie as their parameter does, also where their own tensors are the same."""
+    found = []
+    for is_warm in (True, False):
+        torch.manual_seed(0)
+        params = [torch.randn(64, 64).requires_grad_() for _ in range(3)]
+        opt = optim.AdamW(params, lr=0.1, state_dtype=state_dtype)
+        for step, absent in enumerate((None, 0, 1)):
+            set_grads(params, step)
+            if step == 2:
+                params[0].data = params[0].data.t()
+            if absent is not None:
+                params[absent].grad = None
+            if not is_warm:
+                forget(opt)
+            opt.step()
+        found.append(values(opt, params))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_parameters_that_were_removed_are_let_go() -> None:
     params = parameters()
     opt = options(params, optim.AdamW)

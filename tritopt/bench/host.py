@@ -32,7 +32,7 @@ ELEMENTS = 4
 """Of each tensor: what work there is beside kernels must not be arithmetic."""
 MAX_NORM = 1.0
 ABSENT = 10
-"""One parameter in so many is without a gradient in each of several sets in turn, and in no other."""
+"""One parameter in so many is without a gradient in one of several sets; all others have one in every set."""
 BASELINE = "torch fused"
 OURS = "tritopt"
 WARM = 3

@@ -38,7 +38,7 @@ class ColdStep:
         rates: their groups' learning rates.
         fused: whether a kernel updates them.
         only: the parameter, if the step is for one.
-        like: the step before, if all states are as it had them.
+        like: an earlier step with the same states, which need not be described anew; None: there is none.
     """
 
     def __init__(

@@ -19,13 +19,13 @@ MAX_LAYOUTS = 4096
 
 
 class Layout(NamedTuple):
-    """What `Optimizer` says of all parameters of one shape, dtype and sharding under the settings of their group."""
+    """Formats and state tensors of all parameters of one shape, dtype and sharding under one group's settings."""
 
     rule: Rule
     format: Format
     """Format of the parameter with its master."""
     kinds: dict[str, str | None]
-    """What each state holds (`state_kinds` of the rule), by its name."""
+    """Kind of number that each state holds (`state_kinds` of the rule), by its name."""
     formats: dict[str, Format]
     """Format of each state, by its name, in the rule's order."""
     expected: dict[str, Expected]

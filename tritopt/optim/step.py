@@ -197,7 +197,7 @@ class Stepper:
         return telemetry(names_of(opt), [param.numel() for param in params], sums)
 
     def _warm_steps(self, opt: Optimizer, only: Only | None) -> Iterator[WarmStep]:
-        """What the step may be like: the last one, and the last with gradients of the same parameters."""
+        """Yield steps that this one may repeat: the last, and the last with gradients of the same parameters."""
         if only is not None:
             found = self._warm_of.pop(only.position, None)
             if found is not None and found.members[0].group is only.group and found.members[0].param is only.param:

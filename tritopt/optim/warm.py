@@ -1,4 +1,4 @@
-"""A step like the one before: only gradients' addresses and scalars are new, so only those are looked at.
+"""A step like an earlier one with gradients of the same parameters: only their addresses and scalars are looked at.
 
 What a step checks and derives holds as long as parameters, states and their memory are the same ones, and gradients
 look the same. A `WarmStep` asks whether they are (tritopt/walk.py).
