@@ -123,7 +123,7 @@ import sys
 from pathlib import Path
 
 from tritopt import check
-from tritopt.bench import host, plan, plot, run
+from tritopt.tools.bench import host, plan, plot, run
 
 command, *rest = sys.argv[1:]
 options = dict(zip(rest[::2], rest[1::2]))

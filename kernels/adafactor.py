@@ -1,4 +1,4 @@
-"""Update functions of Adafactor (tritopt/optimizers/adafactor.py), for kernels/factored_apply.py."""
+"""Update functions of Adafactor (tritopt/optimizers/adafactor.py), for kernels/drivers/factored_apply.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Update functions of GroupAdaGrad (tritopt/optimizers/groupadagrad.py), for kernels/row_apply.py."""
+"""Update functions of GroupAdaGrad (tritopt/optimizers/groupadagrad.py), for kernels/drivers/row_apply.py."""
 
 from __future__ import annotations
 

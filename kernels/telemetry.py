@@ -1,4 +1,4 @@
-"""Sums over a tensor's elements, taken from registers while a step passes over them (tritopt/telemetry.py)."""
+"""Sums over a tensor's elements, taken from registers while a step passes over them (tritopt/engine/telemetry.py)."""
 
 from __future__ import annotations
 

@@ -133,19 +133,19 @@ HOST: list[tuple[str, str, str, dict[str, str]]] = [
 COMPILED: list[tuple[str, str, str, dict[str, str]]] = [
     (
         "ptx/steps",
-        "kernels/tables.py",
+        "kernels/drivers/tables.py",
         "address_bits % 16 == 0",
         {"alignment is taken for granted": "address_bits == address_bits"},
     ),
     (
         "ptx/steps",
-        "kernels/multi_tensor_apply.py",
+        "kernels/drivers/multi_tensor_apply.py",
         "ptrs, first, offsets, offsets < n_elements,",
         {"mask one too far": "ptrs, first, offsets, offsets <= n_elements,"},
     ),
     (
         "ptx/steps",
-        "kernels/multi_tensor_apply.py",
+        "kernels/drivers/multi_tensor_apply.py",
         "n_here = tl.where(is_live, tl.minimum(n_elements - start, CHUNK_SIZE), 0)",
         {"chunks overlap": "n_here = tl.where(is_live, tl.minimum(n_elements - start, CHUNK_SIZE + 1), 0)"},
     ),
@@ -177,13 +177,13 @@ COMPILED: list[tuple[str, str, str, dict[str, str]]] = [
     ),
     (
         "ptx/addresses",
-        "kernels/multi_tensor_apply.py",
+        "kernels/drivers/multi_tensor_apply.py",
         ".to(tl.int64) * CHUNK_SIZE",
         {"chunks begin below 2^31": ".to(tl.int32) * CHUNK_SIZE"},
     ),
     (
         "ptx/addresses",
-        "kernels/multi_tensor_apply.py",
+        "kernels/drivers/multi_tensor_apply.py",
         "offsets = first + tl.arange(0, TAIL_SIZE)",
         {"offsets below 2^32": "offsets = first.to(tl.uint32) + tl.arange(0, TAIL_SIZE)"},
     ),

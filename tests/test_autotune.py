@@ -23,13 +23,15 @@ from typer.testing import CliRunner
 
 import tritopt.optim
 from tests.test_tuning_cache import ENTRY
-from tritopt import autotune, config, numerics, phases, tuning, tuning_cache
 from tritopt.__main__ import app
-from tritopt.autotune import Gpu, Scratch, Variant
 from tritopt.commands.tune import print_rows
-from tritopt.config import Config, SizeClass
-from tritopt.device import is_capturing
-from tritopt.tuning_cache import TuningCache
+from tritopt.engine import driver
+from tritopt.engine.device import is_capturing
+from tritopt.engine.tuning import autotune, cache, config
+from tritopt.engine.tuning.autotune import Gpu, Scratch, Variant
+from tritopt.engine.tuning.cache import TuningCache
+from tritopt.engine.tuning.config import Config, SizeClass
+from tritopt.tools import numerics, tune
 
 H200 = Gpu("NVIDIA H200", "sm_90")
 SHIPPED = Config(block_size=64, chunk_size=128, tail_size=64, num_warps=1)
@@ -42,7 +44,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of which nothing is known yet, whose kernels are launched in small blocks."""
     monkeypatch.setenv("TRITOPT_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITOPT_AUTOTUNE", raising=False)
-    monkeypatch.setattr(tuning_cache, "_WARNED", set())
+    monkeypatch.setattr(cache, "_WARNED", set())
     monkeypatch.setattr(autotune, "_CHOSEN", {})
     monkeypatch.setattr(autotune, "_spent", 0.0)
     monkeypatch.setattr(autotune, "gpu_of", lambda device: H200)
@@ -81,7 +83,7 @@ def device() -> torch.device:
 
 
 def variant_of(cls: type[tritopt.optim.Optimizer] = tritopt.optim.AdamW, name: str = "fp32") -> Variant:
-    (variant,) = tuning.variants_of(cls, storage(name), device())
+    (variant,) = tune.variants_of(cls, storage(name), device())
     return variant
 
 
@@ -132,17 +134,17 @@ def test_no_configuration_changes_a_bit_of_what_is_elementwise(name: str, monkey
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "track": True}])
 def test_sums_are_the_same_on_every_gpu(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """LAMB's norms and the global one, whatever is shipped or tuned; but not if all launches were changed."""
-    monkeypatch.setattr(phases, "GENERIC", SHIPPED)
-    monkeypatch.setattr(phases, "CONFIG", SHIPPED)
+    monkeypatch.setattr(driver, "GENERIC", SHIPPED)
+    monkeypatch.setattr(driver, "CONFIG", SHIPPED)
     monkeypatch.setattr(autotune, "GENERIC", SHIPPED)
     expected = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
     for found in (Config(128, 128, 64, 1), Config(256, 512, 128, 2)):
         monkeypatch.setattr(Gpu, "shipped", lambda self, variant, size, found=found: found)
         monkeypatch.setattr(autotune, "_CHOSEN", {})
         assert_same_bits(train(tritopt.optim.LAMB, "fp32", steps=4, **options), expected)
-        monkeypatch.setattr(phases, "CONFIG", found)
+        monkeypatch.setattr(driver, "CONFIG", found)
         different = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
-        monkeypatch.setattr(phases, "CONFIG", SHIPPED)
+        monkeypatch.setattr(driver, "CONFIG", SHIPPED)
         assert not all(torch.equal(a, b) for a, b in zip(different, expected, strict=True))
 
 
@@ -259,7 +261,7 @@ def test_without_memory_it_is_what_is_shipped(few: list[Config], monkeypatch: py
     monkeypatch.setattr(autotune, "event_median", out_of_memory)
     with pytest.warns(UserWarning, match="adamw_update: launched as shipped, .* OutOfMemoryError: CUDA out of memory"):
         assert launched(monkeypatch) == [SHIPPED]
-    assert tuning_cache.files() == []
+    assert cache.files() == []
 
 
 def test_a_process_does_not_tune_for_ever(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,7 +508,7 @@ def test_a_rehearsal(few: list[Config], capsys: pytest.CaptureFixture[str]) -> N
     clock = Clock(lambda found: 1e-3 / found.chunk_size)
     classes = [tritopt.optim.AdamW, tritopt.optim.Adam, tritopt.optim.Adafactor]
     formats = [storage("fp32"), storage("split8+int8")]
-    session = tuning.Tuning(classes, formats, [TINY], device(), clock, gpu="rehearsal")
+    session = tune.Tuning(classes, formats, [TINY], device(), clock, gpu="rehearsal")
     rows = list(session.rows())
     assert len(rows) == len(session)
     measured = [row for row in rows if row.best is not None]
@@ -543,7 +545,7 @@ def test_show_and_clear() -> None:
     assert {row["mark"] for row in found["shipped"]} == {"assumed"}
     assert {row["gpu"] for row in found["shipped"]} > {"A100", "H100", "H200", "B200", "MI300"}
     assert "deleted" in run("--clear").output
-    assert tuning_cache.files() == []
+    assert cache.files() == []
     assert json.loads(run("--clear", "--json").output) == {"deleted": []}
     assert "nothing tuned yet" in run("--show").output
 
@@ -576,8 +578,8 @@ def test_without_a_gpu() -> None:
 COLD = """
 import json, time, torch, triton
 import tritopt.optim
-from tritopt.compiled import compile_launches, compile_norm
-from tritopt.kernels.formats import MASTER_FP32
+from tritopt.tools.compiled import compile_launches, compile_norm
+from tritopt.kernels.formats.weights import MASTER_FP32
 hits = []
 triton.knobs.compilation.listener = lambda **found: hits.append([found["metadata"]["name"], found["cache_hit"]])
 began = time.monotonic()

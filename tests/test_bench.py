@@ -18,20 +18,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tritopt import numerics, optim
+from tritopt import optim
 from tritopt.__main__ import app
-from tritopt.bench import machine, measure, peers, plot, run, targets
-from tritopt.bench.device import Device, Rehearsal
-from tritopt.bench.measure import Row
-from tritopt.bench.peers import PEERS, Peer
-from tritopt.bench.plan import ELEMENTWISE, MAIN, SUMMING, Item, plan
-from tritopt.bench.run import Bench, find_device
-from tritopt.bench.shapes import MODELS, Model, miniature
-from tritopt.cost import bytes_per_parameter
-from tritopt.kernels.formats import SPLIT16
+from tritopt.kernels.formats.weights import SPLIT16
 from tritopt.kernels.language import INTERPRETED
 from tritopt.optim.adam import TorchAdam
 from tritopt.optimizers import AdamW
+from tritopt.tools import numerics
+from tritopt.tools.bench import machine, measure, peers, plot, run, targets
+from tritopt.tools.bench.device import Device, Rehearsal
+from tritopt.tools.bench.measure import Row
+from tritopt.tools.bench.peers import PEERS, Peer
+from tritopt.tools.bench.plan import ELEMENTWISE, MAIN, SUMMING, Item, plan
+from tritopt.tools.bench.run import Bench, find_device
+from tritopt.tools.bench.shapes import MODELS, Model, miniature
+from tritopt.tools.cost import bytes_per_parameter
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a rehearsal runs in Triton's interpreter")
 FUSED = next(peer for peer in PEERS if peer.name == "torch fused")

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from tritopt import optim
 from tritopt.__main__ import app
-from tritopt.bench import host
-from tritopt.bench.host import CASES, Case, HostRow, case_times, host_times
-from tritopt.bench.peers import PEERS
 from tritopt.kernels.language import INTERPRETED
+from tritopt.tools.bench import host
+from tritopt.tools.bench.host import CASES, Case, HostRow, case_times, host_times
+from tritopt.tools.bench.peers import PEERS
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="there are no launches to leave out"

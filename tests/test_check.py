@@ -18,12 +18,13 @@ from typer.testing import CliRunner
 
 import tritopt
 from tests import mutations
-from tritopt import check, fused, phases, registry
 from tritopt.__main__ import app
-from tritopt.check import Case, Contender, Row, check_case, load_optimizer, run_checks
+from tritopt.engine import driver, plan
+from tritopt.kernels.formats.states import BLOCK, SIGNED, STATE_FORMATS, store_int8
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, tl, triton  # noqa: F401
-from tritopt.kernels.state_formats import BLOCK, SIGNED, STATE_FORMATS, store_int8
-from tritopt.tools import checks
+from tritopt.mxnet import registry
+from tritopt.tools import check, checks
+from tritopt.tools.check import Case, Contender, Row, check_case, load_optimizer, run_checks
 
 needs_kernels = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
@@ -79,7 +80,7 @@ def drifting_update(w, g, state, s):  # type: ignore[no-untyped-def]
 class Drifting(tritopt.Test):
     """A hundred-thousandth of a step too fast."""
 
-    phases = (tritopt.Apply(drifting_update, reads_states=False, writes_states=False),)
+    driver = (tritopt.Apply(drifting_update, reads_states=False, writes_states=False),)
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def undefined_update(w, g, state, s):  # type: ignore[no-untyped-def]
 class Undefined(tritopt.Test):
     """NaN everywhere."""
 
-    phases = (tritopt.Apply(undefined_update, reads_states=False, writes_states=False),)
+    driver = (tritopt.Apply(undefined_update, reads_states=False, writes_states=False),)
 
 
 class Ported(tritopt.Optimizer):
@@ -178,7 +179,7 @@ class LateSign(PortedSign):
 @pytest.fixture
 def sizes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel, but the weights that a check on a GPU has."""
-    monkeypatch.setattr(fused, "HAS_TRITON", False)
+    monkeypatch.setattr(plan, "HAS_TRITON", False)
     monkeypatch.setattr(check, "INTERPRETED", False)
     monkeypatch.setattr(check, "device", lambda: torch.device("cpu"))
 
@@ -372,9 +373,9 @@ def test_neighbours_lie_in_memory_as_the_state_does() -> None:
 
 
 @pytest.mark.parametrize(("config", "block"), [(check.SMALL, 0), (check.SMALL_OF_STATES, BLOCK)])
-def test_weights_of_a_check(config: phases.Config, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_a_check(config: driver.Config, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, one of several blocks, and a tail; unaligned; transposed, with more than a block of states."""
-    monkeypatch.setattr(phases, "CONFIG", config)
+    monkeypatch.setattr(driver, "CONFIG", config)
     assert not block or not (config.block_size % block or config.chunk_size % block)
     state_dtype = "int8" if block else None
     weights = check._weights(case(tritopt.SGD, state_dtype=state_dtype), torch.Generator("cpu").manual_seed(0))
@@ -448,7 +449,7 @@ def test_writing_to_gradients_fails() -> None:
 
 
 def test_without_triton_the_reference_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "HAS_TRITON", False)
+    monkeypatch.setattr(plan, "HAS_TRITON", False)
     row = check_case(case(tritopt.Adam))
     assert row.passed
     assert "pip install" in row.reason

@@ -13,16 +13,17 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tritopt import numerics, registry, tuning
 from tritopt.__main__ import app
-from tritopt.bench import host, measure
 from tritopt.commands import bench as bench_command
 from tritopt.commands import inspect as inspect_command
 from tritopt.commands import numerics as numerics_command
 from tritopt.commands import tune as tune_command
 from tritopt.commands.console import Column, Line, print_table
-from tritopt.config import Config
-from tritopt.inspect import Change, load
+from tritopt.engine.tuning.config import Config
+from tritopt.mxnet import registry
+from tritopt.tools import numerics, tune
+from tritopt.tools.bench import host, measure
+from tritopt.tools.inspect import Change, load
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = ROOT / "tests" / "counts_sm_90.json"
@@ -94,7 +95,7 @@ def test_inspect_shows_what_spills(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_tune(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     few, many = Config(block_size=1024), Config(block_size=2048)
-    row = tuning.Row("AdamW", "split16+bf16", "adamw_update", "small", few, many, 10.25, 11.5, 1, 2)
+    row = tune.Row("AdamW", "split16+bf16", "adamw_update", "small", few, many, 10.25, 11.5, 1, 2)
     tune_command.print_rows([row])
     assert_fits(capsys.readouterr().out, width, "split16+bf16", "1024", *(["10.25"] if width > 60 else []))
     assert_fits(run("tune", "--show").output.partition("nothing tuned")[0], width, "block", "assumed", "MI300")

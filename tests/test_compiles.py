@@ -19,12 +19,12 @@ FORMATS = os.environ.get("TRITOPT_TEST_FORMATS", "some")
 PROGRAM = """
 import json, sys, torch, tritopt, tritopt.optim
 arch = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
-from tritopt.compiled import compile_launches, compile_norm
-from tritopt.cost import bytes_per_parameter
-from tritopt.kernels.formats import MASTER_FP32, MASTERS, PLAIN
-from tritopt.kernels.state_formats import STATE_FORMATS
-from tritopt.phases import Apply
-from tritopt.registry import OPTIMIZERS
+from tritopt.tools.compiled import compile_launches, compile_norm
+from tritopt.tools.cost import bytes_per_parameter
+from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, PLAIN
+from tritopt.kernels.formats.states import STATE_FORMATS
+from tritopt.engine.driver import Apply
+from tritopt.mxnet.registry import OPTIMIZERS
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 common = [(bf16, bf16, MASTER_FP32), (f32, f32, PLAIN)]
 rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, f64, PLAIN)]

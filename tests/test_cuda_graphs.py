@@ -12,11 +12,12 @@ import tritopt
 from tests.fake_cuda.runtime import FakeCuda
 from tests.fake_cuda.streams import Graph
 from tests.fake_cuda.training import Training, assert_same, numbers, on_cpu
-from tritopt import optim, recent
-from tritopt.fused import Planner
+from tritopt import optim
+from tritopt.engine import recent
+from tritopt.engine.plan import Planner
+from tritopt.engine.recent import Recent
 from tritopt.kernels.language import INTERPRETED
 from tritopt.optim import clip
-from tritopt.recent import Recent
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the stand-in interprets kernels")

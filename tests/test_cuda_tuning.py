@@ -10,11 +10,12 @@ import torch
 
 from tests.fake_cuda.runtime import FakeCuda
 from tests.fake_cuda.training import Training, assert_same, on_cpu
-from tritopt import autotune, config, optim, tuning_cache
-from tritopt.bench.device import Device
-from tritopt.config import Config, SizeClass
+from tritopt import optim
+from tritopt.engine.tuning import autotune, cache, config
+from tritopt.engine.tuning.cache import TuningCache
+from tritopt.engine.tuning.config import Config, SizeClass
 from tritopt.kernels.language import INTERPRETED
-from tritopt.tuning_cache import TuningCache
+from tritopt.tools.bench.device import Device
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the stand-in interprets kernels")
@@ -78,7 +79,7 @@ def test_without_memory_it_is_what_is_shipped(capacity: int, monkeypatch: pytest
         training.step(2)
         assert_same(training.results(), expected)
     assert list(autotune._CHOSEN.values()) == [shipped]
-    assert tuning_cache.files() == []
+    assert cache.files() == []
 
 
 def test_the_bench_times_what_the_stream_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +104,7 @@ def test_a_capture_measures_nothing() -> None:
         cuda.synchronize()
         cuda.log.clear()
         autotune._CHOSEN.clear()
-        for file in tuning_cache.files():
+        for file in cache.files():
             file.unlink()
         for group in training.opt._stepper._planner._plans.values()[0][1]:
             group._tables = {name: made for name, made in group._tables.items() if name == ("chunks", 2048)}

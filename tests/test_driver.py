@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from tritopt import fused, phases
-from tritopt.fused import Planner, Task
-from tritopt.group import Launch
-from tritopt.kernels.formats import MASTER_FP32, PLAIN
+from tritopt.engine import driver, plan
+from tritopt.engine.driver import Apply
+from tritopt.engine.group import Launch
+from tritopt.engine.plan import Planner, Task
+from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
+from tritopt.kernels.drivers.multi_tensor_norm import square_update, sum_partials
+from tritopt.kernels.formats.weights import MASTER_FP32, PLAIN
 from tritopt.kernels.language import INTERPRETED, tl, triton
-from tritopt.kernels.multi_tensor_apply import multi_tensor_apply
-from tritopt.kernels.multi_tensor_norm import square_update, sum_partials
-from tritopt.phases import Apply
 
 COMMON = (1.0, math.inf, 0.0)  # rescale, clip bound, wd
 
@@ -43,7 +43,7 @@ def divide_by_sums(w, g, state, s, sums):  # type: ignore[no-untyped-def]
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks and chunks out of a small tensor."""
-    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=16, chunk_size=64, num_warps=1))
+    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=64, num_warps=1))
 
 
 def plain_task(weight: torch.Tensor, grad: torch.Tensor) -> Task:
@@ -131,12 +131,12 @@ def test_norms_are_right_and_repeatable(small_chunks: None) -> None:
     ]
     tensors.append(torch.randn(20, 30, generator=generator)[::2, ::3])
     expected = torch.stack([t.double().norm() for t in tensors])
-    torch.testing.assert_close(fused.norms(tensors), expected, rtol=1e-6, atol=0)
-    assert torch.equal(fused.norms(tensors), fused.norms(tensors))
+    torch.testing.assert_close(plan.norms(tensors), expected, rtol=1e-6, atol=0)
+    assert torch.equal(plan.norms(tensors), plan.norms(tensors))
 
 
 def test_norms_of_nothing() -> None:
-    assert fused.norms([]).shape == (0,)
+    assert plan.norms([]).shape == (0,)
 
 
 def test_ten_thousand_tensors_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_ten_thousand_tensors_in_one_call(monkeypatch: pytest.MonkeyPatch) -> No
 
             return launch
 
-    monkeypatch.setattr(phases, "multi_tensor_apply", Recorder())
+    monkeypatch.setattr(driver, "multi_tensor_apply", Recorder())
     n = 10_000
     buffer, grad = torch.zeros(n, 4), torch.ones(n, 4)
     add([plain_task(w, g) for w, g in zip(buffer, grad, strict=True)], [float(i % 7) for i in range(n)])
@@ -188,7 +188,7 @@ def test_offsets_beyond_2_to_the_31(small_chunks: None) -> None:
     tensors = torch.tensor([[size, first_chunk, 1]], dtype=torch.int64)
     words = [weight.data_ptr(), grad.data_ptr(), 0, *np.array([*COMMON, 1.0]).view(np.int64).tolist()]
     launch = Launch((Apply(add_scaled),), Scale, "decoupled")
-    constants = phases.phase_constants(Apply(add_scaled), launch, (PLAIN,), (torch.float16, torch.float16), 0)
+    constants = driver.phase_constants(Apply(add_scaled), launch, (PLAIN,), (torch.float16, torch.float16), 0)
     multi_tensor_apply[(1,)](
         torch.tensor(words), tensors, torch.zeros(1, dtype=torch.int32), None, None, None, None, None, 1,
         **constants, CHUNK_SIZE=chunk, BLOCK_SIZE=16, TAIL_SIZE=16, enable_fp_fusion=False,
@@ -228,7 +228,7 @@ def test_source_of_nested_functions_is_in_the_cache_key() -> None:
 
     def key(update: Any, scalars: type) -> str:
         launch = Launch((Apply(update),), scalars, "decoupled")
-        return str(phases.phase_constants(Apply(update), launch, (PLAIN,), (torch.float32,) * 2, 0)["SOURCE_HASH"])
+        return str(driver.phase_constants(Apply(update), launch, (PLAIN,), (torch.float32,) * 2, 0)["SOURCE_HASH"])
 
     if hasattr(add_scaled, "cache_key"):
         assert key(add_scaled, Scale) != key(square_update, Scale)

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import tritopt
-from tritopt import phases
-from tritopt.optimizer import Optimizer
-from tritopt.phases import Apply
-from tritopt.registry import OPTIMIZERS
+from tritopt.engine import driver
+from tritopt.engine.driver import Apply
+from tritopt.mxnet.optimizer import Optimizer
+from tritopt.mxnet.registry import OPTIMIZERS
 
 CASES = [
     pytest.param(name, variant, id=f"{name}-{i}")
@@ -32,7 +32,7 @@ SHAPES = ((), (0,), (7,), (5, 6), (2, 5, 2, 3))
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=16, chunk_size=48, num_warps=1))
+    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=48, num_warps=1))
 
 
 class Model:
@@ -217,7 +217,7 @@ def test_second_call_compiles_nothing(name: str, variant: dict[str, Any], monkey
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """(kernel, compile-time arguments, types of the others) of each launch but those of `sum_partials` from now on."""
     launches: list[tuple[Any, ...]] = []
-    kernels: Any = type(vars(phases)["multi_tensor_apply"])  # compiled or interpreted ones
+    kernels: Any = type(vars(driver)["multi_tensor_apply"])  # compiled or interpreted ones
     run = kernels.run
 
     def recording(kernel: Any, *args: Any, **constants: Any) -> Any:

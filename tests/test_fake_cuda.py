@@ -11,13 +11,13 @@ import torch
 
 from tests.fake_cuda.runtime import FakeCuda
 from tests.fake_cuda.streams import GpuError
-from tritopt import fused
-from tritopt.device import on_device
-from tritopt.fused import Planner, Task
-from tritopt.group import Launch
-from tritopt.kernels.formats import PLAIN
+from tritopt.engine import plan
+from tritopt.engine.device import on_device
+from tritopt.engine.driver import Apply
+from tritopt.engine.group import Launch
+from tritopt.engine.plan import Planner, Task
+from tritopt.kernels.formats.weights import PLAIN
 from tritopt.kernels.language import INTERPRETED, triton
-from tritopt.phases import Apply
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -150,7 +150,7 @@ def test_kernels_run_late_and_on_the_current_device(cuda: FakeCuda, monkeypatch:
     Planner().apply("key", tasks, scalars, launch)
     assert "add_scaled" not in cuda.log
     assert weight.tolist() == [2.0] * 5
-    monkeypatch.setattr("tritopt.group.on_device", lambda device: on_device(GPU))
+    monkeypatch.setattr("tritopt.engine.group.on_device", lambda device: on_device(GPU))
     with pytest.raises(GpuError, match="add_scaled on cuda:0 gets a tensor on cuda:1"):
         Planner().apply("key", tasks, scalars, launch)
 
@@ -158,7 +158,7 @@ def test_kernels_run_late_and_on_the_current_device(cuda: FakeCuda, monkeypatch:
 @needs_interpreter
 def test_a_table_with_an_address_of_nobody(cuda: FakeCuda) -> None:
     weight, grad = torch.zeros(5, device=GPU), torch.ones(5)
-    assert fused.unavailable(weight) is None
+    assert plan.unavailable(weight) is None
     launch = Launch((Apply(add_scaled),), Scale, "decoupled")
     task = Task((weight,), PLAIN, weight, ())
     planner = Planner()

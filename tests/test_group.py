@@ -11,8 +11,8 @@ import torch
 
 from tests.fake_cuda.runtime import FakeCuda
 from tests.fake_cuda.streams import Graph
-from tritopt.group import MAX_CAPTURED, Group, upload_table
-from tritopt.kernels.formats import PLAIN
+from tritopt.engine.group import MAX_CAPTURED, Group, upload_table
+from tritopt.kernels.formats.weights import PLAIN
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

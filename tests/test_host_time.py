@@ -9,9 +9,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from tritopt.bench import host
-from tritopt.bench.host import Case, HostRow, case_times
 from tritopt.kernels.language import INTERPRETED
+from tritopt.tools.bench import host
+from tritopt.tools.bench.host import Case, HostRow, case_times
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="there are no launches to leave out"

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tritopt import inspect as report
 from tritopt.__main__ import app
-from tritopt.gpus import ARCHITECTURES, DEFAULTS, GPUS, find_gpu, resident_programs
-from tritopt.hot_loop import HotLoop, hot_loops, parse_gcn, parse_sass
-from tritopt.inspect import MAIN_FORMATS, NORM, Case, Row, compare, inspect_cases, select, steps_of
-from tritopt.registry import names
+from tritopt.mxnet.registry import names
+from tritopt.tools import inspect as report
+from tritopt.tools.gpus import ARCHITECTURES, DEFAULTS, GPUS, find_gpu, resident_programs
+from tritopt.tools.hot_loop import HotLoop, hot_loops, parse_gcn, parse_sass
+from tritopt.tools.inspect import MAIN_FORMATS, NORM, Case, Row, compare, inspect_cases, select, steps_of
 
 pytestmark = pytest.mark.xdist_group("compiles")  # with tests/test_compiles.py: kernels are compiled once
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tritopt import optim
-from tritopt.kernels.formats import MASTERS
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import INTERPRETED
 
 PERIOD = 7

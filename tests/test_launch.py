@@ -12,18 +12,19 @@ import pytest
 import torch
 
 import tritopt
-from tritopt import launch
-from tritopt.launch import Launcher, no_launches
+from tritopt.engine import launcher
+from tritopt.engine.launcher import Launcher, no_launches
 
 # Real compilation for sm_90; what would be handed to the GPU is noted down.
 STUB = """
 import json, sys, torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from tritopt import optim, phases
-from tritopt.fused import Planner, Task
-from tritopt.group import Launch
-from tritopt.kernels.formats import PLAIN
+from tritopt import optim
+from tritopt.engine import driver
+from tritopt.engine.plan import Planner, Task
+from tritopt.engine.group import Launch
+from tritopt.kernels.formats.weights import PLAIN
 from tritopt.optimizers.adamw import AdamW
 from tritopt.optimizers.lamb import LAMB
 
@@ -76,8 +77,8 @@ EVERYTHING = (
     STUB
     + """
 import tritopt
-from tritopt.compiled import _step
-from tritopt.registry import OPTIMIZERS
+from tritopt.tools.compiled import _step
+from tritopt.mxnet.registry import OPTIMIZERS
 found = {}
 for name in tritopt.names():
     opt = OPTIMIZERS[name]()
@@ -86,7 +87,7 @@ for name in tritopt.names():
             _step(opt, torch.float32, torch.float32, PLAIN)
         found[name] = len(launches)
         launches.clear()
-from tritopt.kernels.formats import MASTERS
+from tritopt.kernels.formats.weights import MASTERS
 for master, states in (("split8", "int8"), ("split16", "bf16")):
     for _ in range(2):
         _step(OPTIMIZERS["adamw"](state_dtype=states), torch.bfloat16, torch.bfloat16, MASTERS[master])
@@ -174,7 +175,7 @@ class Kernel:
 
 
 def test_within_no_launches_nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launcher, "INTERPRETED", False)
     kernel, x = Kernel(), torch.zeros(4)
     inside, outside = (Launcher(kernel, 3, {"SIZE": 4, "num_warps": 1, "enable_fp_fusion": False}) for _ in range(2))
     with no_launches():
@@ -189,7 +190,7 @@ def test_within_no_launches_nothing_is_launched(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_arguments_of_another_kind_go_by_way_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launcher, "INTERPRETED", False)
     kernel, x = Kernel(), torch.zeros(8)
     bound = Launcher(kernel, 1, {"SIZE": 4, "enable_fp_fusion": False})
     bound(x, 1)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import tritopt
-from tritopt import phases
-from tritopt.kernels.formats import MASTERS
-from tritopt.phases import Apply
-from tritopt.registry import OPTIMIZERS
+from tritopt.engine import driver
+from tritopt.engine.driver import Apply
+from tritopt.kernels.formats.weights import MASTERS
+from tritopt.mxnet.registry import OPTIMIZERS
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 COMPANIONS = {"fp32": F32, "split16": torch.int16, "split8": torch.int8, "kahan": BF16}
@@ -24,7 +24,7 @@ SHIPPED = [name for name in tritopt.names() if OPTIMIZERS[name].__module__.start
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=16, chunk_size=48, num_warps=1))
+    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=48, num_warps=1))
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tritopt import numerics, numerics_plot, optim
+from tritopt import optim
 from tritopt.__main__ import app
-from tritopt.numerics import (
+from tritopt.tools import numerics, numerics_plot
+from tritopt.tools.numerics import (
     CASES,
     DECAY,
     FORMATS,

@@ -84,7 +84,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def modules() -> set[str]:
     found = {f"tritopt/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     own = [path.relative_to(ROOT) for path in (ROOT / "tritopt").rglob("*.py")]
-    return found | {path.as_posix() for path in own if "kernels" not in path.parts} | {"tritopt/walk.c"}
+    return found | {path.as_posix() for path in own if "kernels" not in path.parts} | {"tritopt/engine/walk.c"}
 
 
 def test_wheel_holds_every_module_and_no_top_level_kernels(distributions: Path) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from tritopt import random
+from tritopt.engine import random
+from tritopt.engine.random import STEPS, halves, key_words, philox4x32
 from tritopt.kernels.language import HAS_TRITON, tl, triton
 from tritopt.kernels.random import normal, philox
-from tritopt.random import STEPS, halves, key_words, philox4x32
 
 ROOT = Path(__file__).resolve().parent.parent
 WORD = 2**32 - 1
@@ -165,7 +165,7 @@ def test_key_is_the_same_for_what_is_equal() -> None:
 
 def test_key_is_the_same_in_another_process() -> None:
     """Python's own hash of a str is not."""
-    program = "from tritopt.random import key_words; print(*key_words(5, ('layer', 7, 'größe')))"
+    program = "from tritopt.engine.random import key_words; print(*key_words(5, ('layer', 7, 'größe')))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert tuple(map(int, done.stdout.split())) == key_words(5, ("layer", 7, "größe"))
 

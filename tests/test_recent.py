@@ -11,8 +11,8 @@ import torch
 
 import tritopt
 from tritopt import optim
-from tritopt.group import Group
-from tritopt.recent import MAX_SIZE, MIN_ENTRIES, Recent
+from tritopt.engine.group import Group
+from tritopt.engine.recent import MAX_SIZE, MIN_ENTRIES, Recent
 
 
 def test_the_least_recently_used_goes() -> None:
@@ -47,7 +47,7 @@ def test_sets_of_gradients_that_differ_in_each_step_do_not_fill_the_memory(
     face: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts without tokens, stochastic depth: each set has a plan of its own."""
-    monkeypatch.setattr("tritopt.fused.run_phases", lambda *arguments: None)
+    monkeypatch.setattr("tritopt.engine.plan.run_phases", lambda *arguments: None)
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(1000)]
     grad, choice = torch.ones(2), random.Random(0)
     opt: Any = optim.AdamW(weights) if face == "torch's" else tritopt.create("adamw")

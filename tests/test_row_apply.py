@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from tritopt import phases
-from tritopt.fused import Planner, Task
-from tritopt.group import Group, Launch
-from tritopt.kernels.formats import MASTER_FP32, PLAIN
+from tritopt.engine import driver
+from tritopt.engine.group import Group, Launch
+from tritopt.engine.plan import Planner, Task
+from tritopt.engine.row_phase import ApplyRows
+from tritopt.kernels.formats.weights import MASTER_FP32, PLAIN
 from tritopt.kernels.language import tl, triton  # noqa: F401
-from tritopt.row_phase import ApplyRows
 
 COMMON = (1.0, math.inf, 0.0)  # rescale, clip bound, wd
 
@@ -43,7 +43,7 @@ PHASE = ApplyRows(gradient, add_mean, add_both)
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=16, chunk_size=64, num_warps=1))
+    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=64, num_warps=1))
 
 
 def plain_task(weight: torch.Tensor, grad: torch.Tensor) -> Task:

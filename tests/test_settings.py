@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tritopt.registry import OPTIMIZERS
+from tritopt.mxnet.registry import OPTIMIZERS
 
 NAN = math.nan
 BAD: dict[str, tuple[Any, ...]] = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import tritopt
-from tritopt import phases
-from tritopt.kernels.formats import PLAIN
-from tritopt.kernels.state_formats import STATE_FORMATS
+from tritopt.engine import driver
+from tritopt.kernels.formats.states import STATE_FORMATS
+from tritopt.kernels.formats.weights import PLAIN
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHAPES = ((3, 64), (130,), (5, 7), (), (0,), (4, 1))
@@ -23,7 +23,7 @@ NAMES = [
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=64, chunk_size=128, num_warps=1))
+    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=64, chunk_size=128, num_warps=1))
 
 
 def random(seed: int, dtype: torch.dtype = BF16) -> list[torch.Tensor]:

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from tritopt import cost, optim, phases
+from tritopt import optim
+from tritopt.engine import driver
+from tritopt.kernels.formats.states import BLOCK
 from tritopt.kernels.language import INTERPRETED
-from tritopt.kernels.state_formats import BLOCK
+from tritopt.tools import cost
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CONFIG = phases.NVIDIA._replace(chunk_size=2048)
+CONFIG = driver.NVIDIA._replace(chunk_size=2048)
 # Full blocks of two chunks, and a tail of more than a block.
 N = CONFIG.chunk_size + CONFIG.block_size + CONFIG.tail_size + BLOCK
 SHAPE = (N // BLOCK, BLOCK)
@@ -27,7 +29,7 @@ SHAPE = (N // BLOCK, BLOCK)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "CONFIG", CONFIG)
+    monkeypatch.setattr(driver, "CONFIG", CONFIG)
 
 
 @dataclass
@@ -118,7 +120,7 @@ class Step:
 
     @property
     def by_formula(self) -> tuple[float, float, float]:
-        """Likewise, what tritopt.cost says."""
+        """Likewise, what tritopt.tools.cost says."""
         (group,) = self.opt.param_groups
         rule, fmt = copy.copy(self.opt.rule_of(group)), self.opt.format_of(self.weight, group)
         rule.state_dtype = group["state_dtype"]

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from tritopt import config, tuning_cache
-from tritopt.config import Config
-from tritopt.tuning_cache import Entry, Key, TuningCache
+from tritopt.engine.tuning import cache as tuning_cache
+from tritopt.engine.tuning import config
+from tritopt.engine.tuning.cache import Entry, Key, TuningCache
+from tritopt.engine.tuning.config import Config
 
 GPU = "NVIDIA H200 (test)"
 ENTRY = Entry(Config(512, 2048, 128, 2), 10.5, Config(), 12.0, "2026-01-01, torch 2.11")
@@ -97,7 +98,7 @@ def test_the_oldest_go_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) 
 WRITER = """
 import sys
 from tests.test_tuning_cache import ENTRY, GPU, key
-from tritopt.tuning_cache import TuningCache
+from tritopt.engine.tuning.cache import TuningCache
 for i in range(20):
     TuningCache(GPU).put(key(f"{sys.argv[1]}-{i}"), ENTRY)
 """

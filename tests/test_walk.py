@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tritopt import walk
-from tritopt.walk import IN_PYTHON, Walk, known_states, n_words
+from tritopt.engine import walk
+from tritopt.engine.walk import IN_PYTHON, Walk, known_states, n_words
 
 IN_C = walk.in_c()
 pytestmark = pytest.mark.skipif(IN_C is None, reason="no C compiler, or no Python.h")

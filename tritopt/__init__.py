@@ -3,10 +3,16 @@
 from tritopt import lr_scheduler as lr_scheduler
 from tritopt import optim as optim
 from tritopt import optimizers as optimizers
-from tritopt.module import ModuleParameters as ModuleParameters
-from tritopt.module import module_parameters as module_parameters
+from tritopt.engine.driver import Apply as Apply
+from tritopt.mxnet.module import ModuleParameters as ModuleParameters
+from tritopt.mxnet.module import module_parameters as module_parameters
+from tritopt.mxnet.optimizer import Optimizer as Optimizer
+from tritopt.mxnet.registry import create as create
+from tritopt.mxnet.registry import names as names
+from tritopt.mxnet.registry import register as register
+from tritopt.mxnet.updater import Updater as Updater
+from tritopt.mxnet.updater import get_updater as get_updater
 from tritopt.optim.clip import clip_grad_norm_ as clip_grad_norm_
-from tritopt.optimizer import Optimizer as Optimizer
 from tritopt.optimizers import DCASGD as DCASGD
 from tritopt.optimizers import FTML as FTML
 from tritopt.optimizers import LAMB as LAMB
@@ -31,11 +37,5 @@ from tritopt.optimizers import RAdam as RAdam
 from tritopt.optimizers import RMSProp as RMSProp
 from tritopt.optimizers import Signum as Signum
 from tritopt.optimizers import Test as Test
-from tritopt.phases import Apply as Apply
-from tritopt.registry import create as create
-from tritopt.registry import names as names
-from tritopt.registry import register as register
-from tritopt.updater import Updater as Updater
-from tritopt.updater import get_updater as get_updater
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 
-from tritopt.validate import nonnegative, number
+from tritopt.engine.validate import nonnegative, number
 
 
 def _integer(name: str, value: int, least: int) -> int:

@@ -15,7 +15,7 @@ import tritopt.optim
 from tests.distributed.layouts import CLOSE, EXACT, assert_same, mesh_of
 from tests.distributed.test_models import full, loss_of, mlp
 from tests.distributed.world import REASON, World
-from tritopt.kernels.formats import SPLIT16
+from tritopt.kernels.formats.weights import SPLIT16
 from tritopt.optim import distributed
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]

@@ -14,7 +14,7 @@ import tritopt.optim
 from tests.distributed.layouts import EXACT, Layout, Pair, assert_same, layouts, mesh_of
 from tests.distributed.test_models import full
 from tests.distributed.world import REASON, World
-from tritopt.kernels.formats import SPLIT8
+from tritopt.kernels.formats.weights import SPLIT8
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]
 

@@ -90,7 +90,7 @@ class FakeCuda:
         """In place of torch.cuda, and of a compiled Triton."""
         from triton.runtime import driver, interpreter
 
-        from tritopt import fused, walk
+        from tritopt.engine import plan, walk
 
         cuda: Any = torch.cuda
         for name, value in {
@@ -122,7 +122,7 @@ class FakeCuda:
         )
         launches = Launches(self.memory, self.current_stream)
         patch.setattr(interpreter.GridExecutor, "__call__", launches.wrap(interpreter.GridExecutor.__call__))
-        patch.setattr(fused, "kernel_device", "cuda")
+        patch.setattr(plan, "kernel_device", "cuda")
         # What is in C asks torch for addresses, past what a subclass says of its own.
         patch.setattr(walk, "_found", [walk.IN_PYTHON])
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from tests.optim.training import assert_same, everything, options_of, parameters, set_grads
-from tritopt import Optimizer, optim, phases
-from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC, Format
+from tritopt import Optimizer, optim
+from tritopt.engine import driver
+from tritopt.engine.driver import Apply
+from tritopt.engine.random import Noise, noise_key
+from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC, Format
 from tritopt.kernels.language import triton
-from tritopt.phases import Apply
-from tritopt.random import Noise, noise_key
 
 BF16 = torch.bfloat16
 SHAPES = ((3, 5), (40,), (2, 3, 2, 2), (), (0,))
@@ -48,7 +49,7 @@ def still_update(w, g, state, s):  # type: ignore[no-untyped-def]
 class Still(Optimizer):
     """Updates nothing."""
 
-    phases = (Apply(still_update),)
+    driver = (Apply(still_update),)
     preamble = "decoupled"
 
     def scalars(self, lr: float, wd: float, count: int) -> StillScalars:
@@ -171,7 +172,7 @@ def test_every_weight_is_what_its_value_rounds_to(fmt: Format, dtype: torch.dtyp
 @WITH_COMPANIONS
 def test_every_weight_is_taken_by_the_kernel_too(fmt: Format, dtype: torch.dtype, monkeypatch: Any) -> None:
     """A step that changes nothing, on all of them: weights stay, what stands beside them is as the reference has it."""
-    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=2**14, chunk_size=2**16, num_warps=4))
+    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=2**14, chunk_size=2**16, num_warps=4))
     weight = every_weight(dtype)
     master = next(name for name in MASTERS if MASTERS[name] is fmt)
     companions = stale(fmt, weight)
@@ -501,7 +502,7 @@ def test_bits_go_by_seed_name_and_step_alone(master: str, cls: Any, monkeypatch:
     def trained(
         names: str = "abc", chunk: int = 64, seed: int = 0, resumed: bool = False, apart: bool = False
     ) -> list[torch.Tensor]:
-        monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=16, chunk_size=chunk, num_warps=1))
+        monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=chunk, num_warps=1))
 
         def build() -> tuple[dict[str, torch.nn.Parameter], Any]:
             params = dict(zip("abc", parameters(BF16, ((40,), (3, 24), (7,))), strict=True))

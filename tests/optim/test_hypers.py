@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tritopt import optim, walk
-from tritopt.optim import hypers as module
-from tritopt.optim.hypers import Hypers
-from tritopt.optim.rows import HostRows, host_rows
+from tritopt import optim
+from tritopt.engine import walk
+from tritopt.optim.step import group_options as module
+from tritopt.optim.step.group_options import Hypers
+from tritopt.optim.step.scalar_table import HostRows, host_rows
 
 
 @pytest.fixture(params=["c", "python"], autouse=True)

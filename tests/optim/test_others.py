@@ -12,8 +12,8 @@ import torch
 import tritopt
 from tests.optim.training import CLASSES, Params, assert_same, clone, counts, everything, parameters, set_grads, train
 from tritopt import optim
-from tritopt.kernels.formats import SPLIT16
-from tritopt.launch import n_launches
+from tritopt.engine.launcher import n_launches
+from tritopt.kernels.formats.weights import SPLIT16
 from tritopt.optim.beyond_torch import BeyondTorch
 
 PATHS = pytest.mark.parametrize("fused", [True, False], ids=["kernel", "reference"])

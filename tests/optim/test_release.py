@@ -29,7 +29,7 @@ from tests.optim.training import (
 )
 from tritopt import optim
 from tritopt.optim import AdamW, release_gradients
-from tritopt.optim.cold import ColdStep
+from tritopt.optim.step.build import ColdStep
 
 Class: TypeAlias = Any  # a class of tritopt.optim, with a signature of its own
 Parameters = Sequence[torch.Tensor]

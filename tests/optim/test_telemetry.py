@@ -12,10 +12,11 @@ import torch
 
 import tritopt
 from tests.optim.training import CLASSES, options_of, parameters, record_launches, set_grads
-from tritopt import optim, phases
-from tritopt.kernels.formats import MASTERS
-from tritopt.phases import Apply
-from tritopt.telemetry import TensorTelemetry
+from tritopt import optim
+from tritopt.engine import driver
+from tritopt.engine.driver import Apply
+from tritopt.engine.telemetry import TensorTelemetry
+from tritopt.kernels.formats.weights import MASTERS
 
 BF16 = torch.bfloat16
 SHAPES = ((3, 50), (9,), (0,), ())
@@ -25,7 +26,7 @@ UNTRACKED = [cls for cls in CLASSES if cls not in TRACKED]
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=32, chunk_size=64, tail_size=16, num_warps=1))
+    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=32, chunk_size=64, tail_size=16, num_warps=1))
 
 
 def run(cls: Any, params: list[torch.nn.Parameter], steps: int = 2, **options: Any) -> Any:

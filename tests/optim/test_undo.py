@@ -105,7 +105,9 @@ def _error(*arguments: Any, **options: Any) -> Any:
     raise torch.OutOfMemoryError("no memory (made up)")
 
 
-@pytest.mark.parametrize("place", ["tritopt.fused.run_phases", "tritopt.fused.upload_table", "tritopt.fused._as_dense"])
+@pytest.mark.parametrize(
+    "place", ["tritopt.engine.plan.run_phases", "tritopt.engine.plan.upload_table", "tritopt.engine.plan._as_dense"]
+)
 @pytest.mark.parametrize("n_before", [0, 2])
 @pytest.mark.parametrize("cls", [optim.AdamW, optim.NAdam, optim.SGD, optim.LAMB])
 def test_a_launch_that_fails_leaves_counts(
@@ -120,7 +122,7 @@ def test_a_launch_that_fails_leaves_counts(
             if fails and step == n_before:
                 before = [content(opt, param) for param in params]
                 monkeypatch.setattr(place, _error)
-                monkeypatch.setattr("tritopt.optim.warm.run_phases", _error)
+                monkeypatch.setattr("tritopt.optim.step.replay.run_phases", _error)
                 with pytest.raises(torch.OutOfMemoryError):
                     opt.step()
                 monkeypatch.undo()
@@ -137,7 +139,7 @@ def test_a_launch_that_fails_leaves_counts(
 
 def test_what_was_launched_before_a_failure_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of one dtype are updated by a launch of their own: the other's failure does not take that back."""
-    from tritopt.phases import Apply
+    from tritopt.engine.driver import Apply
 
     params, opt = make(optim.AdamW, None)
     opt.max_grad_norm = None
@@ -214,7 +216,7 @@ def test_counts_of_the_other_face(failing: type[BaseException], use_fused_step: 
         return reference(*arguments)
 
     before = [weight.clone() for weight in weights]
-    monkeypatch.setattr("tritopt.fused.run_phases" if use_fused_step else type(opt), *(
+    monkeypatch.setattr("tritopt.engine.plan.run_phases" if use_fused_step else type(opt), *(
         (fail,) if use_fused_step else ("reference", fail)
     ))  # fmt: skip
     with pytest.raises(failing):

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from tritopt import optim, walk
-from tritopt.optim.cold import ColdStep
-from tritopt.optim.warm import WarmStep
-from tritopt.recent import Recent
+from tritopt import optim
+from tritopt.engine import walk
+from tritopt.engine.recent import Recent
+from tritopt.optim.step.build import ColdStep
+from tritopt.optim.step.replay import WarmStep
 
 Change = Callable[[optim.Optimizer, list[torch.Tensor]], None]
 

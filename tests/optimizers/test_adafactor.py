@@ -11,7 +11,7 @@ import torch
 
 import tritopt
 from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
-from tritopt import phases
+from tritopt.engine import driver
 
 MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("adafactor.py", "return g * g", {"gradient not squared": "return tl.abs(g)"}),
@@ -67,7 +67,7 @@ OPTIONS = {"beta2_decay": -0.6, "epsilon1": 0.2, "epsilon2": 0.5, "clip_threshol
 
 @pytest.fixture
 def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "CONFIG", phases.Config(block_size=64, chunk_size=128, num_warps=1))
+    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=64, chunk_size=128, num_warps=1))
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS])

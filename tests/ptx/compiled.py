@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from tritopt import fused, optim
+from tritopt import optim
+from tritopt.engine import plan
+from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.multi_tensor_norm import sum_partials
 from tritopt.tools.ptx import driver
 from tritopt.tools.ptx.driver import Record, allocations, switch_on
 from tritopt.tools.ptx.machine import Machine
@@ -198,7 +199,7 @@ def test_what_was_compiled_for_the_machine_needs_it(record: Record, monkeypatch:
 
 
 def test_tensors_of_other_devices_are_refused(record: Record) -> None:
-    reason = fused.unavailable(torch.empty(3, device="meta"))
+    reason = plan.unavailable(torch.empty(3, device="meta"))
     assert reason is not None
     assert "cannot update a tensor on meta: switch the PTX machine off" in reason
 
@@ -207,7 +208,7 @@ def test_an_optimizer_is_bound_to_the_machine_that_is_on() -> None:
     param = torch.nn.Parameter(torch.zeros(4))
     outer = driver._record
     with switch_on(80) as record:
-        assert fused.unavailable(param) is None
+        assert plan.unavailable(param) is None
         opt = optim.SGD([param], lr=1.0)
         param.grad = torch.ones(4)
         opt.step()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import tritopt
-from tritopt import check, phases
-from tritopt.check import Case
+from tritopt.engine import driver
+from tritopt.tools import check
+from tritopt.tools.check import Case
 from tritopt.tools.ptx.driver import Record
 
 STATES = {"lamb": ("bf16", "int8"), "lion": ("fp16", "fp8")}
@@ -33,7 +34,7 @@ CASES = [case for case in check.cases(check.registered(NAMES)) if is_chosen(case
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make several of tensors that are soon done."""
-    monkeypatch.setattr(phases, "CONFIG", phases.CONFIG._replace(chunk_size=2048))
+    monkeypatch.setattr(driver, "CONFIG", driver.CONFIG._replace(chunk_size=2048))
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

@@ -14,8 +14,10 @@ import torch
 import tritopt
 from tests.optim.training import CLASSES, options_of
 from tests.ptx.layouts import EVERY, MATRICES, VECTORS, Layout, is_guarded, parameters, set_gradients
-from tritopt import check, fused, optim, phases
-from tritopt.compiled import recorded_launches
+from tritopt import optim
+from tritopt.engine import driver, plan
+from tritopt.tools import check
+from tritopt.tools.compiled import recorded_launches
 from tritopt.tools.ptx.driver import Record, switch_on
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -131,12 +133,12 @@ def test_other_gpus(record: Record, cls: Any) -> None:
 
 
 def test_sums_differ_between_gpus_in_the_last_bits_at_most() -> None:
-    """Triton 3.9 adds pairs first for sm_100: tritopt/config.py says that runs on other GPUs have other last bits."""
+    """Triton 3.9 adds pairs first for sm_100: runs on other GPUs have other last bits (engine/tuning/config.py)."""
     sizes, random, found = (100, 1025, 8195, 30000), torch.Generator().manual_seed(0), []
     some = [torch.randn(size, generator=random) for size in sizes]
     for capability in (80, 90, 100):
         with switch_on(capability):
-            found.append(fused.norms(some))
+            found.append(plan.norms(some))
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[1], found[2], rtol=1e-7, atol=0)
 
@@ -222,9 +224,9 @@ def test_telemetry(record: Record, cls: Any) -> None:
 
 
 CONFIGS = [
-    phases.Config(block_size=16, chunk_size=64, tail_size=16, num_warps=1),
-    phases.Config(block_size=512, chunk_size=1024, tail_size=32, num_warps=8),
-    phases.Config(block_size=2048, chunk_size=16384, tail_size=2048, num_warps=16),
+    driver.Config(block_size=16, chunk_size=64, tail_size=16, num_warps=1),
+    driver.Config(block_size=512, chunk_size=1024, tail_size=32, num_warps=8),
+    driver.Config(block_size=2048, chunk_size=16384, tail_size=2048, num_warps=16),
 ]
 
 
@@ -234,9 +236,9 @@ CONFIGS = [
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_launch_configurations(
-    record: Record, cls: Any, config: phases.Config, monkeypatch: pytest.MonkeyPatch
+    record: Record, cls: Any, config: driver.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(phases, "CONFIG", config)
+    monkeypatch.setattr(driver, "CONFIG", config)
     assert_follows_reference(record, cls, BF16, steps=2, master="fp32")
 
 

@@ -9,13 +9,6 @@ from typing import Annotated
 
 import typer
 
-from tritopt.bench import host, plot
-from tritopt.bench.measure import Row
-from tritopt.bench.peers import names
-from tritopt.bench.plan import plan
-from tritopt.bench.run import Bench, check_file, find_device
-from tritopt.bench.shapes import MODELS
-from tritopt.bench.targets import judge
 from tritopt.commands.console import (
     AsJson,
     Column,
@@ -25,6 +18,13 @@ from tritopt.commands.console import (
     print_table,
     with_progress,
 )
+from tritopt.tools.bench import host, plot
+from tritopt.tools.bench.measure import Row
+from tritopt.tools.bench.peers import names
+from tritopt.tools.bench.plan import plan
+from tritopt.tools.bench.run import Bench, check_file, find_device
+from tritopt.tools.bench.shapes import MODELS
+from tritopt.tools.bench.targets import judge
 
 WARNING = "A REHEARSAL: sizes are miniatures, kernels run in Triton's interpreter, and no time below means anything."
 MISSING = "not installed"

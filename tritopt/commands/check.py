@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tritopt.check import Row, cases, environment, find_optimizers, registered
 from tritopt.commands.console import (
     AsJson,
     Column,
@@ -23,8 +22,9 @@ from tritopt.commands.console import (
     where,
     with_progress,
 )
-from tritopt.kernels.formats import MASTERS
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
+from tritopt.tools.check import Row, cases, environment, find_optimizers, registered
 from tritopt.tools.checks import TARGETS, run_cases
 
 MAX_FAILURES = 20

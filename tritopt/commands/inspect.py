@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tritopt import inspect as report
 from tritopt.commands.console import AsJson, Column, Line, Targets, console, print_table, with_progress
-from tritopt.gpus import ARCHITECTURES, GPUS, find_gpu
+from tritopt.tools import inspect as report
+from tritopt.tools.gpus import ARCHITECTURES, GPUS, find_gpu
 
 _EXPLANATION = """\
 regs, shared: registers of a thread, bytes of shared memory of a program

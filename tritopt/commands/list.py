@@ -6,9 +6,10 @@ import json
 
 import typer
 
-from tritopt import cost, docs, registry
-from tritopt.check import find_optimizers
 from tritopt.commands.console import AsJson, AsMarkdown, Column, Line, Targets, call, console, print_table
+from tritopt.mxnet import registry
+from tritopt.tools import cost, docs
+from tritopt.tools.check import find_optimizers
 
 
 def list_optimizers(

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from tritopt import numerics as report
-from tritopt import numerics_plot
-from tritopt.check import device
 from tritopt.commands.console import AsJson, AsMarkdown, Column, Line, console, print_table, with_progress
+from tritopt.tools import numerics as report
+from tritopt.tools import numerics_plot
+from tritopt.tools.check import device
 
 
 def numerics(

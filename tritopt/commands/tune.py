@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from tritopt import numerics, tuning, tuning_cache
-from tritopt.check import device, environment
 from tritopt.commands.console import AsJson, Column, Line, console, print_table, where, with_progress
-from tritopt.config import Config
+from tritopt.engine.tuning import cache
+from tritopt.engine.tuning.config import Config
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
+from tritopt.tools import numerics
+from tritopt.tools import tune as tuning
+from tritopt.tools.check import device, environment
 
 
 def tune(
@@ -106,7 +108,7 @@ def _written(config: Config | dict[str, Any]) -> str:
 
 def _clear(as_json: bool) -> None:
     try:
-        deleted = [str(path) for path in tuning_cache.clear()]
+        deleted = [str(path) for path in cache.clear()]
     except OSError as error:
         typer.echo(f"cannot delete {error.filename}: {error.strerror}", err=True)
         raise typer.Exit(1) from error
@@ -117,7 +119,7 @@ def _clear(as_json: bool) -> None:
 
 
 def _show(as_json: bool) -> None:
-    shipped, cached, folder = tuning.shipped_rows(), tuning.cached_rows(), tuning_cache.folder()
+    shipped, cached, folder = tuning.shipped_rows(), tuning.cached_rows(), cache.folder()
     if as_json:
         contents = {"folder": None if folder is None else str(folder), "shipped": shipped, "cached": cached}
         typer.echo(json.dumps(contents, indent=2))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Unpack
 
-from tritopt import validate
+from tritopt.engine import validate
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
 from tritopt.optimizers.adadelta import AdaDelta as MXNetAdaDelta

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Unpack
 
+from tritopt.mxnet.optimizer import Optimizer as Rule
+from tritopt.mxnet.optimizer import Values
 from tritopt.optim.checkpoint import Expected
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.layout import Layout
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizer import Optimizer as Rule
-from tritopt.optimizer import Values
 from tritopt.optimizers.adafactor import Adafactor as PaperAdafactor
 
 FACTORS = ("row_var", "col_var")

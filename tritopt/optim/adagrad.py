@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Unpack
 
-from tritopt import validate
+from tritopt.engine import validate
+from tritopt.mxnet.optimizer import Optimizer as Rule
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizer import Optimizer as Rule
 from tritopt.optimizers.adagrad import AdaGrad as MXNetAdaGrad
 from tritopt.optimizers.adagrad import AdaGradScalars
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Unpack
 
+from tritopt.engine.scalars import sqrt
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
 from tritopt.optimizers.adam import bias_corrected
 from tritopt.optimizers.adamw import AdamW as MXNetAdamW
 from tritopt.optimizers.adamw import AdamWScalars
-from tritopt.scalars import sqrt
 
 
 class TorchAdam(MXNetAdamW):

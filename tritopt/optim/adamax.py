@@ -7,13 +7,13 @@ from typing import ClassVar
 import torch
 from typing_extensions import Unpack
 
+from tritopt.engine.driver import Apply
 from tritopt.kernels.adamax import adamax_floored_update
+from tritopt.mxnet.optimizer import Values
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizer import Values
 from tritopt.optimizers.adamax import Adamax as MXNetAdamax
 from tritopt.optimizers.adamax import AdamaxScalars
-from tritopt.phases import Apply
 
 
 class TorchAdamax(MXNetAdamax):

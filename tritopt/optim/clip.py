@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tritopt import validate
-from tritopt.device import current_stream, is_capturing, on_device, share_with_streams
-from tritopt.exact import norm
-from tritopt.fused import Planner, Task, compute_dtype, unavailable
-from tritopt.group import Launch, Rows
-from tritopt.kernels.formats import PLAIN
-from tritopt.kernels.multi_tensor_norm import clip_factor
+from tritopt.engine import validate
+from tritopt.engine.device import current_stream, is_capturing, on_device, share_with_streams
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import norm
+from tritopt.engine.group import Launch, Rows
+from tritopt.engine.launcher import Launcher
+from tritopt.engine.plan import Planner, Task, compute_dtype, unavailable
+from tritopt.engine.warning import warn
+from tritopt.kernels.drivers.multi_tensor_norm import clip_factor
+from tritopt.kernels.formats.weights import PLAIN
 from tritopt.kernels.scale import scale_update
-from tritopt.launch import Launcher
 from tritopt.optim.distributed import ShardSums, aligned, local, whole
 from tritopt.optim.observed import uncompiled
-from tritopt.phases import Apply
-from tritopt.warning import warn
 
 EPSILON = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 

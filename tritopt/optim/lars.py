@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
-from tritopt import validate
+from tritopt.engine import validate
 from tritopt.optim.beyond_torch import BeyondTorch, How, Rate
 from tritopt.optim.optimizer import Options, Params
 from tritopt.optimizers import lars

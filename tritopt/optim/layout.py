@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from tritopt.kernels.formats import Format
+from tritopt.kernels.formats.weights import Format
 from tritopt.optim.checkpoint import Expected, keys_of
 from tritopt.optim.distributed import is_dtensor
 
 if TYPE_CHECKING:
+    from tritopt.mxnet.optimizer import Optimizer as Rule
     from tritopt.optim.optimizer import Optimizer
-    from tritopt.optimizer import Optimizer as Rule
 
 MAX_LAYOUTS = 4096
 

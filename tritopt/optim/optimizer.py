@@ -10,24 +10,24 @@ from typing import Any, ClassVar, TypeAlias, TypedDict
 
 import torch
 
-from tritopt import validate
-from tritopt.device import is_capturing
-from tritopt.fused import is_low_precision
-from tritopt.kernels.formats import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16, Format
-from tritopt.kernels.state_formats import BLOCK
+from tritopt.engine import validate
+from tritopt.engine.device import is_capturing
+from tritopt.engine.driver import Apply
+from tritopt.engine.plan import is_low_precision
+from tritopt.engine.state_dtype import FP32, checked, formats_of
+from tritopt.engine.telemetry import Telemetry
+from tritopt.kernels.formats.states import BLOCK
+from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16, Format
+from tritopt.mxnet.optimizer import Optimizer as Rule
+from tritopt.mxnet.registry import did_you_mean
 from tritopt.optim import checkpoint
 from tritopt.optim.checkpoint import Expected
 from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, check_flag, torch_defaults
 from tritopt.optim.distributed import like, local, takes_blocks
 from tritopt.optim.layout import Layout, Layouts
-from tritopt.optim.members import Only, lives_on_device
 from tritopt.optim.observed import observed, uncompiled
-from tritopt.optim.step import Stepper
-from tritopt.optimizer import Optimizer as Rule
-from tritopt.phases import Apply
-from tritopt.registry import did_you_mean
-from tritopt.states import FP32, checked, formats_of
-from tritopt.telemetry import Telemetry
+from tritopt.optim.step.members import Only, lives_on_device
+from tritopt.optim.step.stepper import Stepper
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 MAX_RULES = 4096

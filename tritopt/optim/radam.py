@@ -7,12 +7,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from typing_extensions import Unpack
 
+from tritopt.engine.driver import Apply
 from tritopt.kernels.radam import radam_decayed_update
+from tritopt.mxnet.optimizer import Values
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizer import Values
 from tritopt.optimizers.radam import RAdam as PaperRAdam
-from tritopt.phases import Apply
 
 
 class TorchRAdamScalars(NamedTuple):

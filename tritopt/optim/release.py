@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tritopt import validate
+from tritopt.engine import validate
 from tritopt.optim.distributed import is_dtensor
-from tritopt.optim.members import Only
 from tritopt.optim.optimizer import Optimizer
+from tritopt.optim.step.members import Only
 
 _NAMED = 4  # parameters in an error's text
 _lock = threading.Lock()  # autograd runs the hooks of each device in a thread of its own

@@ -8,20 +8,20 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from typing_extensions import Unpack
 
-from tritopt import validate
-from tritopt.exact import sqrt
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import sqrt
+from tritopt.kernels.formats.states import SIGNED, SQUARES
 from tritopt.kernels.rmsprop import (
     rmsprop_deviation_momentum_update,
     rmsprop_deviation_update,
     rmsprop_momentum_update,
     rmsprop_update,
 )
-from tritopt.kernels.state_formats import SIGNED, SQUARES
+from tritopt.mxnet.optimizer import Optimizer as Rule
+from tritopt.mxnet.optimizer import Values
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizer import Optimizer as Rule
-from tritopt.optimizer import Values
-from tritopt.phases import Apply
 
 
 class TorchRMSpropScalars(NamedTuple):

@@ -7,14 +7,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from typing_extensions import Unpack
 
-from tritopt import validate
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.scalars import where
 from tritopt.kernels.sgd import sgd_buffer_update, sgd_nesterov_update, sgd_update
+from tritopt.mxnet.optimizer import Optimizer as Rule
+from tritopt.mxnet.optimizer import Values
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizer import Optimizer as Rule
-from tritopt.optimizer import Values
-from tritopt.phases import Apply
-from tritopt.scalars import where
 
 
 class TorchSGDScalars(NamedTuple):

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import sqrt
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import sqrt
 from tritopt.kernels.adabelief import adabelief_update
-from tritopt.optimizer import Optimizer, Values
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 from tritopt.optimizers.adam import bias_corrected
-from tritopt.phases import Apply
-from tritopt.registry import register
 
 
 class AdaBeliefScalars(NamedTuple):

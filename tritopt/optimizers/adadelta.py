@@ -6,13 +6,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import sqrt
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import sqrt
 from tritopt.kernels.adadelta import adadelta_update
-from tritopt.kernels.state_formats import SQUARES
-from tritopt.optimizer import Optimizer, Values
-from tritopt.phases import Apply
-from tritopt.registry import register
+from tritopt.kernels.formats.states import SQUARES
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 
 class AdaDeltaScalars(NamedTuple):

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import sqrt
-from tritopt.factored_phase import ApplyFactored
+from tritopt.engine import validate
+from tritopt.engine.exact import sqrt
+from tritopt.engine.factored_phase import ApplyFactored
+from tritopt.engine.scalars import minimum
+from tritopt.engine.scalars import sqrt as scalar_sqrt
 from tritopt.kernels.adafactor import (
     adafactor_direction,
     adafactor_moment,
@@ -16,10 +18,8 @@ from tritopt.kernels.adafactor import (
     adafactor_update,
     adafactor_variance,
 )
-from tritopt.optimizer import Optimizer, Values
-from tritopt.registry import register
-from tritopt.scalars import minimum
-from tritopt.scalars import sqrt as scalar_sqrt
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 TINY = 2.0**-126  # the smallest normal fp32
 

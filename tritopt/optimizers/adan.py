@@ -6,15 +6,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import sqrt
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import sqrt
+from tritopt.engine.scalars import sqrt as scalar_sqrt
+from tritopt.engine.scalars import where
 from tritopt.kernels.adan import adan_update
-from tritopt.kernels.state_formats import SIGNED, SQUARES
-from tritopt.optimizer import Optimizer, Values
-from tritopt.phases import Apply
-from tritopt.registry import register
-from tritopt.scalars import sqrt as scalar_sqrt
-from tritopt.scalars import where
+from tritopt.kernels.formats.states import SIGNED, SQUARES
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 
 class AdanScalars(NamedTuple):

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import validate
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
 from tritopt.kernels.dcasgd import dcasgd_momentum_update, dcasgd_update
-from tritopt.optimizer import Optimizer, Values
-from tritopt.phases import Apply
-from tritopt.registry import register
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 
 class DCASGDScalars(NamedTuple):

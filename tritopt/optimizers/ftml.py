@@ -6,14 +6,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import sqrt
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import sqrt
+from tritopt.engine.scalars import divide
+from tritopt.kernels.formats.states import SQUARES
 from tritopt.kernels.ftml import ftml_update
-from tritopt.kernels.state_formats import SQUARES
-from tritopt.optimizer import Optimizer, Values
-from tritopt.phases import Apply
-from tritopt.registry import register
-from tritopt.scalars import divide
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 
 class FTMLScalars(NamedTuple):

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import sqrt
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import sqrt
+from tritopt.engine.scalars import reciprocal
 from tritopt.kernels.ftrl import ftrl_update
-from tritopt.optimizer import Optimizer, Values
-from tritopt.phases import Apply
-from tritopt.registry import register
-from tritopt.scalars import reciprocal
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 
 class FtrlScalars(NamedTuple):

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import sqrt
+from tritopt.engine import validate
+from tritopt.engine.exact import sqrt
+from tritopt.engine.row_phase import ApplyRows
 from tritopt.kernels.groupadagrad import groupadagrad_history, groupadagrad_square, groupadagrad_update
-from tritopt.optimizer import Optimizer, Values
-from tritopt.registry import register
-from tritopt.row_phase import ApplyRows
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 
 class GroupAdaGradScalars(NamedTuple):

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import decay_of, sqrt, trust_ratio
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import decay_of, sqrt, trust_ratio
 from tritopt.kernels.lamb import lamb_moments, lamb_update
 from tritopt.kernels.preambles import add_decay_twin
-from tritopt.optimizer import Optimizer, Stored, Values
-from tritopt.phases import Apply
-from tritopt.registry import register
+from tritopt.mxnet.optimizer import Optimizer, Stored, Values
+from tritopt.mxnet.registry import register
 
 
 class LAMBScalars(NamedTuple):

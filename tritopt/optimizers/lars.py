@@ -8,15 +8,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import norm
-from tritopt.fused import Task, compute_dtype
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import norm
+from tritopt.engine.plan import Task, compute_dtype
 from tritopt.kernels.lars import lars_momentum_update, lars_norms, lars_update
 from tritopt.kernels.preambles import add_decay_twin
-from tritopt.optimizer import State, Values
+from tritopt.mxnet.optimizer import State, Values
+from tritopt.mxnet.registry import register
 from tritopt.optimizers.sgd import SGD
-from tritopt.phases import Apply
-from tritopt.registry import register
 
 PLAIN_NAMES = ("gamma", "beta", "bias")
 

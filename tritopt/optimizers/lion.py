@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import sign
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import sign
 from tritopt.kernels.lion import lion_update
-from tritopt.optimizer import Optimizer, Values
-from tritopt.phases import Apply
-from tritopt.registry import register
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 
 class LionScalars(NamedTuple):

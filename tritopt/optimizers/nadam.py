@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import sqrt
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import sqrt
 from tritopt.kernels.nadam import nadam_update
-from tritopt.optimizer import Optimizer, Values
-from tritopt.phases import Apply
-from tritopt.registry import register
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 NEGLIGIBLE = 2.0**-54
 """A product of the schedule this small leaves 1 - product at 1."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from tritopt.engine.driver import Apply
 from tritopt.kernels.nag import nag_update
 from tritopt.kernels.sgd import sgd_update
-from tritopt.optimizer import Values
+from tritopt.mxnet.optimizer import Values
+from tritopt.mxnet.registry import register
 from tritopt.optimizers.sgd import SGD, SGDScalars
-from tritopt.phases import Apply
-from tritopt.registry import register
 
 
 @register

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import validate
-from tritopt.exact import sqrt
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.exact import sqrt
+from tritopt.kernels.formats.states import SIGNED, SQUARES
 from tritopt.kernels.rmsprop import rmsprop_centered_update, rmsprop_update
-from tritopt.kernels.state_formats import SIGNED, SQUARES
-from tritopt.optimizer import Optimizer, Values
-from tritopt.phases import Apply
-from tritopt.registry import register
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 
 class RMSPropScalars(NamedTuple):

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import validate
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.random import STEPS, halves, key_words, normal
+from tritopt.engine.scalars import sqrt
 from tritopt.kernels.sgld import sgld_update
-from tritopt.optimizer import Optimizer, Values
-from tritopt.phases import Apply
-from tritopt.random import STEPS, halves, key_words, normal
-from tritopt.registry import register
-from tritopt.scalars import sqrt
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 
 class SGLDScalars(NamedTuple):
@@ -41,7 +41,7 @@ class SGLD(Optimizer):
     whole data set, so rescale_grad is its size. The noise is neither rescaled nor clipped. No state.
 
     z is a function of (seed, the parameter's index, its update count, the element's position in row-major order), the
-    same in both steps and on every machine to the last bit (tritopt/random.py); it has the precision of fp32, also for
+    same in both steps and on every machine to the last bit (engine/random.py); it has the precision of fp32, also for
     fp64 weights, and begins anew after 2^24 updates. Indices are therefore ints, strings or tuples of such. Weights
     that are not contiguous (channels_last, transposed) are copied to be updated.
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from tritopt.engine.driver import Apply
 from tritopt.kernels.test import test_update
-from tritopt.optimizer import Optimizer, Values
-from tritopt.phases import Apply
-from tritopt.registry import register
+from tritopt.mxnet.optimizer import Optimizer, Values
+from tritopt.mxnet.registry import register
 
 
 class TestScalars(NamedTuple):

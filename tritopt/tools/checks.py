@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 import torch
 
-from tritopt.check import N_STEPS, Case, Row, case_row, cases, check_case, device, find_optimizers, registered
+from tritopt.tools.check import N_STEPS, Case, Row, case_row, cases, check_case, device, find_optimizers, registered
 from tritopt.tools.interpreter import speed_up
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -48,7 +48,7 @@ def run_cases(names: Sequence[str], quick: bool, target: str | None = None) -> I
     """A row for each case, in order, as soon as it is known; on the CPU by a process for each core, if there are many.
 
     Args:
-        names: optimizers, as `tritopt.check.find_optimizers` takes them; none: all that are registered.
+        names: optimizers, as `tritopt.tools.check.find_optimizers` takes them; none: all that are registered.
         quick: whether there are fewer cases of fewer steps.
         target: a key of TARGETS, to compile kernels for it and run them in the PTX machine; None: as they are here.
     """

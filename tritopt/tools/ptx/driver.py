@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tritopt import fused
+from tritopt.engine import plan
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
 from tritopt.tools.ptx.machine import Machine
 from tritopt.tools.ptx.memory import Fault, Memory
@@ -67,16 +67,16 @@ def switch_on(capability: int = 90) -> Record:
     from triton.backends import Backend, backends
     from triton.runtime import driver
 
-    record, before, active, backend, device = Record(), _record, driver._active, backends["nvidia"], fused.kernel_device
+    record, before, active, backend, device = Record(), _record, driver._active, backends["nvidia"], plan.kernel_device
 
     def undo() -> None:
         global _record
-        _record, driver._active, backends["nvidia"], fused.kernel_device = before, active, backend, device
+        _record, driver._active, backends["nvidia"], plan.kernel_device = before, active, backend, device
         if before is None:
             gc.unfreeze()
 
     record._undo = [undo]
-    _record, fused.kernel_device = record, "cpu"
+    _record, plan.kernel_device = record, "cpu"
     driver.set_active(_Driver(capability))
     if before is None:
         backends["nvidia"] = Backend(_backend(backend.compiler), backend.driver)

@@ -1,0 +1,1 @@
+"""How a value is stored: `weights` and `states`. Kernels and their PyTorch twins."""

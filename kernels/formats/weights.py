@@ -1,0 +1,355 @@
+"""How a value that the arithmetic sees in the compute dtype is stored.
+
+A format is a pair of @triton.jit functions, passed to the driver as constexpr, and their twins in PyTorch:
+
+    load(planes, offsets, mask, COMPUTE_DTYPE) -> value          decode(planes, dtype) -> tensor
+    store(planes, offsets, mask, value) -> plane 0               encode(planes, tensor), in place
+    store(planes, offsets, mask, value, start, noise) -> same    encode(planes, tensor, noise), if it draws: a Noise
+    shown(planes, value) -> plane 0, of a value that was loaded
+
+`planes` are the tensors that together hold the value: pointers in the kernel, tensors in PyTorch. All have the value's
+shape, but for the scales of formats whose elements share them. `start` is the first of the offsets. Any format goes
+with any update function; neither knows of the other. Those of states are in kernels/formats/states.py.
+
+A weight may be written by anyone at any time. So whatever stands in plane 1, a loaded value rounds to the weight as the
+format rounds, and what plane 1 holds of another weight is not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import cast, widen
+from tritopt.kernels.random import random_bits16
+
+
+class Format(NamedTuple):
+    """A storage format: its name, number of planes and the two pairs of functions (module docstring)."""
+
+    name: str
+    n_planes: int
+    load: Any
+    store: Any
+    decode: Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]
+    encode: Callable[..., None]
+    plane_reads: tuple[bool, ...]
+    """Which planes `load` reads; `store` writes all of them."""
+    weight_dtypes: tuple[torch.dtype, ...]
+    """Of plane 0, which is the weight."""
+    companion: str = ""
+    """What plane 1 is called in a checkpoint, if there is one."""
+    companion_dtype: torch.dtype | None = None
+    """Of plane 1; None: the weight's."""
+    companion_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """Plane 1, from the weight and the fp32 value that the two are to hold."""
+    draws: bool = False
+    """Whether storing takes random bits."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Of the planes, where it is a format of states."""
+    shown: Any = None
+    """Of weights."""
+    block: int = 0
+    """How many elements, next to each other in memory, share one of the last plane's; 0: none do."""
+
+    def dtype_of_companion(self, weight: torch.dtype) -> torch.dtype:
+        """Of plane 1 beside a weight of this dtype."""
+        return self.companion_dtype or weight
+
+
+@triton.jit
+def shown_nearest(planes, value):
+    """Rounded to nearest even."""
+    return cast(value, planes[0].dtype.element_ty)
+
+
+@triton.jit
+def load_plain(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The one plane, widened."""
+    return widen(tl.load(planes[0] + offsets, mask=mask), COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_plain(planes, offsets, mask, value):
+    """The one plane, rounded to nearest even."""
+    rounded = shown_nearest(planes, value)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
+
+
+def decode_plain(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_plain`."""
+    return planes[0].to(dtype)
+
+
+def encode_plain(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
+    """Twin of `store_plain`."""
+    # Converted first: where fp32 becomes fp16, torch's copy_ does not ask whether what it writes is negated by a bit.
+    planes[0].copy_(value.to(planes[0].dtype))
+
+
+@triton.jit
+def _completed(weight, value):
+    """The value, where it rounds to nearest even to the very bits of the weight, or else the weight, in fp32.
+
+    A master is not read without its weight: what somebody writes through `.data`, by NumPy or by another name of the
+    memory raises no version counter, and is seen here alone. Bits, because 0 and -0 are two weights; NaN has many, but
+    either of two NaN will do.
+    """
+    rounded = cast(value, weight.dtype).to(tl.int16, bitcast=True)
+    return tl.where(rounded == weight.to(tl.int16, bitcast=True), value, widen(weight, tl.float32))
+
+
+def _completed_twin(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    rounded = value.to(weight.dtype).view(torch.int16)
+    return torch.where(rounded == weight.resolve_neg().view(torch.int16), value, weight.float())
+
+
+@triton.jit
+def load_master(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The fp32 master, plane 1, unless the fp16/bf16 weight, plane 0, is another's."""
+    weight = tl.load(planes[0] + offsets, mask=mask)
+    return _completed(weight, tl.load(planes[1] + offsets, mask=mask)).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_master(planes, offsets, mask, value):
+    """The master, and the weight as the master rounded to nearest even."""
+    tl.store(planes[1] + offsets, value, mask=mask)
+    rounded = shown_nearest(planes, value)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
+
+
+def decode_master(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_master`."""
+    return _completed_twin(planes[0], planes[1]).to(dtype)
+
+
+def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
+    """Twin of `store_master`."""
+    planes[1].copy_(value)
+    encode_plain(planes, planes[1])
+
+
+def _master_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The value, or its neighbour towards the weight where a tie was rounded the other way."""
+    value = torch.where(value.to(weight.dtype) == weight, value, torch.nextafter(value, weight.float()))
+    return _completed_twin(weight, value)
+
+
+@triton.jit
+def _joined(high, rest):
+    """The bits of the weight, in front, and the remainder's: but not where someone has written 0 or infinity since.
+
+    Whoever sets a weight to 0, as pruning does, wants it to be 0: what a remainder adds to that is below 2^-134. Beside
+    infinity there are NaN, and numbers that only round to it.
+    """
+    # Both ends of the numbers in one comparison: 0, less 1, is the largest.
+    is_alone = ((high & 0x7FFFFFFF) - 1).to(tl.uint32, bitcast=True) >= 0x7F7FFFFF
+    return tl.where(is_alone, high, high + rest).to(tl.float32, bitcast=True)
+
+
+def _joined_twin(high: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    size = high & 0x7FFFFFFF
+    return torch.where((size == 0) | (size >= 0x7F800000), high, high + rest).view(torch.float32)
+
+
+@triton.jit
+def load_split(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The bits of an fp32 number: those of the bf16 weight in front, and a signed remainder added to them."""
+    remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
+    high = widen(tl.load(planes[0] + offsets, mask=mask), tl.float32).to(tl.int32, bitcast=True)
+    return _joined(high, remainder).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_split(planes, offsets, mask, value):
+    """The weight, rounded to nearest, away from zero where two are, and what it lacks."""
+    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+    # NaN has bits that rounding would carry over into the sign.
+    bits = tl.where(value == value, bits, 0x7FC00000)
+    high = (bits + 0x8000) >> 16
+    tl.store(planes[1] + offsets, (bits - (high << 16)).to(tl.int16), mask=mask)
+    rounded = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
+
+
+@triton.jit
+def shown_split(planes, value):
+    """Rounded to nearest, away from zero where two are."""
+    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+    return ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+def decode_split(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_split`."""
+    return _joined_twin(planes[0].float().view(torch.int32), planes[1].to(torch.int32)).to(dtype)
+
+
+def encode_split(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
+    """Twin of `store_split`."""
+    value = value.float()
+    bits = torch.where(value.isnan(), 0x7FC00000, value.view(torch.int32))
+    high = (bits + 0x8000) >> 16
+    planes[1].copy_(bits - (high << 16))
+    planes[0].copy_(high.to(torch.int16).view(torch.bfloat16))
+
+
+def _fitting(difference: torch.Tensor, half: int) -> torch.Tensor:
+    """A remainder from -half to half - 1; 0 where it is that of another weight.
+
+    A weight that was rounded to even at a tie can lack all of `half`, and gets one less.
+    """
+    return torch.where(difference.abs() <= half, difference.clamp(max=half - 1), 0)
+
+
+def _remainder_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    difference = value.view(torch.int32) - (weight.resolve_neg().view(torch.int16).to(torch.int32) << 16)
+    return _fitting(difference, 0x8000).to(torch.int16)
+
+
+@triton.jit
+def load_kahan(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The weight and its compensation, added up in fp32, unless that is another weight's."""
+    weight = tl.load(planes[0] + offsets, mask=mask)
+    value = widen(weight, tl.float32) + widen(tl.load(planes[1] + offsets, mask=mask), tl.float32)
+    return _completed(weight, value).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_kahan(planes, offsets, mask, value):
+    """The weight, rounded to nearest even, and what it lacks: to nearest too, if then the two round to the weight.
+
+    Just below half an ulp of the weight, what it lacks can round up to that half, and the sum to another weight: there
+    it is the next number towards zero.
+    """
+    dtype: tl.constexpr = planes[0].dtype.element_ty
+    weight = cast(value, dtype)
+    lacks = value - widen(weight, tl.float32)
+    lacks = tl.where(tl.abs(lacks) < float("inf"), lacks, 0.0)  # beside an infinite weight or NaN
+    nearest = cast(lacks, dtype)
+    is_far = cast(widen(weight, tl.float32) + widen(nearest, tl.float32), dtype) != weight
+    bits = nearest.to(tl.int16, bitcast=True)
+    bits -= (is_far & (lacks != 0.0)).to(tl.int16)
+    tl.store(planes[0] + offsets, weight, mask=mask)
+    tl.store(planes[1] + offsets, bits.to(dtype, bitcast=True), mask=mask)
+    return weight
+
+
+def decode_kahan(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_kahan`."""
+    return _completed_twin(planes[0], planes[0].float() + planes[1].float()).to(dtype)
+
+
+def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
+    """Twin of `store_kahan`."""
+    encode_plain(planes, value)
+    planes[1].copy_(_compensation_of(planes[0], value))
+
+
+def _compensation_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    lacks = value - weight.float()
+    lacks = torch.where(lacks.isfinite(), lacks, 0.0)
+    nearest = lacks.to(weight.dtype)
+    is_far = (weight.float() + nearest.float()).to(weight.dtype) != weight
+    bits = nearest.view(torch.int16)
+    return (bits - (is_far & (lacks != 0)).to(torch.int16)).view(weight.dtype)
+
+
+@triton.jit
+def store_stochastic(planes, offsets, mask, value, start, noise):
+    """The one plane, bf16, rounded up or down with the probabilities that keep the mean."""
+    bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + random_bits16(noise, start, offsets, mask)
+    # On the bits: the interpreter of Triton 3.6 to 3.8 makes no constants of bf16.
+    bits = tl.where(value == value, bits, 0x7FC00000) >> 16
+    rounded = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
+
+
+def encode_stochastic(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Twin of `store_stochastic`."""
+    bits = value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    bits = torch.where(value.isnan(), 0x7FC00000, bits + noise.bits16(planes[0])) >> 16
+    planes[0].copy_(bits.to(torch.int16).view(torch.bfloat16))
+
+
+@triton.jit
+def load_split8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """The upper 24 bits of an fp32 number: those of the bf16 weight in front, and a signed remainder."""
+    remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
+    high = widen(tl.load(planes[0] + offsets, mask=mask), tl.float32).to(tl.int32, bitcast=True)
+    return _joined(high, remainder << 8).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def store_split8(planes, offsets, mask, value, start, noise):
+    """24 bits, rounded up or down with the probabilities that keep the mean; of these the weight is the nearest."""
+    bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + (random_bits16(noise, start, offsets, mask) >> 8)
+    bits = tl.where(value == value, bits.to(tl.int32, bitcast=True), 0x7FC00000) >> 8
+    high = (bits + 0x80) >> 8
+    tl.store(planes[1] + offsets, (bits - (high << 8)).to(tl.int8), mask=mask)
+    rounded = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
+
+
+def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_split8`."""
+    return _joined_twin(planes[0].float().view(torch.int32), planes[1].to(torch.int32) << 8).to(dtype)
+
+
+def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+    """Twin of `store_split8`."""
+    bits = (value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + (noise.bits16(planes[0]) >> 8)
+    bits = torch.where(value.isnan(), 0x7FC00000, _signed(bits & 0xFFFFFFFF)) >> 8
+    high = (bits + 0x80) >> 8
+    planes[1].copy_(bits - (high << 8))
+    planes[0].copy_(high.to(torch.int16).view(torch.bfloat16))
+
+
+def _remainder8_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    difference = (value.view(torch.int32) >> 8) - (weight.resolve_neg().view(torch.int16).to(torch.int32) << 8)
+    return _fitting(difference, 0x80).to(torch.int8)
+
+
+def _signed(bits: torch.Tensor) -> torch.Tensor:
+    """int32 of the same bits as 32 unsigned ones in int64."""
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+
+
+_LOW = (torch.float16, torch.bfloat16)
+_ALL = (*_LOW, torch.float32, torch.float64)
+PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,), _ALL, shown=shown_nearest)
+MASTER_FP32 = Format(
+    "fp32 master", 2, load_master, store_master, decode_master, encode_master, (True, True), _LOW,
+    "master_param", torch.float32, _master_of, shown=shown_nearest,
+)  # fmt: skip
+SPLIT16 = Format(
+    "split16", 2, load_split, store_split, decode_split, encode_split, (True, True), (torch.bfloat16,),
+    "master_remainder", torch.int16, _remainder_of, shown=shown_split,
+)  # fmt: skip
+KAHAN = Format(
+    "kahan", 2, load_kahan, store_kahan, decode_kahan, encode_kahan, (True, True), _LOW,
+    "compensation", None, _compensation_of, shown=shown_nearest,
+)  # fmt: skip
+SPLIT8 = Format(
+    "split8", 2, load_split8, store_split8, decode_split8, encode_split8, (True, True), (torch.bfloat16,),
+    "master_remainder8", torch.int8, _remainder8_of, draws=True, shown=shown_split,
+)  # fmt: skip
+STOCHASTIC = Format(
+    "stochastic", 1, load_plain, store_stochastic, decode_plain, encode_stochastic, (True,), (torch.bfloat16,),
+    draws=True, shown=shown_nearest,
+)  # fmt: skip
+MASTERS = {"fp32": MASTER_FP32, "split16": SPLIT16, "split8": SPLIT8, "kahan": KAHAN, "stochastic": STOCHASTIC}
+"""How an fp16 or bf16 weight keeps what its own bits cannot hold."""
+
+
+def format_of(load: Any) -> Format:
+    """The format that `load` belongs to."""
+    return next(fmt for fmt in (PLAIN, *MASTERS.values()) if fmt.load is load)

@@ -1,0 +1,272 @@
+"""The phases of a fused step: what each launch is, what it moves, and how the driver is called for it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from tritopt.engine.launcher import Launcher
+from tritopt.engine.telemetry import OF_GRADIENT, OF_UPDATE, Tracked
+from tritopt.engine.tuning import autotune
+from tritopt.engine.tuning.config import AMD as AMD
+from tritopt.engine.tuning.config import GENERIC, adapted
+from tritopt.engine.tuning.config import NVIDIA as NVIDIA
+from tritopt.engine.tuning.config import Config as Config
+from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
+from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
+from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.language import tl
+from tritopt.kernels.preambles import PREAMBLES
+
+if TYPE_CHECKING:
+    from tritopt.engine.group import Group, Launch
+
+TRITON_DTYPES = {
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+    torch.int16: tl.int16,
+    torch.int64: tl.int64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+CONFIG = GENERIC
+"""What phases have that do not choose (tuning/autotune.py). Another value is for all: tests and the compiler's."""
+
+
+class Phase(Protocol):
+    """One launch over a group, or a few that belong together."""
+
+    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        """Run it. `sums`: of the phases before, fp64 [tensors, sums]; returns those that this one emits, or None."""
+        ...
+
+    def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
+        """Bytes per parameter (read, written). `weight`: what loading and storing it moves; the others: their size."""
+        ...
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of what is launched."""
+        ...
+
+    @property
+    def n_sums(self) -> int:
+        """Sums per tensor that later phases receive."""
+        ...
+
+    @property
+    def sums_elements(self) -> bool:
+        """Whether results depend on the order in which elements are summed."""
+        ...
+
+
+class Apply(NamedTuple):
+    """A phase of the driver: one launch applies `update` to the whole list, moving only what it says."""
+
+    update: Any
+    """The @triton.jit update function."""
+    reads_weight: bool = True
+    reads_grad: bool = True
+    reads_states: bool = True
+    writes_weight: bool = True
+    writes_states: bool = True
+    n_sums: int = 0
+    """Sums per tensor that `update` emits; the phases after it receive them."""
+    reads_offsets: bool = False
+    """Whether `update` takes the elements' offsets in their tensor, int64 [BLOCK_SIZE]."""
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The update function's name."""
+        return (str(self.update.__name__),)
+
+    @property
+    def sums_elements(self) -> bool:
+        """Whether there are sums for the next phases."""
+        return self.n_sums > 0
+
+    def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
+        """Bytes per parameter (read, written), as `Phase` has it."""
+        read = weight[0] * self.reads_weight + grad * self.reads_grad + states * self.reads_states
+        return read, weight[1] * self.writes_weight + states * self.writes_states
+
+    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        """Launch the driver, and where sums are emitted the second stage of the reduction."""
+        n_earlier = 0 if sums is None else sums.shape[1]
+        is_tracked = launch.tracked is not None
+        how = (launch.preamble, launch.scalars, launch.skip_zero_rescale, launch.draws, is_tracked, n_earlier)
+        key = (self, *how, _config_of(self, group, launch, n_earlier), group.stream)
+        return group.ready(key, lambda: _Applied(self, group, launch, n_earlier))(group, launch, sums)
+
+
+class _Applied:
+    """A phase's launches for one group, with the tables and the scratch that they need."""
+
+    def __init__(self, phase: Apply, group: Group, launch: Launch, n_earlier_sums: int) -> None:
+        config = _config_of(phase, group, launch, n_earlier_sums)
+        self._tensor_table, self._chunk_table = group.tables(
+            ("chunks", config.chunk_size), partial(chunk_tables, chunk_size=config.chunk_size)
+        )
+        self._noise = group.tables("noise", _noise_table(group))[0] if launch.draws else None
+        self._n_chunks, self._n_tensors = len(self._chunk_table), len(group.members)
+        self._n_sums = phase.n_sums
+        self._tracks = tracks_of(phase, launch)
+        self._n_totals = phase.n_sums + len(self._tracks[0]) + len(self._tracks[1])
+        self._variant = (phase, group.formats, group.dtypes, launch.preamble, bool(self._n_totals), config)
+        self._constants = {
+            **phase_constants(phase, launch, group.formats, group.dtypes, n_earlier_sums),
+            "CHUNK_SIZE": config.chunk_size,
+            "BLOCK_SIZE": config.block_size,
+            "TAIL_SIZE": min(config.tail_size, config.block_size),
+            "num_warps": config.num_warps,
+            "enable_fp_fusion": False,
+        }
+        self._apply = self._launcher()
+        self._sum = Launcher(
+            sum_partials, self._n_tensors, {"N_SUMS": self._n_totals, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
+        )
+        # What is tracked is read later, perhaps after other steps: it gets memory of its own each time.
+        self._scratch = None if launch.tracked is not None else self._fresh(group)
+
+    def __call__(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        partials, totals = self._scratch or self._fresh(group)
+        compiled = self._apply(
+            group.device_table,
+            self._tensor_table,
+            self._chunk_table,
+            launch.rescale,
+            launch.noop,
+            partials,
+            sums,
+            self._noise,
+            self._n_tensors,
+        )
+        if getattr(compiled, "n_spills", 0) and self._variant not in _MORE_REGISTERS:
+            _MORE_REGISTERS[self._variant] = more_registers(compiled.n_regs)
+            self._apply = self._launcher()
+        if totals is None:
+            return None
+        self._sum(partials, self._tensor_table, totals, self._n_chunks, self._n_tensors)
+        if launch.tracked is not None and any(self._tracks):
+            columns = (*self._tracks[0], *self._tracks[1])
+            launch.tracked.append(Tracked(group.members, columns, totals[:, self._n_sums :]))
+        if self._n_sums == self._n_totals:
+            return totals
+        return totals[:, : self._n_sums].contiguous() if self._n_sums else None
+
+    def _launcher(self) -> Launcher:
+        more = _MORE_REGISTERS.get(self._variant, {})
+        return Launcher(multi_tensor_apply, self._n_chunks, {**self._constants, **more})
+
+    def _fresh(self, group: Group) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Partial sums and sums of tensors, if there are any."""
+        if not self._n_totals:
+            return None, None
+        return group.empty(self._n_chunks, self._n_totals), group.empty(self._n_tensors, self._n_totals)
+
+
+_MORE_REGISTERS: dict[Hashable, dict[str, int]] = {}
+"""Options of launches that spilled the first time."""
+
+
+def more_registers(n: int) -> dict[str, int]:
+    """Options for a kernel that spills with so many registers a thread.
+
+    NVIDIA's compiler spills a few bytes to fit one more block on a core, unless it is told how many it may take.
+    """
+    return {} if torch.version.hip else {"maxnreg": min(n + 32, 255)}
+
+
+def tracks_of(phase: Apply, launch: Launch) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a phase sums up of the gradient, and of the update: each by one phase of the step."""
+    if launch.tracked is None:
+        return (), ()
+    reader = next(other for other in launch.phases if isinstance(other, Apply) and other.reads_grad)
+    return OF_GRADIENT if phase is reader else (), OF_UPDATE if phase.writes_weight else ()
+
+
+def _config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> Config:
+    """CONFIG or, where that is what is shipped, the phase's choice; adapted to what is stored."""
+    if CONFIG is not GENERIC:
+        return adapted(CONFIG, group.formats, group.dtypes)
+    return autotune.config_of(phase, group, launch, n_earlier, _source_of)
+
+
+def _source_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> str:
+    return str(phase_constants(phase, launch, group.formats, group.dtypes, n_earlier)["SOURCE_HASH"])
+
+
+def _noise_table(group: Group) -> Callable[[object], tuple[np.ndarray[Any, Any]]]:
+    return lambda _: (np.array(group.noise, dtype=np.int64),)
+
+
+def chunk_tables(shapes: Sequence[torch.Size], chunk_size: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The driver's tables of tensors and of chunks."""
+    sizes = np.array([shape.numel() for shape in shapes], dtype=np.int64)
+    chunks = -(-sizes // chunk_size)
+    widths = [shape[1:].numel() for shape in shapes]
+    tensors = np.stack([sizes, np.cumsum(chunks) - chunks, np.array(widths, dtype=np.int64)], axis=1)
+    return tensors, np.repeat(np.arange(len(sizes), dtype=np.int32), chunks)
+
+
+def phase_constants(
+    phase: Apply, launch: Launch, formats: Sequence[Format], dtypes: Sequence[torch.dtype], n_earlier_sums: int
+) -> dict[str, Any]:
+    """The driver's compile-time arguments for one phase, but for the launch's sizes."""
+    n_states = len(formats) - 1
+    of_gradient, of_update = tracks_of(phase, launch)
+    # Behind the weight's planes stands the gradient, which is plain.
+    past_grad = itertools.accumulate((fmt.n_planes for fmt in formats[1:]), initial=formats[0].n_planes + 1)
+    ends = [formats[0].n_planes, *itertools.islice(past_grad, 1, None)]
+    functions = (phase.update, formats[0].shown, *[f for fmt in formats for f in (fmt.load, fmt.store)])
+    return {
+        "UPDATE_FN": phase.update,
+        "PREAMBLE_FN": PREAMBLES[launch.preamble].kernel,
+        "SCALARS": as_constant(launch.scalars),
+        "N_SCALARS": launch.n_scalars,
+        "N_OWN_SCALARS": len(launch.scalars._fields),  # type: ignore[attr-defined]
+        "FORMATS": tuple(
+            (end - fmt.n_planes, end, fmt.load, fmt.store, fmt.draws) for end, fmt in zip(ends, formats, strict=True)
+        ),
+        "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
+        "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states] * n_states),
+        "WRITES": (phase.writes_weight, False, *[phase.writes_states] * n_states),
+        "READS_OFFSETS": phase.reads_offsets,
+        "HAS_ROWS": dtypes[-1] == torch.int64,
+        "N_EARLIER_SUMS": n_earlier_sums,
+        "N_SUMS": phase.n_sums,
+        "N_TOTALS": phase.n_sums + len(of_gradient) + len(of_update),
+        "TRACKS": (bool(of_gradient), bool(of_update)),
+        "SHOWN_FN": formats[0].shown,
+        "SKIP_ZERO_RESCALE": launch.skip_zero_rescale,
+        "COMPUTE_DTYPE": tl.float64 if dtypes[0] == torch.float64 else tl.float32,
+        "SOURCE_HASH": source_hash(functions, launch.scalars),
+    }
+
+
+def as_constant(scalars: type) -> Any:
+    """A NamedTuple class as a compile-time argument: bare, Triton takes it for a tuple and iterates over it."""
+    return tl.constexpr(scalars)
+
+
+_HASHES: dict[Hashable, str] = {}
+
+
+def source_hash(functions: tuple[Any, ...], scalars: type) -> str:
+    """A key to what Triton's disk cache does not see: sources of functions inside tuples, fields of `scalars`."""
+    key = (functions, scalars)
+    if key not in _HASHES:
+        sources = [getattr(f, "cache_key", "") for f in functions]
+        text = repr((sources, getattr(scalars, "_fields", ())))
+        _HASHES[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _HASHES[key]

@@ -1,0 +1,287 @@
+"""What the launches of a step share: groups of tensors, the tables that the kernels read, and the phases in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+
+from tritopt.engine.device import (
+    current_stream,
+    from_pinned,
+    is_capturing,
+    on_device,
+    pinned,
+    share_with_streams,
+    upload,
+)
+from tritopt.kernels.formats.weights import Format
+
+if TYPE_CHECKING:
+    from tritopt.engine.driver import Phase
+    from tritopt.engine.telemetry import Tracked
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Prepared = TypeVar("Prepared")
+MAX_READY = 16
+MAX_CAPTURED = 4
+"""Different uploads that CUDA graphs may capture between two steps that are not captured."""
+FIRST_STEP = (
+    "a CUDA graph captured an optimizer's first step: run a few steps before the capture, and do not change which "
+    "parameters have gradients in it"
+)
+
+
+@dataclass
+class Launch:
+    """What the tasks of one step have in common."""
+
+    phases: Sequence[Phase]
+    scalars: type
+    """The NamedTuple of the optimizer's scalars."""
+    preamble: str
+    """A key of kernels/preambles.py."""
+    rescale: torch.Tensor | None = None
+    """Device scalar that multiplies the rows' rescale; NaN or Inf skips the update."""
+    noop: torch.Tensor | None = None
+    """Device flag; anything but 0 skips the update."""
+    skip_zero_rescale: bool = False
+    draws: bool = False
+    """Whether storing takes random bits; rows then end with the step."""
+    tracked: list[Tracked] | None = None
+    """What the phases sum up of gradients and updates; None: nothing."""
+    reduce: Reduce | None = None
+    """Completes sums whose tensors are sharded over processes, between phases."""
+
+    @property
+    def n_scalars(self) -> int:
+        """Length of a row: rescale, clip bound, wd, the optimizer's, and perhaps the step."""
+        return 3 + len(self.scalars._fields) + self.draws  # type: ignore[attr-defined]
+
+
+class Rows(NamedTuple):
+    """The scalars of a launch: rescale, clip bound, wd, then the optimizer's; once where tasks have them in common."""
+
+    values: np.ndarray[Any, np.dtype[np.float64]] | torch.Tensor
+    """fp64 [rows, 3 + scalars]; a tensor where they are formed on the device, as from steps that live there."""
+    row_of: np.ndarray[Any, np.dtype[np.int64]]
+    """Each task's row."""
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[float, ...]]) -> Rows:
+        """From one row per task."""
+        index: dict[tuple[float, ...], int] = {}
+        row_of = np.array([index.setdefault(row, len(index)) for row in rows], dtype=np.int64)
+        return cls(np.array(list(index), dtype=np.float64), row_of)
+
+
+class Reduce(Protocol):
+    """Adds up over processes."""
+
+    device: torch.device
+
+    def __call__(self, sums: torch.Tensor) -> None:
+        """In place: fp64 [tasks, sums], of all tasks, also of those that are empty here."""
+        ...
+
+
+@dataclass
+class Group:
+    """Tasks of one device, list of formats and of dtypes: they share a launch."""
+
+    members: list[int]
+    device: torch.device
+    formats: tuple[Format, ...]
+    """Of the weight and of each state."""
+    dtypes: tuple[torch.dtype, ...]
+    """Of the pointer table's columns: the weight's planes, gradient, states, and int64 where there are rows."""
+    shapes: list[torch.Size]
+    """Of the members' gradients."""
+    noise: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """Of the members: `Task.noise`."""
+    host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
+    device_table: torch.Tensor | None = None
+    stream: int = 0
+    staging: list[torch.Tensor] = field(default_factory=list)
+    """Pinned, for tables that are uploaded while CUDA graphs are captured: each replay reads its own again."""
+    captured: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Tables that replays of CUDA graphs read: the pinned one and its copy on the device, a pair for each upload."""
+    is_captured: bool = False
+    """Whether `device_table` is a CUDA graph's, which each replay writes and nobody before the first."""
+    writer: object = None
+    """Who has written `host_table` last, and may trust that it is as they left it; None: nobody who comes again."""
+    _ready: list[tuple[Any, Any]] = field(default_factory=list)
+    _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def format(self) -> Format:
+        """Of the weight."""
+        return self.formats[0]
+
+    def tables(self, name: Hashable, build: Callable[[Sequence[torch.Size]], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What `build` makes of the shapes, arrays on the device; made and uploaded once."""
+        if name not in self._tables:
+            made = build(self.shapes)
+            self._tables[name] = tuple(
+                upload(torch.from_numpy(x), self.device) if isinstance(x, np.ndarray) else x for x in made
+            )
+        return self._tables[name]
+
+    def ready(self, key: tuple[Any, ...], make: Callable[[], Prepared]) -> Prepared:
+        """What was made for an equal key. A few tuples are compared, since hashing kernels takes longer."""
+        for known, found in self._ready:
+            if known == key:
+                return found  # type: ignore[no-any-return]
+        made = make()
+        self._ready.append((key, made))
+        del self._ready[:-MAX_READY]
+        return made
+
+    def held(self) -> tuple[Any, ...]:
+        """The device memory of what was prepared, for those who need it for longer than the group does."""
+        return self.device_table, list(self._ready), dict(self._tables)
+
+    def uploaded(self) -> list[torch.Tensor]:
+        """Return the tensors that `tables` has made, on the device."""
+        return [x for made in self._tables.values() for x in made if isinstance(x, torch.Tensor)]
+
+    @property
+    def places(self) -> torch.Tensor:
+        """The members, int64 on the device."""
+        (found,) = self.tables("places", lambda _: (np.array(self.members, dtype=np.int64),))
+        return found  # type: ignore[no-any-return]
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Uninitialised fp64 scratch on the device."""
+        return torch.empty(shape, dtype=torch.float64, device=self.device)
+
+
+def upload_table(group: Group, words: Array, scalars: Array | torch.Tensor) -> None:
+    """Bring the driver's table to the device if it has changed.
+
+    words: int64 [members, pointers + 1], addresses and index of the scalars' row. scalars: `Rows.values`.
+    """
+    group.writer = None
+    tail = np.zeros(scalars.numel()) if isinstance(scalars, torch.Tensor) else scalars.reshape(-1)
+    n_words = words.size
+    is_new = group.host_table.size != n_words + tail.size
+    if is_new or not np.array_equal(group.host_table[:n_words], words.reshape(-1)):
+        # Not in place: on the CPU the device's table is this very memory, and may be one that somebody still reads.
+        group.host_table = np.concatenate([words.reshape(-1), tail.view(np.int64)])
+        group.device_table = None
+    refresh_table(group, n_words, scalars)
+
+
+def refresh_table(group: Group, n_words: int, scalars: Array | torch.Tensor, is_dirty: bool = False) -> None:
+    """Likewise, where the addresses already stand in `group.host_table`. `is_dirty`: and others than the device has."""
+    stream = current_stream(group.device)
+    is_capture = is_capturing(group.device)
+    # A graph's table is for its own replays, and what the host has uploaded before may be another's by then.
+    is_dirty = is_dirty or is_capture or group.is_captured or group.device_table is None or group.stream != stream
+    if not isinstance(scalars, torch.Tensor):
+        tail = group.host_table[n_words:]
+        values = scalars.reshape(-1).view(np.int64)
+        if tail.tobytes() != values.tobytes():
+            tail[:] = values
+            is_dirty = True
+    if is_dirty:
+        if group.stream != stream:
+            # A table is freed to the stream it was made on, so another stream gets its own.
+            group.device_table = None
+            share_with_streams(group.uploaded())
+        group.stream = stream
+        with on_device_of(group):
+            make = _captured_table if is_capture else _uploaded_table
+            group.device_table = make(group, torch.from_numpy(group.host_table))
+    if isinstance(scalars, torch.Tensor):
+        assert group.device_table is not None
+        group.device_table[n_words:].view(torch.float64).copy_(scalars.reshape(-1))
+
+
+def _uploaded_table(group: Group, host: torch.Tensor) -> torch.Tensor:
+    """The table on the device, and pinned memory for the graphs that may be captured next."""
+    known = group.device_table
+    if group.device.type != "cuda":
+        # What is written to one is written to the other.
+        return known if known is not None and known.data_ptr() == host.data_ptr() else host
+    group.staging = [staging for staging in group.staging if staging.shape == host.shape]
+    group.staging += [pinned(host) for _ in range(MAX_CAPTURED - len(group.staging))]
+    if known is None or group.is_captured:
+        group.is_captured = False
+        return upload(host, group.device)
+    # The launches of the step before, which read it, come first on this stream.
+    return known.copy_(pinned(host), non_blocking=True)
+
+
+def _captured_table(group: Group, host: torch.Tensor) -> torch.Tensor:
+    """A table that each replay uploads again, out of pinned memory that was made before and is the graphs' from now on.
+
+    Graphs, and steps of one graph, that upload the same have it in common.
+    """
+    staging = next((known for known, _ in group.captured if torch.equal(known, host)), None)
+    if staging is None:
+        staging = next((found for found in group.staging if found.shape == host.shape), None)
+        if staging is None:
+            raise RuntimeError(_no_staging(group))
+        group.staging = [other for other in group.staging if other is not staging]
+        staging.copy_(host)
+    made = from_pinned(staging, group.device)
+    group.captured.append((staging, made))
+    group.is_captured = True
+    return made
+
+
+def _no_staging(group: Group) -> str:
+    if group.captured and not group.staging:
+        return (
+            f"CUDA graphs captured {MAX_CAPTURED} steps with other gradients since the last step outside of a capture: "
+            "run a step between captures"
+        )
+    return FIRST_STEP
+
+
+def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[torch.Tensor | None]:
+    """Launch the phases one after the other; a phase receives the sums of all before it. Returns all sums."""
+    if len(groups) == 1 and launch.reduce is None:
+        with on_device_of(groups[0]):
+            found = None
+            for phase in launch.phases:
+                found = _joined(found, phase.launch(groups[0], launch, found))
+        return [found]
+    sums: list[torch.Tensor | None] = [None] * len(groups)
+    for phase in launch.phases:
+        emitted = []
+        for group, earlier in zip(groups, sums, strict=True):
+            with on_device_of(group):
+                emitted.append(phase.launch(group, launch, earlier))
+        if launch.reduce is not None and phase.n_sums:
+            _reduce(launch.reduce, groups, emitted, n_tasks, phase.n_sums)
+        sums = [_joined(earlier, new) for earlier, new in zip(sums, emitted, strict=True)]
+    return sums
+
+
+def _reduce(
+    reduce: Reduce, groups: Sequence[Group], sums: Sequence[torch.Tensor | None], n_tasks: int, n_sums: int
+) -> None:
+    """One vector for all groups: a process whose shards are all empty takes part like the others."""
+    total = torch.zeros(n_tasks, n_sums, dtype=torch.float64, device=reduce.device)
+    for group, values in zip(groups, sums, strict=True):
+        assert values is not None
+        total.index_copy_(0, group.places, values)
+    reduce(total)
+    for group, values in zip(groups, sums, strict=True):
+        assert values is not None
+        values.copy_(total[group.places])
+
+
+def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    return torch.cat((earlier, new), dim=1) if earlier is not None and new is not None else new
+
+
+def on_device_of(group: Group) -> AbstractContextManager[Any]:
+    """`on_device`."""
+    return on_device(group.device)

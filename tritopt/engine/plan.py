@@ -1,0 +1,282 @@
+"""Host half of a fused step: group tensors by dtypes, build the driver's tables, upload what changed, launch.
+
+A plan is what is built once for a list of tensors: the groups, and the chunk tables. It holds addresses and numbers,
+never a tensor, so nothing outlives its owner; a step recomputes the signature and the addresses, so a swapped `.data`,
+a new gradient or a reloaded state is always seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.group import Group, Launch, Reduce, Rows, run_phases, upload_table
+from tritopt.engine.random import is_dense
+from tritopt.engine.recent import Recent
+from tritopt.kernels.drivers.multi_tensor_norm import square_update
+from tritopt.kernels.formats.weights import PLAIN, Format
+from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON
+
+
+class Task(NamedTuple):
+    """One parameter's tensors in a step. States may have a shape of their own (`Optimizer.state_shapes`)."""
+
+    weight: tuple[torch.Tensor, ...]
+    """The planes of the weight's storage format."""
+    format: Format
+    grad: torch.Tensor
+    state: tuple[torch.Tensor, ...]
+    rows: torch.Tensor | None = None
+    """int64: which rows of the weight and the states the rows of the gradient are for; None: all, in order."""
+    noise: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Key, first position, width and gap of the random bits, where a format draws (engine/random.py: `Noise`)."""
+    state_formats: tuple[Format, ...] = ()
+    """Of each state, whose planes stand in `state` one after the other. Empty: all plain."""
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Of the weight and of each state."""
+        return (self.format, *(self.state_formats or (PLAIN,) * len(self.state)))
+
+    @property
+    def draws(self) -> bool:
+        """Whether storing takes random bits."""
+        return any(fmt.draws for fmt in self.formats)
+
+    def states(self) -> list[tuple[torch.Tensor, ...]]:
+        """The planes of each state."""
+        planes = iter(self.state)
+        return [tuple(itertools.islice(planes, fmt.n_planes)) for fmt in self.formats[1:]]
+
+    def shared(self) -> set[int]:
+        """`id` of the tensors of numbers that several elements share."""
+        return {id(planes[-1]) for planes, fmt in zip(self.states(), self.formats[1:], strict=True) if fmt.block}
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """In the order of the driver's pointer table."""
+        return (*self.weight, self.grad, *self.state, *(() if self.rows is None else (self.rows,)))
+
+    def written(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that a step may write."""
+        return (*self.weight, *self.state)
+
+    def versions(self) -> list[int]:
+        """How often autograd was told of writes to them."""
+        parts = [getattr(tensor, "_local_tensor", tensor) for tensor in self.written()]  # of DTensors, what is here
+        return [0 if part.is_inference() else part._version for part in parts]
+
+
+kernel_device = "cpu" if INTERPRETED else "cuda"
+"""Type of the devices whose tensors kernels take; "cpu" too while the PTX machine runs them (tritopt/tools/ptx)."""
+
+
+def unavailable(tensor: torch.Tensor) -> str | None:
+    """Why the fused path cannot take this tensor and what to do about it, or None if it can."""
+    if not HAS_TRITON:
+        return MISSING_TRITON
+    if tensor.device.type != kernel_device:
+        way_out = ": move it to a GPU, or set TRITON_INTERPRET=1"
+        if kernel_device == "cpu":
+            way_out = " while TRITON_INTERPRET=1: unset it" if INTERPRETED else ": switch the PTX machine off"
+        return (
+            f"the fused path cannot update a tensor on {tensor.device}{way_out}"
+            ", or pass use_fused_step=False to run the reference step"
+        )
+    return None
+
+
+def is_low_precision(dtype: torch.dtype) -> bool:
+    """Whether multi_precision keeps an fp32 master for a weight of this dtype."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: fp64 for fp64 weights, fp32 for all others."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class Planner:
+    """The plans of one optimizer, and the fused step over a list of tasks."""
+
+    def __init__(self) -> None:
+        self._plans: Recent[tuple[Hashable, list[Group]]] = Recent()
+        self._places: Recent[frozenset[Any]] = Recent()
+        """Address, shape and strides of each tensor of a list whose tensors were found to share no element."""
+
+    def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
+        """Plans hold addresses of this process: a copy starts without any."""
+        return Planner, ()
+
+    def apply(
+        self, key: Hashable, tasks: Sequence[Task], rows: Rows | Sequence[tuple[float, ...]], launch: Launch
+    ) -> list[Group] | None:
+        """Update all tasks in place. Returns the groups that were launched, None if tensors had to be copied.
+
+        `rows[i]` is task i's: rescale, clip bound, wd, the optimizer's scalars.
+        """
+        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        by_position = any(isinstance(phase, Apply) and phase.reads_offsets for phase in launch.phases)
+        dense, copied_back = _as_dense(tasks, by_position)
+        groups = self._groups(key, dense)
+        for group in groups:
+            upload_table(group, _words(group, dense, rows), rows.values)
+        run_phases(groups, launch, len(dense))
+        for original, copy in copied_back:
+            original.copy_(copy)
+        # Autograd must learn of writes that it did not make, as it does of torch's own in-place operations.
+        written = [t for task in tasks for t in task.written() if not t.is_inference()]
+        torch.autograd.graph.increment_version(written)
+        return None if copied_back or any(a is not b for a, b in zip(dense, tasks, strict=True)) else groups
+
+    def squares(self, key: Hashable, tensors: Sequence[torch.Tensor], reduce: Reduce | None = None) -> torch.Tensor:
+        """Sum of squares of each tensor, fp64 [tensors], one launch per dtype; bit-identical from run to run."""
+        tasks, _ = _as_dense([Task((t,), PLAIN, t, ()) for t in tensors])
+        groups = self._groups(("squares", key), tasks)
+        rows = Rows.of([(1.0, np.inf, 0.0)] * len(tasks))
+        for group in groups:
+            upload_table(group, _words(group, tasks, rows), rows.values)
+        device = tensors[0].device if tensors else torch.device("cpu")
+        return squares_of(groups, len(tasks), device, reduce).view(-1)
+
+    def groups_of_squares(self, key: Hashable) -> list[Group] | None:
+        """Those of the last `squares` with this key; None if there was none, or it had to go for others."""
+        found = self._plans.get(("squares", key))
+        return None if found is None else found[1]
+
+    def held(self) -> list[Any]:
+        """All groups, and what they have on the device (`Group.held`)."""
+        return [(group, group.held()) for _, groups in self._plans.values() for group in groups]
+
+    def check_aliases(self, key: Hashable, owners: Sequence[Hashable], tasks: Sequence[Task]) -> None:
+        """ValueError if the step would write an element twice; looked at again only when a tensor has moved."""
+        places = [(t.data_ptr(), t.shape, t.stride()) for task in tasks for t in task.written()]
+        known = self._places.get(key)
+        found = frozenset(places)
+        # Without some of its tensors a list that shares none still shares none; one that is there twice does.
+        if known is not None and len(found) == len(places) and found <= known:
+            return
+        owner_of = [owner for owner, task in zip(owners, tasks, strict=True) for _ in task.written()]
+        validate.no_aliases(owner_of, [tensor for task in tasks for tensor in task.written()])
+        self._places.put(key, found, len(places))
+
+    def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[Group]:
+        signature = tuple([(_kind(task), task.grad.shape, task.noise) for task in tasks])
+        found = self._plans.get(key)
+        if found is None or found[0] != signature:
+            groups = _build_groups(tasks, [kind for kind, *_ in signature])
+            found = self._plans.put(key, (signature, groups), len(tasks))
+        return found[1]
+
+
+def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm of each tensor, fp64 [len(tensors)], one launch per dtype; bit-identical from run to run."""
+    return Planner().squares("norms", tensors).sqrt()
+
+
+class NoScalars(NamedTuple):
+    """Scalars of a phase that has none."""
+
+
+_SQUARES = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
+_OF_SQUARES = Launch((_SQUARES,), NoScalars, "decoupled")
+
+
+def squares_of(groups: Sequence[Group], n: int, device: torch.device, reduce: Reduce | None) -> torch.Tensor:
+    """Sums of squares, fp64 [n, 1], of tensors whose tables are uploaded; 0 for those that no group has."""
+    found = run_phases(groups, _OF_SQUARES, n)
+    if len(groups) == 1 and len(groups[0].members) == n and reduce is None:
+        assert found[0] is not None
+        return found[0]
+    sums = torch.zeros(n, 1, dtype=torch.float64, device=device)
+    for group, values in zip(groups, found, strict=True):
+        assert values is not None
+        sums.index_copy_(0, group.places.to(device), values.to(device))
+    if reduce is not None:
+        reduce(sums)
+    return sums
+
+
+def _words(group: Group, tasks: Sequence[Task], rows: Rows) -> np.ndarray[Any, np.dtype[np.int64]]:
+    words = [[*[t.data_ptr() for t in tasks[i].tensors()], rows.row_of[i]] for i in group.members]
+    return np.array(words, dtype=np.int64)
+
+
+def _kind(task: Task) -> Hashable:
+    """What tasks of one group have in common."""
+    names = tuple([fmt.name for fmt in task.formats])
+    return task.grad.device, names, tuple([t.dtype for t in task.tensors()])
+
+
+def _build_groups(tasks: Sequence[Task], kinds: Sequence[Hashable]) -> list[Group]:
+    members: dict[Hashable, list[int]] = {}
+    for i, (task, kind) in enumerate(zip(tasks, kinds, strict=True)):
+        if task.grad.numel() > 0:
+            members.setdefault(kind, []).append(i)
+    groups = []
+    for positions in members.values():
+        first = tasks[positions[0]]
+        dtypes = tuple(t.dtype for t in first.tensors())
+        shapes = [tasks[i].grad.shape for i in positions]
+        noise = [tasks[i].noise for i in positions]
+        groups.append(Group(positions, first.grad.device, first.formats, dtypes, shapes, noise))
+    return groups
+
+
+def _as_dense(
+    tasks: Sequence[Task], by_position: bool = False
+) -> tuple[list[Task], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Tasks whose tensors all lie in memory like the weight, and the (original, copy) pairs to copy back afterwards.
+
+    A dense weight runs as flat memory in its own order of dimensions (channels_last, transposed), a copy of a strided
+    one runs contiguous. Whatever lies otherwise is copied. `by_position`: an element's place in memory must be its
+    position in row-major order, so all run contiguous.
+    """
+    dense, copied_back = [], []
+    for task in tasks:
+        tensors = task.tensors()
+        if all(t.is_contiguous() and holds_values(t) for t in tensors):
+            dense.append(task)
+            continue
+        weight = task.weight[0]
+        # States of another shape (a row's, a column's) are told apart by position, which only the usual order gives.
+        shared = task.shared()
+        same_shape = all(t.shape == weight.shape for t in tensors if id(t) not in shared)
+        keeps_order = same_shape and is_dense(weight) and not by_position
+        flat = weight.stride() if keeps_order else _contiguous_strides(weight.shape)
+        grad_at = len(task.weight)
+        moved = []
+        for i, tensor in enumerate(tensors):
+            copy, strides = tensor, flat if tensor.shape == weight.shape else _contiguous_strides(tensor.shape)
+            is_placed = id(tensor) in shared or _strides_equal(tensor.shape, tensor.stride(), strides)
+            if not (is_placed and holds_values(tensor)):
+                copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(
+                    tensor
+                )
+                if i != grad_at:
+                    copied_back.append((tensor, copy))
+            moved.append(copy)
+        if all(a is b for a, b in zip(moved, tensors, strict=True)):
+            dense.append(task)
+        else:
+            planes, states = tuple(moved[:grad_at]), tuple(moved[grad_at + 1 :])
+            dense.append(task._replace(weight=planes, grad=moved[grad_at], state=states))
+    return dense, copied_back
+
+
+def holds_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory holds its values: not where a bit says that they are negated, or that all are 0."""
+    return not (tensor.is_neg() or tensor._is_zerotensor())
+
+
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, dtype=torch.float32, device="meta").stride()
+
+
+def _strides_equal(shape: Iterable[int], a: Iterable[int], b: Iterable[int]) -> bool:
+    return all(x == y or n == 1 for n, x, y in zip(shape, a, b, strict=True))

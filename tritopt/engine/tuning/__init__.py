@@ -1,0 +1,1 @@
+"""Launch configurations: defaults, measuring, and the cache on disk."""

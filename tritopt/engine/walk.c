@@ -1,0 +1,341 @@
+/* Walks over lists of tensors, for tritopt/engine/walk.py, which says what each function does and has it in Python as well. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdint.h>
+#include <string.h>
+
+/* torch's C interface for compiled code (torch/csrc/inductor/aoti_torch/c/shim.h). A handle points to a tensor, which is
+   one pointer. Functions return 0, or another number where torch raised. */
+typedef int32_t (*get_number_fn)(void *handle, int32_t *out);
+typedef int32_t (*get_size_fn)(void *handle, int64_t *out);
+typedef int32_t (*get_sizes_fn)(void *handle, int64_t **out);
+typedef int32_t (*get_address_fn)(void *handle, void **out);
+/* at::native::is_neg(const at::Tensor &), for which that interface has nothing: whether values are those in memory, negated. */
+typedef _Bool (*is_neg_fn)(void *handle);
+
+static struct {
+  get_number_fn dtype, layout;
+  get_size_fn dim;
+  get_sizes_fn sizes, strides;
+  get_address_fn data_ptr;
+  is_neg_fn is_neg;
+  int32_t strided;
+} torch;
+
+/* What tensors' attributes are read by: a lookup by name takes longer than the reading. Only for these two classes, since
+   a subclass may have attributes of its own. */
+static struct {
+  PyTypeObject *tensor, *parameter;
+  PyObject *cdata_name, *grad_name, *local_name;
+  getter grad;
+} classes;
+
+static getter getter_of(PyObject *name) {
+  PyObject *found = PyObject_GetAttr((PyObject *)classes.tensor, name);
+  getter get = NULL;
+  if (!found) PyErr_Clear();
+  else if (Py_TYPE(found) == &PyGetSetDescr_Type && !((PyGetSetDescrObject *)found)->d_getset->closure)
+    get = ((PyGetSetDescrObject *)found)->d_getset->get;
+  Py_XDECREF(found);
+  return get;
+}
+
+static inline PyObject *attribute(PyObject *object, PyObject *name, getter get) {
+  PyTypeObject *type = Py_TYPE(object);
+  return get && (type == classes.parameter || type == classes.tensor) ? get(object, NULL) : PyObject_GetAttr(object, name);
+}
+
+/* Where a Python tensor keeps its implementation, which `_cdata` gives seven times slower. Found out by `locate`; -1: ask. */
+static Py_ssize_t impl_at = -1;
+
+static PyObject *locate(PyObject *self, PyObject *args) {
+  PyObject *tensors;
+  if (!PyArg_ParseTuple(args, "O!", &PyList_Type, &tensors)) return NULL;
+  for (Py_ssize_t at = sizeof(PyObject); at + sizeof(void *) <= (size_t)classes.tensor->tp_basicsize; at += sizeof(void *)) {
+    Py_ssize_t n_right = 0, n = PyList_GET_SIZE(tensors);
+    for (Py_ssize_t i = 0; i < n; i++) {
+      PyObject *tensor = PyList_GET_ITEM(tensors, i), *number;
+      if (!PyObject_TypeCheck(tensor, classes.tensor)) return PyErr_Format(PyExc_TypeError, "not a tensor");
+      if (!(number = PyObject_GetAttr(tensor, classes.cdata_name))) return NULL;
+      n_right += *(void **)((char *)tensor + at) == PyLong_AsVoidPtr(number);
+      Py_DECREF(number);
+    }
+    if (n > 0 && n_right == n) {
+      impl_at = at;
+      break;
+    }
+  }
+  return PyLong_FromSsize_t(impl_at);
+}
+
+static inline void *impl_of(PyObject *tensor) {
+  PyTypeObject *type = Py_TYPE(tensor);
+  if (impl_at >= 0 && (type == classes.parameter || PyObject_TypeCheck(tensor, classes.tensor)))
+    return *(void **)((char *)tensor + impl_at);
+  PyObject *number = PyObject_GetAttr(tensor, classes.cdata_name);
+  void *impl = number ? PyLong_AsVoidPtr(number) : NULL;
+  Py_XDECREF(number);
+  if (!impl && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a tensor without an implementation");
+  return impl;
+}
+
+static PyObject *bind(PyObject *self, PyObject *args) {
+  unsigned long long f[7];
+  int strided;
+  PyObject *tensor, *parameter;
+  if (!PyArg_ParseTuple(args, "O!O!KKKKKKKi", &PyType_Type, &tensor, &PyType_Type, &parameter, f, f + 1, f + 2, f + 3,
+                        f + 4, f + 5, f + 6, &strided))
+    return NULL;
+  Py_INCREF(tensor);
+  Py_INCREF(parameter);
+  classes.tensor = (PyTypeObject *)tensor;
+  classes.parameter = (PyTypeObject *)parameter;
+  classes.grad = getter_of(classes.grad_name);
+  torch.dtype = (get_number_fn)(uintptr_t)f[0];
+  torch.layout = (get_number_fn)(uintptr_t)f[1];
+  torch.dim = (get_size_fn)(uintptr_t)f[2];
+  torch.sizes = (get_sizes_fn)(uintptr_t)f[3];
+  torch.strides = (get_sizes_fn)(uintptr_t)f[4];
+  torch.data_ptr = (get_address_fn)(uintptr_t)f[5];
+  torch.is_neg = (is_neg_fn)(uintptr_t)f[6];
+  torch.strided = strided;
+  Py_RETURN_NONE;
+}
+
+/* The buffer of an int64 array with room for n numbers. */
+static int64_t *room(PyObject *array, Py_buffer *view, Py_ssize_t n) {
+  if (PyObject_GetBuffer(array, view, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0) return NULL;
+  if (view->len == n * (Py_ssize_t)sizeof(int64_t)) return view->buf;
+  PyErr_Format(PyExc_ValueError, "out has %zd bytes, not those of %zd int64", view->len, n);
+  PyBuffer_Release(view);
+  return NULL;
+}
+
+/* Of one tensor: its address, and up to `n_free` words that say how it lies in memory. They are written, or if `is_known`
+   compared with what stands there. Returns their number; 0 if it is not as expected, -1 after an error. */
+static Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, Py_ssize_t n_free, int is_known) {
+  if (tensor == Py_None) { /* no gradient */
+    if (n_free < 2 || (is_known && (to[0] != -1 || to[1] != -1))) return 0;
+    *address = -1;
+    if (!is_known) to[0] = to[1] = -1;
+    return 2;
+  }
+  void *impl = impl_of(tensor), *data = NULL;
+  if (!impl) return -1;
+  void *handle = &impl;
+  int32_t dtype, layout;
+  int64_t dim, *sizes, *strides;
+  if (torch.layout(handle, &layout) || layout != torch.strided || torch.is_neg(handle)) return 0;
+  if (torch.dtype(handle, &dtype) || torch.dim(handle, &dim) || torch.sizes(handle, &sizes) ||
+      torch.strides(handle, &strides) || torch.data_ptr(handle, &data))
+    return 0;
+  if (n_free < 2 + 2 * dim) return 0;
+  int64_t n_elements = 1;
+  for (int64_t i = 0; i < dim; i++) n_elements *= sizes[i];
+  if (!data && n_elements) return 0; /* all its values are 0, and lie nowhere */
+  size_t n_bytes = dim * sizeof(int64_t);
+  *address = (int64_t)(uintptr_t)data;
+  if (is_known)
+    return to[0] == dtype && to[1] == dim && !memcmp(to + 2, sizes, n_bytes) && !memcmp(to + 2 + dim, strides, n_bytes)
+               ? 2 + 2 * dim
+               : 0;
+  to[0] = dtype;
+  to[1] = dim;
+  memcpy(to + 2, sizes, n_bytes);
+  memcpy(to + 2 + dim, strides, n_bytes);
+  return 2 + 2 * dim;
+}
+
+static PyObject *describe(PyObject *self, PyObject *args) {
+  PyObject *tensors, *array;
+  Py_ssize_t n_words, found = 1, used = 0;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!On", &PyList_Type, &tensors, &array, &n_words)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(tensors);
+  int64_t *out = room(array, &view, n);
+  PyObject *said = out ? PyBytes_FromStringAndSize(NULL, n_words * (Py_ssize_t)sizeof(int64_t)) : NULL;
+  int64_t *words = said ? (int64_t *)(void *)PyBytes_AS_STRING(said) : NULL;
+  for (Py_ssize_t i = 0; said && i < n && found > 0; i++) {
+    found = describe_one(PyList_GET_ITEM(tensors, i), out + i, words + used, n_words - used, 0);
+    used += found > 0 ? found : 0;
+  }
+  if (out) PyBuffer_Release(&view);
+  if (!said || (found > 0 && used == n_words)) return said;
+  Py_DECREF(said);
+  if (found < 0) return NULL;
+  Py_RETURN_NONE;
+}
+
+static PyObject *gradients_are(PyObject *self, PyObject *args) {
+  PyObject *params, *said, *array;
+  Py_ssize_t found = 1, used = 0;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!SO", &PyList_Type, &params, &said, &array)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(params), n_words = PyBytes_GET_SIZE(said) / (Py_ssize_t)sizeof(int64_t);
+  int64_t *words = (int64_t *)(void *)PyBytes_AS_STRING(said), *out = room(array, &view, n);
+  if (!out) return NULL;
+  for (Py_ssize_t i = 0; i < n && found > 0; i++) {
+    PyObject *grad = attribute(PyList_GET_ITEM(params, i), classes.grad_name, classes.grad);
+    found = grad ? describe_one(grad, out + i, words + used, n_words - used, 1) : -1;
+    used += found > 0 ? found : 0;
+    Py_XDECREF(grad);
+  }
+  PyBuffer_Release(&view);
+  return found < 0 ? NULL : PyBool_FromLong(found > 0 && used == n_words);
+}
+
+static PyObject *are(PyObject *self, PyObject *args) {
+  PyObject *tensors, *said, *array;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!SO", &PyList_Type, &tensors, &said, &array)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(tensors), n_words = PyBytes_GET_SIZE(said) / (Py_ssize_t)sizeof(int64_t);
+  Py_ssize_t i = 0, found = 1, used = 0;
+  int64_t now, *words = (int64_t *)(void *)PyBytes_AS_STRING(said), *at = room(array, &view, n);
+  if (!at) return NULL;
+  for (; i < n; i++) {
+    found = describe_one(PyList_GET_ITEM(tensors, i), &now, words + used, n_words - used, 1);
+    if (found <= 0 || at[i] != now) break;
+    used += found;
+  }
+  PyBuffer_Release(&view);
+  return found < 0 ? NULL : PyBool_FromLong(i == n && used == n_words);
+}
+
+static PyObject *same(PyObject *self, PyObject *args) {
+  PyObject *a, *b;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &a, &PyList_Type, &b)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(a);
+  if (n != PyList_GET_SIZE(b)) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < n; i++)
+    if (PyList_GET_ITEM(a, i) != PyList_GET_ITEM(b, i)) Py_RETURN_FALSE;
+  Py_RETURN_TRUE;
+}
+
+static PyObject *hold(PyObject *self, PyObject *args) {
+  PyObject *lists, *items;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &lists, &PyList_Type, &items)) return NULL;
+  Py_ssize_t k = 0, n = PyList_GET_SIZE(items);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(lists); i++) {
+    PyObject *list = PyList_GET_ITEM(lists, i);
+    if (!PyList_Check(list)) Py_RETURN_FALSE;
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); j++, k++)
+      if (k >= n || PyList_GET_ITEM(list, j) != PyList_GET_ITEM(items, k)) Py_RETURN_FALSE;
+  }
+  return PyBool_FromLong(k == n);
+}
+
+/* Changes with every write to a dict, and no two dicts ever have the same; 0 where Python no longer has it. */
+static inline int64_t edition(PyObject *dict) {
+#if PY_VERSION_HEX < 0x030C0000
+  return (int64_t)((PyDictObject *)dict)->ma_version_tag;
+#else
+  return 0;
+#endif
+}
+
+static PyObject *changed(PyObject *self, PyObject *args) {
+  PyObject *dicts, *before, *array;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!O!O", &PyList_Type, &dicts, &PyList_Type, &before, &array)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(dicts);
+  if (n != PyList_GET_SIZE(before)) return PyErr_Format(PyExc_ValueError, "as many dicts as tuples");
+  int64_t *editions = room(array, &view, n);
+  PyObject *out = editions ? PyList_New(0) : NULL;
+  for (Py_ssize_t i = 0; out && i < n; i++) {
+    PyObject *dict = PyList_GET_ITEM(dicts, i), *values = PyList_GET_ITEM(before, i), *key, *value;
+    if (!PyDict_Check(dict) || !PyTuple_Check(values)) {
+      PyErr_Format(PyExc_TypeError, "lists of dicts and of tuples");
+      Py_CLEAR(out);
+      break;
+    }
+    int64_t now = edition(dict);
+    if (now && now == editions[i]) continue;
+    Py_ssize_t at = 0, k = 0;
+    int is_same = 2 * PyDict_GET_SIZE(dict) == PyTuple_GET_SIZE(values);
+    for (; is_same && PyDict_Next(dict, &at, &key, &value); k += 2)
+      is_same = key == PyTuple_GET_ITEM(values, k) && value == PyTuple_GET_ITEM(values, k + 1);
+    editions[i] = is_same ? now : 0;
+    if (is_same) continue;
+    PyObject *index = PyLong_FromSsize_t(i);
+    if (!index || PyList_Append(out, index) < 0) Py_CLEAR(out);
+    Py_XDECREF(index);
+  }
+  if (editions) PyBuffer_Release(&view);
+  return out;
+}
+
+/* Of a DTensor, the tensor that this process has. A new reference, which others of its kind lack: NULL for them. */
+static inline PyObject *part_of(PyObject *value) {
+  PyTypeObject *type = Py_TYPE(value);
+  if (type == classes.tensor || type == classes.parameter) return NULL;
+  PyObject *part = PyObject_GetAttr(value, classes.local_name);
+  if (!part) PyErr_Clear();
+  return part;
+}
+
+/* Whether a dict has the keys and values that its row tells of, where they were and as they were. `row`: for each value its
+   key's identity, its own, and its tensor's address, -1 where that does not matter. 1, 0, or -1 after an error. */
+static int values_are(PyObject *dict, const int64_t *row, int64_t n, int64_t *words, Py_ssize_t n_words) {
+  Py_ssize_t at = 0, used = 0;
+  if (PyDict_GET_SIZE(dict) != n) return 0;
+  for (; n > 0; n--, row += 3) {
+    PyObject *key, *value;
+    int64_t now;
+    if (!PyDict_Next(dict, &at, &key, &value)) return 0;
+    if ((int64_t)(uintptr_t)key != row[0] || (int64_t)(uintptr_t)value != row[1]) return 0;
+    if (row[2] == -1) continue;
+    PyObject *part = part_of(value);
+    Py_ssize_t found = describe_one(part ? part : value, &now, words + used, n_words - used, 1);
+    Py_XDECREF(part);
+    if (found <= 0) return PyErr_Occurred() ? -1 : 0;
+    if (now != row[2]) return 0;
+    used += found;
+  }
+  return 1;
+}
+
+static PyObject *states_are(PyObject *self, PyObject *args) {
+  PyObject *dicts, *said, *array;
+  Py_buffer view;
+  if (!PyArg_ParseTuple(args, "O!SO", &PyList_Type, &dicts, &said, &array)) return NULL;
+  if (PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS) < 0) return NULL;
+  Py_ssize_t n_words = PyBytes_GET_SIZE(said) / (Py_ssize_t)sizeof(int64_t), n = PyList_GET_SIZE(dicts), i = 0;
+  int64_t *row = view.buf, *end = row + view.len / (Py_ssize_t)sizeof(int64_t);
+  int64_t *words = (int64_t *)(void *)PyBytes_AS_STRING(said);
+  int found = 1;
+  for (; i < n && found > 0; i++) {
+    PyObject *dict = PyList_GET_ITEM(dicts, i);
+    if (end - row < 3 || row[1] < 0 || end - row < 3 + 3 * row[1] || row[2] < 0 || row[2] > n_words ||
+        (int64_t)(uintptr_t)dict != row[0] || !PyDict_Check(dict)) {
+      found = 0;
+      break;
+    }
+    found = values_are(dict, row + 3, row[1], words + row[2], n_words - row[2]);
+    row += 3 + 3 * row[1];
+  }
+  PyBuffer_Release(&view);
+  return found < 0 ? NULL : PyBool_FromLong(found > 0 && row == end);
+}
+
+static PyMethodDef methods[] = {{"bind", bind, METH_VARARGS, NULL},
+                                {"locate", locate, METH_VARARGS, NULL},
+                                {"describe", describe, METH_VARARGS, NULL},
+                                {"gradients_are", gradients_are, METH_VARARGS, NULL},
+                                {"are", are, METH_VARARGS, NULL},
+                                {"same", same, METH_VARARGS, NULL},
+                                {"hold", hold, METH_VARARGS, NULL},
+                                {"changed", changed, METH_VARARGS, NULL},
+                                {"states_are", states_are, METH_VARARGS, NULL},
+                                {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tritopt_walk", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit_tritopt_walk(void) {
+  classes.cdata_name = PyUnicode_InternFromString("_cdata");
+  classes.grad_name = PyUnicode_InternFromString("grad");
+  classes.local_name = PyUnicode_InternFromString("_local_tensor");
+  int is_named = classes.cdata_name && classes.grad_name && classes.local_name;
+  return is_named ? PyModule_Create(&module) : NULL;
+}

@@ -1,0 +1,223 @@
+"""What a warm step asks of every tensor of a list: whether it is the one it was, and where it lies.
+
+In Python a step of 400 parameters with their gradients and states takes 1.6 to 3.5 ms for these questions, longer than
+torch's own fused step. tritopt/engine/walk.c asks the same in C, in 2 to 40 ns a tensor, through torch's interfaces for
+compiled code. Triton builds it, as it builds its own launchers, when it is first needed, and keeps it in its cache on
+disk. Where that fails, for want of a C compiler or of one of torch's interfaces, the functions below do the same,
+slower. `TRITOPT_WALK=python` insists on them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+import os
+import sysconfig
+from collections.abc import Hashable
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tritopt.engine.group import Array
+from tritopt.engine.plan import holds_values
+from tritopt.kernels.language import HAS_TRITON
+
+_INTERFACES = tuple(f"aoti_torch_get_{name}" for name in ("dtype", "layout", "dim", "sizes", "strides", "data_ptr"))
+_IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"  # at::native::is_neg(at::Tensor const&)
+
+
+class Walk(Protocol):
+    """The questions."""
+
+    def are(self, tensors: list[torch.Tensor], said: Any, addresses: Array) -> bool:
+        """Whether `describe` says this of them, and that is where they lie, int64 [tensors]."""
+        ...
+
+    def describe(self, tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
+        """Addresses of tensors, -1 for None; returns what says their dtypes, shapes and strides.
+
+        None if one is not strided, or negated or zero by a bit, or if they have not `n_words` in all (`n_words`).
+        """
+        ...
+
+    def gradients_are(self, params: list[torch.Tensor], said: Any, out: Array) -> bool:
+        """Whether `describe` says this of their gradients; their addresses."""
+        ...
+
+    def same(self, a: list[Any], b: list[Any]) -> bool:
+        """Whether these are the same objects."""
+        ...
+
+    def hold(self, lists: list[list[Any]], items: list[Any]) -> bool:
+        """Whether these are lists, and hold these very items, one after the other."""
+        ...
+
+    def changed(self, dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
+        """Places of the dicts whose keys and values, in turn, are not the objects that they were before.
+
+        editions: int64 [dicts], zeros at first, and again where `before` is another. It is written: what is known to be
+        unchanged is not compared again.
+        """
+        ...
+
+    def states_are(self, dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
+        """Whether these are the dicts of `known_states`, with the keys and values they had, where and as they were."""
+        ...
+
+
+def n_words(tensors: list[Any]) -> int:
+    """Of the words with which `Walk.describe` describes these."""
+    return sum(2 + 2 * (0 if tensor is None else tensor.dim()) for tensor in tensors)
+
+
+def known_states(walk: Walk, dicts: list[dict[str, Any]]) -> tuple[Any, Array]:
+    """What `Walk.states_are` compares. It holds no state alive: whoever replaces one wants its memory back.
+
+    Returns what is said of the tensors, and int64: for each dict (identity, number of values, where in words the
+    description of its tensors begins), then for each value (its key's identity, its own, address), -1 where there is
+    none.
+    """
+    rows: list[int] = []
+    parts: list[torch.Tensor] = []
+    places: list[int] = []
+    n = 0
+    for some in dicts:
+        rows += [id(some), len(some), n]
+        for name, value in some.items():
+            part = _with_memory(value)
+            rows += [id(name), id(value), -1]
+            if part is not None:
+                places.append(len(rows) - 1)
+                parts.append(part)
+                n += n_words([part])
+    table, addresses = np.array(rows, np.int64), np.zeros(len(parts), np.int64)
+    said = walk.describe(parts, addresses, n)
+    table[places] = addresses
+    return said, table
+
+
+def _with_memory(value: Any) -> torch.Tensor | None:
+    """The tensor that this process has of a value, if it is strided and has memory."""
+    part = getattr(value, "_local_tensor", value)
+    if not isinstance(part, torch.Tensor) or part.layout is not torch.strided:
+        return None
+    try:
+        part.data_ptr()
+    except RuntimeError:
+        return None
+    return part
+
+
+def _states_are(dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
+    parts, addresses = [], []
+    known = iter(table.tolist())
+    for some in dicts:
+        row = [next(known, None) for _ in range(3)]
+        if row[0] != id(some) or row[1] != len(some):
+            return False
+        for name, value in some.items():
+            key, identity, address = next(known), next(known), next(known)
+            if key != id(name) or identity != id(value):
+                return False
+            if address != -1:
+                parts.append(getattr(value, "_local_tensor", value))
+                addresses.append(address)
+    return next(known, None) is None and _are(parts, said, np.array(addresses, np.int64))
+
+
+def _are(tensors: list[torch.Tensor], said: Any, addresses: Array) -> bool:
+    found = np.empty(len(tensors), np.int64)
+    return bool(_describe(tensors, found, n_words(tensors)) == said) and found.tolist() == addresses.tolist()
+
+
+def _describe(tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
+    words: list[Any] = []
+    for i, tensor in enumerate(tensors):
+        if tensor is not None and not (tensor.layout is torch.strided and holds_values(tensor)):
+            return None
+        out[i] = -1 if tensor is None else tensor.data_ptr()
+        words.append(None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()))
+    n = sum(2 + 2 * (0 if word is None else len(word[1])) for word in words)
+    return tuple(words) if n == n_words else None
+
+
+def _gradients_are(params: list[torch.Tensor], said: Any, out: Array) -> bool:
+    grads = [param.grad for param in params]
+    return bool(_describe(grads, out, n_words(grads)) == said)
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _hold(lists: list[list[Any]], items: list[Any]) -> bool:
+    return _same(list(chain.from_iterable(lists)), items)
+
+
+def _changed(dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
+    if len(dicts) != len(before):
+        raise ValueError("as many dicts as tuples")
+    now = [list(chain.from_iterable(some.items())) for some in dicts]
+    return [i for i, (items, old) in enumerate(zip(now, before, strict=True)) if not _same(items, list(old))]
+
+
+IN_PYTHON: Walk = SimpleNamespace(
+    are=_are,
+    states_are=_states_are,
+    describe=_describe,
+    gradients_are=_gradients_are,
+    same=_same,
+    hold=_hold,
+    changed=_changed,
+)
+_found: list[Walk] = []
+
+
+def walk() -> Walk:
+    """In C if it can be had; asked for once."""
+    if not _found:
+        _found.append(IN_PYTHON if os.environ.get("TRITOPT_WALK") == "python" else in_c() or IN_PYTHON)
+    return _found[0]
+
+
+def in_c() -> Walk | None:
+    """Built, or taken from Triton's cache; None if that fails."""
+    if not (HAS_TRITON and (Path(sysconfig.get_path("include")) / "Python.h").exists()):
+        return None
+    try:
+        from triton.runtime.build import compile_module_from_src
+
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        functions = [getattr(library, name) for name in (*_INTERFACES, _IS_NEG)]
+        places = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+        made: Any = compile_module_from_src(Path(__file__).with_name("walk.c").read_text(), "tritopt_walk")
+        made.bind(torch.Tensor, torch.nn.Parameter, *places, library.aoti_torch_layout_strided())
+        tensors = [_empty(n).requires_grad_(n > 1) for n in range(4)]
+        made.locate([*tensors, torch.nn.Parameter(_empty(1))])
+        return made if _agrees(made) else None
+    except Exception:  # whatever a compiler, a loader, or another version of torch or Triton comes up with
+        return None
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _agrees(made: Walk) -> bool:
+    """Whether it says of some tensors what Python says, and refuses what it should."""
+    tensors = [_empty(3, 5).t(), torch.nn.Parameter(_empty(2, dtype=torch.bfloat16)), _empty()]
+    found, expected = np.zeros(3, np.int64), np.array([tensor.data_ptr() for tensor in tensors])
+    said = made.describe(tensors, found, n_words(tensors))
+    words = [x for t in tensors for x in (t.dim(), *t.shape, *t.stride())]
+    numbers = np.frombuffer(said, np.int64).tolist() if isinstance(said, bytes) else []
+    # The dtype stands before each; which number it has is torch's affair.
+    starts = np.cumsum([0] + [2 + 2 * t.dim() for t in tensors])[:3]
+    kept = [x for i, x in enumerate(numbers) if i not in starts]
+    nowhere = torch._efficientzerotensor((2, 2), dtype=torch.float32, device="cpu")
+    refused = (_empty(2, 2).to_sparse(), torch._neg_view(_empty(2, 2)), nowhere)
+    is_right = np.array_equal(found, expected) and kept == words
+    return is_right and all(made.describe([tensor], found[:1], 6) is None for tensor in refused)

@@ -1,0 +1,1 @@
+"""MXNet's face: the API of `mxnet.optimizer` 2.0."""

@@ -1,0 +1,66 @@
+"""Attributes of an optimizer that were assigned after its constructor had checked them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+from tritopt.engine import validate
+
+if TYPE_CHECKING:
+    from tritopt.mxnet.optimizer import Optimizer
+
+
+def parameters_of(function: Callable[..., Any] | None) -> list[str]:
+    """Names of a constructor's named parameters; none where there is no constructor."""
+    if function is None:
+        return []
+    skipped = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [
+        name for name, p in inspect.signature(function).parameters.items() if p.kind not in skipped and name != "self"
+    ]
+
+
+@cache
+def _own_parameters(cls: Any, base: Any) -> dict[Any, tuple[str, ...]]:
+    """The package's constructors of a class, and what each takes that the base's does not.
+
+    One by one, since a class may settle what the one above it takes.
+    """
+    inits = {one: vars(one).get("__init__") for one in cls.__mro__ if issubclass(one, base) and one is not base}
+    taken = parameters_of(base.__init__)
+    return {
+        one: tuple(name for name in parameters_of(init) if name not in taken)
+        for one, init in inits.items()
+        if one.__module__.startswith("tritopt.")
+    }
+
+
+def check_settings(opt: Optimizer, base: Any) -> None:
+    """Raise what the constructor raises for a value that one of its arguments now has as an attribute.
+
+    The package's own classes are asked by making another one of these values; a user's constructor may do more than
+    check.
+    """
+    validate.positive_or_none("clip_gradient", opt.clip_gradient)
+    if opt.clip_gradient is not None:
+        validate.number("clip_gradient", opt.clip_gradient)
+    validate.boolean("multi_precision", opt.multi_precision)
+    validate.count("rounding_seed", opt.rounding_seed)
+    validate.nonnegative_count("aggregate_num", opt.aggregate_num)
+    if opt.use_fused_step is not None:
+        validate.boolean("use_fused_step", opt.use_fused_step)
+    cls: Any = type(opt)
+    own = _own_parameters(cls, base)
+    names = [name for some in own.values() for name in some if name in vars(opt)]
+    values = [opt.master, opt.state_dtype, *[getattr(opt, name) for name in names]]
+    if len(values) == len(opt._checked) and all(map(is_, values, opt._checked)):
+        return
+    for one, some in own.items():
+        one(**{name: getattr(opt, name) for name in some if name in vars(opt)})
+    if cls in own:
+        cls(master=opt.master, state_dtype=opt.state_dtype)
+    opt._checked = tuple(values)

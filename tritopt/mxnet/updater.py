@@ -1,0 +1,213 @@
+"""Updater: keeps the states of an optimizer and applies it to lists of parameters."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Hashable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from tritopt import lr_scheduler
+from tritopt.engine import validate
+from tritopt.mxnet import registry
+from tritopt.mxnet.optimizer import Optimizer
+
+_OPTIMIZER = "optimizer"
+_SCHEDULER = "lr_scheduler"
+
+
+class Updater:
+    """Callable `updater(index, grad, weight)`, in MXNet's order, with the states in `states`.
+
+    A state is created when its index is first seen. With `aggregate_num` > 1 a list is grouped by weight dtype and
+    updated `aggregate_num` tensors at a time (infinity: the whole list at once), otherwise one tensor at a time.
+
+    Args:
+        optimizer: what to apply.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.states: dict[Hashable, Any] = {}
+        self.states_synced: dict[Hashable, bool] = {}
+
+    @property
+    def aggregate_updates(self) -> bool:
+        """Whether a list is updated several tensors at a time."""
+        return self.optimizer.aggregate_num > 1
+
+    def __call__(self, index: Any, grad: Any, weight: Any) -> None:
+        """Update one parameter, or parallel lists of them; errors as `Optimizer.update` has them.
+
+        Byte strings in a list of indices are decoded in place.
+        """
+        if not isinstance(index, list | tuple):
+            index, grad, weight = [index], [grad], [weight]
+        validate.same_length(indices=index, gradients=grad, weights=weight)
+        indices = [_decoded(i) for i in index]
+        if isinstance(index, list):
+            index[:] = indices
+        active = [i for i, g in enumerate(grad) if g is not None]
+        for i in active:
+            validate.weight_and_grad(indices[i], weight[i], grad[i])
+        if not active:
+            return
+        self.optimizer._set_current_device(_device_id(weight[active[0]]))
+        known = set(self.states)
+        lists = [[items[i] for i in active] for items in (indices, weight, grad)]
+        try:
+            for i in active:
+                self._make_ready(indices[i], weight[i])
+            lists.append([self.states[i] for i in lists[0]])
+            # All of the call before any of its chunks, so that it is refused as a whole.
+            self.optimizer.check(*lists)
+            for chunk in self._chunks(lists[1]):
+                self.optimizer.update_multi_precision(*([items[i] for i in chunk] for items in lists))
+        except BaseException:
+            for new in self.states.keys() - known - self.optimizer._index_update_count.keys():
+                del self.states[new], self.states_synced[new]
+            raise
+
+    def _make_ready(self, index: Hashable, weight: torch.Tensor) -> None:
+        """Create the state, or move a loaded one to the weight's device and into the optimizer's format."""
+        if index not in self.states:
+            self.states[index] = self.optimizer.create_state_multi_precision(index, weight)
+        elif not self.states_synced[index]:
+            state = self.sync_state_context(self.states[index], weight.device)
+            self.states[index] = self.optimizer.convert_state(index, weight, state)
+        self.states_synced[index] = True
+
+    def _chunks(self, weights: Sequence[torch.Tensor]) -> list[list[int]]:
+        positions = list(range(len(weights)))
+        size = self.optimizer.aggregate_num
+        if not self.aggregate_updates:
+            return [[i] for i in positions]
+        if size == float("inf"):
+            return [positions]
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i in positions:
+            by_dtype.setdefault(weights[i].dtype, []).append(i)
+        chunks = []
+        for group in by_dtype.values():
+            rest = iter(group)
+            while chunk := list(islice(rest, int(size))):
+                chunks.append(chunk)
+        return chunks
+
+    def sync_state_context(self, state: Any, device: torch.device) -> Any:
+        """`state` on `device`; tuples and lists keep their type."""
+        if isinstance(state, torch.Tensor):
+            return state.to(device)
+        if isinstance(state, tuple | list):
+            return type(state)(self.sync_state_context(item, device) for item in state)
+        return state
+
+    def get_states(self, dump_optimizer: bool = False) -> bytes:
+        """The states, and on demand the optimizer, as bytes of `torch.save` that hold plain data only.
+
+        Raises TypeError if a state, an index or an attribute of the optimizer is not a number, a string, a tensor or a
+        dict, list or tuple of these.
+        """
+        _require_plain(self.states, "the states")
+        content: dict[str, Any] = {"states": self.states}
+        if dump_optimizer:
+            content[_OPTIMIZER] = _pack_optimizer(self.optimizer)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    def set_states(self, states: bytes) -> None:
+        """Take over what `get_states` gave; a dumped optimizer replaces this one, with an empty `param_dict`.
+
+        States of another `master` are converted when their weight is next updated (`Optimizer.convert_state`).
+        The bytes are read with `weights_only=True`: they cannot run code. Raises ValueError if they hold anything else.
+        """
+        try:
+            content = torch.load(io.BytesIO(states), weights_only=True, map_location="cpu")
+            loaded = dict(content["states"])
+            optimizer = _unpack_optimizer(content[_OPTIMIZER]) if _OPTIMIZER in content else self.optimizer
+        except Exception as error:
+            raise ValueError(
+                f"these bytes do not come from Updater.get_states(): {error}; pass what it gave"
+            ) from error
+        self.optimizer = optimizer
+        self.states = loaded
+        self.states_synced = dict.fromkeys(loaded, False)
+
+
+def get_updater(optimizer: Optimizer) -> Updater:
+    """An Updater of `optimizer`."""
+    return Updater(optimizer)
+
+
+def _decoded(index: Any) -> Any:
+    return index.decode("utf-8") if isinstance(index, bytes) else index
+
+
+def _device_id(weight: torch.Tensor) -> int:
+    return weight.device.index or 0
+
+
+def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    attributes = optimizer.__getstate__()
+    for name in ("_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes", "_checked"):
+        del attributes[name]
+    device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)
+    schedule, name = attributes.pop(_SCHEDULER), type(optimizer).__name__.lower()
+    if registry.OPTIMIZERS.get(name) is not type(optimizer):
+        raise TypeError(f"{type(optimizer)!r} is not what {name!r} brings back; register it to dump it")
+    packed: dict[str, Any] = {"name": name, "attributes": attributes, "device": device}
+    if schedule is not None:
+        if _scheduler_classes().get(type(schedule).__name__) is not type(schedule):
+            raise TypeError(
+                f"lr_scheduler={schedule!r} is not what {type(schedule).__name__!r} brings back; rename "
+                "its class, or call get_states(dump_optimizer=False)"
+            )
+        packed[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}
+    _require_plain(packed, type(optimizer).__name__)
+    return packed
+
+
+def _unpack_optimizer(packed: dict[str, Any]) -> Optimizer:
+    if not isinstance(packed["attributes"], dict):
+        raise TypeError(f"its attributes are {packed['attributes']!r:.60}")
+    optimizer = object.__new__(registry.find(packed["name"]))
+    Optimizer.__init__(optimizer)
+    optimizer.__setstate__(packed["attributes"])
+    optimizer._set_current_device(packed["device"])
+    optimizer.lr_scheduler = None
+    if _SCHEDULER in packed:
+        name = packed[_SCHEDULER]["class"]
+        if name not in _scheduler_classes():
+            raise ValueError(f"it has an lr_scheduler of class {name!r}; import or define that class first")
+        schedule = optimizer.lr_scheduler = object.__new__(_scheduler_classes()[name])
+        schedule.__dict__.update(packed[_SCHEDULER]["attributes"])
+    return optimizer
+
+
+def _scheduler_classes() -> dict[str, type[lr_scheduler.LRScheduler]]:
+    """LRScheduler and its subclasses by name; the nearest to the base has the name that several share."""
+    found: dict[str, type[lr_scheduler.LRScheduler]] = {}
+    level = [lr_scheduler.LRScheduler]
+    while level:
+        for cls in level:
+            found.setdefault(cls.__name__, cls)
+        level = [subclass for cls in level for subclass in cls.__subclasses__()]
+    return found
+
+
+def _require_plain(value: Any, path: str) -> None:
+    """TypeError unless `torch.load(weights_only=True)` reads the value back."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_plain(key, f"{path}, a key")
+            _require_plain(item, f"{path}.{key}")
+    elif type(value) in (list, tuple):
+        for item in value:
+            _require_plain(item, path)
+    elif not (value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor)):
+        raise TypeError(
+            f"{path} is {value!r:.80}, which cannot be saved as plain data; call get_states(dump_optimizer=False)"
+        )

@@ -1,0 +1,1 @@
+"""One step of the torch face: built once, replayed while it holds."""

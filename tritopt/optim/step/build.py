@@ -1,0 +1,174 @@
+"""A step from scratch: everything is looked at and checked before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from tritopt.engine.driver import Apply
+from tritopt.engine.group import Group, Launch, Rows
+from tritopt.engine.plan import Planner, Task, unavailable
+from tritopt.engine.random import Noise
+from tritopt.engine.telemetry import refuse
+from tritopt.engine.warning import warn_once
+from tritopt.optim import distributed
+from tritopt.optim.clip import squares
+from tritopt.optim.distributed import ShardSums, local
+from tritopt.optim.step.counts import ScalarStates
+from tritopt.optim.step.group_options import Hypers
+from tritopt.optim.step.members import Bucket, Member, Number, Only, launch_for, same_group
+from tritopt.optim.step.replay import WarmStep
+from tritopt.optim.step.scalar_table import host_rows
+from tritopt.optim.step.undo import Undo
+
+if TYPE_CHECKING:
+    from tritopt.optim.optimizer import Optimizer
+
+
+class ColdStep:
+    """See the module; `WarmStep` is the same for the steps that follow.
+
+    Args:
+        planner: of the optimizer.
+        members: all parameters that have a gradient.
+        tasks: their tensors.
+        rates: their groups' learning rates.
+        fused: whether a kernel updates them.
+        only: the parameter, if the step is for one.
+        like: an earlier step with the same states, which need not be described anew; None: there is none.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        members: Sequence[Member],
+        tasks: Sequence[Task],
+        rates: Mapping[int, Number],
+        fused: Sequence[bool],
+        only: Only | None = None,
+        like: WarmStep | None = None,
+    ) -> None:
+        self._planner = planner
+        self._only = only
+        self._like = like
+        self._tasks = tasks
+        self.members = list(members)
+        self._launched: list[tuple[Bucket, list[Group]]] = []
+        self.buckets = [
+            Bucket(
+                key,
+                same_group([members[i] for i in places], members[0].rule.is_per_parameter),
+                places,
+                *key[-2:],
+                key[2],
+            )
+            for key, places in _by_launch(members, tasks, rates, fused).items()
+        ]
+        self.reduce: ShardSums | None = None
+        """Of the gradients' norm, once it was asked for."""
+        self.positions = [member.position for member in self.members]
+
+    def squares(self, reduce: ShardSums) -> torch.Tensor:
+        """Sum of squares of each gradient, fp64 [members]."""
+        params, grads = [member.param for member in self.members], [member.grad for member in self.members]
+        return squares(self._planner, self._key, params, grads, reduce)
+
+    def host_rows(self, bucket: Bucket, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
+        """Of the bucket's members."""
+        return host_rows(bucket.runs, hypers, numbers, bucket.draws)
+
+    def launch_of(
+        self, bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]
+    ) -> Launch:
+        """Of a bucket."""
+        return launch_for(bucket, scalars, shard_sums)
+
+    @property
+    def _key(self) -> Hashable:
+        return tuple(member.position for member in self.members)
+
+    def launch(self, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
+        """Update the bucket's parameters, by a kernel or by the reference."""
+        tasks = [self._tasks[i] for i in bucket.places]
+        members = [self.members[i] for i in bucket.places]
+        if bucket.is_fused:
+            positions = tuple(member.position for member in members)
+            # A step of one parameter has plans of its own: who warms up on one must be alone to upload its tables.
+            key = (bucket.key, positions, self._only is not None)
+            undo.updates.begin(members)
+            groups = self._planner.apply(key, tasks, rows, launch)
+            if groups is not None:
+                self._launched.append((bucket, groups))
+            return
+        values, end = rows.values.tolist(), launch.n_scalars - launch.draws
+        is_skipped = launch.noop is not None and bool(launch.noop.item())
+        for place, (member, task, i) in enumerate(zip(members, tasks, rows.row_of, strict=True)):
+            common = (math.nan, *values[i][1:3]) if is_skipped else values[i][:3]
+            scalars = launch.scalars(*values[i][3:end])
+            noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
+            undo.updates.begin([member], task.versions)
+            member.rule.apply_reference(
+                task, common, scalars, launch.rescale, distributed.encode, noise, launch.tracked, place
+            )
+
+    def finish(self) -> None:
+        """After the last launch."""
+        distributed.mark_written(member.param for member in self.members)
+
+    def next(self, opt: Optimizer, hypers: Hypers) -> WarmStep | None:
+        """The next step, if it can be like this one."""
+        if sum(len(bucket.places) for bucket, _ in self._launched) != len(self.members):
+            return None
+        if any(task.grad is not local(m.grad) for m, task in zip(self.members, self._tasks, strict=True)):
+            return None
+        if not all(isinstance(state, dict) for state in opt.state.values()):  # torch lets users keep anything there
+            return None
+        norm_groups = [] if opt.max_grad_norm is None else self._planner.groups_of_squares(self._key)
+        if norm_groups is None:  # so many plans that this one had to go
+            return None
+        return WarmStep(opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
+
+
+def runs_fused(opt: Optimizer, member: Member) -> bool:
+    """Whether a kernel updates it. RuntimeError if one must and cannot."""
+    wanted, part = member.group["fused"], local(member.param)
+    if wanted is False or member.group.get("differentiable"):
+        return False
+    reason = unavailable(part)
+    if reason is None and member.needs_whole:
+        reason = f"{type(opt).__name__} has no kernel for tensors that are sharded over processes"
+    reason = reason and reason.replace("use_fused_step=False", "fused=False")
+    if reason and wanted and part.device.type == "cpu":
+        warn_once(opt, f"fused=True on the CPU runs the reference: {reason}")
+    elif reason and wanted:
+        raise RuntimeError(f"`fused=True`, parameter {member.name!r}: {reason}")
+    return reason is None
+
+
+def check_tracked(opt: Optimizer, members: Sequence[Member], fused: Sequence[bool]) -> None:
+    """ValueError if there is no telemetry of a member."""
+    for member, is_fused in zip(members, fused, strict=True):
+        if is_fused and not all(isinstance(phase, Apply) for phase in member.rule.phases):
+            refuse(type(opt).__name__)
+        if member.needs_whole:
+            raise ValueError(
+                f"track=True needs the kernel of {type(opt).__name__} for tensors that are sharded over processes: "
+                "leave it out, or do without fused=False"
+            )
+
+
+def _by_launch(
+    members: Sequence[Member], tasks: Sequence[Task], rates: Mapping[int, Number], fused: Sequence[bool]
+) -> dict[tuple[object, object, torch.device, bool, bool], list[int]]:
+    """Members by launch; those that a learning rate of 0 leaves alone are in none."""
+    found: dict[tuple[object, object, torch.device, bool, bool], list[int]] = {}
+    for i, (member, task) in enumerate(zip(members, tasks, strict=True)):
+        lr = rates[id(member.group)]
+        if member.rule.skips_zero_lr and not isinstance(lr, torch.Tensor) and lr == 0:
+            continue
+        key = (member.rule.phases, member.rule.preamble, task.weight[0].device, fused[i], task.draws)
+        found.setdefault(key, []).append(i)
+    return found

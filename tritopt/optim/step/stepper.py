@@ -1,0 +1,300 @@
+"""One step: from parameters and gradients to launches."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tritopt.engine import validate
+from tritopt.engine.device import current_stream, share_with_streams
+from tritopt.engine.group import Rows
+from tritopt.engine.plan import Planner
+from tritopt.engine.recent import Recent
+from tritopt.engine.telemetry import Telemetry, Tracker, check_asked, telemetry
+from tritopt.optim import distributed
+from tritopt.optim.clip import Clip
+from tritopt.optim.distributed import ShardSums, is_dtensor, local
+from tritopt.optim.step.build import ColdStep, check_tracked, runs_fused
+from tritopt.optim.step.counts import CPU, ScalarStates
+from tritopt.optim.step.group_options import Hypers
+from tritopt.optim.step.members import (
+    Bucket,
+    Member,
+    Only,
+    groups_of,
+    member_of,
+    members_of,
+    names_of,
+    params_of,
+    same_group,
+)
+from tritopt.optim.step.replay import WarmStep
+from tritopt.optim.step.scalar_table import RowTable
+from tritopt.optim.step.states import Complete, check_aliases, create_missing, task_of
+from tritopt.optim.step.undo import Undo
+
+if TYPE_CHECKING:
+    from tritopt.optim.optimizer import Optimizer
+
+
+class Stepper:
+    """The steps of one optimizer, with what is derived from its parameters and states and may be thrown away.
+
+    Args:
+        scalar_states: names and first values of the numbers kept per parameter.
+    """
+
+    def __init__(self, scalar_states: Mapping[str, float]) -> None:
+        self._numbers = ScalarStates(scalar_states)
+        self._planner = Planner()
+        self._tables: dict[Hashable, RowTable] = {}
+        self._reductions: Recent[ShardSums] = Recent()
+        self._clip = Clip()
+        self.grad_norm: torch.Tensor | None = None
+        """Norm of the last step's gradients, None if it had none or clipped none; its memory is the next one's too."""
+        self.tracker = Tracker()
+        self._hypers = Hypers()
+        self._warm: WarmStep | None = None
+        """The last step; None after one that cannot be repeated."""
+        self._warm_by_gradients: Recent[WarmStep] = Recent()
+        """Steps by which parameters had gradients: two heads that take turns, or experts without tokens, come again."""
+        self._params: list[torch.Tensor] = []
+        """All parameters of these steps."""
+        self._complete = Complete()
+        self._hypers_of: dict[int, Hypers] = {}
+        """Of steps for one parameter, by its position; likewise the next."""
+        self._warm_of: dict[int, WarmStep] = {}
+        self.of_graphs: list[Any] = []
+        """Steps, tables and scalars that CUDA graphs have captured, and read with each replay."""
+        self._streams: dict[torch.device, int] = {}
+        """Those of the last step whose scalars were formed on the device."""
+
+    def update(self, opt: Optimizer, only: Only | None = None, is_captured: bool = False) -> None:
+        """Update every parameter that has a gradient, or only one. Checks all before it writes anything.
+
+        After a failure or an interrupt, parameters that no kernel was launched for have the weights, states and counts
+        that they had.
+
+        is_captured: by a CUDA graph, whose replays will read and write the memory of this step.
+        """
+        validate.clip_bound("max_grad_norm", opt.max_grad_norm)
+        self.grad_norm = None
+        undo = Undo(opt, self._numbers)
+        try:
+            self._update(opt, only, is_captured, undo)
+        except BaseException:
+            undo()
+            # What was derived may be half of what it should be: the next step derives all of it again.
+            self._forget_plans()
+            raise
+
+    def _update(self, opt: Optimizer, only: Only | None, is_captured: bool, undo: Undo) -> None:
+        found_inf, grad_scale = _scalar(getattr(opt, "found_inf", None)), _scalar(getattr(opt, "grad_scale", None))
+        hypers = self._hypers if only is None else self._hypers_of.setdefault(only.position, Hypers())
+        hypers.refresh(opt, groups_of(opt, only))
+        on_device = found_inf is not None or self._numbers.device != CPU or hypers.on_device
+        step = self._step(opt, hypers, on_device, undo, only)
+        if step is None:
+            return
+        rescale = self._gradient_scale(opt, step, grad_scale)
+        if on_device:
+            self._follow_streams(step)
+        skip = _skip(found_inf, rescale, self._numbers.device) if on_device else None
+        self._advance(step, skip, not on_device)
+        rows = [self._rows(step, bucket, hypers, on_device, only) for bucket in step.buckets]
+        undo.replaced.clear()
+        for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
+            launch = step.launch_of(bucket, scalars, self._shard_sums)
+            launch.rescale = _on(rescale, bucket.device)
+            launch.noop = _on(found_inf, bucket.device)
+            launch.tracked = [] if opt.track else None
+            step.launch(bucket, values, launch, undo)
+            if launch.tracked is not None:
+                self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
+        step.finish()
+        if is_captured:
+            self.of_graphs.append((step, self._planner.held(), self._clip.held(), self._tensors()))
+        following = None if self._numbers.is_shared else step.next(opt, hypers)
+        self._keep_warm(opt, only, following, following is not step)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return the tensors on the device that one step after the other reads."""
+        return [*self._numbers.tensors(), *(table.values for table in self._tables.values())]
+
+    def _follow_streams(self, step: ColdStep | WarmStep) -> None:
+        """Keep for the current streams what was made on others."""
+        streams = {bucket.device: current_stream(bucket.device) for bucket in step.buckets}
+        if streams != self._streams:
+            self._streams = streams
+            share_with_streams(self._tensors())
+
+    def _forget_plans(self) -> None:
+        self._planner, self._clip, self._hypers, self._warm = Planner(), Clip(), Hypers(), None
+        self._hypers_of, self._warm_of, self._tables = {}, {}, {}
+        self._params, self._warm_by_gradients, self._complete = [], Recent(), Complete()
+
+    def create_states(self, opt: Optimizer) -> None:
+        """Make the states of all parameters, as they are otherwise made with a first gradient."""
+        members = [
+            member_of(opt, position, name, param, param, group, opt.rule_of(group))
+            for position, (name, (param, group)) in enumerate(zip(names_of(opt), _owned(opt), strict=True))
+        ]
+        self._bind(opt, CPU)
+        create_missing(opt, members, self._numbers, [])
+
+    def _bind(self, opt: Optimizer, device: torch.device) -> None:
+        owned = _owned(opt)
+        states = [opt.state.get(param, {}) for param, _ in owned]
+        self._numbers.bind(states, device, lambda position: opt.shows_numbers(*owned[position]), opt.first_count)
+
+    def _step(
+        self, opt: Optimizer, hypers: Hypers, on_device: bool, undo: Undo, only: Only | None
+    ) -> ColdStep | WarmStep | None:
+        """What is to be done, checked."""
+        like = None
+        for warm in self._warm_steps(opt, only):
+            is_there = self._numbers.device == (warm.device if on_device else CPU)
+            if is_there and warm.holds(opt, hypers):
+                undo.remember(warm.positions, not on_device)
+                return warm
+            if is_there and only is None and warm.has_other_gradients:
+                like = warm
+        members = members_of(opt, only)
+        if only is None:
+            self._forget_steps_of_others(params_of(opt, None))
+        if not members:
+            return None
+        device = local(members[0].param).device if on_device else CPU
+        self._bind(opt, device)
+        undo.remember([member.position for member in members], not on_device)
+        if like is None and only is None:
+            self._complete = Complete()
+        complete = self._complete if only is None else Complete()
+        known = [complete.has(member) for member in members]
+        others = [member for member, is_known in zip(members, known, strict=True) if not is_known]
+        create_missing(opt, others, self._numbers, undo.replaced)
+        tasks = [task_of(opt, member, is_known) for member, is_known in zip(members, known, strict=True)]
+        fused = [runs_fused(opt, member) for member in members]
+        if opt.track:
+            check_tracked(opt, members, fused)
+        check_aliases(self._planner, members, tasks)
+        complete.add(others)
+        return ColdStep(self._planner, members, tasks, hypers.rates, fused, only, None if undo.replaced else like)
+
+    def telemetry(self, opt: Optimizer) -> Telemetry:
+        """`Optimizer.telemetry`."""
+        check_asked(opt.track, type(opt).__name__)
+        params = params_of(opt, None)
+        sums = self.tracker.sums(range(len(params)))
+        reduce = ShardSums(params)
+        if reduce:
+            on_device = sums.to(reduce.device)
+            reduce(on_device)
+            sums = on_device.cpu()
+        return telemetry(names_of(opt), [param.numel() for param in params], sums)
+
+    def _warm_steps(self, opt: Optimizer, only: Only | None) -> Iterator[WarmStep]:
+        """Yield steps that this one may repeat: the last, and the last with gradients of the same parameters."""
+        if only is not None:
+            found = self._warm_of.pop(only.position, None)
+            if found is not None and found.members[0].group is only.group and found.members[0].param is only.param:
+                yield found
+            return
+        last, self._warm = self._warm, None
+        if last is not None:
+            yield last
+        if last is None or last.has_other_gradients:
+            found = self._warm_by_gradients.get(_with_gradients(params_of(opt, None)))
+            if found is not None and found is not last:
+                yield found
+
+    def _forget_steps_of_others(self, params: list[torch.Tensor]) -> None:
+        """Let go of parameters that the optimizer no longer has."""
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            self._params, self._warm_by_gradients = params, Recent()
+
+    def _keep_warm(self, opt: Optimizer, only: Only | None, step: WarmStep | None, is_new: bool) -> None:
+        if only is not None:
+            if step is not None:
+                self._warm_of[only.position] = step
+            return
+        self._warm = step
+        if step is not None and is_new:
+            self._warm_by_gradients.put(_with_gradients(params_of(opt, None)), step, len(step.members))
+
+    def _gradient_scale(
+        self, opt: Optimizer, step: ColdStep | WarmStep, grad_scale: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What gradients are multiplied by, fp64 [] on the device: loss scale and clip. NaN: skip."""
+        inverse = None if grad_scale is None else 1.0 / grad_scale.double()
+        if opt.max_grad_norm is None:
+            return inverse
+        if step.reduce is None:
+            step.reduce = self._shard_sums("norm", step.members)
+        found = step.squares(step.reduce)
+        factor = self._clip(found, opt.max_grad_norm, None if inverse is None else inverse.to(found.device))
+        self.grad_norm = self._clip.norm
+        return factor
+
+    def _advance(self, step: ColdStep | WarmStep, skip: torch.Tensor | None, on_host: bool) -> None:
+        members = step.members
+        self._numbers.advance(step.positions, skip, on_host)
+        for name in members[0].rule.scalar_states:
+            for some in same_group(members):
+                positions = [member.position for member in some]
+                factors = some[0].rule.factors(name, self._numbers.get("step", positions))
+                self._numbers.multiply(name, positions, factors, skip)
+
+    def _rows(
+        self, step: ColdStep | WarmStep, bucket: Bucket, hypers: Hypers, on_device: bool, only: Only | None
+    ) -> tuple[type, Rows]:
+        if on_device:
+            key = (bucket.key, None if only is None else only.position)
+            return self._tables.setdefault(key, RowTable()).rows(bucket.runs, hypers, self._numbers, bucket.draws)
+        return step.host_rows(bucket, hypers, self._numbers)
+
+    def _shard_sums(self, key: Hashable, members: Sequence[Member]) -> ShardSums:
+        """Of these parameters; made once, because that uploads."""
+        if not any(is_dtensor(member.param) for member in members):
+            return ShardSums([])
+        key = (key, tuple(member.position for member in members))
+        sums = self._reductions.get(key)
+        if sums is None:
+            sums = self._reductions.put(key, ShardSums([member.param for member in members]), len(members))
+        return sums
+
+
+def _owned(opt: Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """All parameters, and their groups."""
+    return [(param, group) for group in opt.param_groups for param in group["params"]]
+
+
+def _with_gradients(params: Sequence[torch.Tensor]) -> bytes:
+    """A byte for each parameter: whether it has a gradient."""
+    return bytes([param.grad is not None for param in params])
+
+
+def _scalar(value: object) -> torch.Tensor | None:
+    """What a GradScaler left on the optimizer, as a tensor []."""
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor):
+        value = torch.tensor(value, dtype=torch.float32, device="cpu")
+    return distributed.whole(value).detach().reshape(())
+
+
+def _on(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return value if value is None or value.device == device else value.to(device)
+
+
+def _skip(found_inf: torch.Tensor | None, rescale: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Whether this step writes nothing, bool [] on the device; None: it does."""
+    reasons = []
+    if found_inf is not None:
+        reasons.append((found_inf != 0).to(device))
+    if rescale is not None:
+        reasons.append(~rescale.isfinite().to(device))
+    return torch.stack(reasons).any() if reasons else None

@@ -1,0 +1,45 @@
+"""What a step has changed before its kernels run, to be taken back where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tritopt.engine.launcher import Updates
+from tritopt.optim.step.counts import ScalarStates
+from tritopt.optim.step.members import Member
+from tritopt.optim.step.states import Replaced, put_back
+
+if TYPE_CHECKING:
+    from tritopt.optim.optimizer import Optimizer
+
+
+class Undo:
+    """States and numbers as they were before a step; calling it puts back those of parameters that were not updated.
+
+    Args:
+        opt: the optimizer.
+        numbers: those of its parameters.
+    """
+
+    def __init__(self, opt: Optimizer, numbers: ScalarStates) -> None:
+        self.replaced: Replaced = []
+        """States that the step has completed; none any more once it updates, since a complete one says the same."""
+        self._opt = opt
+        self._numbers = numbers
+        self._before: list[Any] | None = None
+        """Copies of all numbers; None before any could change."""
+        self._positions: Sequence[int] = ()
+        """Positions of the parameters whose numbers the step changes."""
+        self.updates: Updates[Member] = Updates()
+
+    def remember(self, positions: Sequence[int], on_host: bool) -> None:
+        """Note the numbers of these parameters, before they change."""
+        self._before, self._positions = self._numbers.copies(on_host), positions
+
+    def __call__(self) -> None:
+        """Put back."""
+        put_back(self._opt, self.replaced)
+        if self._before is not None:
+            updated = {member.position for member in self.updates.written()}
+            self._numbers.restore(self._before, sorted(set(self._positions) - updated))

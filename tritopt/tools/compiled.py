@@ -1,0 +1,263 @@
+"""What the compiler makes of the kernels, for any GPU and without one: registers, spills, what the hot loops do.
+
+Needs kernels that are not interpreted: run with TRITON_INTERPRET unset.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from tritopt.engine import driver
+from tritopt.engine.group import Launch
+from tritopt.engine.plan import Planner, Task
+from tritopt.engine.tuning.config import AMD, NVIDIA, Config
+from tritopt.kernels.formats.states import BLOCK
+from tritopt.kernels.formats.weights import PLAIN, Format, format_of
+from tritopt.kernels.language import INTERPRETED, triton
+from tritopt.mxnet.optimizer import Optimizer
+from tritopt.tools.cost import fresh_state, tensors_of
+from tritopt.tools.hot_loop import hot_loops, parse_gcn, parse_sass
+
+_VECTOR = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.v\d")
+_TYPES = {
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+
+
+class Launched(NamedTuple):
+    """A launch that was recorded instead of made."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+class CompiledLaunch(NamedTuple):
+    """One launch of an optimizer, compiled.
+
+    What follows `num_warps` is of its hot loops (tools/hot_loop.py); a launch without one works on what is small
+    beside the tensors.
+    """
+
+    kernel: str
+    registers: int
+    """A thread."""
+    spilled_bytes: int
+    """A thread."""
+    shared_bytes: int
+    """A program."""
+    num_warps: int
+    elements: int
+    """That a thread has in an iteration; 0: there is no hot loop."""
+    loads: Counter[int]
+    """Accesses to global memory that a thread makes for these, by their width in bits."""
+    stores: Counter[int]
+    expected_wide_loads: int | None
+    """As many of 128 bits as the driver needs if each access is that wide; None for other kernels."""
+    expected_wide_stores: int | None
+    bytes_loaded: float | None
+    """Per parameter. Of what a block of neighbours shares, its share; what a row shares is taken as nothing.
+
+    Of Adafactor's kernels, what they load for matrices, not for vectors.
+    """
+    bytes_stored: float | None
+    instructions: float | None
+    """That are issued, per parameter, on the shortest path."""
+    arithmetic: float | None
+    """Those among them that compute."""
+
+
+def compile_launches(
+    opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN, arch: int | str = 90
+) -> list[CompiledLaunch]:
+    """Compile every launch of a step of `opt`.
+
+    Args:
+        opt: the optimizer.
+        weight_dtype, grad_dtype, fmt: of the weights, gradients and the weights' storage.
+        arch: compute capability of an NVIDIA GPU (90: sm_90, an H100 or H200), or the name of an AMD one ("gfx942").
+
+    Raises RuntimeError under TRITON_INTERPRET=1, which replaces kernels by Python.
+    """
+    return _compiled(lambda: _step(opt, weight_dtype, grad_dtype, fmt), arch)
+
+
+def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunch]:
+    """Likewise, the launches that a global norm of gradients takes (max_grad_norm)."""
+    return _compiled(lambda: Planner().squares("compile", [torch.zeros(64, 64, dtype=dtype, device="cpu")]), arch)
+
+
+def _compiled(step: Callable[[], Any], arch: int | str) -> list[CompiledLaunch]:
+    if INTERPRETED:
+        raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
+    # A copy, since the very object that is shipped leaves the choice to each phase.
+    config = Config(*(NVIDIA if isinstance(arch, int) else AMD))
+    with mock.patch.object(driver, "CONFIG", config):
+        launches = recorded_launches(step)
+    return [_describe(launched, arch) for launched in launches]
+
+
+def recorded_launches(step: Callable[[], Any]) -> list[Launched]:
+    """The launches that `step` makes, none of which happens."""
+    launches: list[Launched] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+        arguments |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+        launches.append(Launched(kernel, arguments, options))
+
+    with mock.patch.object(triton.runtime.jit.JITFunction, "run", record):
+        step()
+    return launches
+
+
+def compile_launch(launched: Launched, arch: int | str) -> Any:
+    """Triton's compiled kernel. Pointers are taken as 16-byte aligned, as torch allocates."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, kinds, constants = launched.kernel, {}, {}
+    for name, value in launched.arguments.items():
+        kinds[name] = _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        parameter = kernel.params[kernel.arg_names.index(name)]
+        if parameter.is_constexpr or value is None:
+            kinds[name], constants[name] = "constexpr", value
+    position = {name: i for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        kernel,
+        {name: kinds[name] for name in kernel.arg_names},
+        constexprs={(position[name],): value for name, value in constants.items()},
+        attrs={(position[name],): [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.startswith("*")},
+    )
+    is_nvidia = isinstance(arch, int)
+    target = GPUTarget("cuda", arch, 32) if is_nvidia else GPUTarget("hip", arch, 64)
+    return triton.compile(source, target=target, options=launched.options)
+
+
+def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
+    weight, grad = (torch.zeros(64, 64, dtype=dtype, device="cpu") for dtype in (weight_dtype, grad_dtype))
+    planes = [weight] if fmt.companion_of is None else [weight, fmt.companion_of(weight, weight.float())]
+    opt.multi_precision = False
+    state = fresh_state(opt, 0, weight if fmt is PLAIN else fmt.decode(planes, torch.float32))
+    task = Task(tuple(planes), fmt, grad, tuple(tensors_of(state)), state_formats=opt.state_formats())
+    scalars = opt.scalars(0.1, opt.wd, 1)
+    # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
+    rescale, noop = (torch.full((), x, dtype=torch.float32, device="cpu") for x in (1.0, 0.0))
+    launch = Launch(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
+    Planner().apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
+
+
+def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
+    """What runs from the second step on: a launch that spills gets more registers then."""
+    binary = compile_launch(launched, arch)
+    if isinstance(arch, int):
+        registers, spilled = _resources(binary.asm["cubin"])
+        if "FORMATS" in launched.arguments and spilled and "maxnreg" not in launched.options:
+            more = driver.more_registers(registers)
+            return _describe(launched._replace(options={**launched.options, **more}), arch)
+        # Disassembling takes long, and a loop of single words is not hot.
+        has_vectors = _VECTOR.search(binary.asm["ptx"]) is not None
+        code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=binary.asm["cubin"]) if has_vectors else "")
+    else:
+        assembly = binary.asm["amdgcn"]
+        registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
+        spilled = 4 * spills
+        code = parse_gcn(assembly)
+    loops = hot_loops(code)
+    elements = _elements_of_a_thread(launched, 32 if isinstance(arch, int) else 64) if loops else 0
+    loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
+    stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
+    is_driver = "FORMATS" in launched.arguments
+    expected = _expected_accesses(launched, elements) if is_driver else (None, None)
+    masked = _masked_bytes(launched)
+    return CompiledLaunch(
+        binary.metadata.name,
+        registers,
+        spilled,
+        binary.metadata.shared,
+        binary.metadata.num_warps,
+        elements,
+        loads,
+        stores,
+        expected[0],
+        expected[1],
+        _bytes(loads, elements, is_driver) - masked[0] if loops else None,
+        _bytes(stores, elements, is_driver) - masked[1] if loops else None,
+        sum(loop.instructions for loop in loops) / elements if loops else None,
+        sum(loop.arithmetic for loop in loops) / elements if loops else None,
+    )
+
+
+def _elements_of_a_thread(launched: Launched, warp_size: int) -> int:
+    """In one iteration over full blocks."""
+    constants = launched.arguments
+    block = (
+        constants["BLOCK_SIZE"] if "BLOCK_SIZE" in constants else constants["BB"] * constants["BR"] * constants["BC"]
+    )
+    return int(block) // (warp_size * int(launched.options["num_warps"]))
+
+
+def _bytes(accesses: Counter[int], elements: int, is_driver: bool) -> float:
+    """Per parameter. A thread that accesses less than a byte for each of its elements shares that with others."""
+    own = sum(bits // 8 * count for bits, count in accesses.items() if bits >= 8 * elements) / elements
+    scales = sum(bits // 8 * count for bits, count in accesses.items() if bits < 8 * elements) / BLOCK
+    return own + (scales if is_driver else 0)
+
+
+def _masked_bytes(launched: Launched) -> tuple[int, int]:
+    """Loaded and stored per parameter in the code, but never of a matrix: a vector's second moment."""
+    constants = launched.arguments
+    if "IS_UPDATE" not in constants:
+        return 0, 0
+    size = constants["DTYPES"][constants["N_PLANES"] + 2].primitive_bitwidth // 8
+    return size, 0 if constants["IS_UPDATE"] else size
+
+
+def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
+    """128-bit loads and stores that one thread of the driver needs for a full block."""
+    constants = launched.arguments
+    sizes = [dtype.primitive_bitwidth // 8 for dtype in constants["DTYPES"]]
+    # Of 8-bit planes none: a thread's elements fill 64 bits, and those of neighbours whole sectors all the same.
+    accesses = [per_thread * size // 16 for size in sizes]
+    (_, weight_end, load, *_), *states = constants["FORMATS"]
+    planes = zip(accesses[:weight_end], format_of(load).plane_reads, strict=True)
+    loads = sum(n for n, is_read in planes if is_read) * constants["READS"][0]
+    loads += accesses[weight_end] * constants["READS"][1]
+    stores = sum(accesses[:weight_end]) * constants["WRITES"][0]
+    for i, (first, *_) in enumerate(states):  # what follows the first plane are scales, one for many elements
+        loads += accesses[first] * constants["READS"][i + 2]
+        stores += accesses[first] * constants["WRITES"][i + 2]
+    return loads, stores
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack plus local memory, which is where spills go."""
+    usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _tool(name: str, *options: str, cubin: bytes) -> str:
+    """What one of the tools that Triton ships says of a binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return subprocess.run([tool, *options, file], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,186 @@
+"""What an optimizer costs: bytes per parameter that a step moves, and that stay in memory."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from tritopt.engine.state_dtype import Choice
+from tritopt.kernels.formats.states import BLOCK
+from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, PLAIN, SPLIT8, SPLIT16, Format
+from tritopt.mxnet import registry
+from tritopt.mxnet.optimizer import Optimizer, State
+
+
+class Precision(NamedTuple):
+    """What is stored how. Gradients have the weights' dtype."""
+
+    weight_dtype: torch.dtype
+    fmt: Format = PLAIN
+    state_dtype: Choice = None
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32),
+    "bf16 + fp32 master": Precision(torch.bfloat16, MASTER_FP32),
+    "bf16 + 16-bit remainder": Precision(torch.bfloat16, SPLIT16),
+    "split16, bf16 states": Precision(torch.bfloat16, SPLIT16, "bf16"),
+    "split8, int8 states": Precision(torch.bfloat16, SPLIT8, "int8"),
+    "bf16": Precision(torch.bfloat16),
+}
+"""What `tritopt list` shows."""
+
+
+class Traffic(NamedTuple):
+    """Bytes per parameter that one step must move. Fractions are those of scales that 64 elements share."""
+
+    read: float
+    written: float
+
+    @property
+    def total(self) -> float:
+        """Both directions."""
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A row of `tritopt list`: an optimizer with constructor arguments that change its launches or states."""
+
+    optimizer: str
+    arguments: dict[str, Any]
+    kernels: tuple[str, ...]
+    """Update functions, one per launch. Empty: no kernel."""
+    states: tuple[str, ...]
+    moved: dict[str, Traffic]
+    """By name of PRECISIONS, but for those that the optimizer refuses. Empty: no kernel."""
+    resident: dict[str, float]
+    """Bytes per parameter in memory, by name likewise, without gradients."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**vars(self), "moved": {name: traffic._asdict() for name, traffic in self.moved.items()}}
+
+
+def bytes_per_parameter(
+    opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN
+) -> Traffic:
+    """Bytes per parameter that the phases of a fused step read and write, states stored as `opt.state_dtype` says.
+
+    Tables and sums per tensor do not count, nor do states of a matrix's rows: as if all were large matrices. A global
+    gradient norm (max_grad_norm) reads the gradient once more.
+
+    >>> import tritopt
+    >>> bytes_per_parameter(tritopt.create("adam"), torch.bfloat16, torch.bfloat16, MASTER_FP32)
+    Traffic(read=16, written=14)
+    >>> bytes_per_parameter(tritopt.create("adam", state_dtype="int8"), torch.bfloat16, torch.bfloat16, SPLIT8)
+    Traffic(read=7.0625, written=5.0625)
+
+    Raises:
+        ValueError: the optimizer has no kernel, or refuses the format, or that does not go with the dtype.
+    """
+    moved = phase_traffic(opt, weight_dtype, grad_dtype, fmt)
+    return Traffic(_shortest(sum(phase.read for phase in moved)), _shortest(sum(phase.written for phase in moved)))
+
+
+def phase_traffic(
+    opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN
+) -> list[Traffic]:
+    """Likewise, of each phase."""
+    if not opt.phases:
+        raise ValueError(f"{type(opt).__name__} declares no phases, so the bytes its step moves are not known")
+    planes, states = _stored(opt, weight_dtype, fmt)
+    weight_read = sum(size for size, is_read in zip(planes, fmt.plane_reads, strict=True) if is_read)
+    weight = (weight_read, sum(planes))
+    return [Traffic(*map(_shortest, phase.traffic(weight, grad_dtype.itemsize, states))) for phase in opt.phases]
+
+
+def resident_bytes(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format = PLAIN) -> float:
+    """Bytes per parameter of the weight's planes and the states, which count as above; gradients not included."""
+    planes, states = _stored(opt, weight_dtype, fmt)
+    return _shortest(sum(planes) + states)
+
+
+def _shortest(n: float) -> float:
+    """Whole numbers as int, which print without a point. Sums of bytes over 64 are exact."""
+    return int(n) if n == int(n) else n
+
+
+def fresh_state(opt: Optimizer, index: Hashable, weight: torch.Tensor) -> State:
+    """`create_state_multi_precision` without its warning about accumulating in 16 bits."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*accumulates in", UserWarning)
+        return opt.create_state_multi_precision(index, weight)
+
+
+def listings(classes: Sequence[type[Optimizer]] | None = None) -> Iterator[Listing]:
+    """A row for each variant of the optimizers (None: all registered) that has launches or states of its own."""
+    for cls in [registry.find(name) for name in registry.names()] if classes is None else classes:
+        seen = set()
+        for arguments in cls.variants:
+            listing = _listing(cls, arguments)
+            if (listing.kernels, listing.states) not in seen:
+                seen.add((listing.kernels, listing.states))
+                yield listing
+
+
+def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
+    opt = cls(**arguments)
+    moved, resident = {}, {}
+    for name, (dtype, fmt, state_dtype) in PRECISIONS.items():
+        master: dict[str, Any] = {} if fmt is PLAIN else {"multi_precision": True, "master": _name_of(fmt)}
+        try:
+            stores = cls(**arguments, **master, state_dtype=state_dtype)
+            resident[name] = resident_bytes(stores, dtype, fmt)
+        except ValueError:
+            continue  # a format that this optimizer refuses
+        if opt.phases:
+            moved[name] = bytes_per_parameter(stores, dtype, dtype, fmt)
+    return Listing(
+        optimizer=cls.__name__.lower(),
+        arguments=arguments,
+        kernels=tuple(name for phase in opt.phases for name in phase.kernels),
+        states=tuple(opt.state_names),
+        moved=moved,
+        resident=resident,
+    )
+
+
+def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], float]:
+    """Bytes per parameter of each plane of the weight, and of the states; as they are allocated for a matrix."""
+    if weight_dtype not in fmt.weight_dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in fmt.weight_dtypes)
+        raise ValueError(f"format {fmt.name!r} stores {names} weights, not {weight_dtype}; pass PLAIN")
+    opt = copy.copy(opt)
+    opt.multi_precision = fmt is not PLAIN
+    if opt.multi_precision:
+        opt.master = _name_of(fmt)
+    # Whole blocks, and rows longer than one: what a row shares is less than scales are, and does not count.
+    weight = torch.zeros(72, 72, dtype=weight_dtype, device="cpu")
+    state = fresh_state(opt, "weight", weight)
+    planes = [weight]
+    if fmt.companion:
+        companion, state = state
+        planes.append(companion)
+    states = [tensor for tensor in tensors_of(state) if tensor.numel() * BLOCK >= weight.numel()]
+    return [plane.dtype.itemsize for plane in planes], sum(t.nbytes for t in states) / weight.numel()
+
+
+def _name_of(fmt: Format) -> str:
+    return next(name for name, known in MASTERS.items() if known is fmt)
+
+
+def tensors_of(state: Any) -> list[torch.Tensor]:
+    """The tensors of a state in order; TypeError if it holds anything else."""
+    if state is None:
+        return []
+    if isinstance(state, torch.Tensor):
+        return [state]
+    if isinstance(state, tuple | list):
+        return [tensor for item in state for tensor in tensors_of(item)]
+    raise TypeError(f"a state must be None, a tensor or a tuple of such, got {state!r:.60}")
