@@ -158,29 +158,30 @@ else
 fi
 plots=()
 has typer && has rich && has matplotlib && plots=(--plot "$out/bench.png" --plot "$out/bench.svg")
-selection=() large=(tests/test_large.py) names='' suite=(tests tritopt --ignore tests/distributed --ignore tests/ecosystem)
+selection=() large=(tests/engine/test_large.py) names='' suite=(tests tritopt --ignore tests/distributed --ignore tests/ecosystem)
 # Neither these nor the ecosystem's tests run anything on a GPU. Host times are taken where nothing else runs.
-suite+=(--ignore tests/test_quality.py --ignore tests/test_packaging.py --ignore tests/test_examples.py)
-suite+=(--ignore tests/test_large.py --ignore tests/test_host_time.py)
+suite+=(--ignore tests/project/test_quality.py --ignore tests/project/test_packaging.py --ignore tests/project/test_examples.py)
+suite+=(--ignore tests/engine/test_large.py --ignore tests/tools/test_host_time.py)
 # What a missing package keeps out is said once, and is not a failure of what runs.
 lacking() {  # PACKAGES PATH...
   [ -n "$plan" ] || say "tests: without $1: ${*:2}"
   for path in "${@:2}"; do suite+=(--ignore "$path"); done
 }
-{ has typer && has rich; } || lacking "typer or rich" tritopt/commands tritopt/__main__.py tests/golden_cases.py \
-  tests/mutations.py tests/test_{autotune,bench,bench_host,check,golden,inspect,numerics}.py \
+{ has typer && has rich; } || lacking "typer or rich" tritopt/commands tritopt/__main__.py tests/support/golden_cases.py \
+  tests/mutations.py tests/engine/test_autotune.py tests/mxnet/test_golden.py \
+  tests/tools/test_{bench,bench_host,check,inspect,numerics}.py \
   tests/optim/test_torch_{parity,arguments}.py
-has hypothesis || lacking hypothesis tests/test_properties.py tests/test_lr_scheduler.py
+has hypothesis || lacking hypothesis tests/mxnet/test_properties.py tests/test_lr_scheduler.py
 # A measurement, and so where nothing else runs.
-measured=(tests/test_host_time.py)
-has typer && has rich && [ -z "$rehearse" ] && measured+=(tests/test_bench.py::test_on_a_gpu)
-suite+=(--deselect tests/test_bench.py::test_on_a_gpu)
+measured=(tests/tools/test_host_time.py)
+has typer && has rich && [ -z "$rehearse" ] && measured+=(tests/tools/test_bench.py::test_on_a_gpu)
+suite+=(--deselect tests/tools/test_bench.py::test_on_a_gpu)
 distributed=(tests/distributed)
 rounds=15
 if [ -n "$rehearse" ]; then
   selection=(--shapes resnet50 --peer 'torch fused')
   if has typer && has rich; then selection=(--rehearse "${selection[@]}"); else selection=(--rehearse 1 "${selection[@]}"); fi
-  suite=(tests/test_cost.py tests/test_registry.py) distributed=(tests/distributed/test_random_bits.py) rounds=5
+  suite=(tests/tools/test_cost.py tests/mxnet/test_registry.py) distributed=(tests/distributed/test_random_bits.py) rounds=5
   names='sgd lion'
 fi
 

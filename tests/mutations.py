@@ -59,7 +59,7 @@ SHARED: list[tuple[str, str, str, dict[str, str]]] = [
     ("sgd", "formats.py", "tl.store(planes[1] + offsets, value, mask=mask)", {"master not stored": "pass"}),
     (
         "sgd",
-        "formats.py",
+        "formats/weights.py",
         "return _completed(weight, tl.load(planes[1] + offsets, mask=mask))",
         {"weight read for its master": "return _completed(weight, weight.to(tl.float32))"},
     ),
@@ -68,32 +68,32 @@ SHARED: list[tuple[str, str, str, dict[str, str]]] = [
 # What the host does on a GPU only: (tests that must notice, file of the package, and as above).
 HOST: list[tuple[str, str, str, dict[str, str]]] = [
     (
-        "test_cuda_steps",
-        "group.py",
+        "engine/test_cuda_steps",
+        "engine/group.py",
         "return known.copy_(pinned(host), non_blocking=True)",
         {"one buffer for all uploads": "return known.copy_(group.staging[0].copy_(host), non_blocking=True)"},
     ),
     (
-        "test_cuda_steps",
-        "group.py",
+        "engine/test_cuda_steps",
+        "engine/group.py",
         "group.device_table is None or group.stream != stream",
         {"one table for all streams": "group.device_table is None"},
     ),
     (
-        "test_cuda_steps",
-        "group.py",
+        "engine/test_cuda_steps",
+        "engine/group.py",
         "share_with_streams(group.uploaded())",
         {"tables are freed to the first stream": "pass"},
     ),
     (
-        "test_cuda_steps",
-        "group.py",
+        "engine/test_cuda_steps",
+        "engine/group.py",
         "return on_device(group.device)",
         {"launches on the current device": 'return on_device(torch.device("cpu"))'},
     ),
     (
-        "test_group",
-        "group.py",
+        "engine/test_group",
+        "engine/group.py",
         "is_dirty = is_dirty or is_capture or group.is_captured",
         {
             "captures upload what is new only": "is_dirty = is_dirty or group.is_captured",
@@ -101,20 +101,20 @@ HOST: list[tuple[str, str, str, dict[str, str]]] = [
         },
     ),
     (
-        "test_group",
-        "group.py",
+        "engine/test_group",
+        "engine/group.py",
         "group.captured.append((staging, made))",
         {"a graph's upload is freed": "pass"},
     ),
     (
-        "test_cuda_graphs",
+        "engine/test_cuda_graphs",
         "optim/clip.py",
         "if is_capture or self._is_captured or known is None or stream != self._stream:",
         {"a bound that only another graph writes": "if known is None or stream != self._stream:"},
     ),
     (
-        "test_cuda_graphs",
-        "optim/step.py",
+        "engine/test_cuda_graphs",
+        "optim/step/stepper.py",
         "self.of_graphs.append((step, self._planner.held(), self._clip.held(), self._tensors()))",
         {
             "a graph's tables are freed": "self.of_graphs.append((self._clip.held(), self._tensors()))",
@@ -122,8 +122,8 @@ HOST: list[tuple[str, str, str, dict[str, str]]] = [
         },
     ),
     (
-        "test_cuda_tuning",
-        "autotune.py",
+        "engine/test_cuda_tuning",
+        "engine/tuning/autotune.py",
         "elif wanted and is_capturing(group.device):",
         {"measures while a graph is captured": "elif False:"},
     ),
@@ -151,7 +151,7 @@ COMPILED: list[tuple[str, str, str, dict[str, str]]] = [
     ),
     (
         "ptx/steps",
-        "phases.py",
+        "engine/driver.py",
         '"num_warps": config.num_warps,\n            "enable_fp_fusion": False,',
         {"contracts to fma": '"num_warps": config.num_warps,\n            "enable_fp_fusion": True,'},
     ),
@@ -262,7 +262,7 @@ def run_check(name: str, mutation: Mutation | None) -> Outcome:
 
 
 def _is_tests(name: str) -> bool:
-    return name.startswith("test_") or _is_compiled(name)
+    return "/" in name
 
 
 def _is_compiled(name: str) -> bool:

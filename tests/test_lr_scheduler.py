@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tritopt
-from tests.golden_cases import BUNDLED
+from tests.support.golden_cases import BUNDLED
 from tritopt.lr_scheduler import CosineScheduler, FactorScheduler, LRScheduler, MultiFactorScheduler, PolyScheduler
 
 TABLES = json.loads((BUNDLED / "manifest.json").read_text())["lr_schedules"]

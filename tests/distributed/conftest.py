@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.distributed.world import REASON, World
+from tests.support.world import REASON, World
 
 
 @pytest.fixture(scope="session")

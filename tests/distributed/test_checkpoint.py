@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 import tritopt.optim
-from tests.distributed.layouts import CLOSE, EXACT, assert_same, mesh_of
 from tests.distributed.test_models import full, loss_of, mlp
-from tests.distributed.world import REASON, World
+from tests.support.layouts import CLOSE, EXACT, assert_same, mesh_of
+from tests.support.world import REASON, World
 from tritopt.kernels.formats.weights import SPLIT16
 from tritopt.optim import distributed
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import tritopt
 import tritopt.optim
-from tests.distributed.layouts import CLOSE, EXACT, assert_same, mesh_of
-from tests.distributed.world import REASON, World
+from tests.support.layouts import CLOSE, EXACT, assert_same, mesh_of
+from tests.support.world import REASON, World
 from tritopt.optim.distributed import whole
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 import tritopt.optim
-from tests.distributed.layouts import EXACT, Layout, Pair, assert_same, layouts, mesh_of
 from tests.distributed.test_models import full
-from tests.distributed.world import REASON, World
+from tests.support.layouts import EXACT, Layout, Pair, assert_same, layouts, mesh_of
+from tests.support.world import REASON, World
 from tritopt.kernels.formats.weights import SPLIT8
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]

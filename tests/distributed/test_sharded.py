@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import tritopt.optim
-from tests.distributed.layouts import (
+from tests.support.layouts import (
     CLOSE,
     EXACT,
     SHAPES,
@@ -21,7 +21,7 @@ from tests.distributed.layouts import (
     mesh_of,
     spread,
 )
-from tests.distributed.world import REASON, World
+from tests.support.world import REASON, World
 from tritopt.optim import AdamW
 from tritopt.optim.distributed import local, whole
 

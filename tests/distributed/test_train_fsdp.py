@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.layouts import CLOSE, EXACT, assert_same
 from tests.distributed.test_models import full
-from tests.distributed.world import REASON, ROOT, World
+from tests.support.layouts import CLOSE, EXACT, assert_same
+from tests.support.world import REASON, ROOT, World
 from tritopt.optim import AdamW
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 
-from tests.optim.training import (
+from tests.support.training import (
     CLASSES,
     EVERY_CLASS,
     assert_same,

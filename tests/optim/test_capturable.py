@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.optim.training import CLASSES, EVERY_CLASS, Params, assert_same, counts, everything, parameters, set_grads
+from tests.support.training import CLASSES, EVERY_CLASS, Params, assert_same, counts, everything, parameters, set_grads
 from tritopt import optim
 from tritopt.mxnet.optimizer import Optimizer as Rule
 from tritopt.mxnet.registry import OPTIMIZERS

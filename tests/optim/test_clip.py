@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.optim.training import (
+from tests.support.training import (
     EVERY_CLASS,
     Params,
     assert_follows,

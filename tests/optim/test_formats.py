@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.optim.training import assert_same, everything, options_of, parameters, set_grads
+from tests.support.training import assert_same, everything, options_of, parameters, set_grads
 from tritopt import Optimizer, optim
 from tritopt.engine import driver
 from tritopt.engine.driver import Apply

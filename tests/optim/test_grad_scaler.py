@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritopt.optim
-from tests.optim.training import (
+from tests.support.training import (
     EVERY_CLASS,
     assert_follows,
     assert_same,

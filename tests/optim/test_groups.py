@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.optim.training import CLASSES, EVERY_CLASS, assert_same, everything, options_of, parameters, set_grads, train
+from tests.support.training import (
+    CLASSES,
+    EVERY_CLASS,
+    assert_same,
+    everything,
+    options_of,
+    parameters,
+    set_grads,
+    train,
+)
 from tritopt import optim
 from tritopt.optim import SGD, AdamW
 from tritopt.optim.defaults import arguments_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.optim.training import CLASSES, PRECISIONS, options_of, twin
+from tests.support.training import CLASSES, PRECISIONS, options_of, twin
 from tritopt import optim
 
 INF = math.inf

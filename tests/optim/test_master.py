@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.optim.training import EVERY_CLASS, PRECISIONS, assert_same, everything, parameters, set_grads, train
+from tests.support.training import EVERY_CLASS, PRECISIONS, assert_same, everything, parameters, set_grads, train
 from tritopt import optim
 from tritopt.kernels.formats.weights import MASTERS, PLAIN
 

@@ -9,7 +9,16 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 
-from tests.optim.training import CLASSES, EVERY_CLASS, assert_same, everything, options_of, parameters, set_grads, train
+from tests.support.training import (
+    CLASSES,
+    EVERY_CLASS,
+    assert_same,
+    everything,
+    options_of,
+    parameters,
+    set_grads,
+    train,
+)
 from tritopt import optim
 
 Class: TypeAlias = Any  # a class of tritopt.optim or of torch.optim, with a signature of its own

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.optim.training import CLASSES, Params, assert_same, clone, counts, everything, parameters, set_grads, train
+from tests.support.training import CLASSES, Params, assert_same, clone, counts, everything, parameters, set_grads, train
 from tritopt import optim
 from tritopt.engine.launcher import n_launches
 from tritopt.kernels.formats.weights import SPLIT16

@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tritopt.optim
-from tests.optim.training import (
+from tests.support.training import (
     EVERY_CLASS,
     assert_follows,
     assert_same,

@@ -15,8 +15,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
-from tests.distributed.world import REASON, World
-from tests.optim.training import (
+from tests.support.training import (
     EVERY_CLASS,
     PRECISIONS,
     SHAPES,
@@ -27,6 +26,7 @@ from tests.optim.training import (
     options_of,
     parameters,
 )
+from tests.support.world import REASON, World
 from tritopt import optim
 from tritopt.optim import AdamW, release_gradients
 from tritopt.optim.step.build import ColdStep

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.optim.training import CLASSES, assert_same, everything, options_of, parameters, set_grads
+from tests.support.training import CLASSES, assert_same, everything, options_of, parameters, set_grads
 from tritopt import optim
 from tritopt.engine import driver
 from tritopt.engine.driver import Apply

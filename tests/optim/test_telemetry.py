@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.optim.training import CLASSES, options_of, parameters, record_launches, set_grads
+from tests.support.training import CLASSES, options_of, parameters, record_launches, set_grads
 from tritopt import optim
 from tritopt.engine import driver
 from tritopt.engine.driver import Apply

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, history, one_step
+from tests.support.trajectory import Array, assert_follows, history, one_step
 
 LR, RHO, EPSILON, WD = 0.7, 0.8, 1e-2, 0.05
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
+from tests.support.trajectory import Array, assert_follows, one_step, zeros_at_first
 from tritopt.engine import driver
 
 MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
@@ -55,7 +55,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("adafactor.py", "s.keep * w", {"no decay": "w", "weights grow": "(2 - s.keep) * w"}),
     ("adafactor.py", "- step * direction", {"ascends": "+ step * direction"}),
     (
-        "factored_apply.py",
+        "drivers/factored_apply.py",
         "div(tl.sum(totals, axis=0), length.to(COMPUTE_DTYPE))",
         {"sum for mean": "tl.sum(totals, axis=0)"},
     ),

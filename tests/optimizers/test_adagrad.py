@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, history, one_step
+from tests.support.trajectory import Array, assert_follows, history, one_step
 
 LR, EPSILON, WD = 0.1, 1e-2, 0.05
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
+from tests.support.trajectory import Array, assert_follows, one_step, zeros_at_first
 
 LR, BETA1, BETA2, BETA3, EPSILON, WD = 0.1, 0.9, 0.7, 0.8, 1e-2, 0.3
 MOMENTS = {"beta1": BETA1, "beta2": BETA2, "beta3": BETA3, "epsilon": EPSILON}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
+from tests.support.trajectory import Array, assert_follows, one_step, zeros_at_first
 
 LR, MOMENTUM, LAMDA, WD, CLIP, RESCALE = 0.1, 0.9, 0.7, 0.05, 0.9, 0.7
 

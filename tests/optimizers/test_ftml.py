@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, history, one_step
+from tests.support.trajectory import Array, assert_follows, history, one_step
 
 LR, BETA1, BETA2, EPSILON, WD = 0.1, 0.7, 0.9, 1e-2, 0.05
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, history, one_step
+from tests.support.trajectory import Array, assert_follows, history, one_step
 
 LR, LAMDA1, BETA, WD = 0.3, 0.4, 0.7, 0.2
 

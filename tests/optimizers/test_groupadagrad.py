@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows
+from tests.support.trajectory import Array, assert_follows
 
 MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("groupadagrad.py", "return g * g", {"gradient not squared": "return g", "absolute values": "return tl.abs(g)"}),

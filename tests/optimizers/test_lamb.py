@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
+from tests.support.trajectory import Array, assert_follows, one_step, zeros_at_first
 
 LR, BETA1, BETA2, EPSILON, WD = 0.1, 0.8, 0.95, 1e-2, 0.3
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
+from tests.support.trajectory import Array, assert_follows, one_step, zeros_at_first
 
 LR, ETA, EPSILON, WD, CLIP, RESCALE = 0.5, 0.3, 0.2, 0.05, 0.4, -0.7
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
+from tests.support.trajectory import Array, assert_follows, one_step, zeros_at_first
 
 LR, BETA1, BETA2, WD, CLIP, RESCALE = 0.1, 0.7, 0.95, 0.3, 0.8, 0.7
 

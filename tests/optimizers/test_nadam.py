@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import STEPS, Array, assert_follows, one_step, zeros_at_first
+from tests.support.trajectory import STEPS, Array, assert_follows, one_step, zeros_at_first
 
 LR, BETA1, BETA2, EPSILON, WD, DECAY = 0.1, 0.8, 0.95, 1e-2, 0.05, 0.3
 ARGUMENTS = {"learning_rate": LR, "beta1": BETA1, "beta2": BETA2, "epsilon": EPSILON, "schedule_decay": DECAY}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
+from tests.support.trajectory import Array, assert_follows, one_step, zeros_at_first
 
 LR, MOMENTUM, WD = 0.1, 0.9, 0.05
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, history, one_step, zeros_at_first
+from tests.support.trajectory import Array, assert_follows, history, one_step, zeros_at_first
 
 LR, RHO, MOMENTUM, EPSILON, WD = 0.1, 0.8, 0.7, 1e-2, 0.05
 FORMS = [{}, {"centered": True}]

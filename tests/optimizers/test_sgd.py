@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
+from tests.support.trajectory import Array, assert_follows, one_step, zeros_at_first
 
 LR, MOMENTUM, WD, CLIP, RESCALE = 0.1, 0.9, 0.05, 0.4, 0.7
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows
+from tests.support.trajectory import Array, assert_follows
 from tritopt.engine import driver
 from tritopt.engine.random import halves, key_words, normal
 from tritopt.optimizers.sgld import SGLDScalars
@@ -67,7 +67,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
 
 
 def noise_of(count: int, index: Any, shape: Sequence[int], seed: int = SEED) -> torch.Tensor:
-    """Standard normal; tests/test_random.py says that it is."""
+    """Standard normal; tests/engine/test_random.py says that it is."""
     return normal(halves(key_words(seed, index)), torch.arange(math.prod(shape)), count, 0).view(*shape)
 
 

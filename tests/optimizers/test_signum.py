@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows, one_step, zeros_at_first
+from tests.support.trajectory import Array, assert_follows, one_step, zeros_at_first
 
 LR, MOMENTUM, WD, WD_LH, CLIP, RESCALE = 0.1, 0.8, 0.3, 0.2, 0.4, -0.7
 

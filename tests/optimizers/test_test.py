@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import tritopt
-from tests.trajectory import Array, assert_follows
+from tests.support.trajectory import Array, assert_follows
 
 LR, WD, RESCALE = 0.1, 0.05, 0.7
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import tritopt
-from tests.optim.training import CLASSES, options_of
 from tests.ptx.layouts import EVERY, MATRICES, VECTORS, Layout, is_guarded, parameters, set_gradients
+from tests.support.training import CLASSES, options_of
 from tritopt import optim
 from tritopt.engine import driver, plan
 from tritopt.tools import check

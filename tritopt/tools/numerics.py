@@ -151,8 +151,8 @@ class Bytes(NamedTuple):
 def counted_bytes(opt: optim.Optimizer) -> Bytes:
     """Of the tensors that an optimizer holds after a step: parameters, gradients and states.
 
-    What a step moves is what the phases of its kernel say they load and store of these tensors; tests/test_traffic.py
-    counts that they do.
+    What a step moves is what the phases of its kernel say they load and store of these tensors;
+    tests/kernels/test_traffic.py counts that they do.
     """
     resident = moved = 0.0
     n_elements = 0

@@ -1,0 +1,604 @@
+"""Launch configurations: what is shipped, how they are measured and chosen, and that results do not depend on them.
+
+Kernels run for real, in the interpreter or on a GPU; a clock of the tests' own says how long they took.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import os
+import subprocess
+import sys
+import timeit
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tritopt.optim
+from tests.engine.test_tuning_cache import ENTRY
+from tritopt.__main__ import app
+from tritopt.commands.tune import print_rows
+from tritopt.engine import driver
+from tritopt.engine.device import is_capturing
+from tritopt.engine.tuning import autotune, cache, config
+from tritopt.engine.tuning.autotune import Gpu, Scratch, Variant
+from tritopt.engine.tuning.cache import TuningCache
+from tritopt.engine.tuning.config import Config, SizeClass
+from tritopt.tools import numerics, tune
+
+H200 = Gpu("NVIDIA H200", "sm_90")
+SHIPPED = Config(block_size=64, chunk_size=128, tail_size=64, num_warps=1)
+TINY = SizeClass("large", 700, 300)
+"""Two tensors, of 300 elements each."""
+
+
+@pytest.fixture(autouse=True)
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of which nothing is known yet, whose kernels are launched in small blocks."""
+    monkeypatch.setenv("TRITOPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITOPT_AUTOTUNE", raising=False)
+    monkeypatch.setattr(cache, "_WARNED", set())
+    monkeypatch.setattr(autotune, "_CHOSEN", {})
+    monkeypatch.setattr(autotune, "_spent", 0.0)
+    monkeypatch.setattr(autotune, "gpu_of", lambda device: H200)
+    monkeypatch.setattr(autotune, "is_capturing", lambda device: False)
+    monkeypatch.setattr(Gpu, "shipped", lambda self, variant, size: SHIPPED)
+    monkeypatch.setattr(config, "SIZES", dict.fromkeys(config.SIZES, TINY))
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """As many candidates as the interpreter has time for."""
+    found = [SHIPPED, Config(128, 128, 64, 1), Config(128, 256, 64, 1)]
+    monkeypatch.setattr(autotune, "candidates", lambda variant, size, best: iter(found))
+    return found
+
+
+class Clock:
+    """A timer: runs the kernel once, and says that it took `seconds(configuration)`. Keeps what it was asked for."""
+
+    def __init__(self, seconds: Callable[[Config], float]) -> None:
+        self.seconds, self.asked = seconds, list[Config]()
+
+    def __call__(self, run: Callable[[], object], seconds: float) -> float:
+        assert isinstance(run, partial)
+        run()
+        self.asked.append(run.args[0])
+        return self.seconds(run.args[0])
+
+
+def storage(name: str) -> numerics.StorageFormat:
+    return numerics.FORMATS[name]
+
+
+def device() -> torch.device:
+    return torch.empty(0).device
+
+
+def variant_of(cls: type[tritopt.optim.Optimizer] = tritopt.optim.AdamW, name: str = "fp32") -> Variant:
+    (variant,) = tune.variants_of(cls, storage(name), device())
+    return variant
+
+
+def train(cls: type[tritopt.optim.Optimizer], name: str, steps: int = 2, **options: Any) -> list[torch.Tensor]:
+    """Weights and states after some steps, of tensors with whole blocks, tails, and one that is not aligned."""
+    generator = torch.Generator(device()).manual_seed(1)
+    buffer = torch.randn(1600, generator=generator).to(storage(name).dtype)
+    params = [
+        buffer[:640].view(10, 64),
+        buffer[704:704].view(0, 64),
+        buffer[705 : 705 + 192].view(3, 64),
+        buffer[1500:],
+    ]
+    params = [torch.nn.Parameter(param) for param in params]
+    opt = cls(params, **storage(name).arguments, **options)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        opt.step()
+    states = [value for param in params for value in opt.state[param].values() if isinstance(value, torch.Tensor)]
+    return [param.detach().clone() for param in params] + [state.clone() for state in states]
+
+
+def assert_same_bits(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+
+
+def random_state() -> torch.Tensor:
+    return torch.cuda.get_rng_state() if device().type == "cuda" else torch.get_rng_state()
+
+
+# Results.
+
+
+@pytest.mark.parametrize("name", ["fp32", "stochastic+fp16", "split8+int8", "kahan+fp8", "split16+bf16"])
+def test_no_configuration_changes_a_bit_of_what_is_elementwise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for found in (SHIPPED, Config(64, 320, 64, 2), Config(256, 256, 128, 4), Config(1024, 2048, 256, 4)):
+        monkeypatch.setattr(autotune, "choose", lambda *args, found=found: found)
+        results.append(train(tritopt.optim.AdamW, name))
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "track": True}])
+def test_sums_are_the_same_on_every_gpu(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAMB's norms and the global one, whatever is shipped or tuned; but not if all launches were changed."""
+    monkeypatch.setattr(driver, "GENERIC", SHIPPED)
+    monkeypatch.setattr(driver, "CONFIG", SHIPPED)
+    monkeypatch.setattr(autotune, "GENERIC", SHIPPED)
+    expected = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
+    for found in (Config(128, 128, 64, 1), Config(256, 512, 128, 2)):
+        monkeypatch.setattr(Gpu, "shipped", lambda self, variant, size, found=found: found)
+        monkeypatch.setattr(autotune, "_CHOSEN", {})
+        assert_same_bits(train(tritopt.optim.LAMB, "fp32", steps=4, **options), expected)
+        monkeypatch.setattr(driver, "CONFIG", found)
+        different = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
+        monkeypatch.setattr(driver, "CONFIG", SHIPPED)
+        assert not all(torch.equal(a, b) for a, b in zip(different, expected, strict=True))
+
+
+def test_tuning_in_a_step_changes_nothing(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = train(tritopt.optim.AdamW, "stochastic+bf16")
+    clock = Clock(lambda found: 1.0 / found.block_size)
+    monkeypatch.setattr(autotune, "event_median", clock)
+    monkeypatch.setattr(autotune, "_CHOSEN", {})
+    monkeypatch.setenv("TRITOPT_AUTOTUNE", "1")
+    torch.manual_seed(0)
+    before = random_state()
+    assert_same_bits(train(tritopt.optim.AdamW, "stochastic+bf16"), expected)
+    assert torch.equal(random_state(), before)
+    assert clock.asked == few
+
+
+# Choosing.
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "", "true"])
+def test_another_value_of_the_switch(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITOPT_AUTOTUNE", value)
+    with pytest.raises(ValueError, match=f"TRITOPT_AUTOTUNE='{value}' must be 0 .* or 1 "):
+        train(tritopt.optim.SGD, "fp32")
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Config]:
+    """The configurations that two steps were launched with, those of measurements left out."""
+    seen: list[Config] = []
+    original, under_way = autotune.config_of, list[None]()
+
+    def config_of(*args: Any) -> Config:
+        under_way.append(None)
+        found = original(*args)
+        under_way.pop()
+        if not under_way:
+            seen.append(found)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(autotune, "config_of", config_of)
+        train(tritopt.optim.AdamW, "fp32", **options)
+    return list(dict.fromkeys(seen))
+
+
+def test_what_is_shipped_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched(monkeypatch) == [SHIPPED]
+
+
+def test_on_the_cpu_and_where_telemetry_sums_it_is_generic(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched(monkeypatch, track=True) == [config.GENERIC]
+    monkeypatch.setattr(autotune, "gpu_of", lambda device: None)
+    assert launched(monkeypatch) == [config.GENERIC]
+
+
+def test_the_cache_is_used_without_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = variant_of()
+    size = config.size_of(4096)
+    TuningCache(H200.name).put(variant.key(size), ENTRY)
+    monkeypatch.setattr(autotune, "tune", None)
+    assert launched(monkeypatch) == [ENTRY.config]
+
+
+def test_a_changed_kernel_is_another_one() -> None:
+    variant = variant_of()
+    assert variant.key(TINY) == variant_of().key(TINY)
+    assert variant.key(TINY) != variant._replace(source="changed").key(TINY)
+    assert variant.key(TINY) != variant_of(name="split8+int8").key(TINY)
+    without = variant._replace(phase=variant.phase._replace(writes_states=False))
+    assert variant.key(TINY) != without.key(TINY)
+
+
+def test_the_choice_stays(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may write the cache meanwhile: what has been chosen, is; the next process takes it."""
+    assert launched(monkeypatch) == [SHIPPED]
+    TuningCache(H200.name).put(variant_of().key(config.size_of(4096)), ENTRY)
+    assert launched(monkeypatch) == [SHIPPED]
+    monkeypatch.setattr(autotune, "_CHOSEN", {})
+    assert launched(monkeypatch) == [ENTRY.config]
+
+
+def test_what_a_step_tunes_is_kept(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITOPT_AUTOTUNE", "1")
+    clock = Clock(lambda found: 1.0 / found.chunk_size)
+    monkeypatch.setattr(autotune, "event_median", clock)
+    assert launched(monkeypatch) == [few[2]]
+    assert clock.asked == few  # once, for both steps
+    monkeypatch.setattr(autotune, "_CHOSEN", {})
+    assert launched(monkeypatch) == [few[2]]
+    assert clock.asked == few
+    ((key, entry),) = TuningCache(H200.name).entries().items()
+    assert (key.kernel, key.formats, key.size) == ("adamw_update", ("plain",) * 3, TINY.name)
+    assert (entry.config, entry.default) == (few[2], SHIPPED)
+    assert (entry.microseconds, entry.default_microseconds) == (3906.25, 7812.5)
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITOPT_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "is_capturing", lambda device: True)
+    clock = Clock(lambda found: 1.0 / found.chunk_size)
+    monkeypatch.setattr(autotune, "event_median", clock)
+    assert launched(monkeypatch) == [SHIPPED]
+    assert clock.asked == []
+    assert TuningCache(H200.name).entries() == {}
+    monkeypatch.setattr(autotune, "is_capturing", lambda device: False)
+    assert launched(monkeypatch) == [few[2]]
+
+
+def test_without_memory_it_is_what_is_shipped(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(run: object, seconds: float) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setenv("TRITOPT_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "event_median", out_of_memory)
+    with pytest.warns(UserWarning, match="adamw_update: launched as shipped, .* OutOfMemoryError: CUDA out of memory"):
+        assert launched(monkeypatch) == [SHIPPED]
+    assert cache.files() == []
+
+
+def test_a_process_does_not_tune_for_ever(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITOPT_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "event_median", Clock(lambda found: 1.0 / found.chunk_size))
+    monkeypatch.setattr(autotune, "_spent", autotune.PROCESS_SECONDS)
+    with pytest.warns(UserWarning, match="adamw_update: launched as shipped"):
+        assert launched(monkeypatch) == [SHIPPED]
+
+
+def test_a_warm_launch_does_not_look_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def choose(*args: Any) -> Config:
+        asked.append(args)
+        return SHIPPED
+
+    monkeypatch.setattr(autotune, "choose", choose)
+    train(tritopt.optim.AdamW, "fp32", steps=3)
+    assert len(asked) == 1
+    phase, group, launch, *_ = asked[0]
+    warm = partial(autotune.config_of, phase, group, launch, 0, str)
+    # Less than 1 us; with room for a machine that does other things as well.
+    assert min(timeit.repeat(warm, number=1000, repeat=20)) / 1000 < 5e-6
+
+
+# Measuring.
+
+
+def test_the_default_is_measured_first_and_must_be_beaten(few: list[Config]) -> None:
+    clock = Clock({few[0]: 1.0, few[1]: 0.99, few[2]: 0.97}.__getitem__)
+    reported: list[tuple[Config, float]] = []
+    tuned = autotune.tune(variant_of(), TINY, device(), clock, lambda *found: reported.append(found))
+    assert clock.asked == few
+    assert reported == [(few[0], 1.0), (few[1], 0.99), (few[2], 0.97)]
+    assert (tuned.config, tuned.seconds, tuned.default_seconds, tuned.tried) == (few[2], 0.97, 1.0, 3)
+    assert tuned.bytes_moved == 28 * 600
+    noise = autotune.tune(variant_of(), TINY, device(), Clock(lambda found: 1.0 - 0.019 * (found != SHIPPED)))
+    assert noise.config == SHIPPED
+
+
+def test_time_is_bounded(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "VARIANT_SECONDS", -1.0)
+    clock = Clock(lambda found: 1.0 / found.chunk_size)
+    tuned = autotune.tune(variant_of(), TINY, device(), clock)
+    assert clock.asked == [SHIPPED]
+    assert tuned.config == SHIPPED
+    assert tuned.entry is not None
+
+
+def test_what_does_not_compile_is_passed_over(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Scratch.launch
+
+    def launch(self: Scratch, found: Config) -> None:
+        if found in refused:
+            raise RuntimeError("out of resource: shared memory")
+        original(self, found)
+
+    monkeypatch.setattr(Scratch, "launch", launch)
+    refused = [few[1]]
+    clock = Clock(lambda found: 1.0 / found.chunk_size)
+    tuned = autotune.tune(variant_of(), TINY, device(), clock)
+    assert clock.asked == [few[0], few[2]]
+    assert (tuned.config, tuned.failure) == (few[2], None)
+    refused = [SHIPPED]
+    tuned = autotune.tune(variant_of(), TINY, device(), clock)
+    assert (tuned.config, tuned.entry) == (SHIPPED, None)
+    assert tuned.failure == "RuntimeError: out of resource: shared memory"
+
+
+def bytes_of(scratch: Scratch) -> int:
+    return sum(plane.nbytes for plane in scratch._planes)
+
+
+@pytest.mark.parametrize("name", ["fp32", "split8+int8"])
+def test_scratch_takes_a_quarter_of_what_is_free(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant, size = variant_of(name=name), SizeClass("large", 2**18, 2**12)
+    whole = Scratch(variant, size, device())
+    assert 0.9 * 2**18 < whole.n_elements < 1.1 * 2**18
+    for free in (4 * bytes_of(whole), 4 * bytes_of(whole) - 1, bytes_of(whole)):
+        monkeypatch.setattr(autotune, "free_bytes", lambda device, free=free: free)
+        scratch = Scratch(variant, size, device())
+        assert free / 16 < bytes_of(scratch) <= free / 4
+        assert (scratch.n_elements == whole.n_elements) == (free == 4 * bytes_of(whole))
+    monkeypatch.setattr(autotune, "free_bytes", lambda device: 1000)
+    with pytest.raises(torch.OutOfMemoryError, match="more than 25% of what is free"):
+        Scratch(variant, size, device())
+    tuned = autotune.tune(variant, size, device(), Clock(lambda found: 1.0))
+    assert (tuned.config, tuned.entry) == (SHIPPED, None)
+
+
+@pytest.mark.parametrize("name", ["fp32", "master", "split16+bf16", "split8+int8", "kahan+fp8", "stochastic+fp16"])
+def test_scratch_is_stored_as_the_users_tensors_are(name: str) -> None:
+    variant = variant_of(name=name)
+    scratch = Scratch(variant, TINY, device())
+    assert [plane.dtype for plane in scratch._planes] == list(variant.dtypes)
+    addresses = scratch._words[:, :-1]
+    assert addresses.shape == (2, len(variant.dtypes))
+    assert not (addresses % 16).any()
+    assert bytes_of(scratch) == variant.resident * 2048
+    before = [plane.clone() for plane in scratch._planes]
+    scratch.launch(SHIPPED)
+    ends = [plane.data_ptr() + plane.nbytes for plane in scratch._planes]
+    assert (addresses < ends).all()
+    for i, (plane, was) in enumerate(zip(scratch._planes, before, strict=True)):
+        assert torch.isfinite(plane.float()).all()
+        is_gradient = i == variant.formats[0].n_planes
+        assert torch.equal(plane, was) == is_gradient
+    # What lies between and behind the tensors is nobody's.
+    assert torch.equal(scratch._planes[0][300:1024], before[0][300:1024])
+    assert not torch.equal(scratch._planes[0][1024:1324], before[0][1024:1324])
+
+
+def test_scratch_gives_later_phases_their_sums() -> None:
+    """LAMB's last phase receives norms, and is the only one with a choice."""
+    variant = variant_of(tritopt.optim.LAMB)
+    assert variant.n_earlier > 0
+    scratch = Scratch(variant, TINY, device())
+    scratch.launch(SHIPPED)
+    assert torch.isfinite(scratch._planes[0]).all()
+
+
+def test_the_timer_takes_seconds_and_gives_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    do_bench = pytest.importorskip("triton.testing").do_bench
+    asked: dict[str, Any] = {}
+
+    def record(*args: Any, **options: Any) -> float:
+        asked.update(inspect.signature(do_bench).bind(*args, **options).arguments)
+        return 2.5  # milliseconds
+
+    monkeypatch.setattr("triton.testing.do_bench", record)
+    assert autotune.event_median(random_state, 0.5) == 2.5e-3
+    assert asked == {"fn": random_state, "warmup": 100, "rep": 400, "return_mode": "median"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_events_on_a_gpu(few: list[Config]) -> None:
+    gc.collect()  # as tuning does, which frees what other tests have left
+    before = torch.cuda.memory_allocated()
+    tuned = autotune.tune(variant_of(name="split8+int8"), TINY, device())
+    assert tuned.failure is None
+    assert tuned.tried == len(few)
+    assert tuned.seconds is not None
+    assert 1e-7 < tuned.seconds < 1e-2
+    assert torch.cuda.memory_allocated() == before
+    value = torch.zeros(1)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        value += 1
+        assert is_capturing(value.device)
+    assert not is_capturing(value.device)
+
+
+@pytest.mark.parametrize("name", ["fp32", "master", "split8+int8"])
+@pytest.mark.parametrize("default", [Config(), Config(1024, 2048), Config(2048, 65536)])
+def test_candidates(name: str, default: Config) -> None:
+    variant = variant_of(name=name)
+    size = SizeClass("large+tiny", 700, config.SMALL_TENSOR)
+    best = [default]
+    found = []
+    for candidate in autotune.candidates(variant, size, best):
+        found.append(candidate)
+        if candidate.block_size == 512:
+            best.append(candidate)
+    assert found[0] == default
+    assert 5 < len(found) == len(set(found)) <= autotune._MAX_TRIED + 2
+    for candidate in found:
+        assert config.from_fields(candidate._asdict()) == candidate
+        per_thread = candidate.block_size // (32 * candidate.num_warps)
+        assert per_thread * (4 if name == "fp32" else 2) >= 16
+    chunks = {candidate.chunk_size for candidate in found if candidate.block_size == 512}
+    assert len(chunks) >= 3
+    assert {candidate.tail_size for candidate in found} == {128, 256, 512}
+
+
+@pytest.mark.parametrize(
+    ("elements", "tensors", "expected"),
+    [
+        (0, 0, "small"),
+        (1, 1, "small"),
+        (2**23 - 1, 1, "small"),
+        (2**23, 1, "medium"),
+        (2**27, 5, "large"),
+        (2**40, 9, "large"),
+        (40960, 10, "small"),
+        (40959, 10, "small+tiny"),
+        (2**27, 2**20, "large+tiny"),
+    ],
+)
+def test_classes_of_sizes(elements: int, tensors: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "SIZES", {name: SizeClass(name, 1, 1) for name in config.SIZES})
+    assert config.size_of(elements, tensors).name == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "sm_80", "A100"),
+        ("NVIDIA H100 80GB HBM3", "sm_90", "H100"),
+        ("NVIDIA H200", "sm_90", "H200"),
+        ("NVIDIA B200", "sm_100", "B200"),
+        ("AMD Instinct MI300X", "gfx942", "MI300"),
+        ("AMD Instinct MI325X", "gfx942", "MI300"),
+        ("NVIDIA A30", "sm_80", "A100"),
+        ("NVIDIA H20", "sm_90", "H100"),
+        ("NVIDIA GeForce RTX 4090", "sm_89", None),
+    ],
+)
+def test_gpus(name: str, architecture: str, expected: str | None) -> None:
+    assert config.known_gpu(name, architecture) == expected
+
+
+def test_an_unknown_gpu_takes_generic_ones() -> None:
+    size = SizeClass("medium+tiny", 1, 1)
+    assert config.shipped(None, "wide", size).config == config.GENERIC
+    assert config.shipped("H200", "wide", size) == config.SHIPPED["H200"]["wide", "medium"]
+    assert config.shipped("H200", "wide", SizeClass("huge", 1, 1)).config == config.GENERIC
+
+
+def test_blocks_hold_whole_scales_and_less_of_fp64() -> None:
+    """The interpreter's small configurations too."""
+    codes = variant_of(name="fp32+int8")
+    assert config.adapted(Config(32, 96, 16, 2), codes.formats, codes.dtypes) == Config(64, 128, 64, 2)
+    assert config.adapted(Config(), codes.formats, codes.dtypes) == Config()
+    plain = variant_of()
+    assert config.adapted(Config(32, 48, 16, 2), plain.formats, plain.dtypes) == Config(32, 48, 16, 2)
+    assert config.adapted(Config(), plain.formats, (torch.float64,) * 4) == Config(256, 8192, 256, 4)
+
+
+def test_bytes_of_a_variant() -> None:
+    """As README's table of formats has them, without the norm's."""
+    assert variant_of(name="master").moved == (16, 14)
+    assert sum(variant_of(name="split8+int8").moved) == 12.125
+    assert variant_of(name="split8+int8").resident == 7 + 2 * 2 / 64
+
+
+# The command.
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["tune", *arguments])
+
+
+def test_a_rehearsal(few: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock(lambda found: 1e-3 / found.chunk_size)
+    classes = [tritopt.optim.AdamW, tritopt.optim.Adam, tritopt.optim.Adafactor]
+    formats = [storage("fp32"), storage("split8+int8")]
+    session = tune.Tuning(classes, formats, [TINY], device(), clock, gpu="rehearsal")
+    rows = list(session.rows())
+    assert len(rows) == len(session)
+    measured = [row for row in rows if row.best is not None]
+    assert [(row.optimizer, row.format, row.kernel) for row in measured[:2]] == [
+        ("AdamW", "fp32", "adamw_update"),
+        ("AdamW", "split8+int8", "adamw_update"),
+    ]
+    for row in measured:
+        assert (row.default, row.best, row.tried) == (SHIPPED, few[2], 3)
+        assert row.microseconds == pytest.approx(1e3 / 256)
+        assert row.default_microseconds == pytest.approx(1e3 / 128)
+    assert measured[0].gigabytes_per_second == pytest.approx(28 * 600 / (1e-3 / 256) / 1e9)
+    others = {(row.optimizer, row.format): row.reason for row in rows if row.best is None}
+    assert others["Adafactor", "fp32"] == "all its phases sum, and always run as they are"
+    assert "Adafactor" in others["Adafactor", "split8+int8"]
+    entries = TuningCache("rehearsal").entries()
+    assert len(entries) == len(measured)
+    assert {entry.config for entry in entries.values()} == {few[2]}
+    print_rows(rows)
+    printed = capsys.readouterr().out
+    assert "64 x 128, 64, 1" in printed
+    assert "128 x 256, 64, 1" in printed
+    assert json.loads(json.dumps([row.to_json() for row in rows]))[0]["best"]["chunk_size"] == 256
+
+
+def test_show_and_clear() -> None:
+    TuningCache(H200.name).put(variant_of(name="split8+int8").key(TINY), ENTRY)
+    shown = run("--show").output
+    for text in ("MI300", "assumed", "adamw_update", "bfloat16 split8", "512 x 2048, 128, 2", "10.5"):
+        assert text in shown
+    assert "measured" not in shown.replace("not measured", "")
+    found = json.loads(run("--show", "--json").output)
+    assert found["cached"][0]["config"]["block_size"] == 512
+    assert {row["mark"] for row in found["shipped"]} == {"assumed"}
+    assert {row["gpu"] for row in found["shipped"]} > {"A100", "H100", "H200", "B200", "MI300"}
+    assert "deleted" in run("--clear").output
+    assert cache.files() == []
+    assert json.loads(run("--clear", "--json").output) == {"deleted": []}
+    assert "nothing tuned yet" in run("--show").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--optimizer", "AdmaW"), "AdamW"),
+        (("--format", "split9"), "split8"),
+        (("--size", "smal"), "small"),
+        (("--size", "0"), "unknown size '0'"),
+        (("--show", "--clear"), "exclude each other"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[str, ...], expected: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert expected in done.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu() -> None:
+    done = run()
+    assert done.exit_code == 2
+    assert "measures on a GPU, and there is none" in done.output
+
+
+# Cold start.
+
+COLD = """
+import json, time, torch, triton
+import tritopt.optim
+from tritopt.tools.compiled import compile_launches, compile_norm
+from tritopt.kernels.formats.weights import MASTER_FP32
+hits = []
+triton.knobs.compilation.listener = lambda **found: hits.append([found["metadata"]["name"], found["cache_hit"]])
+began = time.monotonic()
+compile_launches(tritopt.optim.AdamW.rule(), torch.bfloat16, torch.bfloat16, MASTER_FP32, 90)
+compile_norm(torch.bfloat16, 90)
+print(json.dumps([hits, time.monotonic() - began]))
+"""
+
+
+def test_the_second_process_does_not_compile(tmp_path: Path) -> None:
+    """The first step of AdamW with an fp32 master and a clip, as far as it can be made without a GPU."""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Another order of sets and hashes in each process: nothing of that may be in a key.
+    kernels = ["multi_tensor_adamw_update", "multi_tensor_square_update", "sum_partials"]
+    for seed, is_there in (("1", False), ("2", True)):
+        env |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", COLD], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        hits, seconds = json.loads(done.stdout)
+        assert hits == [[name, is_there] for name in kernels]
+        assert seconds < 10

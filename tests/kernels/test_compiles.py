@@ -1,0 +1,139 @@
+"""Every optimizer and variant of both faces through Triton's compiler for sm_90, without a GPU: wide, no spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("compiles")  # one worker compiles, once
+
+ARCH = os.environ.get("TRITOPT_TEST_ARCH", "90")  # also "80", "100", "gfx942", on demand
+# "all": every optimizer with every way to keep a master, and its states in every format that one of them takes
+FORMATS = os.environ.get("TRITOPT_TEST_FORMATS", "some")
+
+PROGRAM = """
+import json, sys, torch, tritopt, tritopt.optim
+arch = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
+from tritopt.tools.compiled import compile_launches, compile_norm
+from tritopt.tools.cost import bytes_per_parameter
+from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, PLAIN
+from tritopt.kernels.formats.states import STATE_FORMATS
+from tritopt.engine.driver import Apply
+from tritopt.mxnet.registry import OPTIMIZERS
+f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+common = [(bf16, bf16, MASTER_FP32), (f32, f32, PLAIN)]
+rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, f64, PLAIN)]
+packed = [(bf16, bf16, fmt) for fmt in MASTERS.values() if fmt is not MASTER_FP32]
+is_all = sys.argv[2] == "all"
+rows = [{"case": "norm", **launch._asdict()} for launch in compile_norm(bf16, arch)]
+rules = {found.rule for found in vars(tritopt.optim).values() if hasattr(found, "rule")}
+torchs = {rule.__name__: rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")}
+found = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
+for name, rule in found.items():
+    for variant in rule.variants:
+        takes_all = all(isinstance(phase, Apply) for phase in rule(**variant).phases)
+        wanted = common + (rare if name in ("adamw", "lamb", "sgd", "adan", "lans") else [])
+        wanted += packed if takes_all and (is_all or name in ("adamw", "lion", "signum")) else []
+        wanted = [(*dtypes_and_format, None) for dtypes_and_format in wanted]
+        for choice in STATE_FORMATS if takes_all else ():
+            masters = ["split8"] if is_all or choice in ("int8", "fp8") else []
+            if name in ("adamw", "lion", "lamb", "adan") and not variant:
+                masters += ["split16"] if choice in ("bf16", "fp16") else []
+            elif not is_all:
+                continue
+            has_some = any(fmt is not PLAIN for fmt in rule(**variant, state_dtype=choice).state_formats())
+            wanted += [(bf16, bf16, MASTERS[master], choice) for master in masters if has_some]
+        for weight, grad, fmt, choice in wanted:
+            opt = rule(**variant, state_dtype=choice)
+            case = f"{name} {variant} {weight} {grad} {fmt.name}" + (f", {choice} states" if choice else "")
+            cost = bytes_per_parameter(opt, weight, grad, fmt)._asdict()
+            for launch in compile_launches(opt, weight, grad, fmt, arch):
+                rows.append({"case": case, **cost, **launch._asdict()})
+print(json.dumps(rows))
+"""
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """In a process of its own: this one interprets kernels."""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, ARCH, FORMATS], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    wanted = ("case", "kernel", "registers", "spilled_bytes")
+    assert [[row[name] for name in wanted] for row in rows if row["spilled_bytes"]] == []
+
+
+def wide(row: dict[str, Any]) -> tuple[int, int]:
+    """128-bit loads and stores of the hot loops."""
+    return row["loads"].get("128", 0), row["stores"].get("128", 0)
+
+
+def test_full_blocks_move_128_bits_at_a_time(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if row["expected_wide_loads"] is not None:
+            assert wide(row) == (row["expected_wide_loads"], row["expected_wide_stores"]), row["case"]
+
+
+def test_rows_move_128_bits_at_a_time(rows: list[dict[str, Any]]) -> None:
+    """Eight elements a thread: the gradient in both passes, what holds the weight, and what is written."""
+    expected = {
+        "bfloat16 torch.bfloat16 fp32 master": (1 + 1 + 1 + 2, 1 + 2),
+        "float16 torch.float32 fp32 master": (2 + 2 + 1 + 2, 1 + 2),
+        "float32 torch.float32 plain": (2 + 2 + 2, 2),
+        "float32 torch.bfloat16 plain": (1 + 1 + 2, 2),
+        "bfloat16 torch.bfloat16 plain": (1 + 1 + 1, 1),
+        "float64 torch.float64 plain": (4 + 4 + 4, 4),
+    }
+    found = [row for row in rows if row["kernel"].startswith("row_")]
+    assert found
+    for row in found:
+        assert wide(row) == expected[row["case"].partition("} torch.")[2]], row["case"]
+
+
+def test_full_blocks_move_what_the_formula_says(rows: list[dict[str, Any]]) -> None:
+    """Bytes per parameter of the loads and stores in the hot loops; test_traffic.py counts them in a run."""
+    moved: dict[str, list[float]] = {}
+    for row in rows:
+        if row["elements"]:
+            total = moved.setdefault(row["case"], [0.0, 0.0])
+            total[0] += row["bytes_loaded"]
+            total[1] += row["bytes_stored"]
+    norm = moved.pop("norm")
+    assert norm == [2, 0]
+    expected = {row["case"]: [row["read"], row["written"]] for row in rows if row["case"] != "norm"}
+    assert moved == expected
+    for stored, with_clip in {
+        "fp32 master": 30 + 2,
+        "split16, bf16 states": 18 + 2,
+        "split8, int8 states": 12 + 2 + 1 / 8,
+        "split8, fp8 states": 12 + 2 + 1 / 8,
+    }.items():
+        assert sum(moved[f"adamw {{}} torch.bfloat16 torch.bfloat16 {stored}"]) + sum(norm) == with_clip
+
+
+def test_kernels_say_their_name(rows: list[dict[str, Any]]) -> None:
+    names = {
+        "multi_tensor_adamw_update",
+        "multi_tensor_lamb_moments",
+        "sum_partials",
+        "multi_tensor_sgd_nesterov_update",
+    }
+    assert names <= {row["kernel"] for row in rows}
+
+
+def test_one_worker_compiles(request: pytest.FixtureRequest) -> None:
+    """Where pytest-xdist does not keep groups together, silently, each worker compiles all of it."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@compiles")
