@@ -108,6 +108,8 @@ class Planner:
         self._plans: Recent[tuple[Hashable, list[Group]]] = Recent()
         self._places: Recent[frozenset[Any]] = Recent()
         """Address, shape and strides of each tensor of a list whose tensors were found to share no element."""
+        self.replays: Recent[Any] = Recent()
+        """Steps that a face of the package may make again."""
 
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         """Plans hold addresses of this process: a copy starts without any."""

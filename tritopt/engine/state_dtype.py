@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import torch
 
 from tritopt.engine.random import Noise, is_dense, noise_key
+from tritopt.engine.validate import did_you_mean
 from tritopt.kernels.formats.states import STATE_FORMATS, scales_shape
 from tritopt.kernels.formats.weights import PLAIN, Format
-from tritopt.mxnet.registry import did_you_mean
 
 Choice: TypeAlias = str | dict[str, str] | None
 """A key of STATE_FORMATS, "fp32", or one of these by name of the state. None: as an optimizer has it without."""

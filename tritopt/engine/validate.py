@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -289,3 +290,9 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     views = [seen.as_strided(t.shape, t.stride(), (t.data_ptr() - base) // size) for t in (a, b)]
     views[0].fill_(True)
     return bool(views[1].any())
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """'; did you mean 'adam'?', or ';' if nothing known is near."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 # torch wraps what it does not compile, and the steps of its optimizers.
-_NOT_THE_USERS = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_NOT_THE_USERS = tuple(os.path.join(folder, "") for folder in (_PACKAGE, os.path.dirname(torch.__file__)))
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

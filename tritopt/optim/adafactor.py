@@ -7,13 +7,12 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Unpack
 
-from tritopt.mxnet.optimizer import Optimizer as Rule
-from tritopt.mxnet.optimizer import Values
 from tritopt.optim.checkpoint import Expected
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.layout import Layout
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizers.adafactor import Adafactor as PaperAdafactor
+from tritopt.optimizers.adafactor import AdafactorRule
+from tritopt.rule import Rule, Values
 
 FACTORS = ("row_var", "col_var")
 
@@ -39,7 +38,7 @@ class Adafactor(Optimizer):
     capturable and fused; options: `Options`.
     """
 
-    rule = PaperAdafactor
+    rule = AdafactorRule
     torch_class = torch.optim.Adafactor
     arguments: ClassVar = {"beta2_decay": "beta2_decay", "eps": ("epsilon1", "epsilon2"), "d": "clip_threshold"}
     sparse_error = "Adafactor does not support sparse gradients"

@@ -30,7 +30,7 @@ class GroupAdaGrad(BeyondTorch):
         ValueError: weight_decay, and at the first step a parameter that is not 2-D.
     """
 
-    rule = groupadagrad.GroupAdaGrad
+    rule = groupadagrad.GroupAdaGradRule
     arguments: ClassVar = {"eps": "epsilon", "weight_decay": "wd"}
 
     def __init__(

@@ -12,8 +12,8 @@ from tritopt.optim.checkpoint import Expected, keys_of
 from tritopt.optim.distributed import is_dtensor
 
 if TYPE_CHECKING:
-    from tritopt.mxnet.optimizer import Optimizer as Rule
     from tritopt.optim.optimizer import Optimizer
+    from tritopt.rule import Rule
 
 MAX_LAYOUTS = 4096
 

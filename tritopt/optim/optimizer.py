@@ -16,10 +16,9 @@ from tritopt.engine.driver import Apply
 from tritopt.engine.plan import is_low_precision
 from tritopt.engine.state_dtype import FP32, checked, formats_of
 from tritopt.engine.telemetry import Telemetry
+from tritopt.engine.validate import did_you_mean
 from tritopt.kernels.formats.states import BLOCK
 from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16, Format
-from tritopt.mxnet.optimizer import Optimizer as Rule
-from tritopt.mxnet.registry import did_you_mean
 from tritopt.optim import checkpoint
 from tritopt.optim.checkpoint import Expected
 from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, check_flag, torch_defaults
@@ -28,6 +27,7 @@ from tritopt.optim.layout import Layout, Layouts
 from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.step.members import Only, lives_on_device
 from tritopt.optim.step.stepper import Stepper
+from tritopt.rule import Rule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 MAX_RULES = 4096

@@ -18,10 +18,9 @@ from tritopt.kernels.rmsprop import (
     rmsprop_momentum_update,
     rmsprop_update,
 )
-from tritopt.mxnet.optimizer import Optimizer as Rule
-from tritopt.mxnet.optimizer import Values
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
+from tritopt.rule import Rule, Values
 
 
 class TorchRMSpropScalars(NamedTuple):

@@ -11,10 +11,9 @@ from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.engine.scalars import where
 from tritopt.kernels.sgd import sgd_buffer_update, sgd_nesterov_update, sgd_update
-from tritopt.mxnet.optimizer import Optimizer as Rule
-from tritopt.mxnet.optimizer import Values
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
+from tritopt.rule import Rule, Values
 
 
 class TorchSGDScalars(NamedTuple):

@@ -10,8 +10,8 @@ from tritopt.engine import validate
 from tritopt.engine.exact import sqrt
 from tritopt.engine.row_phase import ApplyRows
 from tritopt.kernels.groupadagrad import groupadagrad_history, groupadagrad_square, groupadagrad_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class GroupAdaGradScalars(NamedTuple):
@@ -21,8 +21,7 @@ class GroupAdaGradScalars(NamedTuple):
     epsilon: float
 
 
-@register
-class GroupAdaGrad(Optimizer):
+class GroupAdaGradRule(Rule):
     """AdaGrad with one learning rate per row (MXNet's `contrib.GroupAdaGrad`, for embeddings; no paper).
 
         h_t = h_{t-1} + mean(g_t^2 over each row)
@@ -51,16 +50,9 @@ class GroupAdaGrad(Optimizer):
     decays = False
     variants = ({}, {"epsilon": 0.1})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.01,
-        epsilon: float = 1e-6,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, epsilon: float = 1e-6, **common: Any) -> None:
+        super().__init__(**common)
         self.epsilon = validate.nonnegative("epsilon", epsilon)
-        _refuse_decay(self.wd)
 
     def state_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
         """One number per row. ValueError unless there are rows."""
@@ -84,6 +76,11 @@ class GroupAdaGrad(Optimizer):
         squares = (g * g).sum(dim=1, keepdim=True, dtype=torch.float64)
         history = history + (squares / max(g.shape[1], 1)).to(g.dtype)
         return w - s.lr * (g / (sqrt(history) + s.epsilon)), (history,)
+
+
+@register
+class GroupAdaGrad(GroupAdaGradRule, Optimizer, learning_rate=0.01):
+    pass
 
 
 def _refuse_decay(wd: float) -> None:

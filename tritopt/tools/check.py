@@ -21,6 +21,7 @@ import torch
 
 import tritopt
 from tritopt.engine import driver, plan
+from tritopt.engine.validate import did_you_mean
 from tritopt.kernels.formats.states import BLOCK
 from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
@@ -376,7 +377,7 @@ def load_optimizer(target: str) -> type[Optimizer]:
             key for key, value in vars(module).items() if _is_optimizer(value) and value.__module__ == module.__name__
         ]
         raise ValueError(
-            f"module {module_name!r} has no {name!r}{registry.did_you_mean(name, known)} "
+            f"module {module_name!r} has no {name!r}{did_you_mean(name, known)} "
             f"its optimizers: {', '.join(known) or 'none'}"
         )
     cls: type[Optimizer] = getattr(module, name)
@@ -384,7 +385,7 @@ def load_optimizer(target: str) -> type[Optimizer]:
         cls = getattr(cls, "rule", cls)
     if not _is_optimizer(cls):
         raise TypeError(f"{target} is {cls!r:.80}, not a subclass of tritopt.Optimizer")
-    return registry.register(cls)
+    return Optimizer.register(cls)
 
 
 def _is_optimizer(value: Any) -> bool:

@@ -16,7 +16,7 @@ from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Timer, Variant
 from tritopt.engine.tuning.cache import TuningCache
 from tritopt.engine.tuning.config import Config, SizeClass
-from tritopt.mxnet import registry
+from tritopt.engine.validate import did_you_mean
 from tritopt.tools.numerics import StorageFormat
 
 FORMATS = ("fp32", "master", "split16+bf16", "split8+int8")
@@ -36,7 +36,7 @@ def find_sizes(names: Sequence[str] | None = None) -> list[SizeClass]:
         elements = int(name) if name.replace("_", "").isdecimal() else 0
         if name not in config.SIZES and elements < 1:
             known = ", ".join(config.SIZES)
-            nearest = registry.did_you_mean(name, list(config.SIZES))
+            nearest = did_you_mean(name, list(config.SIZES))
             raise ValueError(f"unknown size {name!r}{nearest} known: {known}, or a number of elements")
         found.append(config.SIZES.get(name) or config.size_of(elements))
     return list(dict.fromkeys(found))

@@ -13,8 +13,8 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.walk import walk
-from tritopt.mxnet.optimizer import Optimizer as Rule
 from tritopt.optim.step.members import Number, lives_on_device, rate
+from tritopt.rule import Rule
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer

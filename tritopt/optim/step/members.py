@@ -12,9 +12,9 @@ from tritopt.engine.driver import Apply
 from tritopt.engine.group import Launch
 from tritopt.engine.plan import unavailable
 from tritopt.engine.row_phase import ApplyRows
-from tritopt.mxnet.optimizer import Optimizer as Rule
 from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
 from tritopt.optim.layout import Layout
+from tritopt.rule import Rule
 
 if TYPE_CHECKING:
     from tritopt.optim.optimizer import Optimizer
