@@ -31,6 +31,7 @@ class Rule:
 
     Args:
         clip_gradient: bound on each element of the rescaled gradient. None or <= 0: off.
+        begin_num_update: count that a parameter's first update follows.
     """
 
     clips: ClassVar[bool] = True
@@ -53,11 +54,16 @@ class Rule:
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Constructor arguments that reach every branch of the formula: what the checker and the tests run."""
 
-    begin_num_update = 0
-    """Count that a parameter's first update follows."""
-
-    def __init__(self, clip_gradient: float | None = None) -> None:
+    def __init__(self, clip_gradient: float | None = None, begin_num_update: int = 0) -> None:
         self.clip_gradient = validate.positive_or_none("clip_gradient", clip_gradient)
+        self.begin_num_update = validate.count("begin_num_update", begin_num_update)
+
+    @classmethod
+    def check_decay(cls, wd: float) -> None:
+        """ValueError for a decay that the formula does not have."""
+        if wd != 0 and not cls.decays:
+            name = cls.__name__.removesuffix("Rule")
+            raise ValueError(f"{name} has no weight decay, got wd={wd!r}: set wd (times wd_mult) to 0")
 
     @property
     def preamble(self) -> str:

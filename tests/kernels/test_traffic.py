@@ -122,7 +122,7 @@ class Step:
     def by_formula(self) -> tuple[float, float, float]:
         """Likewise, what tritopt.tools.cost says."""
         (group,) = self.opt.param_groups
-        rule, fmt = copy.copy(self.opt.rule_of(group)), self.opt.format_of(self.weight, group)
+        rule, fmt = copy.copy(self.opt.rule_of(group)), self.opt.layout_of(self.weight, group).format
         rule.state_dtype = group["state_dtype"]
         moved = cost.bytes_per_parameter(rule, self.dtype, self.dtype, fmt)
         return cost.resident_bytes(rule, self.dtype, fmt) + self.dtype.itemsize, moved.read, moved.written

@@ -302,7 +302,7 @@ def test_the_default_goes_by_the_dtype() -> None:
     found = [opt.state[p].keys() & companions for p in params]
     assert found == [{"master_remainder"}, {"master_param"}, set(), set()]
     differentiable = optim.AdamW(params[:1], differentiable=True)
-    assert differentiable.format_of(params[0], differentiable.param_groups[0]) is MASTER_FP32
+    assert differentiable.layout_of(params[0], differentiable.param_groups[0]).format is MASTER_FP32
     old = run(optim.AdamW, parameters(BF16), range(2), master="fp32")
     old.param_groups[0]["master"] = "auto"  # converts
     expected = [master.clone() for master in old.master_weights()]

@@ -121,13 +121,11 @@ class Optimizer(Update):
         if param_idx2name is not None and not isinstance(param_idx2name, dict):
             raise TypeError(f"param_idx2name={param_idx2name!r} must be a dict of names by index")
         self.rescale_grad = rescale_grad
-        super().__init__(clip_gradient)
+        super().__init__(clip_gradient, begin_num_update)
         self.wd = validate.finite("wd", wd)
-        if wd and not self.decays:
-            raise ValueError(f"{type(self).__name__} has no weight decay, got wd={wd!r}: set wd (times wd_mult) to 0")
+        self.check_decay(self.wd)
         self.lr_scheduler = lr_scheduler
         self.lr = initial_lr(learning_rate, lr_scheduler)
-        self.begin_num_update = validate.count("begin_num_update", begin_num_update)
         self.num_update = self.begin_num_update
         self._all_index_update_counts: dict[Hashable, dict[Hashable, int]] = {0: {}}
         self._index_update_count = self._all_index_update_counts[0]

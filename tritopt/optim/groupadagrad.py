@@ -31,7 +31,7 @@ class GroupAdaGrad(BeyondTorch):
     """
 
     rule = groupadagrad.GroupAdaGradRule
-    arguments: ClassVar = {"eps": "epsilon", "weight_decay": "wd"}
+    arguments: ClassVar = {"eps": "epsilon"}
 
     def __init__(
         self,

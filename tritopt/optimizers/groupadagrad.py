@@ -65,7 +65,7 @@ class GroupAdaGradRule(Rule):
 
     def scalars(self, lr: float, wd: float, count: int) -> GroupAdaGradScalars:
         """Constant but for the learning rate. ValueError if there is decay."""
-        _refuse_decay(wd)
+        self.check_decay(wd)
         return GroupAdaGradScalars(lr, self.epsilon)
 
     def reference(
@@ -81,8 +81,3 @@ class GroupAdaGradRule(Rule):
 @register
 class GroupAdaGrad(GroupAdaGradRule, Optimizer, learning_rate=0.01):
     pass
-
-
-def _refuse_decay(wd: float) -> None:
-    if wd != 0:
-        raise ValueError(f"GroupAdaGrad has no weight decay, got wd={wd!r}: set wd (times wd_mult) to 0")

@@ -158,7 +158,7 @@ def counted_bytes(opt: optim.Optimizer) -> Bytes:
     for group in opt.param_groups:
         rule = opt.rule_of(group)
         for param in group["params"]:
-            fmt = opt.format_of(param, group)
+            fmt = opt.layout_of(param, group).format
             n_elements += param.numel()
             kept = {key: value for key, value in opt.state[param].items() if getattr(value, "ndim", 0)}
             planes = [param.nbytes, *[kept[name].nbytes for name in kept if name == fmt.companion]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,12 +19,10 @@ from tritopt.optim.distributed import ShardSums, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import Hypers
 from tritopt.optim.step.members import Bucket, Member, Number, Only, launch_for, same_group
+from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.replay import WarmStep
 from tritopt.optim.step.scalar_table import host_rows
 from tritopt.optim.step.undo import Undo
-
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
 
 
 class ColdStep:
@@ -118,7 +115,7 @@ class ColdStep:
         """After the last launch."""
         distributed.mark_written(member.param for member in self.members)
 
-    def next(self, opt: Optimizer, hypers: Hypers) -> WarmStep | None:
+    def next(self, opt: Owner, hypers: Hypers) -> WarmStep | None:
         """The next step, if it can be like this one."""
         if sum(len(bucket.places) for bucket, _ in self._launched) != len(self.members):
             return None
@@ -132,7 +129,7 @@ class ColdStep:
         return WarmStep(opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
 
 
-def runs_fused(opt: Optimizer, member: Member) -> bool:
+def runs_fused(opt: Owner, member: Member) -> bool:
     """Whether a kernel updates it. RuntimeError if one must and cannot."""
     wanted, part = member.group["fused"], local(member.param)
     if wanted is False or member.group.get("differentiable"):
@@ -148,7 +145,7 @@ def runs_fused(opt: Optimizer, member: Member) -> bool:
     return reason is None
 
 
-def check_tracked(opt: Optimizer, members: Sequence[Member], fused: Sequence[bool]) -> None:
+def check_tracked(opt: Owner, members: Sequence[Member], fused: Sequence[bool]) -> None:
     """ValueError if there is no telemetry of a member."""
     for member, is_fused in zip(members, fused, strict=True):
         if is_fused and not all(isinstance(phase, Apply) for phase in member.rule.phases):

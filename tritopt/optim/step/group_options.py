@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,8 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.walk import walk
 from tritopt.optim.step.members import Number, lives_on_device, rate
+from tritopt.optim.step.owner import Owner
 from tritopt.rule import Rule
-
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
 
 _SETTLED = (float, int, bool, str, torch.dtype, type(None))
 """Types whose values do not change without becoming other objects."""
@@ -58,7 +56,7 @@ class Hypers:
         self._unsettled: list[int] = []
         self._walk = walk()
 
-    def refresh(self, opt: Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+    def refresh(self, opt: Owner, groups: Sequence[dict[str, Any]]) -> None:
         """Take up what has changed. ValueError for values out of range; then nothing is taken up."""
         groups = list(groups)
         if not self._walk.same(groups, self.groups):
@@ -146,7 +144,7 @@ def _refuse_derivatives(group: dict[str, Any]) -> None:
                 )
 
 
-def _hyper(opt: Optimizer, group: dict[str, Any]) -> Hyper:
+def _hyper(opt: Owner, group: dict[str, Any]) -> Hyper:
     opt.check_group(group)
     if group.get("differentiable"):
         _refuse_derivatives(group)

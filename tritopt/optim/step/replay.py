@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,9 @@ from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import Hypers
 from tritopt.optim.step.members import Bucket, Member, Only, groups_of, launch_for, params_of
+from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.scalar_table import HostRows
 from tritopt.optim.step.undo import Undo
-
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
 
 _NO_ROW = np.array([[1.0, np.inf, 0.0]])
 
@@ -87,7 +85,7 @@ class WarmStep:
 
     def __init__(
         self,
-        opt: Optimizer,
+        opt: Owner,
         hypers: Hypers,
         members: Sequence[Member],
         launched: Sequence[tuple[Bucket, list[Group]]],
@@ -142,7 +140,7 @@ class WarmStep:
         self.has_other_gradients = False
         """Whether `holds` found other gradients than before, and all else as it was, when it was asked last."""
 
-    def holds(self, opt: Optimizer, hypers: Hypers) -> bool:
+    def holds(self, opt: Owner, hypers: Hypers) -> bool:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
         ask, self.has_other_gradients = self._walk, False
         if self._known[0] is None or self._weights_are is None or self._kinds is None:
@@ -192,15 +190,15 @@ class WarmStep:
         """Autograd must learn of writes that it did not make."""
         torch.autograd.graph.increment_version(self._members_params)
 
-    def next(self, opt: Optimizer, hypers: Hypers) -> WarmStep:
+    def next(self, opt: Owner, hypers: Hypers) -> WarmStep:
         """The next step may be like this one."""
         return self
 
-    def _states_now(self, opt: Optimizer) -> list[dict[str, Any]]:
+    def _states_now(self, opt: Owner) -> list[dict[str, Any]]:
         """Of all parameters, in the order of their first step: to look them up one by one takes longer."""
         return list(opt.state.values()) if self._only is None else [opt.state.get(self._only.param, {})]
 
-    def _owners_now(self, opt: Optimizer) -> list[Any]:
+    def _owners_now(self, opt: Owner) -> list[Any]:
         """The parameters whose states `_states_now` gives, in that order."""
         return list(opt.state) if self._only is None else []
 
@@ -223,7 +221,7 @@ class WarmStep:
     def _of_members(self, found: Array) -> Array:
         return found if self._with_grad is None else found[self._with_grad]
 
-    def _takes_hypers(self, opt: Optimizer, hypers: Hypers) -> bool:
+    def _takes_hypers(self, opt: Owner, hypers: Hypers) -> bool:
         if hypers is self._hypers and hypers.generation == self._generation:
             return True
         groups = groups_of(opt, self._only)
@@ -251,7 +249,7 @@ class WarmStep:
         return list(map(local, self._members_params)) if self._is_sharded else self._members_params
 
 
-def _options(opt: Optimizer) -> tuple[Any, ...]:
+def _options(opt: Owner) -> tuple[Any, ...]:
     """What is in no group, and decides which launches a step takes, or the random bits."""
     return opt.max_grad_norm is None, opt.track, opt.rounding_seed
 
