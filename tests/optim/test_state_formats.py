@@ -389,7 +389,7 @@ def test_states_change_format(old: str | None, new: str | None, way: str) -> Non
 def read(opt: Any, param: torch.Tensor) -> list[torch.Tensor]:
     """Both moments, in fp32."""
     found, state = [], opt.state[param]
-    for name, fmt in opt.state_formats_of(param, opt.param_groups[0]).items():
+    for name, fmt in opt.layout_of(param, opt.param_groups[0]).formats.items():
         keys = [key for key in state if key == name or key.startswith((f"{name}_fp", f"{name}_int8"))]
         found.append((PLAIN if len(keys) == 1 else fmt).decode([state[key] for key in sorted(keys, key=len)], F32))
     return found
