@@ -1,4 +1,4 @@
-"""Random numbers by counter (tritopt/engine/random.py has the twins, and says what they are).
+"""Random numbers by counter; kernels/twins/random.py has the twins, and says what the numbers depend on.
 
 A key is four 16-bit numbers and a step is below 2^24, which every compute dtype holds exactly: so they can stand among
 an optimizer's scalars.

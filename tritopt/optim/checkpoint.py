@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.random import lies_like
 from tritopt.engine.state_dtype import stored
 from tritopt.engine.warning import warn
 from tritopt.kernels.formats.states import STATE_FORMATS, scales_shape
 from tritopt.kernels.formats.weights import MASTERS, PLAIN, SPLIT16, Format
+from tritopt.kernels.memory import lies_like
 from tritopt.optim.defaults import HOW, WrongKindError
 from tritopt.optim.distributed import laid_out, like, local, seen_as
 from tritopt.optim.origin import is_foreign_key, known_states, same_keys, savers_of, states_of_class, stranger

@@ -9,9 +9,9 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import decay_of, sqrt, trust_ratio
 from tritopt.kernels.lamb import lamb_moments, lamb_update
 from tritopt.kernels.preambles import add_decay_twin
+from tritopt.kernels.twins.ops import decay_of, sqrt, trust_ratio
 from tritopt.mxnet.optimizer import Optimizer, Stored, Values
 from tritopt.mxnet.registry import register
 

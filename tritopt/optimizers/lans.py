@@ -9,9 +9,9 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import decay_of, norm, sqrt, trust_ratio
 from tritopt.kernels.lans import lans_gradient, lans_moments, lans_update
 from tritopt.kernels.preambles import add_decay_twin
+from tritopt.kernels.twins.ops import decay_of, norm, sqrt, trust_ratio
 from tritopt.mxnet.optimizer import Optimizer, Stored, Values
 from tritopt.mxnet.registry import register
 

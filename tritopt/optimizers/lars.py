@@ -10,10 +10,10 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import norm
 from tritopt.engine.plan import Task, compute_dtype
 from tritopt.kernels.lars import lars_momentum_update, lars_norms, lars_update
 from tritopt.kernels.preambles import add_decay_twin
+from tritopt.kernels.twins.ops import norm
 from tritopt.mxnet.optimizer import State, Values
 from tritopt.mxnet.registry import register
 from tritopt.optimizers.sgd import SGD

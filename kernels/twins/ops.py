@@ -1,4 +1,7 @@
-"""Torch twins of kernels/ops.py: operations whose torch default on CPU is not rounded to nearest."""
+"""PyTorch twins of kernels/ops.py, and the norms that references of several optimizers take.
+
+They have the names of the kernels, so that a reference and its update function read as the same text.
+"""
 
 from __future__ import annotations
 
