@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tritopt.engine.launcher import Launcher
-from tritopt.engine.telemetry import OF_GRADIENT, OF_UPDATE, Tracked
+from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning import autotune
 from tritopt.engine.tuning.config import AMD as AMD
 from tritopt.engine.tuning.config import GENERIC, adapted
@@ -23,6 +23,7 @@ from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
 from tritopt.kernels.formats.weights import Format
 from tritopt.kernels.language import tl
 from tritopt.kernels.preambles import PREAMBLES
+from tritopt.kernels.telemetry import OF_GRADIENT, OF_UPDATE
 
 if TYPE_CHECKING:
     from tritopt.engine.group import Group, Launch

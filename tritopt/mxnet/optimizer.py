@@ -17,11 +17,12 @@ from tritopt.engine.launcher import Updates
 from tritopt.engine.plan import Planner, Task, compute_dtype, is_low_precision, unavailable
 from tritopt.engine.random_keys import noise_key
 from tritopt.engine.state_dtype import FP32, Choice, checked, format_of_planes, formats_of, stored
-from tritopt.engine.telemetry import Telemetry, Tracked, Tracker, check_asked, measure, refuse, telemetry, whole
+from tritopt.engine.telemetry import Telemetry, Tracked, Tracker, check_asked, refuse, telemetry, whole
 from tritopt.engine.warning import warn
 from tritopt.kernels.formats.states import SIGNED, SQUARES
 from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, PLAIN, Format
 from tritopt.kernels.preambles import PREAMBLES
+from tritopt.kernels.telemetry import measure
 from tritopt.kernels.twins.random import STEPS, Noise
 from tritopt.mxnet import registry
 from tritopt.mxnet.settings import check_settings, parameters_of
