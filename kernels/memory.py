@@ -20,3 +20,8 @@ def lies_like(state: torch.Tensor, weight: torch.Tensor) -> bool:
     usual = torch.empty(weight.shape, dtype=weight.dtype, device="meta").stride()
     expected = weight.stride() if is_dense(weight) else usual
     return all(n <= 1 or a == b for n, a, b in zip(weight.shape, state.stride(), expected, strict=True))
+
+
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of a dense tensor's elements as they lie, in one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,))

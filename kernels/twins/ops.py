@@ -48,3 +48,9 @@ def trust_ratio(w: torch.Tensor, direction: torch.Tensor, lower_bound: float, up
     weight_norm = weight_norm.clamp(lower_bound, upper_bound)
     is_plain = is_plain | (weight_norm == 0)
     return torch.where(is_plain, 1.0, weight_norm / direction_norm).to(w.dtype)
+
+
+def floor_of_root(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The whole part of the 4th or 8th root of x >= 0; of a number next to an n-th power perhaps its neighbour's."""
+    root = x.sqrt().sqrt()
+    return (root.sqrt() if n == 8 else root).floor()

@@ -15,7 +15,8 @@ from tritopt import Optimizer, optim
 from tritopt.engine import driver
 from tritopt.engine.driver import Apply
 from tritopt.engine.random_keys import noise_key
-from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC, Format
+from tritopt.kernels.formats.format import Format
+from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC
 from tritopt.kernels.language import triton
 from tritopt.kernels.twins.random import Noise
 

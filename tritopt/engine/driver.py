@@ -20,7 +20,7 @@ from tritopt.engine.tuning.config import NVIDIA as NVIDIA
 from tritopt.engine.tuning.config import Config as Config
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
 from tritopt.kernels.language import tl
 from tritopt.kernels.preambles import PREAMBLES
 from tritopt.kernels.telemetry import OF_GRADIENT, OF_UPDATE

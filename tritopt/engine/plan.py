@@ -19,7 +19,7 @@ from tritopt.engine.driver import Apply
 from tritopt.engine.group import Group, Launch, Reduce, Rows, run_phases, upload_table
 from tritopt.engine.recent import Recent
 from tritopt.kernels.drivers.multi_tensor_norm import square_update
-from tritopt.kernels.formats.weights import PLAIN, Format
+from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON
 from tritopt.kernels.memory import is_dense
 

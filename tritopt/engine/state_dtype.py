@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 import torch
 
 from tritopt.engine.random_keys import noise_key
-from tritopt.kernels.formats.states import STATE_FORMATS, scales_shape
-from tritopt.kernels.formats.weights import PLAIN, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import scales_shape
+from tritopt.kernels.formats.states import STATE_FORMATS
 from tritopt.kernels.memory import is_dense
 from tritopt.kernels.twins.random import Noise
 from tritopt.mxnet.registry import did_you_mean

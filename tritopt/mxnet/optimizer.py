@@ -19,8 +19,9 @@ from tritopt.engine.random_keys import noise_key
 from tritopt.engine.state_dtype import FP32, Choice, checked, format_of_planes, formats_of, stored
 from tritopt.engine.telemetry import Telemetry, Tracked, Tracker, check_asked, refuse, telemetry, whole
 from tritopt.engine.warning import warn
+from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.states import SIGNED, SQUARES
-from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, PLAIN, Format
+from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS
 from tritopt.kernels.preambles import PREAMBLES
 from tritopt.kernels.telemetry import measure
 from tritopt.kernels.twins.random import STEPS, Noise
@@ -65,7 +66,7 @@ class Optimizer:
             masters, so it takes "fp32" or None.
         state_dtype: how states are stored: "fp32", "bf16", "fp16", "int8", "fp8" (torch's dtypes do as well), or a dict
             of these by name of the state, the others fp32. All but fp32 round stochastically; the last three share a
-            scale among 64 neighbours in memory (kernels/formats/states.py). A state that would not bear it stays fp32:
+            scale among 64 neighbours in memory (kernels/formats/scales.py). A state that would not bear it stays fp32:
             see `state_kinds`. None: the (master) weight's dtype.
         rounding_seed: of the bits of stochastic rounding, which are a function of it, the index, the count and the
             element.

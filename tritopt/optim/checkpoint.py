@@ -14,8 +14,10 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.state_dtype import stored
 from tritopt.engine.warning import warn
-from tritopt.kernels.formats.states import STATE_FORMATS, scales_shape
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, SPLIT16, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import scales_shape
+from tritopt.kernels.formats.states import STATE_FORMATS
+from tritopt.kernels.formats.weights import MASTERS, SPLIT16
 from tritopt.kernels.memory import lies_like
 from tritopt.optim.defaults import HOW, WrongKindError
 from tritopt.optim.distributed import laid_out, like, local, seen_as

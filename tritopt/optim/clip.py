@@ -20,7 +20,7 @@ from tritopt.engine.launcher import Launcher
 from tritopt.engine.plan import Planner, Task, compute_dtype, unavailable
 from tritopt.engine.warning import warn
 from tritopt.kernels.drivers.multi_tensor_norm import clip_factor
-from tritopt.kernels.formats.weights import PLAIN
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.scale import scale_update
 from tritopt.kernels.twins.ops import norm
 from tritopt.optim.distributed import ShardSums, aligned, local, whole

@@ -14,7 +14,7 @@ from tritopt.engine.random_keys import noise_key
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
-    from tritopt.kernels.formats.weights import Format
+    from tritopt.kernels.formats.format import Format
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
 from tritopt.optim.checkpoint import Expected, keys_of
 from tritopt.optim.distributed import is_dtensor
 

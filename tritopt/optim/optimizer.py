@@ -16,8 +16,9 @@ from tritopt.engine.driver import Apply
 from tritopt.engine.plan import is_low_precision
 from tritopt.engine.state_dtype import FP32, checked, formats_of
 from tritopt.engine.telemetry import Telemetry
-from tritopt.kernels.formats.states import BLOCK
-from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import BLOCK
+from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT16
 from tritopt.mxnet.optimizer import Optimizer as Rule
 from tritopt.mxnet.registry import did_you_mean
 from tritopt.optim import checkpoint

@@ -23,7 +23,8 @@ from unittest import mock
 import torch
 
 from tritopt import optim
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer

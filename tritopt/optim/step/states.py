@@ -10,7 +10,7 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.state_dtype import stored
-from tritopt.kernels.formats.weights import PLAIN
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.optim import distributed
 from tritopt.optim.checkpoint import COMPANIONS, completes, is_stored_as, keys_of, received, take_companion, take_states
 from tritopt.optim.distributed import is_dtensor
