@@ -59,7 +59,8 @@ def directed(is_square: bool) -> torch.Tensor:
         edges.repeat(3)[: 3 * BLOCK],
         finite.repeat(3)[: 3 * BLOCK],
         edges[edges.abs() < 1e-30].repeat(BLOCK)[:BLOCK],
-        *(torch.full((BLOCK,), x) for x in (0.0, -0.0, torch.nan, torch.inf, 2.0**-149)),
+        *(torch.full((BLOCK,), x) for x in (0.0, -0.0, torch.nan, torch.inf, 2.0**-149, 2.0**-126, 2.0**127)),
+        *(torch.full((BLOCK,), x) for x in (1.0, 1.0 + 2.0**-23, 1.0 - 2.0**-24)),  # where a scale becomes the next
         some[0],
         some[1] * 1e-20,
         outlier,
