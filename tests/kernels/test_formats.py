@@ -94,9 +94,7 @@ def store_block(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, SIZE)
-    planes = (first_ptr,)
-    if second_ptr is not None:
-        planes = (first_ptr, second_ptr)
+    planes = (first_ptr,) if second_ptr is None else (first_ptr, second_ptr)
     mask = None if IS_FULL else offsets < n
     value = tl.load(value_ptr + offsets, mask=mask)
     if DRAWS:
@@ -115,9 +113,7 @@ def load_block(  # type: ignore[no-untyped-def]
     COMPUTE_DTYPE: tl.constexpr, IS_FULL: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, SIZE)
-    planes = (first_ptr,)
-    if second_ptr is not None:
-        planes = (first_ptr, second_ptr)
+    planes = (first_ptr,) if second_ptr is None else (first_ptr, second_ptr)
     mask = None if IS_FULL else offsets < n
     value = LOAD_FN(planes, offsets, mask, COMPUTE_DTYPE)
     tl.store(value_ptr + offsets, value, mask=mask)
