@@ -36,8 +36,13 @@ def sign(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, x))
 
 
+def add_decay(x: torch.Tensor, w: torch.Tensor, wd: Any) -> torch.Tensor:
+    """x + wd w; x alone where wd is 0. wd: a number, or a tensor that is differentiated by, which is never skipped."""
+    return x + wd * w if isinstance(wd, torch.Tensor) or wd != 0 else x
+
+
 def decay_of(w: torch.Tensor, wd: Any) -> Any:
-    """wd, but none of a tensor whose norm is infinite, where it would make NaN of what is."""
+    """Decay of a tensor: wd, but 0 if the norm is infinite, where it would make NaN of what is finite."""
     return 0.0 if norm(w).isinf() else wd
 
 

@@ -10,8 +10,7 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.kernels.lans import lans_gradient, lans_moments, lans_update
-from tritopt.kernels.preambles import add_decay_twin
-from tritopt.kernels.twins.ops import decay_of, norm, sqrt, trust_ratio
+from tritopt.kernels.twins.ops import add_decay, decay_of, norm, sqrt, trust_ratio
 from tritopt.mxnet.optimizer import Optimizer, Stored, Values
 from tritopt.mxnet.registry import register
 
@@ -125,7 +124,7 @@ class LANS(Optimizer):
 
         def directions(wd: float, mean: torch.Tensor, var: torch.Tensor) -> Values:
             root = sqrt(var * s.var_correction) + s.epsilon
-            return tuple(add_decay_twin(x, w, wd) for x in (mean * s.mean_correction / root, g / root))
+            return tuple(add_decay(x, w, wd) for x in (mean * s.mean_correction / root, g / root))
 
         grad_norm = norm(g)
         g = (g / torch.where(grad_norm == 0, 1.0, grad_norm).to(g.dtype)).clamp(-s.bound, s.bound)
