@@ -11,11 +11,12 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply, Phase
 from tritopt.engine.plan import Task, compute_dtype
-from tritopt.engine.random import Noise
-from tritopt.engine.telemetry import Tracked, measure, whole
+from tritopt.engine.telemetry import Tracked, whole
+from tritopt.kernels.formats.format import Format
 from tritopt.kernels.formats.states import SIGNED, SQUARES
-from tritopt.kernels.formats.weights import Format
 from tritopt.kernels.preambles import PREAMBLES
+from tritopt.kernels.telemetry import measure
+from tritopt.kernels.twins.random import Noise
 
 State: TypeAlias = Any  # None, a tensor or a tuple; under multi_precision (companion of the weight, one of these)
 Values: TypeAlias = tuple[torch.Tensor, ...]

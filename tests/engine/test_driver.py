@@ -15,7 +15,8 @@ from tritopt.engine.group import Launch
 from tritopt.engine.plan import Planner, Task
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.drivers.multi_tensor_norm import square_update, sum_partials
-from tritopt.kernels.formats.weights import MASTER_FP32, PLAIN
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.kernels.formats.weights import MASTER_FP32
 from tritopt.kernels.language import INTERPRETED, tl, triton
 
 COMMON = (1.0, math.inf, 0.0)  # rescale, clip bound, wd

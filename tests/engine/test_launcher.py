@@ -24,7 +24,7 @@ from tritopt import optim
 from tritopt.engine import driver
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.group import Launch
-from tritopt.kernels.formats.weights import PLAIN
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.optimizers.adamw import AdamW
 from tritopt.optimizers.lamb import LAMB
 

@@ -13,7 +13,8 @@ from tritopt.engine import driver
 from tritopt.engine.group import Group, Launch
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.row_phase import ApplyRows
-from tritopt.kernels.formats.weights import MASTER_FP32, PLAIN
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.kernels.formats.weights import MASTER_FP32
 from tritopt.kernels.language import tl, triton  # noqa: F401
 
 COMMON = (1.0, math.inf, 0.0)  # rescale, clip bound, wd

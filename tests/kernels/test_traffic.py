@@ -14,7 +14,7 @@ import torch
 
 from tritopt import optim
 from tritopt.engine import driver
-from tritopt.kernels.formats.states import BLOCK
+from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.language import INTERPRETED
 from tritopt.tools import cost
 

@@ -9,8 +9,8 @@ import torch
 
 import tritopt
 from tritopt.engine import driver
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.states import STATE_FORMATS
-from tritopt.kernels.formats.weights import PLAIN
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHAPES = ((3, 64), (130,), (5, 7), (), (0,), (4, 1))

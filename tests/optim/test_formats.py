@@ -14,9 +14,11 @@ from tests.support.training import assert_same, everything, options_of, paramete
 from tritopt import Optimizer, optim
 from tritopt.engine import driver
 from tritopt.engine.driver import Apply
-from tritopt.engine.random import Noise, noise_key
-from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC, Format
+from tritopt.engine.random_keys import noise_key
+from tritopt.kernels.formats.format import Format
+from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC
 from tritopt.kernels.language import triton
+from tritopt.kernels.twins.random import Noise
 
 BF16 = torch.bfloat16
 SHAPES = ((3, 5), (40,), (2, 3, 2, 2), (), (0,))
@@ -49,7 +51,7 @@ def still_update(w, g, state, s):  # type: ignore[no-untyped-def]
 class Still(Optimizer):
     """Updates nothing."""
 
-    driver = (Apply(still_update),)
+    phases = (Apply(still_update),)
     preamble = "decoupled"
 
     def scalars(self, lr: float, wd: float, count: int) -> StillScalars:

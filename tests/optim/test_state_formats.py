@@ -13,10 +13,13 @@ from tests.support.training import CLASSES, assert_same, everything, options_of,
 from tritopt import optim
 from tritopt.engine import driver
 from tritopt.engine.driver import Apply
-from tritopt.engine.random import Noise, noise_key
+from tritopt.engine.random_keys import noise_key
 from tritopt.engine.state_dtype import stored
-from tritopt.kernels.formats.states import BLOCK, SIGNED, SQUARES, STATE_FORMATS
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import BLOCK
+from tritopt.kernels.formats.states import SIGNED, SQUARES, STATE_FORMATS
+from tritopt.kernels.formats.weights import MASTERS
+from tritopt.kernels.twins.random import Noise
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHAPES = ((3, 64), (2, 3, 64), (5, 7), (), (0, 64))

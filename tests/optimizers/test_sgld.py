@@ -15,7 +15,8 @@ import torch
 import tritopt
 from tests.support.trajectory import Array, assert_follows
 from tritopt.engine import driver
-from tritopt.engine.random import halves, key_words, normal
+from tritopt.engine.random_keys import halves, key_words
+from tritopt.kernels.twins.random import normal
 from tritopt.optimizers.sgld import SGLDScalars
 
 LR, WD, CLIP, RESCALE, SEED = 0.1, 0.05, 0.4, 0.7, 5

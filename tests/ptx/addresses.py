@@ -14,7 +14,7 @@ from tests.ptx.steps import assert_bits, assert_near
 from tritopt.engine import driver
 from tritopt.engine.group import Group
 from tritopt.engine.plan import Task
-from tritopt.kernels.formats.states import BLOCK
+from tritopt.kernels.formats.scales import BLOCK
 from tritopt.tools.ptx.driver import Record
 
 BF16 = torch.bfloat16

@@ -16,7 +16,7 @@ from tritopt.engine.device import on_device
 from tritopt.engine.driver import Apply
 from tritopt.engine.group import Launch
 from tritopt.engine.plan import Planner, Task
-from tritopt.kernels.formats.weights import PLAIN
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.language import INTERPRETED, triton
 
 pytest.importorskip("triton")

@@ -20,7 +20,9 @@ import tritopt
 from tests import mutations
 from tritopt.__main__ import app
 from tritopt.engine import driver, plan
-from tritopt.kernels.formats.states import BLOCK, SIGNED, STATE_FORMATS, store_int8
+from tritopt.kernels.formats.int8 import store_int8
+from tritopt.kernels.formats.scales import BLOCK
+from tritopt.kernels.formats.states import SIGNED, STATE_FORMATS
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, tl, triton  # noqa: F401
 from tritopt.mxnet import registry
 from tritopt.tools import check, checks

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tritopt.engine.launcher import Launcher
-from tritopt.engine.telemetry import OF_GRADIENT, OF_UPDATE, Tracked
+from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning import autotune
 from tritopt.engine.tuning.config import AMD as AMD
 from tritopt.engine.tuning.config import GENERIC, adapted
@@ -20,9 +20,10 @@ from tritopt.engine.tuning.config import NVIDIA as NVIDIA
 from tritopt.engine.tuning.config import Config as Config
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
 from tritopt.kernels.language import tl
 from tritopt.kernels.preambles import PREAMBLES
+from tritopt.kernels.telemetry import OF_GRADIENT, OF_UPDATE
 
 if TYPE_CHECKING:
     from tritopt.engine.group import Group, Launch

@@ -19,7 +19,7 @@ from tritopt.engine.device import (
     share_with_streams,
     upload,
 )
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
 
 if TYPE_CHECKING:
     from tritopt.engine.driver import Phase

@@ -17,11 +17,11 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.engine.group import Group, Launch, Reduce, Rows, run_phases, upload_table
-from tritopt.engine.random import is_dense
 from tritopt.engine.recent import Recent
 from tritopt.kernels.drivers.multi_tensor_norm import square_update
-from tritopt.kernels.formats.weights import PLAIN, Format
+from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON
+from tritopt.kernels.memory import is_dense
 
 
 class Task(NamedTuple):
@@ -35,7 +35,7 @@ class Task(NamedTuple):
     rows: torch.Tensor | None = None
     """int64: which rows of the weight and the states the rows of the gradient are for; None: all, in order."""
     noise: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Key, first position, width and gap of the random bits, where a format draws (engine/random.py: `Noise`)."""
+    """Key, first position, width and gap of the random bits, where a format draws: `Noise` says what they are."""
     state_formats: tuple[Format, ...] = ()
     """Of each state, whose planes stand in `state` one after the other. Empty: all plain."""
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.engine.random import lies_like
-from tritopt.kernels.formats.states import scales_shape
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
+from tritopt.kernels.formats.scales import scales_shape
+from tritopt.kernels.memory import lies_like
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -13,7 +13,8 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.telemetry import Telemetry, Tracker, check_asked, telemetry
 from tritopt.engine.warning import warn
-from tritopt.kernels.formats.weights import MASTER_FP32, PLAIN
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.kernels.formats.weights import MASTER_FP32
 from tritopt.mxnet import registry
 from tritopt.mxnet.rates import initial_lr
 from tritopt.mxnet.replay import Repeated
@@ -58,7 +59,7 @@ class Optimizer(Update):
             masters, so it takes "fp32" or None.
         state_dtype: how states are stored: "fp32", "bf16", "fp16", "int8", "fp8" (torch's dtypes do as well), or a dict
             of these by name of the state, the others fp32. All but fp32 round stochastically; the last three share a
-            scale among 64 neighbours in memory (kernels/formats/states.py). A state that would not bear it stays fp32:
+            scale among 64 neighbours in memory (kernels/formats/scales.py). A state that would not bear it stays fp32:
             see `state_kinds`. None: the (master) weight's dtype.
         rounding_seed: of the bits of stochastic rounding, which are a function of it, the index, the count and the
             element.

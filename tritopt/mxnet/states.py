@@ -11,7 +11,8 @@ from tritopt.engine.driver import Apply
 from tritopt.engine.plan import is_low_precision
 from tritopt.engine.state_dtype import FP32, Choice, checked, format_of_planes, formats_of, stored
 from tritopt.engine.warning import warn
-from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, PLAIN, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS
 from tritopt.mxnet.rates import Rates
 from tritopt.rule import State
 

@@ -14,9 +14,11 @@ from tritopt.engine.driver import Apply
 from tritopt.engine.group import Launch, Rows
 from tritopt.engine.launcher import Updates
 from tritopt.engine.plan import Planner, Task, unavailable
-from tritopt.engine.random import STEPS, Noise, noise_key
-from tritopt.engine.telemetry import Tracked, Tracker, measure, refuse, whole
-from tritopt.kernels.formats.weights import PLAIN, Format
+from tritopt.engine.random_keys import noise_key
+from tritopt.engine.telemetry import Tracked, Tracker, refuse, whole
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.telemetry import measure
+from tritopt.kernels.twins.random import STEPS, Noise
 from tritopt.mxnet.replay import Launched, Repeated, Replay, mark_written
 from tritopt.mxnet.sparse import StandIn
 from tritopt.mxnet.states import States, is_planes, structure

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Unpack
 
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.layout import Expected, Layout, Layouts, State
 from tritopt.optim.optimizer import Optimizer, Options, Params

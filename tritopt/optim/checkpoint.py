@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from tritopt.engine.warning import warn
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.states import STATE_FORMATS
-from tritopt.kernels.formats.weights import MASTERS, PLAIN
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.optim.convert import COMPANIONS, received, take_companion, take_states
 from tritopt.optim.defaults import HOW, WrongKindError
 from tritopt.optim.distributed import laid_out, local

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.random import lies_like
 from tritopt.engine.state_dtype import stored
+from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.states import STATE_FORMATS
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, SPLIT16, Format
+from tritopt.kernels.formats.weights import MASTERS, SPLIT16
+from tritopt.kernels.memory import lies_like
 from tritopt.optim.distributed import like, local, seen_as
 from tritopt.optim.layout import Expected, keys_of
 

@@ -10,8 +10,9 @@ import torch
 from tritopt.engine.driver import Apply
 from tritopt.engine.plan import is_low_precision
 from tritopt.engine.state_dtype import FP32, checked, formats_of
-from tritopt.kernels.formats.states import BLOCK, scales_shape
-from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import BLOCK, scales_shape
+from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT16
 from tritopt.optim.distributed import is_dtensor, takes_blocks
 from tritopt.rule import Rule
 

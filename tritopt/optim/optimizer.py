@@ -15,7 +15,8 @@ from tritopt.engine.device import is_capturing
 from tritopt.engine.state_dtype import checked
 from tritopt.engine.telemetry import Telemetry
 from tritopt.engine.validate import did_you_mean
-from tritopt.kernels.formats.weights import MASTERS, PLAIN
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.optim import checkpoint
 from tritopt.optim.convert import sendable
 from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, check_flag, torch_defaults

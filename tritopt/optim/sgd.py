@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.engine.scalars import where
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
 from tritopt.kernels.sgd import sgd_buffer_update, sgd_nesterov_update, sgd_update
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.layout import Layouts, State

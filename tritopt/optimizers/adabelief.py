@@ -8,8 +8,8 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.kernels.adabelief import adabelief_update
+from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.optimizers.adam import bias_corrected
 from tritopt.rule import Rule, Values

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.exact import sqrt
 from tritopt.engine.factored_phase import ApplyFactored
 from tritopt.engine.scalars import minimum
 from tritopt.engine.scalars import sqrt as scalar_sqrt
@@ -18,6 +17,7 @@ from tritopt.kernels.adafactor import (
     adafactor_update,
     adafactor_variance,
 )
+from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values
 

@@ -8,9 +8,9 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.kernels.adagrad import adagrad_update
 from tritopt.kernels.formats.states import SQUARES
+from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values
 

@@ -8,11 +8,11 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.engine.scalars import sqrt as scalar_sqrt
 from tritopt.engine.scalars import where
 from tritopt.kernels.adan import adan_update
 from tritopt.kernels.formats.states import SIGNED, SQUARES
+from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values
 

@@ -8,9 +8,9 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.engine.scalars import reciprocal
 from tritopt.kernels.ftrl import ftrl_update
+from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values
 

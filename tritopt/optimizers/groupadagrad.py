@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.exact import sqrt
 from tritopt.engine.row_phase import ApplyRows
 from tritopt.kernels.groupadagrad import groupadagrad_history, groupadagrad_square, groupadagrad_update
+from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values
 

@@ -9,9 +9,8 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import decay_of, sqrt, trust_ratio
 from tritopt.kernels.lamb import lamb_moments, lamb_update
-from tritopt.kernels.preambles import add_decay_twin
+from tritopt.kernels.twins.ops import add_decay, decay_of, sqrt, trust_ratio
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Stored, Values
 
@@ -112,7 +111,7 @@ class LAMBRule(Rule):
         """The recurrence above. u is computed again, from the moments as they are stored."""
 
         def direction(wd: float, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
-            return add_decay_twin(mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon), w, wd)
+            return add_decay(mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon), w, wd)
 
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g

@@ -9,9 +9,8 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import decay_of, norm, sqrt, trust_ratio
 from tritopt.kernels.lans import lans_gradient, lans_moments, lans_update
-from tritopt.kernels.preambles import add_decay_twin
+from tritopt.kernels.twins.ops import add_decay, decay_of, norm, sqrt, trust_ratio
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Stored, Values
 
@@ -122,7 +121,7 @@ class LANSRule(Rule):
 
         def directions(wd: float, mean: torch.Tensor, var: torch.Tensor) -> Values:
             root = sqrt(var * s.var_correction) + s.epsilon
-            return tuple(add_decay_twin(x, w, wd) for x in (mean * s.mean_correction / root, g / root))
+            return tuple(add_decay(x, w, wd) for x in (mean * s.mean_correction / root, g / root))
 
         grad_norm = norm(g)
         g = (g / torch.where(grad_norm == 0, 1.0, grad_norm).to(g.dtype)).clamp(-s.bound, s.bound)

@@ -11,10 +11,9 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import norm
 from tritopt.engine.plan import Task, compute_dtype
 from tritopt.kernels.lars import lars_momentum_update, lars_norms, lars_update
-from tritopt.kernels.preambles import add_decay_twin
+from tritopt.kernels.twins.ops import add_decay, norm
 from tritopt.mxnet.optimizer import register
 from tritopt.optimizers.sgd import SGD, SGDRule
 from tritopt.rule import State, Values
@@ -96,7 +95,7 @@ class LARSRule(SGDRule):
             trust_ratio = torch.ones_like(trust_ratio)
         trust_ratio = torch.where((weight_norm == 0) | weight_norm.isinf() | (grad_norm == 0), 1.0, trust_ratio)
         bound = s.bound if s.bound <= torch.finfo(g.dtype).max else math.inf
-        scaled = s.lr * trust_ratio.to(w.dtype) * add_decay_twin(g.clamp(-bound, bound), w, s.wd)
+        scaled = s.lr * trust_ratio.to(w.dtype) * add_decay(g.clamp(-bound, bound), w, s.wd)
         if not self.momentum:
             return w - scaled, ()
         (momentum,) = state

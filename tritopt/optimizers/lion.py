@@ -8,8 +8,8 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sign
 from tritopt.kernels.lion import lion_update
+from tritopt.kernels.twins.ops import sign
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values
 

@@ -8,10 +8,10 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.engine.scalars import sqrt as scalar_sqrt
 from tritopt.engine.scalars import where
 from tritopt.kernels.radam import radam_update
+from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.optimizers.adam import bias_corrected
 from tritopt.rule import Rule, Values

@@ -9,9 +9,9 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.kernels.formats.states import SIGNED, SQUARES
 from tritopt.kernels.rmsprop import rmsprop_centered_update, rmsprop_update
+from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values
 

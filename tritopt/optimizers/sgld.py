@@ -9,9 +9,10 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.random import STEPS, halves, key_words, normal
+from tritopt.engine.random_keys import halves, key_words
 from tritopt.engine.scalars import sqrt
 from tritopt.kernels.sgld import sgld_update
+from tritopt.kernels.twins.random import STEPS, normal
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values
 
@@ -40,9 +41,9 @@ class SGLDRule(Rule):
     whole data set, so rescale_grad is its size. The noise is neither rescaled nor clipped. No state.
 
     z is a function of (seed, the parameter's index, its update count, the element's position in row-major order), the
-    same in both steps and on every machine to the last bit (engine/random.py); it has the precision of fp32, also for
-    fp64 weights, and begins anew after 2^24 updates. Indices are therefore ints, strings or tuples of such. Weights
-    that are not contiguous (channels_last, transposed) are copied to be updated.
+    same in both steps and on every machine to the last bit; it has the precision of fp32, also for fp64 weights, and
+    begins anew after 2^24 updates. Indices are therefore ints, strings or tuples of such. Weights that are not
+    contiguous (channels_last, transposed) are copied to be updated.
 
     Differs from MXNet's: noise has a seed of its own; a learning rate of 0 leaves the weight as it is; there is a fused
     step.

@@ -8,8 +8,8 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sign
 from tritopt.kernels.signum import signsgd_update, signum_update
+from tritopt.kernels.twins.ops import sign
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values
 

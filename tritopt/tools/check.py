@@ -22,8 +22,9 @@ import torch
 import tritopt
 from tritopt.engine import driver, plan
 from tritopt.engine.validate import did_you_mean
-from tritopt.kernels.formats.states import BLOCK
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import BLOCK
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer

@@ -20,8 +20,9 @@ from tritopt.engine import driver
 from tritopt.engine.group import Launch
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.tuning.config import AMD, NVIDIA, Config
-from tritopt.kernels.formats.states import BLOCK
-from tritopt.kernels.formats.weights import PLAIN, Format, format_of
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import BLOCK
+from tritopt.kernels.formats.weights import format_of
 from tritopt.kernels.language import INTERPRETED, triton
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of

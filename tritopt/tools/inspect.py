@@ -24,7 +24,8 @@ import torch
 
 from tritopt import optim
 from tritopt.engine.validate import did_you_mean
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer

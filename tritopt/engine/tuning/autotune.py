@@ -38,7 +38,7 @@ from tritopt.engine.tuning.config import (
 )
 from tritopt.engine.warning import warn
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
 from tritopt.kernels.language import triton
 from tritopt.kernels.preambles import PREAMBLES
 

@@ -10,9 +10,9 @@ import torch
 from tritopt.engine.driver import Apply
 from tritopt.engine.group import Group, Launch, Rows
 from tritopt.engine.plan import Planner, Task, unavailable
-from tritopt.engine.random import Noise
 from tritopt.engine.telemetry import refuse
 from tritopt.engine.warning import warn_once
+from tritopt.kernels.twins.random import Noise
 from tritopt.optim import distributed
 from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, local

@@ -10,7 +10,7 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.state_dtype import stored
-from tritopt.kernels.formats.weights import PLAIN
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.optim import distributed
 from tritopt.optim.convert import COMPANIONS, completes, is_stored_as, received, take_companion, take_states
 from tritopt.optim.distributed import is_dtensor
