@@ -11,7 +11,7 @@ import torch
 
 from tritopt.engine import driver, plan
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Launch
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.drivers.multi_tensor_norm import square_update, sum_partials

@@ -21,9 +21,8 @@ import json, sys, torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from tritopt import optim
-from tritopt.engine import driver
 from tritopt.engine.plan import Planner, Task
-from tritopt.engine.group import Launch
+from tritopt.engine.phase import Launch
 from tritopt.kernels.formats.weights import PLAIN
 from tritopt.optimizers.adamw import AdamW
 from tritopt.optimizers.lamb import LAMB

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tritopt.engine import driver
-from tritopt.engine.group import Group, Launch
+from tritopt.engine.group import Group
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.row_phase import ApplyRows
 from tritopt.kernels.formats.weights import MASTER_FP32, PLAIN

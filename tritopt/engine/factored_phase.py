@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tritopt.engine import driver
+from tritopt.engine.group import Group
 from tritopt.engine.launcher import launch_once
+from tritopt.engine.phase import Launch
 from tritopt.engine.row_phase import group_constants
 from tritopt.kernels.drivers.factored_apply import (
     N_SHAPE,
@@ -20,9 +22,6 @@ from tritopt.kernels.drivers.factored_apply import (
     factored_sums,
 )
 from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
-
-if TYPE_CHECKING:
-    from tritopt.engine.group import Group, Launch
 
 BLOCK_PARTS, BLOCK_LINES = 8, 128
 

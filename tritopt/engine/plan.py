@@ -16,7 +16,8 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group, Launch, Reduce, Rows, run_phases, upload_table
+from tritopt.engine.group import Group, Rows, upload_table
+from tritopt.engine.phase import Launch, Reduce, run_phases
 from tritopt.engine.random import is_dense
 from tritopt.engine.recent import Recent
 from tritopt.kernels.drivers.multi_tensor_norm import square_update

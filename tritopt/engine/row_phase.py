@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tritopt.engine import driver
+from tritopt.engine.group import Group
 from tritopt.engine.launcher import launch_once
+from tritopt.engine.phase import Launch
 from tritopt.kernels.drivers.row_apply import row_apply
 from tritopt.kernels.language import tl
 from tritopt.kernels.preambles import PREAMBLES
-
-if TYPE_CHECKING:
-    from tritopt.engine.group import Group, Launch
 
 
 class ApplyRows(NamedTuple):

@@ -11,9 +11,9 @@ import torch
 from torch import promote_types as promote
 
 from tritopt.engine import validate
-from tritopt.engine.driver import Apply, Phase
-from tritopt.engine.group import Launch
+from tritopt.engine.driver import Apply
 from tritopt.engine.launcher import Updates
+from tritopt.engine.phase import Launch, Phase
 from tritopt.engine.plan import Planner, Task, compute_dtype, is_low_precision, unavailable
 from tritopt.engine.random import STEPS, Noise, noise_key
 from tritopt.engine.state_dtype import FP32, Choice, checked, format_of_planes, formats_of, stored

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 
 from tritopt.engine import driver
-from tritopt.engine.group import Launch
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.tuning.config import AMD, NVIDIA, Config
 from tritopt.kernels.formats.states import BLOCK

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group, Launch, Rows
+from tritopt.engine.group import Group, Rows
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, unavailable
 from tritopt.engine.random import Noise
 from tritopt.engine.telemetry import refuse

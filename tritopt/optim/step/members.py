@@ -9,7 +9,7 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Launch
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import unavailable
 from tritopt.engine.row_phase import ApplyRows
 from tritopt.mxnet.optimizer import Optimizer as Rule

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.engine.group import Array, Group, Launch, Rows, refresh_table, run_phases, upload_table
+from tritopt.engine.group import Array, Group, Rows, refresh_table, upload_table
+from tritopt.engine.phase import Launch, run_phases
 from tritopt.engine.plan import squares_of
 from tritopt.engine.walk import known_states, n_words, walk
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
