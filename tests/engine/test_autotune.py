@@ -29,6 +29,7 @@ from tritopt.engine import driver
 from tritopt.engine.device import is_capturing
 from tritopt.engine.group import Group
 from tritopt.engine.phase import Launch
+from tritopt.engine.plan import Planner
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Gpu, Scratch, Variant
 from tritopt.engine.tuning.cache import TuningCache
@@ -137,17 +138,15 @@ def test_no_configuration_changes_a_bit_of_what_is_elementwise(name: str, monkey
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "track": True}])
 def test_sums_are_the_same_on_every_gpu(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """LAMB's norms and the global one, whatever is shipped or tuned; but not if all launches were changed."""
-    monkeypatch.setattr(driver, "GENERIC", SHIPPED)
-    monkeypatch.setattr(driver, "CONFIG", SHIPPED)
     monkeypatch.setattr(autotune, "GENERIC", SHIPPED)
     expected = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
     for found in (Config(128, 128, 64, 1), Config(256, 512, 128, 2)):
         monkeypatch.setattr(Gpu, "shipped", lambda self, variant, size, found=found: found)
         monkeypatch.setattr(autotune, "_CHOSEN", {})
         assert_same_bits(train(tritopt.optim.LAMB, "fp32", steps=4, **options), expected)
-        monkeypatch.setattr(driver, "CONFIG", found)
+        monkeypatch.setattr(Planner, "config", found)
         different = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
-        monkeypatch.setattr(driver, "CONFIG", SHIPPED)
+        monkeypatch.setattr(Planner, "config", None)
         assert not all(torch.equal(a, b) for a, b in zip(different, expected, strict=True))
 
 

@@ -16,13 +16,9 @@ from tritopt.engine.launcher import Launcher
 from tritopt.engine.phase import Launch
 from tritopt.engine.telemetry import OF_GRADIENT, OF_UPDATE, Tracked
 from tritopt.engine.tuning import autotune
-from tritopt.engine.tuning.config import AMD as AMD
-from tritopt.engine.tuning.config import GENERIC, adapted
-from tritopt.engine.tuning.config import NVIDIA as NVIDIA
-from tritopt.engine.tuning.config import Config as Config
+from tritopt.engine.tuning.config import Config, adapted
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
-from tritopt.kernels.formats.weights import Format
 from tritopt.kernels.language import tl
 from tritopt.kernels.preambles import PREAMBLES
 
@@ -36,10 +32,6 @@ TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-
-
-CONFIG = GENERIC
-"""What phases have that do not choose (tuning/autotune.py). Another value is for all: tests and the compiler's."""
 
 
 class Apply(NamedTuple):
@@ -76,7 +68,7 @@ class Apply(NamedTuple):
         """Hash of the driver, of the functions that it is given, and of what the phase reads, writes and sums."""
         functions = (multi_tensor_apply, PREAMBLES[launch.preamble].kernel)
         sources = [getattr(function, "cache_key", "") for function in functions]
-        given = phase_constants(self, launch, group.formats, group.dtypes, n_earlier)["SOURCE_HASH"]
+        given = phase_constants(self, launch, group, n_earlier)["SOURCE_HASH"]
         return hashlib.sha256(repr((given, sources, self[1:])).encode()).hexdigest()[:16]
 
     def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
@@ -103,7 +95,7 @@ class _Applied:
         self._n_totals = phase.n_sums + len(self._tracks[0]) + len(self._tracks[1])
         self._variant = (phase, group.formats, group.dtypes, launch.preamble, bool(self._n_totals), config)
         self._constants = {
-            **phase_constants(phase, launch, group.formats, group.dtypes, n_earlier_sums),
+            **phase_constants(phase, launch, group, n_earlier_sums),
             "CHUNK_SIZE": config.chunk_size,
             "BLOCK_SIZE": config.block_size,
             "TAIL_SIZE": min(config.tail_size, config.block_size),
@@ -175,10 +167,9 @@ def tracks_of(phase: Apply, launch: Launch) -> tuple[tuple[str, ...], tuple[str,
 
 
 def _config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> Config:
-    """CONFIG or, where that is what is shipped, the phase's choice; adapted to what is stored."""
-    given = launch.config if CONFIG is GENERIC else CONFIG
-    if given is not None:
-        return adapted(given, group.formats, group.dtypes)
+    """The launch's configuration or, if it has none, the phase's choice; adapted to what is stored."""
+    if launch.config is not None:
+        return adapted(launch.config, group.formats, group.dtypes)
     # Not by the function itself, whose hash takes longer than all of this; it stays alive with what is kept.
     key = (id(phase.update), phase.n_sums, launch.tracked is None)
     chosen: tuple[Config, Any] | None = group.configs.get(key)
@@ -201,10 +192,9 @@ def chunk_tables(shapes: Sequence[torch.Size], chunk_size: int) -> tuple[np.ndar
     return tensors, np.repeat(np.arange(len(sizes), dtype=np.int32), chunks)
 
 
-def phase_constants(
-    phase: Apply, launch: Launch, formats: Sequence[Format], dtypes: Sequence[torch.dtype], n_earlier_sums: int
-) -> dict[str, Any]:
+def phase_constants(phase: Apply, launch: Launch, group: Group, n_earlier_sums: int) -> dict[str, Any]:
     """The driver's compile-time arguments for one phase, but for the launch's sizes."""
+    formats, dtypes = group.formats, group.dtypes
     n_states = len(formats) - 1
     of_gradient, of_update = tracks_of(phase, launch)
     # Behind the weight's planes stands the gradient, which is plain.
@@ -224,7 +214,7 @@ def phase_constants(
         "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states] * n_states),
         "WRITES": (phase.writes_weight, False, *[phase.writes_states] * n_states),
         "READS_OFFSETS": phase.reads_offsets,
-        "HAS_ROWS": dtypes[-1] == torch.int64,
+        "HAS_ROWS": group.has_rows,
         "N_EARLIER_SUMS": n_earlier_sums,
         "N_SUMS": phase.n_sums,
         "N_TOTALS": phase.n_sums + len(of_gradient) + len(of_update),

@@ -57,11 +57,13 @@ class Group:
     formats: tuple[Format, ...]
     """Of the weight and of each state."""
     dtypes: tuple[torch.dtype, ...]
-    """Of the pointer table's columns: the weight's planes, gradient, states, and int64 where there are rows."""
+    """Of the pointer table's columns: the weight's planes, gradient, states, and int64 if `has_rows`."""
     shapes: list[torch.Size]
     """Of the members' gradients."""
     noise: list[tuple[int, int, int, int]] = field(default_factory=list)
     """Of the members: `Task.noise`."""
+    has_rows: bool = False
+    """Whether gradients are of some rows of the weights, whose numbers the table's last column points to."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
     device_table: torch.Tensor | None = None
     stream: int = 0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -48,8 +47,7 @@ class Tunable(Phase, Protocol):
         ...
 
 
-@dataclass
-class Launch:
+class Launch(NamedTuple):
     """What the tasks of one step have in common."""
 
     phases: Sequence[Phase]
@@ -75,6 +73,12 @@ class Launch:
     def n_scalars(self) -> int:
         """Length of a row: rescale, clip bound, wd, the optimizer's, and perhaps the step."""
         return 3 + len(self.scalars._fields) + self.draws  # type: ignore[attr-defined]
+
+    def given(self, rescale: torch.Tensor | None, noop: torch.Tensor | None, tracked: list[Tracked] | None) -> Launch:
+        """The launch of one step, with what comes with that."""
+        if rescale is None and noop is None and tracked is None:
+            return self
+        return self._replace(rescale=rescale, noop=noop, tracked=tracked)
 
 
 class Reduce(Protocol):

@@ -528,7 +528,7 @@ class Optimizer:
             self.num_update = max([num_update, *updated.values()])
             self._index_update_count.clear()
             self._index_update_count.update(counts)
-            self._planner = Planner()  # whose tables may be half written
+            self._planner.forget()
             raise
 
     @torch.no_grad()
@@ -639,8 +639,8 @@ class Optimizer:
                 None if device_rescale is None else device_rescale.to(device),
                 skip_zero_rescale=self.skips_zero_rescale,
                 draws=draws,
+                tracked=[] if self.track else None,
             )
-            launch.tracked = [] if self.track else None
             steps = [(float(counts[i] % STEPS),) if draws else () for i in kernel]
             launched = [indices[i] for i in kernel]
             updates.begin(launched)

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -152,7 +152,7 @@ def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Conf
 def has_choice(phase: Tunable, group: Group, launch: Launch) -> bool:
     """Whether the configuration changes nothing that is computed, and is worth a measurement."""
     # A gradient of some rows has their numbers behind it: small, and never twice alike.
-    return not phase.n_sums and launch.tracked is None and group.dtypes[-1] != torch.int64
+    return not phase.n_sums and launch.tracked is None and not group.has_rows
 
 
 _CHOSEN: dict[tuple[torch.device, Key], Config] = {}
@@ -393,7 +393,7 @@ class Scratch:
     def launch(self, config: Config) -> None:
         """The phase, over all of them."""
         with on_device_of(self._group):
-            self._variant.phase.launch(self._group, replace(self._launch, config=config), self._sums)
+            self._variant.phase.launch(self._group, self._launch._replace(config=config), self._sums)
 
     def _filled(self, n: int, random: torch.Generator) -> list[torch.Tensor]:
         """One tensor for each plane: weights, masters and gradients like real ones, all else 0 as in a first step."""

@@ -130,7 +130,7 @@ class ColdStep:
         norm_groups = [] if opt.max_grad_norm is None else self._planner.groups_of_squares(self._key)
         if norm_groups is None:  # so many plans that this one had to go
             return None
-        return WarmStep(opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
+        return WarmStep(self._planner, opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
 
 
 def runs_fused(opt: Optimizer, member: Member) -> bool:

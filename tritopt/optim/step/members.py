@@ -78,10 +78,8 @@ def launch_for(bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, li
     """A bucket's launch, but for what comes with each step."""
     members = [member for some in bucket.runs for member in some]
     rule = members[0].rule
-    launch = Launch(rule.phases, scalars, rule.preamble, draws=bucket.draws)
-    if any(phase.sums_elements for phase in launch.phases):
-        launch.reduce = shard_sums(bucket.key, members) or None
-    return launch
+    sums = shard_sums(bucket.key, members) if any(phase.sums_elements for phase in rule.phases) else None
+    return Launch(rule.phases, scalars, rule.preamble, draws=bucket.draws, reduce=sums or None)
 
 
 class Only(NamedTuple):
