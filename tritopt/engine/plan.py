@@ -78,18 +78,19 @@ kernel_device = "cpu" if INTERPRETED else "cuda"
 """Type of the devices whose tensors kernels take; "cpu" too while the PTX machine runs them (tritopt/tools/ptx)."""
 
 
-def unavailable(tensor: torch.Tensor) -> str | None:
-    """Why the fused path cannot take this tensor and what to do about it, or None if it can."""
+def unavailable(tensor: torch.Tensor, way_out: str = "") -> str | None:
+    """Why the fused path cannot take this tensor and what to do about it, or None if it can.
+
+    way_out: what else the caller can do, such as "pass fused=False to run the reference step".
+    """
+    otherwise = way_out and f", or {way_out}"
     if not HAS_TRITON:
-        return MISSING_TRITON
+        return MISSING_TRITON + otherwise
     if tensor.device.type != kernel_device:
-        way_out = ": move it to a GPU, or set TRITON_INTERPRET=1"
+        remedy = ": move it to a GPU, or set TRITON_INTERPRET=1"
         if kernel_device == "cpu":
-            way_out = " while TRITON_INTERPRET=1: unset it" if INTERPRETED else ": switch the PTX machine off"
-        return (
-            f"the fused path cannot update a tensor on {tensor.device}{way_out}"
-            ", or pass use_fused_step=False to run the reference step"
-        )
+            remedy = " while TRITON_INTERPRET=1: unset it" if INTERPRETED else ": switch the PTX machine off"
+        return f"the fused path cannot update a tensor on {tensor.device}{remedy}{otherwise}"
     return None
 
 

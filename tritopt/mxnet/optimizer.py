@@ -566,7 +566,7 @@ class Optimizer:
         tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
         on_kernel = [self._runs_fused(index, weight, fused) for index, weight in zip(indices, weights, strict=True)]
         if self.track and any(on_kernel) and not all(isinstance(phase, Apply) for phase in self.phases):
-            refuse(type(self).__name__)
+            refuse(type(self).__name__, "use_fused_step=False")
         self._planner.check_aliases(tuple(indices), indices, tasks)
         return tasks, on_kernel
 
@@ -574,7 +574,9 @@ class Optimizer:
         if wanted is False:
             return False
         reason = (
-            unavailable(weight) if self.phases else f"{type(self).__name__} has no kernel; pass use_fused_step=False"
+            unavailable(weight, "pass use_fused_step=False to run the reference step")
+            if self.phases
+            else f"{type(self).__name__} has no kernel; pass use_fused_step=False"
         )
         if reason and wanted:
             raise ValueError(f"parameter {index!r}, use_fused_step=True: {reason}")

@@ -138,10 +138,9 @@ def runs_fused(opt: Optimizer, member: Member) -> bool:
     wanted, part = member.group["fused"], local(member.param)
     if wanted is False or member.group.get("differentiable"):
         return False
-    reason = unavailable(part)
+    reason = unavailable(part, "pass fused=False to run the reference step")
     if reason is None and member.needs_whole:
         reason = f"{type(opt).__name__} has no kernel for tensors that are sharded over processes"
-    reason = reason and reason.replace("use_fused_step=False", "fused=False")
     if reason and wanted and part.device.type == "cpu":
         warn_once(opt, f"fused=True on the CPU runs the reference: {reason}")
     elif reason and wanted:
@@ -153,7 +152,7 @@ def check_tracked(opt: Optimizer, members: Sequence[Member], fused: Sequence[boo
     """ValueError if there is no telemetry of a member."""
     for member, is_fused in zip(members, fused, strict=True):
         if is_fused and not all(isinstance(phase, Apply) for phase in member.rule.phases):
-            refuse(type(opt).__name__)
+            refuse(type(opt).__name__, "fused=False")
         if member.needs_whole:
             raise ValueError(
                 f"track=True needs the kernel of {type(opt).__name__} for tensors that are sharded over processes: "
