@@ -9,7 +9,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.driver import Apply, Phase
+from tritopt.engine.driver import Apply
+from tritopt.engine.phase import Phase
 from tritopt.engine.plan import Task, compute_dtype
 from tritopt.engine.telemetry import Tracked, whole
 from tritopt.kernels.formats.format import Format

@@ -274,7 +274,7 @@ def test_objects_are_not_kept_alive() -> None:
 
 @pytest.mark.parametrize(("value", "expected"), [("python", "True"), ("", "False")])
 def test_the_environment_can_insist_on_python(value: str, expected: str) -> None:
-    program = "from tritopt import walk; print(walk.walk() is walk.IN_PYTHON)"
+    program = "from tritopt.engine import walk; print(walk.walk() is walk.IN_PYTHON)"
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, "TRITOPT_WALK": value}, capture_output=True,
         text=True, check=True,

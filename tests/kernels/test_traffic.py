@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tritopt import optim
-from tritopt.engine import driver
+from tritopt.engine.plan import Planner
+from tritopt.engine.tuning.config import NVIDIA
 from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.language import INTERPRETED
 from tritopt.tools import cost
@@ -21,7 +22,7 @@ from tritopt.tools import cost
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CONFIG = driver.NVIDIA._replace(chunk_size=2048)
+CONFIG = NVIDIA._replace(chunk_size=2048)
 # Full blocks of two chunks, and a tail of more than a block.
 N = CONFIG.chunk_size + CONFIG.block_size + CONFIG.tail_size + BLOCK
 SHAPE = (N // BLOCK, BLOCK)
@@ -29,7 +30,7 @@ SHAPE = (N // BLOCK, BLOCK)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONFIG", CONFIG)
+    monkeypatch.setattr(Planner, "config", CONFIG)
 
 
 @dataclass

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import tritopt
-from tritopt.engine.plan import Planner
 from tritopt.kernels.language import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -35,7 +34,7 @@ class Scene:
 
     def step(self) -> None:
         if self.forgets:
-            self.opt._planner = Planner()
+            self.opt._planner.forget()
         self.updater(list(self.indices), self.grads, self.weights)
 
     def tensors(self) -> list[Any]:

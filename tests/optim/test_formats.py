@@ -12,9 +12,10 @@ import torch
 
 from tests.support.training import assert_same, everything, options_of, parameters, set_grads
 from tritopt import Optimizer, optim
-from tritopt.engine import driver
 from tritopt.engine.driver import Apply
+from tritopt.engine.plan import Planner
 from tritopt.engine.random_keys import noise_key
+from tritopt.engine.tuning.config import Config
 from tritopt.kernels.formats.format import Format
 from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC
 from tritopt.kernels.language import triton
@@ -174,7 +175,7 @@ def test_every_weight_is_what_its_value_rounds_to(fmt: Format, dtype: torch.dtyp
 @WITH_COMPANIONS
 def test_every_weight_is_taken_by_the_kernel_too(fmt: Format, dtype: torch.dtype, monkeypatch: Any) -> None:
     """A step that changes nothing, on all of them: weights stay, what stands beside them is as the reference has it."""
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=2**14, chunk_size=2**16, num_warps=4))
+    monkeypatch.setattr(Planner, "config", Config(block_size=2**14, chunk_size=2**16, num_warps=4))
     weight = every_weight(dtype)
     master = next(name for name in MASTERS if MASTERS[name] is fmt)
     companions = stale(fmt, weight)
@@ -504,7 +505,7 @@ def test_bits_go_by_seed_name_and_step_alone(master: str, cls: Any, monkeypatch:
     def trained(
         names: str = "abc", chunk: int = 64, seed: int = 0, resumed: bool = False, apart: bool = False
     ) -> list[torch.Tensor]:
-        monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=chunk, num_warps=1))
+        monkeypatch.setattr(Planner, "config", Config(block_size=16, chunk_size=chunk, num_warps=1))
 
         def build() -> tuple[dict[str, torch.nn.Parameter], Any]:
             params = dict(zip("abc", parameters(BF16, ((40,), (3, 24), (7,))), strict=True))

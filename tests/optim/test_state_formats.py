@@ -11,10 +11,11 @@ import torch
 
 from tests.support.training import CLASSES, assert_same, everything, options_of, parameters, set_grads
 from tritopt import optim
-from tritopt.engine import driver
 from tritopt.engine.driver import Apply
+from tritopt.engine.plan import Planner
 from tritopt.engine.random_keys import noise_key
 from tritopt.engine.state_dtype import stored
+from tritopt.engine.tuning.config import Config
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.formats.states import SIGNED, SQUARES, STATE_FORMATS
@@ -44,7 +45,7 @@ PRECISION = {"bf16": 7, "fp16": 10, "int8": 4, "fp8": 3}
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=64, chunk_size=64, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=64, chunk_size=64, num_warps=1))
 
 
 def make(cls: Any, params: Any, **options: Any) -> Any:
@@ -206,7 +207,7 @@ def test_kernel_is_the_reference_at_the_ends_of_fp32(
     cls: Any, name: str, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Codes and scales, bit for bit. SGD's buffer begins with the gradient, and Adagrad's sum with its square."""
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=block_size, chunk_size=512, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=block_size, chunk_size=512, num_warps=1))
     tiny = (2.0**-149, 3e-45, 2.0**-126, 1e-38, 1e-25, 1e-23, 3e-20, 1.8e19, 1.9e19)
     grad = torch.zeros(len(HUGE) + len(tiny), BLOCK)
     for row, extreme in zip(grad, (*HUGE, *tiny), strict=True):
@@ -259,7 +260,7 @@ def test_kernel_is_the_reference(cls: Any, name: str) -> None:
 @pytest.mark.parametrize("block_size", [BLOCK, 8 * BLOCK], ids=["full blocks", "tail"])
 def test_kernel_is_the_reference_at_edges(name: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside outliers, at zeros of either sign, at the ends of fp32, and where something is not finite."""
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=block_size, chunk_size=512, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=block_size, chunk_size=512, num_warps=1))
     grad = torch.zeros(6, BLOCK)
     grad[0, :6] = torch.tensor([1e4, 1e-6, -1e-9, -0.0, 1.0, -1.0])
     grad[1] = torch.linspace(-1, 1, BLOCK)
@@ -472,7 +473,7 @@ def test_training_continues_from_bytes(name: str) -> None:
 @pytest.mark.parametrize("name", ["bf16", "int8"])
 def test_chunks_and_order_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(order: str, chunk: int, block: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=block, chunk_size=chunk, num_warps=1))
+        monkeypatch.setattr(Planner, "config", Config(block_size=block, chunk_size=chunk, num_warps=1))
         params = dict(zip("abc", parameters(BF16, ((5, 64), (3, 64), (7,))), strict=True))
         opt = make(optim.AdamW, [(key, params[key]) for key in order], master="stochastic", state_dtype=name)
         for step in range(3):

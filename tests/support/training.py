@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tritopt.optim
-from tritopt.engine.group import Launch, run_phases
+from tritopt.engine.phase import Launch, run_phases
 
 Params = list[torch.nn.Parameter]
 

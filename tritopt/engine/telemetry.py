@@ -131,9 +131,9 @@ def check_asked(is_tracked: bool, name: str) -> None:
         )
 
 
-def refuse(name: str) -> None:
-    """ValueError: kernels that track nothing."""
+def refuse(name: str, way_out: str) -> None:
+    """ValueError: kernels that track nothing. way_out: the argument that runs the reference."""
     raise ValueError(
-        f"track=True is not for {name}, whose kernels sum up nothing else: leave it out, or run the reference "
-        "(use_fused_step=False, in tritopt.optim fused=False)"
+        f"track=True is not for {name}, whose kernels sum up nothing else: "
+        f"leave it out, or run the reference ({way_out})"
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 
 from tritopt.engine import validate
+from tritopt.engine.plan import Planner
 from tritopt.engine.telemetry import Telemetry, Tracker, check_asked, telemetry
 from tritopt.engine.warning import warn
 from tritopt.kernels.formats.format import PLAIN
@@ -149,7 +150,7 @@ class Optimizer(Update):
         self.wd_mult: dict[Any, float] = {}
         self.set_lr_mult({})
         self.set_wd_mult({})
-        self._forget_plans()
+        self._planner = Planner()
         self._known_scalars: dict[tuple[float, float, int], tuple[float, ...]] = {}
         self._checked: tuple[Any, ...] = ()
         """Values of attributes that `check_settings` has found right."""

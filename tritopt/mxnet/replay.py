@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.engine.group import Group, Launch, Rows, run_phases
+from tritopt.engine.group import Group, Rows
+from tritopt.engine.phase import Launch, run_phases
 from tritopt.engine.plan import Task
 from tritopt.engine.replay import table_of
 from tritopt.engine.walk import n_words, walk

@@ -11,8 +11,9 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Launch, Rows
+from tritopt.engine.group import Rows
 from tritopt.engine.launcher import Updates
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, unavailable
 from tritopt.engine.random_keys import noise_key
 from tritopt.engine.telemetry import Tracked, Tracker, refuse, whole
@@ -66,7 +67,7 @@ class Update(States):
         return self._known_scalars[key]
 
     def _forget_plans(self) -> None:
-        self._planner = Planner()
+        self._planner.forget()
 
     @torch.no_grad()
     def _run(
@@ -123,7 +124,7 @@ class Update(States):
             for launched in replay.launched:
                 launch = self._launch(type(rows.scalars[0]), launched.draws, launched.device, device_rescale)
                 updates.begin(launched.indices)
-                replay.launch(launched, rows.of_launch(launched), launch)
+                replay.launch(launched, rows.of_launch(launched), self._planner.configured(launch))
                 if launch.tracked is not None:
                     self._tracker.add(launched.indices, launch.tracked)
         mark_written(repeated.written)
@@ -141,7 +142,7 @@ class Update(States):
         tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
         on_kernel = [self._runs_fused(index, weight, fused) for index, weight in zip(indices, weights, strict=True)]
         if self.track and any(on_kernel) and not all(isinstance(phase, Apply) for phase in self.phases):
-            refuse(type(self).__name__)
+            refuse(type(self).__name__, "use_fused_step=False")
         self._planner.check_aliases(tuple(indices), indices, tasks)
         return tasks, on_kernel
 
@@ -149,7 +150,9 @@ class Update(States):
         if wanted is False:
             return False
         reason = (
-            unavailable(weight) if self.phases else f"{type(self).__name__} has no kernel; pass use_fused_step=False"
+            unavailable(weight, "pass use_fused_step=False to run the reference step")
+            if self.phases
+            else f"{type(self).__name__} has no kernel; pass use_fused_step=False"
         )
         if reason and wanted:
             raise ValueError(f"parameter {index!r}, use_fused_step=True: {reason}")
@@ -245,16 +248,15 @@ class Update(States):
             self._tracker.add([index], tracked)
 
     def _launch(self, scalars: type, draws: bool, device: torch.device, device_rescale: torch.Tensor | None) -> Launch:
-        launch = Launch(
+        return Launch(
             self.phases,
             scalars,
             self.preamble,
             None if device_rescale is None else device_rescale.to(device),
             skip_zero_rescale=self.skips_zero_rescale,
             draws=draws,
+            tracked=[] if self.track else None,
         )
-        launch.tracked = [] if self.track else None
-        return launch
 
     def _rows(self, indices: Sequence[Hashable], lrs: Sequence[float], rescale: float) -> ParameterRows:
         wds = self._get_wds(indices)

@@ -15,8 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tritopt.engine import validate
 from tritopt.engine.device import current_stream, is_capturing, on_device, share_with_streams
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Launch, Rows
+from tritopt.engine.group import Rows
 from tritopt.engine.launcher import Launcher
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, compute_dtype, unavailable
 from tritopt.engine.warning import warn
 from tritopt.kernels.drivers.multi_tensor_norm import clip_factor

@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 
 from tritopt import optim
-from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group, Launch
+from tritopt.engine.group import Group
+from tritopt.engine.phase import Launch, Tunable
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Timer, Variant
 from tritopt.engine.tuning.cache import TuningCache
@@ -175,9 +175,9 @@ def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torc
     """
     found: list[Variant] = []
 
-    def choose(phase: Apply, group: Group, launch: Launch, source: str, n_earlier: int) -> Config:
+    def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Config:
         if autotune.has_choice(phase, group, launch):
-            found.append(Variant(phase, group.formats, group.dtypes, launch, source, n_earlier))
+            found.append(autotune.variant_of(phase, group, launch, n_earlier))
         return config.GENERIC
 
     param = torch.zeros(2, 64, dtype=storage.dtype, device=device, requires_grad=True)

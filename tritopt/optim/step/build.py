@@ -8,7 +8,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group, Launch, Rows
+from tritopt.engine.group import Group, Rows
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, unavailable
 from tritopt.engine.telemetry import refuse
 from tritopt.engine.warning import warn_once
@@ -126,7 +127,7 @@ class ColdStep:
         norm_groups = [] if opt.max_grad_norm is None else self._planner.groups_of_squares(self._key)
         if norm_groups is None:  # so many plans that this one had to go
             return None
-        return WarmStep(opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
+        return WarmStep(self._planner, opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
 
 
 def runs_fused(opt: Owner, member: Member) -> bool:
@@ -134,10 +135,9 @@ def runs_fused(opt: Owner, member: Member) -> bool:
     wanted, part = member.group["fused"], local(member.param)
     if wanted is False or member.group.get("differentiable"):
         return False
-    reason = unavailable(part)
+    reason = unavailable(part, "pass fused=False to run the reference step")
     if reason is None and member.needs_whole:
         reason = f"{type(opt).__name__} has no kernel for tensors that are sharded over processes"
-    reason = reason and reason.replace("use_fused_step=False", "fused=False")
     if reason and wanted and part.device.type == "cpu":
         warn_once(opt, f"fused=True on the CPU runs the reference: {reason}")
     elif reason and wanted:
@@ -149,7 +149,7 @@ def check_tracked(opt: Owner, members: Sequence[Member], fused: Sequence[bool]) 
     """ValueError if there is no telemetry of a member."""
     for member, is_fused in zip(members, fused, strict=True):
         if is_fused and not all(isinstance(phase, Apply) for phase in member.rule.phases):
-            refuse(type(opt).__name__)
+            refuse(type(opt).__name__, "fused=False")
         if member.needs_whole:
             raise ValueError(
                 f"track=True needs the kernel of {type(opt).__name__} for tensors that are sharded over processes: "

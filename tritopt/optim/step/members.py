@@ -9,7 +9,7 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Launch
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import unavailable
 from tritopt.engine.row_phase import ApplyRows
 from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
@@ -76,10 +76,8 @@ def launch_for(bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, li
     """A bucket's launch, but for what comes with each step."""
     members = [member for some in bucket.runs for member in some]
     rule = members[0].rule
-    launch = Launch(rule.phases, scalars, rule.preamble, draws=bucket.draws)
-    if any(phase.sums_elements for phase in launch.phases):
-        launch.reduce = shard_sums(bucket.key, members) or None
-    return launch
+    sums = shard_sums(bucket.key, members) if any(phase.sums_elements for phase in rule.phases) else None
+    return Launch(rule.phases, scalars, rule.preamble, draws=bucket.draws, reduce=sums or None)
 
 
 class Only(NamedTuple):

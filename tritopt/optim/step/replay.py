@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.engine.group import Array, Group, Launch, Rows, refresh_table, run_phases, upload_table
-from tritopt.engine.plan import squares_of
+from tritopt.engine.group import Array, Group, Rows, refresh_table, upload_table
+from tritopt.engine.phase import Launch, run_phases
+from tritopt.engine.plan import Planner
 from tritopt.engine.walk import known_states, n_words, walk
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
@@ -74,6 +75,7 @@ class WarmStep:
     """Built after a step that was launched without copies. See the module.
 
     Args:
+        planner: of the optimizer.
         opt: the optimizer.
         hypers: its hyperparameters.
         members: all parameters that had a gradient.
@@ -85,6 +87,7 @@ class WarmStep:
 
     def __init__(
         self,
+        planner: Planner,
         opt: Owner,
         hypers: Hypers,
         members: Sequence[Member],
@@ -93,6 +96,7 @@ class WarmStep:
         only: Only | None,
         like: WarmStep | None,
     ) -> None:
+        self._planner = planner
         self.members = _without_gradients(members)
         stripped = {id(member): new for member, new in zip(members, self.members, strict=True)}
         self.positions = [member.position for member in members]
@@ -163,7 +167,7 @@ class WarmStep:
         for table in self._norm_tables:
             table.upload(self._grads, self._no_rows, _NO_ROW)
         groups = [table.group for table in self._norm_tables]
-        return squares_of(groups, len(self.members), self.device, reduce if reduce else None)
+        return self._planner.squares_of(groups, len(self.members), self.device, reduce if reduce else None)
 
     def host_rows(self, bucket: Bucket, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
         """Of the bucket's members."""
@@ -175,7 +179,7 @@ class WarmStep:
         """Of a bucket; the same each time."""
         launches = self._updates[id(bucket)].launches
         if not launches:
-            launches.append(launch_for(bucket, scalars, shard_sums))
+            launches.append(self._planner.configured(launch_for(bucket, scalars, shard_sums)))
         return launches[0]
 
     def launch(self, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:

@@ -106,9 +106,7 @@ class Stepper:
         undo.replaced.clear()
         for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
             launch = step.launch_of(bucket, scalars, self._shard_sums)
-            launch.rescale = _on(rescale, bucket.device)
-            launch.noop = _on(found_inf, bucket.device)
-            launch.tracked = [] if opt.track else None
+            launch = launch.given(_on(rescale, bucket.device), _on(found_inf, bucket.device), [] if opt.track else None)
             step.launch(bucket, values, launch, undo)
             if launch.tracked is not None:
                 self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
@@ -130,7 +128,8 @@ class Stepper:
             share_with_streams(self._tensors())
 
     def _forget_plans(self) -> None:
-        self._planner, self._clip, self._hypers, self._warm = Planner(), Clip(), Hypers(), None
+        self._planner.forget()
+        self._clip, self._hypers, self._warm = Clip(), Hypers(), None
         self._hypers_of, self._warm_of, self._tables = {}, {}, {}
         self._params, self._warm_by_gradients, self._complete = [], Recent(), Complete()
 
