@@ -28,7 +28,7 @@ def name_of(case: Case) -> str:
 
 
 NAMES = ("adamw", "lamb", "groupadagrad", "adafactor", "sgld", "lion")
-CASES = [case for case in check.cases(check.registered(NAMES)) if is_chosen(case)]
+CASES = [case for case in check.find_cases(check.registered(NAMES)) if is_chosen(case)]
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,10 @@ from tritopt.commands.console import (
 )
 from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
-from tritopt.tools.check import Row, cases, environment, find_optimizers, registered
-from tritopt.tools.checks import TARGETS, run_cases
+from tritopt.tools.check import Row, find_cases
+from tritopt.tools.check.processes import TARGETS, run_cases
+from tritopt.tools.environment import environment
+from tritopt.tools.optimizers import find_optimizers, registered
 
 MAX_FAILURES = 20
 
@@ -64,7 +66,7 @@ def check(
     if not as_json:
         terminal.print(where(machine), soft_wrap=True)
     rows = list(
-        with_progress(run_cases(named, quick, compile_for), "checking", len(cases(classes, quick)), not as_json)
+        with_progress(run_cases(named, quick, compile_for), "checking", len(find_cases(classes, quick)), not as_json)
     )
     passed = _all_passed(rows)
     if as_json:

@@ -13,7 +13,7 @@ import typer
 from tritopt.commands.console import AsJson, AsMarkdown, Column, Line, console, print_table, with_progress
 from tritopt.tools import numerics as report
 from tritopt.tools import numerics_plot
-from tritopt.tools.check import device
+from tritopt.tools.environment import device
 
 
 def numerics(

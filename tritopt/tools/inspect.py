@@ -27,11 +27,11 @@ from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer
-from tritopt.tools.check import find_optimizers
 from tritopt.tools.compiled import CompiledLaunch, compile_launches, compile_norm
 from tritopt.tools.cost import Traffic, bytes_per_parameter, phase_traffic
 from tritopt.tools.gpus import ARCHITECTURES, DEFAULTS, Gpu, find_gpu, find_target, resident_programs
 from tritopt.tools.numerics import FORMATS, StorageFormat, find_formats
+from tritopt.tools.optimizers import find_optimizers
 
 NORM = "norm"
 """Stands for the global norm of the gradients, which max_grad_norm takes."""

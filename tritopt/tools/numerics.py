@@ -23,7 +23,7 @@ from torch.nn import functional
 from tritopt import optim
 from tritopt.engine import validate
 from tritopt.mxnet import registry
-from tritopt.tools.check import device
+from tritopt.tools.environment import device
 
 STEPS = 3000
 DIGITS_LR = 1e-4

@@ -26,7 +26,7 @@ from tritopt.engine.launcher import no_launches
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
 from tritopt.tools.bench import peers
 from tritopt.tools.bench.machine import commit, cpu_name, now
-from tritopt.tools.check import device, environment, fused_unavailable
+from tritopt.tools.environment import device, environment, fused_unavailable
 
 ELEMENTS = 4
 """Of each tensor: what work there is beside kernels must not be arithmetic."""

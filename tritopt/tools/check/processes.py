@@ -12,8 +12,11 @@ from typing import IO, NamedTuple
 
 import torch
 
-from tritopt.tools.check import N_STEPS, Case, Row, case_row, cases, check_case, device, find_optimizers, registered
+from tritopt.tools.check.cases import Case, Row, case_row, find_cases
+from tritopt.tools.check.run import N_STEPS, check_case
+from tritopt.tools.environment import device
 from tritopt.tools.interpreter import speed_up
+from tritopt.tools.optimizers import find_optimizers, registered
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 """Compute capabilities of the GPUs that the PTX machine stands in for, by the compiler's names."""
@@ -35,7 +38,7 @@ class Part(NamedTuple):
 
     def cases(self) -> list[Case]:
         """Return all cases, those of other processes too."""
-        return cases(find_optimizers(self.names) if self.names else registered(), self.quick)
+        return find_cases(find_optimizers(self.names) if self.names else registered(), self.quick)
 
     def rows(self) -> Iterator[Row]:
         """Check this share."""
@@ -48,7 +51,7 @@ def run_cases(names: Sequence[str], quick: bool, target: str | None = None) -> I
     """A row for each case, in order, as soon as it is known; on the CPU by a process for each core, if there are many.
 
     Args:
-        names: optimizers, as `tritopt.tools.check.find_optimizers` takes them; none: all that are registered.
+        names: optimizers, as `tritopt.tools.optimizers.find_optimizers` takes them; none: all that are registered.
         quick: whether there are fewer cases of fewer steps.
         target: a key of TARGETS, to compile kernels for it and run them in the PTX machine; None: as they are here.
     """
@@ -76,7 +79,7 @@ def _n_cores() -> int:
 
 def _start(part: Part) -> subprocess.Popen[str]:
     """Start a process that writes a line of JSON for each row; when nobody reads any more, it ends."""
-    command = [sys.executable, "-m", "tritopt.tools.checks", json.dumps(part)]
+    command = [sys.executable, "-m", "tritopt.tools.check.processes", json.dumps(part)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 

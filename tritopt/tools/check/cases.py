@@ -1,0 +1,173 @@
+"""The cases of a check: optimizers, their variants, kinds of tensors, and the row that one becomes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from tritopt.engine import driver
+from tritopt.kernels.formats.weights import MASTERS, PLAIN
+from tritopt.mxnet.optimizer import Optimizer
+from tritopt.tools.optimizers import registered
+
+LEARNING_RATE = 0.1
+"""A tenth of the weights' size for optimizers that normalise: movement stands out from rounding in every dtype."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    # A third of the gradients is clipped, and wd * w is too small to cancel any of them.
+    "wd, clip, rescale": {"wd": 0.05, "clip_gradient": 1.5, "rescale_grad": 2.0},
+}
+FORMATS: tuple[tuple[torch.dtype, str | None, str | None, tuple[torch.dtype, ...]], ...] = (
+    (torch.float32, None, None, (torch.float32, torch.bfloat16)),
+    (torch.float64, None, None, (torch.float64,)),
+    (torch.float16, None, None, (torch.float16,)),
+    (torch.float16, "fp32", None, (torch.float16, torch.float32)),
+    (torch.bfloat16, None, None, (torch.bfloat16,)),
+    (torch.bfloat16, "fp32", None, (torch.bfloat16, torch.float32)),
+    *((torch.bfloat16, master, None, (torch.bfloat16,)) for master in MASTERS if master != "fp32"),
+    # A state's format and a weight's know nothing of each other: some pairs will do.
+    (torch.bfloat16, "split16", "bf16", (torch.bfloat16,)),
+    (torch.bfloat16, "split16", "fp16", (torch.bfloat16,)),
+    (torch.bfloat16, "split8", "int8", (torch.bfloat16,)),
+    (torch.bfloat16, "split8", "fp8", (torch.bfloat16,)),
+    (torch.float32, None, "int8", (torch.float32,)),
+    (torch.float32, None, "fp8", (torch.float32,)),
+)
+"""Dtype of the weights, `master` of the optimizer or None without multi_precision, its `state_dtype`, and dtypes of the
+gradients."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer with one set of arguments on one kind of tensors."""
+
+    cls: type[Optimizer]
+    variant: dict[str, Any]
+    weight_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    master: str | None
+    """The optimizer's argument; None: no multi_precision."""
+    state_dtype: str | None
+    """Likewise; None: states of the (master) weight's dtype."""
+    option: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the optimizer is constructed with."""
+        master: dict[str, Any] = {"multi_precision": True} if self.master else {}
+        if self.master not in (None, "fp32"):
+            master["master"] = self.master
+        states = {} if self.state_dtype is None else {"state_dtype": self.state_dtype}
+        option = {key: value for key, value in OPTIONS[self.option].items() if key != "wd" or self.cls.decays}
+        return {"learning_rate": LEARNING_RATE, **self.variant, **option, **master, **states}
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the optimizer, left alone, takes a fused step where it can."""
+        if self.cls.fused_step is not Optimizer.fused_step:
+            return True
+        return self.cls.step is Optimizer.step and bool(self.cls(**self.arguments).phases)
+
+    @property
+    def rereads_states(self) -> bool:
+        """Whether the weights depend on how the new states were rounded."""
+        return self.state_dtype is not None and self.cls.rereads_states
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the arithmetic. A step of the user's own works in the weights' dtype."""
+        if self.cls.step is not Optimizer.step and not self.master:
+            return self.weight_dtype
+        return torch.float64 if self.weight_dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Row:
+    """The outcome of a case. Errors are the largest of all steps and elements, in ulp of the dtype of storage.
+
+    That of a state in fewer bits is the distance to the next number that it could have been stored as.
+    """
+
+    optimizer: str
+    arguments: dict[str, Any]
+    """To construct it with."""
+    variant: dict[str, Any]
+    """Those of the arguments that are a variant of the optimizer."""
+    option: str
+    """Key of OPTIONS."""
+    weight_dtype: str
+    grad_dtype: str
+    master: str | None
+    """How the weights' master is kept, a key of MASTERS. None: there is none."""
+    state_dtype: str | None
+    """How states are stored. None: in the (master) weight's dtype."""
+    fused_vs_reference: float | None = None
+    """Of the weights, as the two below. None: not compared."""
+    fused_vs_truth: float | None = None
+    reference_vs_truth: float | None = None
+    states: float | None = None
+    """The largest of the three for states and masters."""
+    passed: bool = True
+    reason: str = ""
+    """Why it failed, or why something was not compared."""
+
+    def enter(self, column: str, error: float) -> None:
+        """Keep the larger error. Infinity becomes the largest number, which JSON can say."""
+        setattr(self, column, max(getattr(self, column) or 0.0, min(error, sys.float_info.max)))
+
+    def fail(self, reason: str) -> None:
+        """Mark as failed; the first reason stays."""
+        if self.passed:
+            self.passed, self.reason = False, reason
+
+
+def case_row(case: Case) -> Row:
+    """The row of a case that was not checked yet."""
+    return Row(
+        case.cls.__name__.lower(),
+        case.arguments,
+        case.variant,
+        case.option,
+        str(case.weight_dtype).removeprefix("torch."),
+        str(case.grad_dtype).removeprefix("torch."),
+        case.master,
+        case.state_dtype,
+    )
+
+
+def find_cases(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> list[Case]:
+    """All cases of the optimizers (None: of all that are registered); `quick` leaves out most combinations."""
+    found = []
+    for cls in registered() if classes is None else classes:
+        for variant, (weight_dtype, master, state_dtype, grad_dtypes), option in product(
+            cls.variants, FORMATS, OPTIONS
+        ):
+            # What the options do comes before anything is stored: one of them will do for most formats.
+            is_special = master not in (None, "fp32") or state_dtype is not None
+            if option == "plain" and (is_special or (quick and weight_dtype != torch.float32)):
+                continue
+            if is_special and not _goes_with(cls, variant, master, state_dtype):
+                continue
+            for grad_dtype in (weight_dtype,) if quick else grad_dtypes:
+                found.append(Case(cls, dict(variant), weight_dtype, grad_dtype, master, state_dtype, option))
+    return found
+
+
+def _goes_with(cls: type[Optimizer], variant: dict[str, Any], master: str | None, state_dtype: str | None) -> bool:
+    """Whether the optimizer takes these, as its documentation says, and they change anything."""
+    if cls.step is not Optimizer.step or cls.fused_step is not Optimizer.fused_step:
+        return False
+    try:
+        opt = cls(**variant, state_dtype=state_dtype)
+        launches, formats = opt.phases, opt.state_formats()
+    except Exception:  # the row that shows it will say why
+        return True
+    if state_dtype is not None and all(fmt is PLAIN for fmt in formats):
+        return False
+    draws = master is not None and MASTERS[master].draws
+    return not draws or all(isinstance(phase, driver.Apply) for phase in launches)
