@@ -49,7 +49,7 @@ def still_update(w, g, state, s):  # type: ignore[no-untyped-def]
 class Still(Optimizer):
     """Updates nothing."""
 
-    driver = (Apply(still_update),)
+    phases = (Apply(still_update),)
     preamble = "decoupled"
 
     def scalars(self, lr: float, wd: float, count: int) -> StillScalars:

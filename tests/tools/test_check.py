@@ -91,7 +91,7 @@ def drifting_update(w, g, state, s):  # type: ignore[no-untyped-def]
 class Drifting(tritopt.Test):
     """A hundred-thousandth of a step too fast."""
 
-    driver = (tritopt.Apply(drifting_update, reads_states=False, writes_states=False),)
+    phases = (tritopt.Apply(drifting_update, reads_states=False, writes_states=False),)
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def undefined_update(w, g, state, s):  # type: ignore[no-untyped-def]
 class Undefined(tritopt.Test):
     """NaN everywhere."""
 
-    driver = (tritopt.Apply(undefined_update, reads_states=False, writes_states=False),)
+    phases = (tritopt.Apply(undefined_update, reads_states=False, writes_states=False),)
 
 
 class Ported(tritopt.Optimizer):

@@ -26,7 +26,7 @@ from tritopt.tools.bench import host, measure
 from tritopt.tools.inspect import Change, load
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNTS = ROOT / "tests" / "counts_sm_90.json"
+COUNTS = ROOT / "tests" / "data" / "counts_sm_90.json"
 
 
 def run(*arguments: str, **env: str) -> Any:
