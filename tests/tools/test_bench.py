@@ -24,7 +24,6 @@ from tritopt.kernels.formats.weights import SPLIT16
 from tritopt.kernels.language import INTERPRETED
 from tritopt.optim.adam import TorchAdam
 from tritopt.optimizers import AdamW
-from tritopt.tools import numerics
 from tritopt.tools.bench import machine, measure, peers, plot, run, targets
 from tritopt.tools.bench.device import Device, Rehearsal
 from tritopt.tools.bench.measure import Row
@@ -33,6 +32,7 @@ from tritopt.tools.bench.plan import ELEMENTWISE, MAIN, SUMMING, Item, plan
 from tritopt.tools.bench.run import Bench, find_device
 from tritopt.tools.bench.shapes import MODELS, Model, miniature
 from tritopt.tools.cost import bytes_per_parameter
+from tritopt.tools.storage import FORMATS
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a rehearsal runs in Triton's interpreter")
 FUSED = next(peer for peer in PEERS if peer.name == "torch fused")
@@ -142,7 +142,7 @@ def test_unknown_names_are_refused(arguments: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: f"{peer.name}-{peer.optimizer}-{peer.formats[0]}")
 def test_peers_stand_beside_what_there_is(peer: Peer) -> None:
-    assert set(peer.formats) <= set(numerics.FORMATS)
+    assert set(peer.formats) <= set(FORMATS)
     assert hasattr(optim, peer.optimizer)
     assert peers.beside(peer.optimizer, peer.formats[0], [peer.name]) == [peer]
 
@@ -356,7 +356,7 @@ def test_rows_say_what_must_move_and_what_was_launched(optimizer: str, launches:
 
 
 def test_memory_is_known_before_it_is_taken() -> None:
-    found = {name: measure.resident("AdamW", numerics.FORMATS[name]) for name in ("fp32", MAIN, "split8+int8", "none")}
+    found = {name: measure.resident("AdamW", FORMATS[name]) for name in ("fp32", MAIN, "split8+int8", "none")}
     assert found == {"fp32": 16, MAIN: 14, "split8+int8": 7 + 1 / 16, "none": 8}
 
 
@@ -399,7 +399,7 @@ def test_bytes_of_what_is_stored_otherwise_are_unknown(model: str, is_known: boo
      ("GroupAdaGrad", MAIN), ("RMSprop", "fp16-kahan")],
 )  # fmt: skip
 def test_checks_are_green(optimizer: str, fmt: str) -> None:
-    assert run.gate(optimizer, numerics.FORMATS[fmt]) is None
+    assert run.gate(optimizer, FORMATS[fmt]) is None
 
 
 @interpreted

@@ -17,26 +17,24 @@ from typer.testing import CliRunner
 
 from tritopt import optim
 from tritopt.__main__ import app
-from tritopt.tools import numerics, numerics_plot
-from tritopt.tools.numerics import (
+from tritopt.tools.numerics import COLUMNS, DIGITS_LR, Report, Row, plot, summary
+from tritopt.tools.numerics.digits import Digits, digits_row, train_digits
+from tritopt.tools.numerics.record import Movement
+from tritopt.tools.numerics.stress import (
+    ANY_OUTLIERS,
     CASES,
     DECAY,
-    FORMATS,
     GRADIENTS,
+    LOSS_SCALE,
     OUTLIER,
-    TRUTH,
+    OUTLIERS,
+    SAME_OUTLIERS,
     Case,
-    Digits,
-    Movement,
-    Report,
-    Row,
     Stress,
-    digits_row,
-    find_formats,
     stress_rows,
-    train_digits,
     train_stress,
 )
+from tritopt.tools.storage import BY_DEFAULT, FORMATS, TRUTH, WEIGHTS, find_formats
 
 CLASSES = sorted(
     {value for value in vars(optim).values() if inspect.isclass(value) and issubclass(value, optim.Optimizer)}
@@ -97,7 +95,7 @@ def test_gradients_are_what_the_cases_say() -> None:
         else:
             assert float(size[is_outlier].median() / size.median()) == pytest.approx(OUTLIER, rel=0.2)
             places = is_outlier.any(dim=0).sum()
-            assert (places == numerics.OUTLIERS) if case.outliers == "same" else (places > 10 * numerics.OUTLIERS)
+            assert (places == OUTLIERS) if case.outliers == "same" else (places > 10 * OUTLIERS)
     again = Stress(CASES, 600)
     assert torch.equal(again.start, stress.start)
     assert torch.equal(again.gradients(590), grads[59])
@@ -114,7 +112,7 @@ def test_fp16_gradients_are_exact() -> None:
     """But for those below 2e-3 of the smallest rms, which are subnormal."""
     stress = Stress([case for case in CASES if case.outliers is None], 1)
     exact = stress.gradients(0)
-    scaled = (exact * numerics.LOSS_SCALE).half().float() / numerics.LOSS_SCALE
+    scaled = (exact * LOSS_SCALE).half().float() / LOSS_SCALE
     assert scaled.isfinite().all()
     large = exact.abs() > 2e-11
     assert torch.equal(scaled[large], exact[large])
@@ -123,7 +121,7 @@ def test_fp16_gradients_are_exact() -> None:
 # What it says of the formats.
 
 
-@pytest.mark.parametrize("name", [*numerics.WEIGHTS, "fp32+bf16", "split8+int8", "split8+fp8", "stochastic+int8"])
+@pytest.mark.parametrize("name", [*WEIGHTS, "fp32+bf16", "split8+int8", "split8+fp8", "stochastic+int8"])
 def test_decay_alone(name: str) -> None:
     (row,) = rows_of(name, [BY_NAME[DECAY]], 100)
     assert row.remains == (1.0 if name == "none" else pytest.approx((1 - 1e-4) ** 100, abs=2e-4))
@@ -163,9 +161,9 @@ def test_split16_is_the_master() -> None:
 
 def test_the_digits_are_learned() -> None:
     digits = Digits.load()
-    expected = train_digits(optim.AdamW, TRUTH, digits, 90, numerics.DIGITS_LR)
+    expected = train_digits(optim.AdamW, TRUTH, digits, 90, DIGITS_LR)
     truth, master, none = (
-        digits_row(optim.AdamW, fmt, digits, 90, numerics.DIGITS_LR, expected)
+        digits_row(optim.AdamW, fmt, digits, 90, DIGITS_LR, expected)
         for fmt in (TRUTH, *find_formats(["master", "none"]))
     )
     assert truth.loss is not None
@@ -215,12 +213,12 @@ def row(case: str, **numbers: Any) -> Row:
 
 
 def cell(title: str, *rows: Row) -> str:
-    (cells,) = numerics.summary(rows).values()
-    return cells[[column.title for column in numerics.COLUMNS].index(title)]
+    (cells,) = summary(rows).values()
+    return cells[[column.title for column in COLUMNS].index(title)]
 
 
 def test_cells_show_the_worst_case() -> None:
-    same, other = numerics.SAME_OUTLIERS, numerics.ANY_OUTLIERS
+    same, other = SAME_OUTLIERS, ANY_OUTLIERS
     assert cell("kept %, outliers", row(same, kept=0.98), row(other, kept=1.01)) == "98.0"
     assert cell("kept %, outliers", row(same, kept=0.98), row(other, kept=1.5)) == "150.0"
     assert cell("kept %, outliers", row(same, kept=math.nan), row(other, kept=1.5)) == "nan"
@@ -232,16 +230,16 @@ def test_cells_show_the_worst_case() -> None:
     assert cell("bytes kept", row("gradient rms 1e-2", resident=7.03125)) == "7.031"
 
 
-@pytest.mark.parametrize("name", numerics.BY_DEFAULT)
+@pytest.mark.parametrize("name", BY_DEFAULT)
 def test_readme_has_a_row_for_each_format(name: str) -> None:
     """With the bytes that are true."""
     text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
     (table,) = re.findall(r"<!-- numerics: .*? -->\n(.*?)<!-- end of numerics -->", text, re.DOTALL)
     header, _, truth, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()]
-    assert header == ["format", *(column.title for column in numerics.COLUMNS)]
-    assert [truth[0], *(line[0] for line in lines)] == [TRUTH.name, *numerics.BY_DEFAULT]
+    assert header == ["format", *(column.title for column in COLUMNS)]
+    assert [truth[0], *(line[0] for line in lines)] == [TRUTH.name, *BY_DEFAULT]
     (line,) = [line for line in lines if line[0] == name]
-    (cells,) = numerics.summary(rows_of(name, [BY_NAME["gradient rms 1e-2"]], 1)).values()
+    (cells,) = summary(rows_of(name, [BY_NAME["gradient rms 1e-2"]], 1)).values()
     assert line[1:3] == cells[:2]
 
 
@@ -323,16 +321,16 @@ def unboxed(output: str) -> str:
     return " ".join(output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("suffix", numerics_plot.SUFFIXES)
+@pytest.mark.parametrize("suffix", plot.SUFFIXES)
 def test_plot(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = list(Report(formats=find_formats(["fp32", "none"]), steps=2, with_digits=False).rows())
     rows += [replace(r, format="refused", kept=None, drift=None, update=None, moved=None) for r in rows[: len(CASES)]]
     path = tmp_path / f"picture{suffix}"
-    numerics_plot.save_plot(rows, path)
+    plot.save_plot(rows, path)
     written = path.read_bytes()
     assert written.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
     assert len(written) > 10_000
     if suffix == ".svg":
-        numerics_plot.save_plot(rows, path)
+        plot.save_plot(rows, path)
         assert path.read_bytes() == written

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tritopt import optim
 from tritopt.engine.state_dtype import Choice
 from tritopt.kernels.formats.states import BLOCK
 from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, PLAIN, SPLIT8, SPLIT16, Format
@@ -116,6 +117,37 @@ def fresh_state(opt: Optimizer, index: Hashable, weight: torch.Tensor) -> State:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*accumulates in", UserWarning)
         return opt.create_state_multi_precision(index, weight)
+
+
+class Bytes(NamedTuple):
+    """Per parameter."""
+
+    resident: float
+    moved: float
+
+
+def counted_bytes(opt: optim.Optimizer) -> Bytes:
+    """Of the tensors that an optimizer holds after a step: parameters, gradients and states.
+
+    What a step moves is what the phases of its kernel say they load and store of these tensors;
+    tests/kernels/test_traffic.py counts that they do.
+    """
+    resident = moved = 0.0
+    n_elements = 0
+    for group in opt.param_groups:
+        rule = opt.rule_of(group)
+        for param in group["params"]:
+            fmt = opt.format_of(param, group)
+            n_elements += param.numel()
+            kept = {key: value for key, value in opt.state[param].items() if getattr(value, "ndim", 0)}
+            planes = [param.nbytes, *[kept[name].nbytes for name in kept if name == fmt.companion]]
+            states = sum(tensor.nbytes for tensor in kept.values()) - sum(planes[1:])
+            grad = param.dtype.itemsize * param.numel()
+            resident += sum(planes) + grad + states
+            loaded = sum(size for size, is_read in zip(planes, fmt.plane_reads, strict=True) if is_read)
+            for phase in rule.phases:
+                moved += sum(phase.traffic((loaded, sum(planes)), grad, states))
+    return Bytes(resident / n_elements, moved / n_elements)
 
 
 def listings(classes: Sequence[type[Optimizer]] | None = None) -> Iterator[Listing]:

@@ -30,8 +30,8 @@ from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.compiled import CompiledLaunch, compile_launches, compile_norm
 from tritopt.tools.cost import Traffic, bytes_per_parameter, phase_traffic
 from tritopt.tools.gpus import ARCHITECTURES, DEFAULTS, Gpu, find_gpu, find_target, resident_programs
-from tritopt.tools.numerics import FORMATS, StorageFormat, find_formats
 from tritopt.tools.optimizers import find_optimizers
+from tritopt.tools.storage import FORMATS, StorageFormat, find_formats
 
 NORM = "norm"
 """Stands for the global norm of the gradients, which max_grad_norm takes."""
@@ -49,7 +49,7 @@ class Case(NamedTuple):
     arguments: dict[str, Any]
     """Of the optimizer."""
     storage: str
-    """A key of tritopt.tools.numerics.FORMATS."""
+    """A key of tritopt.tools.storage.FORMATS."""
     grad_dtype: str | None
     """A key of GRAD_DTYPES; None: the weights'."""
     gpu: str

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tritopt import optim
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer
 
@@ -67,3 +68,17 @@ def load_optimizer(target: str) -> type[Optimizer]:
 
 def _is_optimizer(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Optimizer)
+
+
+def find_optimizer(name: str) -> type[optim.Optimizer]:
+    """The class of tritopt.optim that is called so, whatever the case; ValueError if there is none."""
+    found = {key.lower(): value for key, value in vars(optim).items() if _is_public_optimizer(value)}
+    if name.lower() not in found:
+        known = [cls.__name__ for cls in found.values()]
+        raise ValueError(f"unknown optimizer {name!r}{registry.did_you_mean(name, known)} known: {', '.join(known)}")
+    cls: type[optim.Optimizer] = found[name.lower()]
+    return cls
+
+
+def _is_public_optimizer(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, optim.Optimizer) and value is not optim.Optimizer

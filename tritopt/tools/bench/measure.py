@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 import torch
 
 from tritopt import optim
-from tritopt.tools import numerics
 from tritopt.tools.bench.device import Device, Step
 from tritopt.tools.bench.peers import Peer
 from tritopt.tools.bench.plan import ARGUMENTS
 from tritopt.tools.bench.shapes import Shape, Shapes
-from tritopt.tools.numerics import StorageFormat
+from tritopt.tools.cost import counted_bytes
+from tritopt.tools.optimizers import find_optimizer
+from tritopt.tools.storage import StorageFormat
 
 OURS = "tritopt"
 WARM = 3
@@ -96,7 +97,7 @@ def params_of(optimizer: str, shapes: Sequence[Shape], dtype: torch.dtype, where
 
 def make(optimizer: str, fmt: StorageFormat, params: Sequence[Any]) -> optim.Optimizer:
     """One of ours, as it is measured."""
-    cls: Callable[..., optim.Optimizer] = numerics.find_optimizer(optimizer)
+    cls: Callable[..., optim.Optimizer] = find_optimizer(optimizer)
     return cls(params, lr=RATE, **ARGUMENTS.get(optimizer, {}), **fmt.arguments)
 
 
@@ -173,7 +174,7 @@ def set_of_ours(device: Device, shapes: Shapes, optimizer: str, fmt: StorageForm
     def make_set() -> tuple[Step, Callable[[], float]]:
         params = params_of(optimizer, shapes.tensors, fmt.dtype, device.where)
         opt = make(optimizer, fmt, params)
-        return opt.step, lambda: numerics.counted_bytes(opt).moved * shapes.elements
+        return opt.step, lambda: counted_bytes(opt).moved * shapes.elements
 
     return make_set
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from tritopt.tools import numerics
 from tritopt.tools.bench import peers
 from tritopt.tools.bench.peers import Peer
 from tritopt.tools.bench.shapes import find_models
+from tritopt.tools.optimizers import find_optimizer
+from tritopt.tools.storage import find_formats
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9},
@@ -38,7 +39,7 @@ class Item(NamedTuple):
     optimizer: str
     """A class of tritopt.optim."""
     format: str
-    """A key of tritopt.tools.numerics.FORMATS."""
+    """A key of tritopt.tools.storage.FORMATS."""
     peer: Peer | None = None
     """None: ours."""
 
@@ -68,8 +69,8 @@ def plan(
     Raises:
         ValueError: an unknown name.
     """
-    classes = None if optimizers is None else [numerics.find_optimizer(name).__name__ for name in optimizers]
-    stored = None if formats is None else [fmt.name for fmt in numerics.find_formats(formats)]
+    classes = None if optimizers is None else [find_optimizer(name).__name__ for name in optimizers]
+    stored = None if formats is None else [fmt.name for fmt in find_formats(formats)]
     names, rivals = find_models(models), peers.find_peers(chosen_peers)
     if optimizers or formats or models:
         cases: Iterable[tuple[str, str, str]] = (

@@ -19,7 +19,7 @@ import torch
 
 import tritopt
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED, triton
-from tritopt.tools import check, numerics
+from tritopt.tools import check
 from tritopt.tools.bench import measure, peers
 from tritopt.tools.bench.device import Device, Rehearsal
 from tritopt.tools.bench.machine import commit, now
@@ -27,6 +27,7 @@ from tritopt.tools.bench.measure import OURS, Row
 from tritopt.tools.bench.plan import Item
 from tritopt.tools.bench.shapes import MODELS, Shapes, miniature
 from tritopt.tools.bench.targets import judge
+from tritopt.tools.storage import FORMATS, StorageFormat
 
 MEMORY = 0.92
 """Share of the free memory that one set of tensors may take."""
@@ -155,7 +156,7 @@ class Bench:
         return self.device.is_rehearsal
 
     def _row(self, item: Item) -> Row:
-        fmt = numerics.FORMATS[item.format]
+        fmt = FORMATS[item.format]
         stores = item.peer.stores if item.peer else _in_words(fmt)
         row = Row(MODELS[item.model].name, 0, 0, item.optimizer, item.format, item.contestant, stores)
         shapes, row.refused = self._shapes(item, fmt)
@@ -177,13 +178,13 @@ class Bench:
                 torch.compiler.reset()
         return row
 
-    def _shapes(self, item: Item, fmt: numerics.StorageFormat) -> tuple[Shapes | None, str | None]:
+    def _shapes(self, item: Item, fmt: StorageFormat) -> tuple[Shapes | None, str | None]:
         """As much of the model as there is memory for, the same for all of a case; or why nothing of it."""
         if item.case not in self._fitting:
             self._fitting[item.case] = self._fit(item, fmt)
         return self._fitting[item.case]
 
-    def _fit(self, item: Item, fmt: numerics.StorageFormat) -> tuple[Shapes | None, str | None]:
+    def _fit(self, item: Item, fmt: StorageFormat) -> tuple[Shapes | None, str | None]:
         model = MODELS[item.model]
         try:
             need = max(measure.resident(item.optimizer, fmt), PEER_RESIDENT)
@@ -201,14 +202,14 @@ class Bench:
             return f"not measured: the time given ({self.seconds:g} s) was spent"
         return None
 
-    def _gate(self, item: Item, fmt: numerics.StorageFormat) -> str | None:
+    def _gate(self, item: Item, fmt: StorageFormat) -> str | None:
         """Why a red check forbids numbers of this optimizer and format, ours and any peer's beside it."""
         key = (item.optimizer, item.format)
         if key not in self._checked:
             self._checked[key] = gate(item.optimizer, fmt)
         return self._checked[key]
 
-    def _measure(self, item: Item, shapes: Shapes, fmt: numerics.StorageFormat, row: Row) -> None:
+    def _measure(self, item: Item, shapes: Shapes, fmt: StorageFormat, row: Row) -> None:
         if self.copy is None:
             n_copied = min(COPY_BYTES, int(self.device.free_bytes * 0.25))
             self.copy = self.device.copy_bandwidth(2**20 if self._pretends else n_copied)
@@ -225,7 +226,7 @@ class Bench:
     def _make_set(self, item: Item, shapes: Shapes) -> measure.MakeSet:
         if item.peer is not None:
             return measure.set_of_theirs(self.device, shapes, item.peer)
-        return measure.set_of_ours(self.device, shapes, item.optimizer, numerics.FORMATS[item.format])
+        return measure.set_of_ours(self.device, shapes, item.optimizer, FORMATS[item.format])
 
     def _count_kernels(self) -> None:
         """Of what is soon made again; a library that fails now has its times all the same."""
@@ -265,7 +266,7 @@ def _ratio(theirs: float | None, ours: float | None) -> float | None:
     return theirs / ours if theirs and ours else None
 
 
-def gate(optimizer: str, fmt: numerics.StorageFormat) -> str | None:
+def gate(optimizer: str, fmt: StorageFormat) -> str | None:
     """Why the check of an optimizer in a format is red; None if it is green."""
     weight = torch.nn.Parameter(torch.zeros(2, 64, dtype=fmt.dtype, device="cpu"))
     opt = measure.make(optimizer, fmt, [weight])
@@ -298,6 +299,6 @@ def _states(opt: Any, choice: Any) -> Any:
     return {rule_name.get(name, name): fmt for name, fmt in choice.items()} if isinstance(choice, dict) else choice
 
 
-def _in_words(fmt: numerics.StorageFormat) -> str:
+def _in_words(fmt: StorageFormat) -> str:
     weights, _, states = fmt.name.partition("+")
     return f"{weights}; {states or 'by default'}"

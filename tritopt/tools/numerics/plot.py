@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritopt.tools.numerics import ANY_OUTLIERS, GRADIENTS, RATES, SAME_OUTLIERS, TRUTH, Row
+from tritopt.tools.numerics.record import Row
+from tritopt.tools.numerics.stress import ANY_OUTLIERS, GRADIENTS, RATES, SAME_OUTLIERS
+from tritopt.tools.storage import TRUTH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

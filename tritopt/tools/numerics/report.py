@@ -1,0 +1,121 @@
+"""All problems in all formats, and the table of what came out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from tritopt import optim
+from tritopt.engine import validate
+from tritopt.tools.numerics.digits import DIGITS, Digits, digits_row, train_digits
+from tritopt.tools.numerics.record import Row
+from tritopt.tools.numerics.stress import (
+    ANY_OUTLIERS,
+    CASES,
+    DECAY,
+    GRADIENTS,
+    SAME_OUTLIERS,
+    Case,
+    Stress,
+    stress_rows,
+    train_stress,
+)
+from tritopt.tools.storage import TRUTH, StorageFormat, find_formats
+
+STEPS = 3000
+DIGITS_LR = 1e-4
+
+
+@dataclass
+class Report:
+    """Rows for these formats, the truth's before them."""
+
+    cls: type[optim.Optimizer] = optim.AdamW
+    formats: Sequence[StorageFormat] = field(default_factory=find_formats)
+    steps: int = STEPS
+    lr: float = DIGITS_LR
+    """Of the digits."""
+    with_digits: bool = True
+
+    def __post_init__(self) -> None:
+        if validate.finite("lr", self.lr) <= 0:
+            raise ValueError(f"lr={self.lr!r} must be positive")
+        if self.with_digits and find_spec("sklearn") is None:
+            raise ImportError(
+                "the digits need scikit-learn: pip install 'tritopt[numerics]', or leave them out with --no-digits"
+            )
+
+    def __len__(self) -> int:
+        return (1 + len(self.formats)) * (len(self.cases) + self.with_digits)
+
+    @property
+    def cases(self) -> list[Case]:
+        """Of the stress: all that the optimizer takes."""
+        return [case for case in CASES if self.cls.rule.decays or not case.weight_decay]
+
+    def rows(self) -> Iterator[Row]:
+        """As soon as they are known."""
+        stress = Stress(self.cases, self.steps)
+        truth = train_stress(self.cls, TRUTH, stress)
+        if self.with_digits:
+            digits = Digits.load()
+            of_digits = train_digits(self.cls, TRUTH, digits, self.steps, self.lr)
+        for fmt in (TRUTH, *self.formats):
+            if self.with_digits:
+                yield digits_row(self.cls, fmt, digits, self.steps, self.lr, of_digits)
+            yield from stress_rows(self.cls, fmt, stress, truth)
+
+
+class Column(NamedTuple):
+    """Of the table: one number per format."""
+
+    title: str
+    number: str
+    """A field of `Row`."""
+    cases: tuple[str, ...]
+    """The worst of them is shown."""
+
+
+COLUMNS = (
+    Column("bytes kept", "resident", tuple(GRADIENTS)),
+    Column("bytes moved", "moved", tuple(GRADIENTS)),
+    Column("digits: loss", "loss", (DIGITS,)),
+    Column("digits: drift %", "drift", (DIGITS,)),
+    *(Column(f"kept %, lr {rate}", "kept", (f"lr {rate}",)) for rate in ("1e-2", "1e-4", "1e-6")),
+    Column("update %, any g", "update", tuple(GRADIENTS)),
+    Column("drift %, any g", "drift", tuple(GRADIENTS)),
+    Column("kept %, outliers", "kept", (SAME_OUTLIERS, ANY_OUTLIERS)),
+    Column("decay to", "remains", (DECAY,)),
+)
+EXPLANATION = (
+    "bytes: per parameter, the gradient included. kept: share of the truth's movement. update: rms of single updates, "
+    "as a share of the truth's. drift: distance from the truth, as a share of its movement. g: rms of the gradients. "
+    "lr: learning rate, about an update's share of the weight. Weights are compared as the arithmetic sees them."
+)
+
+
+def summary(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The table: of each format, what `COLUMNS` say. A format that was refused has dashes."""
+    formats = dict.fromkeys(row.format for row in rows)
+    return {
+        name: [_cell([row for row in rows if row.format == name], column) for column in COLUMNS] for name in formats
+    }
+
+
+def _cell(rows: Sequence[Row], column: Column) -> str:
+    known = [getattr(row, column.number) for row in rows if row.case in column.cases]
+    known = [value for value in known if value is not None]
+    if not known:
+        return "-"
+    # Not a number is the worst of all, and no maximum would find it.
+    value = max(known, key=lambda v: math.inf if math.isnan(v) else abs(v - (column.number in ("kept", "update"))))
+    if column.number in ("resident", "moved"):
+        return f"{value:.4g}"
+    if column.number in ("loss", "remains"):
+        return f"{value:.3f}"
+    if column.number == "drift":
+        return "0" if value == 0 else "<0.01" if value < 1e-4 else f"{100 * value:.{2 if value < 0.1 else 0}f}"
+    return f"{100 * value:.1f}"
