@@ -62,7 +62,7 @@ def inspect(
         if saved and not is_chosen:
             selection = report.Selection([step.rows[0].case for step in report.steps_of(saved)], {})
         else:
-            selection = report.select(optimizer, storage, target, gpu, grad_dtype, everything)
+            selection = report.select_cases(optimizer, storage, target, gpu, grad_dtype, everything)
         if saved:
             selection = report.in_both(selection, saved)
     except (TypeError, ValueError) as error:

@@ -1,0 +1,81 @@
+"""Cases as the compiler needs them: the optimizer, how it stores, and the bytes that it must move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tritopt import optim
+from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
+from tritopt.mxnet import registry
+from tritopt.mxnet.optimizer import Optimizer
+from tritopt.tools.cost import Traffic, bytes_per_parameter
+from tritopt.tools.inspect.record import Case
+from tritopt.tools.optimizers import find_optimizers
+from tritopt.tools.storage import FORMATS, StorageFormat
+
+NORM = "norm"
+"""Stands for the global norm of the gradients, which max_grad_norm takes."""
+GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def known_optimizers() -> dict[str, type[Optimizer]]:
+    """The registered optimizers by name, and the rules of tritopt.optim's classes that are not among them."""
+    rules = {value.rule for value in vars(optim).values() if hasattr(value, "rule")}
+    by_name = {name: registry.find(name) for name in registry.names()}
+    others = {rule.__name__.lower(): rule for rule in rules if rule not in by_name.values()}
+    return {**by_name, **dict(sorted(others.items()))}
+
+
+def find_key(name: str, known: Mapping[str, type[Optimizer]]) -> str:
+    """Where a name that users give an optimizer leads: a key of `known`, NORM, or itself for a "module:Class"."""
+    if ":" in name:
+        find_optimizers([name])
+        return name
+    prefix, _, last = name.lower().rpartition(".")
+    torchs = {key.lower(): value.rule for key, value in vars(optim).items() if hasattr(value, "rule")}
+    if prefix in ("optim", "tritopt.optim") and last in torchs:
+        return next(key for key, rule in known.items() if rule is torchs[last])
+    if name.lower() in (*known, NORM):
+        return name.lower()
+    names = [*registry.names(), *(f"optim.{key}" for key, value in vars(optim).items() if hasattr(value, "rule")), NORM]
+    near = registry.did_you_mean(name.lower(), names)
+    raise ValueError(f"unknown optimizer {name!r}{near} known: {', '.join(names)}; or my_module:MyOptimizer")
+
+
+def class_of(key: str, known: Mapping[str, type[Optimizer]]) -> type[Optimizer]:
+    """Find the class that a key of `known`, or a "module:Class", stands for."""
+    return known[key] if key in known else find_optimizers([key])[0]
+
+
+def stored_as(cls: type[Optimizer], case: Case) -> tuple[str, ...]:
+    """How the optimizer stores weights and states; ValueError if it does not take the format."""
+    opt = make(cls, case)
+    traffic_of(opt, case)
+    return (case.storage.partition("+")[0], *(fmt.name for fmt in opt.state_formats()))
+
+
+def make(cls: type[Optimizer], case: Case) -> Optimizer:
+    """Construct the case's optimizer; ValueError if it does not take the format."""
+    storage = FORMATS[case.storage]
+    keeps_master: dict[str, Any] = {"multi_precision": True} if storage.arguments.get("master") else {}
+    return cls(**case.arguments, **keeps_master, **storage.arguments)
+
+
+def format_of(storage: StorageFormat) -> Format:
+    """Find how the kernels load and store the weights."""
+    master = storage.arguments.get("master")
+    return MASTERS[master] if master else PLAIN
+
+
+def grad_dtype_of(case: Case) -> torch.dtype:
+    """Tell the dtype of the case's gradients."""
+    return FORMATS[case.storage].dtype if case.grad_dtype is None else GRAD_DTYPES[case.grad_dtype]
+
+
+def traffic_of(opt: Optimizer, case: Case) -> Traffic:
+    """Tell the bytes per parameter that the case's step must move."""
+    storage = FORMATS[case.storage]
+    return bytes_per_parameter(opt, storage.dtype, grad_dtype_of(case), format_of(storage))
