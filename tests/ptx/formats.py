@@ -24,7 +24,7 @@ def is_chosen(case: Case) -> bool:
 
 
 def name_of(case: Case) -> str:
-    return "-".join((case.cls.__name__, case.master or "none", case.state_dtype or "fp32"))
+    return f"{case.cls.__name__}-{case.master or 'none'}-{case.state_dtype or 'fp32'}"
 
 
 NAMES = ("adamw", "lamb", "groupadagrad", "adafactor", "sgld", "lion")

@@ -11,30 +11,21 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt import optim
-from tritopt.engine.state_dtype import Choice
 from tritopt.kernels.formats.states import BLOCK
-from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, PLAIN, SPLIT8, SPLIT16, Format
+from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer, State
-
-
-class Precision(NamedTuple):
-    """What is stored how. Gradients have the weights' dtype."""
-
-    weight_dtype: torch.dtype
-    fmt: Format = PLAIN
-    state_dtype: Choice = None
-
+from tritopt.tools.storage import FORMATS
 
 PRECISIONS = {
-    "fp32": Precision(torch.float32),
-    "bf16 + fp32 master": Precision(torch.bfloat16, MASTER_FP32),
-    "bf16 + 16-bit remainder": Precision(torch.bfloat16, SPLIT16),
-    "split16, bf16 states": Precision(torch.bfloat16, SPLIT16, "bf16"),
-    "split8, int8 states": Precision(torch.bfloat16, SPLIT8, "int8"),
-    "bf16": Precision(torch.bfloat16),
+    "fp32": FORMATS["fp32"],
+    "bf16 + fp32 master": FORMATS["master"],
+    "bf16 + 16-bit remainder": FORMATS["split16"],
+    "split16, bf16 states": FORMATS["split16+bf16"],
+    "split8, int8 states": FORMATS["split8+int8"],
+    "bf16": FORMATS["none"],
 }
-"""What `tritopt list` shows."""
+"""Storage formats that `tritopt list` shows, by the title of their column."""
 
 
 class Traffic(NamedTuple):
@@ -77,6 +68,7 @@ def bytes_per_parameter(
     gradient norm (max_grad_norm) reads the gradient once more.
 
     >>> import tritopt
+    >>> from tritopt.kernels.formats.weights import MASTER_FP32, SPLIT8
     >>> bytes_per_parameter(tritopt.create("adam"), torch.bfloat16, torch.bfloat16, MASTER_FP32)
     Traffic(read=16, written=14)
     >>> bytes_per_parameter(tritopt.create("adam", state_dtype="int8"), torch.bfloat16, torch.bfloat16, SPLIT8)
@@ -164,10 +156,10 @@ def listings(classes: Sequence[type[Optimizer]] | None = None) -> Iterator[Listi
 def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
     opt = cls(**arguments)
     moved, resident = {}, {}
-    for name, (dtype, fmt, state_dtype) in PRECISIONS.items():
-        master: dict[str, Any] = {} if fmt is PLAIN else {"multi_precision": True, "master": _name_of(fmt)}
+    for name, storage in PRECISIONS.items():
+        dtype, fmt = storage.dtype, storage.weight_format
         try:
-            stores = cls(**arguments, **master, state_dtype=state_dtype)
+            stores = cls(**arguments, **storage.rule_arguments)
             resident[name] = resident_bytes(stores, dtype, fmt)
         except ValueError:
             continue  # a format that this optimizer refuses

@@ -1,4 +1,4 @@
-"""Storage formats by name: how weights and states are kept."""
+"""The storage formats of weights and states by name: the one list that every tool and command chooses from."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tritopt.engine.state_dtype import Choice
+from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
 from tritopt.mxnet import registry
 
 WEIGHTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {}),
     "master": (torch.bfloat16, {"master": "fp32"}),
-    "split16": (torch.bfloat16, {"master": "split16"}),
-    "split8": (torch.bfloat16, {"master": "split8"}),
-    "kahan": (torch.bfloat16, {"master": "kahan"}),
-    "stochastic": (torch.bfloat16, {"master": "stochastic"}),
+    **{name: (torch.bfloat16, {"master": name}) for name in MASTERS if name != "fp32"},
     "none": (torch.bfloat16, {"master": None}),
     "fp16-master": (torch.float16, {"master": "fp32"}),
     "fp16-kahan": (torch.float16, {"master": "kahan"}),
 }
-"""Name: dtype of the weights and gradients, and how the weights' master is kept."""
+"""Dtype of the weights and gradients, and arguments that say how the weights' master is kept, by name."""
 STATES: dict[str, dict[str, Any]] = {
     "": {},
     "bf16": {"state_dtype": "bf16"},
@@ -31,38 +30,68 @@ STATES: dict[str, dict[str, Any]] = {
     "int8/bf16": {"state_dtype": {"exp_avg": "int8", "exp_avg_sq": "bf16"}},
     "int8/fp8": {"state_dtype": {"exp_avg": "int8", "exp_avg_sq": "fp8"}},
 }
-"""Name: how states are kept. The first one is what the weights' format brings along; those with a stroke are Adam's."""
+"""Arguments that say how states are kept, by name: first as the weights bring along; those with a stroke are Adam's."""
+NOT_OFFERED: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp64": (torch.float64, {}),
+    "fp16-none": (torch.float16, {"master": None}),
+}
+"""Weights that no command takes by name: the truth that others are compared with, and fp16 as only a check has it."""
 BY_DEFAULT = (
     "fp32", "master", "split16", "split8", "kahan", "stochastic", "none", "fp16-master", "fp16-kahan",
     "fp32+bf16", "fp32+fp16", "fp32+int8", "fp32+int8/bf16", "fp32+int8/fp8", "fp32+fp8",
     "split16+bf16", "split16+int8", "split8+bf16", "split8+int8", "split8+fp8", "stochastic+int8",
 )  # fmt: skip
+"""Formats of `tritopt numerics` where none is named."""
 
 
 class StorageFormat(NamedTuple):
-    """How weights and states are stored."""
+    """Way in which an optimizer stores weights and states."""
 
     name: str
-    """A key of WEIGHTS, and after a plus one of STATES."""
+    """Key of WEIGHTS or NOT_OFFERED; where states are not what these bring along, then a plus and a key of STATES."""
     dtype: torch.dtype
-    """Of weights and gradients."""
+    """Dtype of the weights and the gradients."""
     arguments: dict[str, Any]
-    """Of the optimizer."""
+    """Arguments that a class of tritopt.optim takes for it."""
+
+    @property
+    def master(self) -> str | None:
+        """How the weights' master is kept, a key of MASTERS; None: there is none."""
+        master: str | None = self.arguments.get("master")
+        return master
+
+    @property
+    def state_dtype(self) -> Choice:
+        """How states are stored; None: in the (master) weight's dtype."""
+        state_dtype: Choice = self.arguments.get("state_dtype")
+        return state_dtype
+
+    @property
+    def weight_format(self) -> Format:
+        """How kernels load and store the weights."""
+        return PLAIN if self.master is None else MASTERS[self.master]
+
+    @property
+    def rule_arguments(self) -> dict[str, Any]:
+        """Arguments that a registered optimizer takes for it."""
+        return self.arguments if self.master is None else {"multi_precision": True, **self.arguments}
 
 
-TRUTH = StorageFormat("fp64", torch.float64, {})
-FORMATS = {
+OFFERED = {
     name: StorageFormat(name, dtype, {**weights, **states})
     for (weight, (dtype, weights)), (state, states) in product(WEIGHTS.items(), STATES.items())
     for name in [f"{weight}+{state}" if state else weight]
 }
-"""By name: every format of weights with every one of states."""
+"""Formats that commands take, by name: every one of weights with every one of states."""
+FORMATS = {**OFFERED, **{name: StorageFormat(name, *stored) for name, stored in NOT_OFFERED.items()}}
+"""All formats, by name."""
+TRUTH = FORMATS["fp64"]
 
 
 def find_formats(names: Sequence[str] | None = None) -> list[StorageFormat]:
-    """The formats of these names (None: BY_DEFAULT); ValueError for an unknown one."""
+    """Find the formats of these names (None: BY_DEFAULT); ValueError for a name that is not OFFERED."""
     for name in names or ():
-        if name not in FORMATS:
+        if name not in OFFERED:
             known = f"{', '.join(WEIGHTS)}, and after a plus {', '.join(filter(None, STATES))}"
-            raise ValueError(f"unknown format {name!r}{registry.did_you_mean(name, list(FORMATS))} known: {known}")
+            raise ValueError(f"unknown format {name!r}{registry.did_you_mean(name, list(OFFERED))} known: {known}")
     return [FORMATS[name] for name in dict.fromkeys(names or BY_DEFAULT)]

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from tritopt.engine import driver
+from tritopt.engine.state_dtype import Choice
 from tritopt.kernels.formats.weights import MASTERS, PLAIN
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.optimizers import registered
+from tritopt.tools.storage import FORMATS, StorageFormat
 
 LEARNING_RATE = 0.1
 """A tenth of the weights' size for optimizers that normalise: movement stands out from rounding in every dtype."""
@@ -22,24 +24,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # A third of the gradients is clipped, and wd * w is too small to cancel any of them.
     "wd, clip, rescale": {"wd": 0.05, "clip_gradient": 1.5, "rescale_grad": 2.0},
 }
-FORMATS: tuple[tuple[torch.dtype, str | None, str | None, tuple[torch.dtype, ...]], ...] = (
-    (torch.float32, None, None, (torch.float32, torch.bfloat16)),
-    (torch.float64, None, None, (torch.float64,)),
-    (torch.float16, None, None, (torch.float16,)),
-    (torch.float16, "fp32", None, (torch.float16, torch.float32)),
-    (torch.bfloat16, None, None, (torch.bfloat16,)),
-    (torch.bfloat16, "fp32", None, (torch.bfloat16, torch.float32)),
-    *((torch.bfloat16, master, None, (torch.bfloat16,)) for master in MASTERS if master != "fp32"),
+CHECKED: dict[str, tuple[torch.dtype, ...]] = {
+    "fp32": (torch.float32, torch.bfloat16),
+    "fp64": (torch.float64,),
+    "fp16-none": (torch.float16,),
+    "fp16-master": (torch.float16, torch.float32),
+    "none": (torch.bfloat16,),
+    "master": (torch.bfloat16, torch.float32),
+    **dict.fromkeys((name for name in MASTERS if name != "fp32"), (torch.bfloat16,)),
     # A state's format and a weight's know nothing of each other: some pairs will do.
-    (torch.bfloat16, "split16", "bf16", (torch.bfloat16,)),
-    (torch.bfloat16, "split16", "fp16", (torch.bfloat16,)),
-    (torch.bfloat16, "split8", "int8", (torch.bfloat16,)),
-    (torch.bfloat16, "split8", "fp8", (torch.bfloat16,)),
-    (torch.float32, None, "int8", (torch.float32,)),
-    (torch.float32, None, "fp8", (torch.float32,)),
-)
-"""Dtype of the weights, `master` of the optimizer or None without multi_precision, its `state_dtype`, and dtypes of the
-gradients."""
+    "split16+bf16": (torch.bfloat16,),
+    "split16+fp16": (torch.bfloat16,),
+    "split8+int8": (torch.bfloat16,),
+    "split8+fp8": (torch.bfloat16,),
+    "fp32+int8": (torch.float32,),
+    "fp32+fp8": (torch.float32,),
+}
+"""Dtypes of the gradients, the weights' own first, by name of the storage format."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Case:
     grad_dtype: torch.dtype
     master: str | None
     """The optimizer's argument; None: no multi_precision."""
-    state_dtype: str | None
-    """Likewise; None: states of the (master) weight's dtype."""
+    state_dtype: Choice
+    """The optimizer's argument; None: states of the (master) weight's dtype."""
     option: str
 
     @property
@@ -104,7 +105,7 @@ class Row:
     grad_dtype: str
     master: str | None
     """How the weights' master is kept, a key of MASTERS. None: there is none."""
-    state_dtype: str | None
+    state_dtype: Choice
     """How states are stored. None: in the (master) weight's dtype."""
     fused_vs_reference: float | None = None
     """Of the weights, as the two below. None: not compared."""
@@ -144,30 +145,29 @@ def find_cases(classes: Sequence[type[Optimizer]] | None = None, quick: bool = F
     """All cases of the optimizers (None: of all that are registered); `quick` leaves out most combinations."""
     found = []
     for cls in registered() if classes is None else classes:
-        for variant, (weight_dtype, master, state_dtype, grad_dtypes), option in product(
-            cls.variants, FORMATS, OPTIONS
-        ):
+        for variant, (name, grad_dtypes), option in product(cls.variants, CHECKED.items(), OPTIONS):
+            storage = FORMATS[name]
             # What the options do comes before anything is stored: one of them will do for most formats.
-            is_special = master not in (None, "fp32") or state_dtype is not None
-            if option == "plain" and (is_special or (quick and weight_dtype != torch.float32)):
+            is_special = storage.master not in (None, "fp32") or storage.state_dtype is not None
+            if option == "plain" and (is_special or (quick and storage.dtype != torch.float32)):
                 continue
-            if is_special and not _goes_with(cls, variant, master, state_dtype):
+            if is_special and not _goes_with(cls, variant, storage):
                 continue
-            for grad_dtype in (weight_dtype,) if quick else grad_dtypes:
-                found.append(Case(cls, dict(variant), weight_dtype, grad_dtype, master, state_dtype, option))
+            for grad_dtype in grad_dtypes[:1] if quick else grad_dtypes:
+                stored = storage.dtype, grad_dtype, storage.master, storage.state_dtype
+                found.append(Case(cls, dict(variant), *stored, option))
     return found
 
 
-def _goes_with(cls: type[Optimizer], variant: dict[str, Any], master: str | None, state_dtype: str | None) -> bool:
+def _goes_with(cls: type[Optimizer], variant: dict[str, Any], storage: StorageFormat) -> bool:
     """Whether the optimizer takes these, as its documentation says, and they change anything."""
     if cls.step is not Optimizer.step or cls.fused_step is not Optimizer.fused_step:
         return False
     try:
-        opt = cls(**variant, state_dtype=state_dtype)
+        opt = cls(**variant, state_dtype=storage.state_dtype)
         launches, formats = opt.phases, opt.state_formats()
     except Exception:  # the row that shows it will say why
         return True
-    if state_dtype is not None and all(fmt is PLAIN for fmt in formats):
+    if storage.state_dtype is not None and all(fmt is PLAIN for fmt in formats):
         return False
-    draws = master is not None and MASTERS[master].draws
-    return not draws or all(isinstance(phase, driver.Apply) for phase in launches)
+    return not storage.weight_format.draws or all(isinstance(phase, driver.Apply) for phase in launches)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from tritopt import optim
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import Traffic, bytes_per_parameter
 from tritopt.tools.inspect.record import Case
 from tritopt.tools.optimizers import find_optimizers
-from tritopt.tools.storage import FORMATS, StorageFormat
+from tritopt.tools.storage import FORMATS
 
 NORM = "norm"
 """Stands for the global norm of the gradients, which max_grad_norm takes."""
@@ -59,15 +57,7 @@ def stored_as(cls: type[Optimizer], case: Case) -> tuple[str, ...]:
 
 def make(cls: type[Optimizer], case: Case) -> Optimizer:
     """Construct the case's optimizer; ValueError if it does not take the format."""
-    storage = FORMATS[case.storage]
-    keeps_master: dict[str, Any] = {"multi_precision": True} if storage.arguments.get("master") else {}
-    return cls(**case.arguments, **keeps_master, **storage.arguments)
-
-
-def format_of(storage: StorageFormat) -> Format:
-    """Find how the kernels load and store the weights."""
-    master = storage.arguments.get("master")
-    return MASTERS[master] if master else PLAIN
+    return cls(**case.arguments, **FORMATS[case.storage].rule_arguments)
 
 
 def grad_dtype_of(case: Case) -> torch.dtype:
@@ -78,4 +68,4 @@ def grad_dtype_of(case: Case) -> torch.dtype:
 def traffic_of(opt: Optimizer, case: Case) -> Traffic:
     """Tell the bytes per parameter that the case's step must move."""
     storage = FORMATS[case.storage]
-    return bytes_per_parameter(opt, storage.dtype, grad_dtype_of(case), format_of(storage))
+    return bytes_per_parameter(opt, storage.dtype, grad_dtype_of(case), storage.weight_format)

@@ -18,7 +18,7 @@ from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
 from tritopt.tools.compiled import CompiledLaunch, compile_launches, compile_norm
 from tritopt.tools.cost import Traffic, phase_traffic
 from tritopt.tools.gpus import ARCHITECTURES, Gpu, find_gpu, resident_programs
-from tritopt.tools.inspect.cases import NORM, class_of, format_of, grad_dtype_of, known_optimizers, make, traffic_of
+from tritopt.tools.inspect.cases import NORM, class_of, grad_dtype_of, known_optimizers, make, traffic_of
 from tritopt.tools.inspect.record import Case, Row
 from tritopt.tools.storage import FORMATS
 
@@ -48,7 +48,7 @@ def _compiled_case(case: Case, gpu: Gpu) -> list[Row]:
     else:
         storage = FORMATS[case.storage]
         opt = make(class_of(case.optimizer, known_optimizers()), case)
-        fmt = format_of(storage)
+        fmt = storage.weight_format
         step, phases = traffic_of(opt, case), phase_traffic(opt, storage.dtype, grad_dtype, fmt)
         launches = compile_launches(opt, storage.dtype, grad_dtype, fmt, arch)
     hot = [i for i, launch in enumerate(launches) if launch.elements]
