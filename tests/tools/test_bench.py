@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import inspect
 import json
 import signal
 import time
@@ -18,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.support.training import CLASSES
 from tritopt import optim
 from tritopt.__main__ import app
 from tritopt.kernels.formats.weights import SPLIT16
@@ -107,12 +107,10 @@ def test_the_most_important_comes_first() -> None:
 
 
 def test_every_optimizer_is_measured() -> None:
-    known = {
-        value.__name__
-        for value in vars(optim).values()
-        if inspect.isclass(value) and issubclass(value, optim.Optimizer) and value is not optim.Optimizer
-    }
+    known = {cls.__name__ for cls in CLASSES}
     assert {"AdamW", *SUMMING, *ELEMENTWISE} == known
+    assert {"LAMB", "Adafactor", "GroupAdaGrad"} <= set(SUMMING)
+    assert {"SGD", "Adam", "Lion"} <= set(ELEMENTWISE)
     assert {item.optimizer for item in plan()} == known
 
 

@@ -70,15 +70,19 @@ def _is_optimizer(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Optimizer)
 
 
+def torch_classes() -> dict[str, type[optim.Optimizer]]:
+    """Collect the optimizers of tritopt.optim, by name."""
+    return {
+        name: value
+        for name, value in vars(optim).items()
+        if isinstance(value, type) and issubclass(value, optim.Optimizer) and value is not optim.Optimizer
+    }
+
+
 def find_optimizer(name: str) -> type[optim.Optimizer]:
-    """The class of tritopt.optim that is called so, whatever the case; ValueError if there is none."""
-    found = {key.lower(): value for key, value in vars(optim).items() if _is_public_optimizer(value)}
-    if name.lower() not in found:
-        known = [cls.__name__ for cls in found.values()]
+    """Find the class of tritopt.optim of this name, whatever the case; ValueError if there is none."""
+    classes = {key.lower(): cls for key, cls in torch_classes().items()}
+    if name.lower() not in classes:
+        known = list(torch_classes())
         raise ValueError(f"unknown optimizer {name!r}{registry.did_you_mean(name, known)} known: {', '.join(known)}")
-    cls: type[optim.Optimizer] = found[name.lower()]
-    return cls
-
-
-def _is_public_optimizer(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, optim.Optimizer) and value is not optim.Optimizer
+    return classes[name.lower()]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tritopt.tools.bench import peers
 from tritopt.tools.bench.peers import Peer
 from tritopt.tools.bench.shapes import find_models
-from tritopt.tools.optimizers import find_optimizer
+from tritopt.tools.optimizers import find_optimizer, torch_classes
 from tritopt.tools.storage import find_formats
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -16,12 +16,25 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "DCASGD": {"momentum": 0.9},
 }
 """By optimizer, beside the learning rate: what it is used with, where that is not its default."""
-SUMMING = ("LAMB", "LANS", "LARS", "Adafactor")
-"""Optimizers whose update needs sums over a whole tensor."""
-ELEMENTWISE = (
-    "SGD", "Adam", "Lion", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "AdaBelief", "Adan", "NAG",
-    "Signum", "Ftrl", "FTML", "DCASGD", "SGLD", "GroupAdaGrad",
+MOST_WANTED = (
+    "SGD", "Adam", "Lion", "LAMB", "LANS", "LARS", "Adafactor", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax",
+    "Adadelta", "AdaBelief", "Adan", "NAG", "Signum", "Ftrl", "FTML",
 )  # fmt: skip
+"""Optimizers in the order in which they are measured; those that are not here follow."""
+
+
+def _by_sums(sums: bool) -> tuple[str, ...]:
+    """Name the optimizers some of whose phases sum over the elements of a tensor, or of its rows; or those without."""
+    ranks = {name: rank for rank, name in enumerate(MOST_WANTED)}
+    classes = torch_classes()
+    in_order = sorted(classes, key=lambda name: ranks.get(name, len(ranks)))
+    return tuple(n for n in in_order if any(phase.sums_elements for phase in classes[n].rule().phases) == sums)
+
+
+SUMMING = _by_sums(True)
+"""Optimizers whose update needs sums."""
+ELEMENTWISE = tuple(name for name in _by_sums(False) if name != "AdamW")
+"""Optimizers whose update of an element needs nothing of the others; AdamW is measured by itself."""
 MAIN = "split16"
 """Storage format of bf16 weights in tritopt.optim by default."""
 FORMATS = ("master", "split16+bf16", "split8+int8", "split8+fp8")

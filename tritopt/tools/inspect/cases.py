@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from tritopt import optim
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import Traffic, bytes_per_parameter
 from tritopt.tools.inspect.record import Case
-from tritopt.tools.optimizers import find_optimizers
+from tritopt.tools.optimizers import find_optimizers, torch_classes
 from tritopt.tools.storage import FORMATS
 
 NORM = "norm"
@@ -21,7 +20,7 @@ GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 def known_optimizers() -> dict[str, type[Optimizer]]:
     """The registered optimizers by name, and the rules of tritopt.optim's classes that are not among them."""
-    rules = {value.rule for value in vars(optim).values() if hasattr(value, "rule")}
+    rules = {cls.rule for cls in torch_classes().values()}
     by_name = {name: registry.find(name) for name in registry.names()}
     others = {rule.__name__.lower(): rule for rule in rules if rule not in by_name.values()}
     return {**by_name, **dict(sorted(others.items()))}
@@ -33,12 +32,12 @@ def find_key(name: str, known: Mapping[str, type[Optimizer]]) -> str:
         find_optimizers([name])
         return name
     prefix, _, last = name.lower().rpartition(".")
-    torchs = {key.lower(): value.rule for key, value in vars(optim).items() if hasattr(value, "rule")}
+    torchs = {key.lower(): cls.rule for key, cls in torch_classes().items()}
     if prefix in ("optim", "tritopt.optim") and last in torchs:
         return next(key for key, rule in known.items() if rule is torchs[last])
     if name.lower() in (*known, NORM):
         return name.lower()
-    names = [*registry.names(), *(f"optim.{key}" for key, value in vars(optim).items() if hasattr(value, "rule")), NORM]
+    names = [*registry.names(), *(f"optim.{key}" for key in torch_classes()), NORM]
     near = registry.did_you_mean(name.lower(), names)
     raise ValueError(f"unknown optimizer {name!r}{near} known: {', '.join(names)}; or my_module:MyOptimizer")
 
