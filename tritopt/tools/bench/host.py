@@ -12,12 +12,11 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
@@ -26,6 +25,7 @@ from tritopt.engine.launcher import no_launches
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
 from tritopt.tools.bench import peers
 from tritopt.tools.bench.machine import commit, cpu_name, now
+from tritopt.tools.bench.without_kernels import OF_FUSED, no_foreach, no_fused
 from tritopt.tools.environment import device, environment, fused_unavailable
 
 ELEMENTS = 4
@@ -252,11 +252,11 @@ def _ours() -> Contestant:
 
 def _torch(rivals: Sequence[str]) -> Iterator[Contestant]:
     ways = (
-        (BASELINE, {"fused": True}, _no_fused, f"torch.{', torch.'.join(_OF_FUSED)}; the norm of norms stays"),
+        (BASELINE, {"fused": True}, no_fused, f"torch.{', torch.'.join(OF_FUSED)}; the norm of norms stays"),
         (
             "torch foreach",
             {"foreach": True},
-            _no_foreach,
+            no_foreach,
             "torch._foreach_*, but for those of step counters, which the host computes with",
         ),
     )
@@ -278,61 +278,6 @@ def _with_clip(case: Case, cls: Any, arguments: dict[str, Any]) -> Callable[[], 
         opt.step()
 
     return _in_turn(step, groups, case)
-
-
-_OF_FUSED = ("_fused_adamw_", "_foreach_add_", "_foreach_norm", "_foreach_mul_")
-"""What the fused step launches, and the clip."""
-_FOREACH = tuple(name for name in dir(torch) if name.startswith("_foreach_"))
-
-
-@contextmanager
-def _no_fused() -> Iterator[None]:
-    with ExitStack() as stack:
-        for name in _OF_FUSED:
-            stack.enter_context(mock.patch.object(torch, name, _fake_of(name)))
-        yield
-
-
-@contextmanager
-def _no_foreach() -> Iterator[None]:
-    with ExitStack() as stack:
-        for name in _FOREACH:
-            fake = _unless_counters(getattr(torch, name), _fake_of(name))
-            stack.enter_context(mock.patch.object(torch, name, fake))
-        yield
-
-
-def _fake_of(name: str) -> Callable[..., Any]:
-    return _norms if name == "_foreach_norm" else _nothing if name.endswith("_") else _first
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """In place of a kernel that writes."""
-
-
-def _first(tensors: Sequence[torch.Tensor], *_: Any, **__: Any) -> Sequence[torch.Tensor]:
-    """In place of one that returns as many tensors as it takes."""
-    return tensors
-
-
-_ZEROS: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
-
-
-def _norms(tensors: Sequence[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
-    key = len(tensors), tensors[0].device
-    if key not in _ZEROS:
-        _ZEROS[key] = list(torch.zeros(len(tensors), dtype=torch.float32, device=tensors[0].device).unbind())
-    return _ZEROS[key]
-
-
-def _unless_counters(real: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Counters of steps, [] each and on the host, are counted: foreach derives its rates from them, there."""
-
-    def call(tensors: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        counts = isinstance(tensors, list | tuple) and tensors and tensors[0].dim() == 0
-        return (real if counts else fake)(tensors, *args, **kwargs)
-
-    return call
 
 
 def _others(rivals: Sequence[str]) -> Iterator[Contestant]:
