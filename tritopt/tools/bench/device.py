@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice, pairwise
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
 from tritopt.tools.bench.machine import cpu_name, driver
+from tritopt.tools.replaced import replaced
 
 Step = Callable[[], Any]
 CYCLES = 2e9
@@ -222,7 +222,7 @@ class Rehearsal(Device):
             made.append(self)
             return launch(self, *args, **kwargs)
 
-        with mock.patch.object(executor, "__call__", count):
+        with replaced(executor, "__call__", count):
             step()
         return len(made)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
+
+from tritopt.tools.replaced import replaced
 
 OF_FUSED = ("_fused_adamw_", "_foreach_add_", "_foreach_norm", "_foreach_mul_")
 """What the fused step launches, and the clip."""
@@ -19,7 +20,7 @@ def no_fused() -> Iterator[None]:
     """Leave out what the fused step launches, and the clip."""
     with ExitStack() as stack:
         for name in OF_FUSED:
-            stack.enter_context(mock.patch.object(torch, name, _fake_of(name)))
+            stack.enter_context(replaced(torch, name, _fake_of(name)))
         yield
 
 
@@ -29,7 +30,7 @@ def no_foreach() -> Iterator[None]:
     with ExitStack() as stack:
         for name in FOREACH:
             fake = _unless_counters(getattr(torch, name), _fake_of(name))
-            stack.enter_context(mock.patch.object(torch, name, fake))
+            stack.enter_context(replaced(torch, name, fake))
         yield
 
 

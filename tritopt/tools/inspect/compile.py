@@ -10,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from unittest import mock
 
 import torch
 
@@ -135,6 +134,9 @@ def inspect_cases(cases: Sequence[Case], processes: int | None = None) -> Iterat
 @contextmanager
 def _no_interpreter() -> Iterator[None]:
     """Processes that start within compile kernels: Triton looks at the environment when they import it."""
-    with mock.patch.dict(os.environ):
-        os.environ.pop("TRITON_INTERPRET", None)
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    try:
         yield
+    finally:
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
