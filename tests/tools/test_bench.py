@@ -26,7 +26,7 @@ from tritopt.optim.adam import TorchAdam
 from tritopt.optimizers import AdamW
 from tritopt.tools.bench import machine, measure, peers, plot, run, targets
 from tritopt.tools.bench.device import Device, Rehearsal
-from tritopt.tools.bench.measure import Row
+from tritopt.tools.bench.measure import Measurement
 from tritopt.tools.bench.peers import PEERS, Peer
 from tritopt.tools.bench.plan import ELEMENTWISE, MAIN, SUMMING, Item, plan
 from tritopt.tools.bench.run import Bench, find_device
@@ -326,9 +326,9 @@ def test_a_number_is_bytes_over_time() -> None:
     assert row.share == pytest.approx(0.4)
 
 
-def row_of(**numbers: Any) -> Row:
+def row_of(**numbers: Any) -> Measurement:
     known = {"shapes": "GPT-2 XL", "elements": 1_557_611_200, "tensors": 580, "optimizer": "AdamW", "format": MAIN}
-    return Row(**{**known, "contestant": "tritopt", "stores": "", **numbers})
+    return Measurement(**{**known, "contestant": "tritopt", "stores": "", **numbers})
 
 
 # A run.
@@ -499,7 +499,7 @@ def test_json_says_what_the_numbers_belong_to(monkeypatch: pytest.MonkeyPatch) -
 # Targets.
 
 
-def verdicts(*rows: Row) -> dict[str, str]:
+def verdicts(*rows: Measurement) -> dict[str, str]:
     return {found.target.partition(":")[0]: found.verdict for found in targets.judge(rows)}
 
 

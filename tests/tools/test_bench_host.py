@@ -16,7 +16,7 @@ from tritopt import optim
 from tritopt.__main__ import app
 from tritopt.kernels.language import INTERPRETED
 from tritopt.tools.bench import host
-from tritopt.tools.bench.host import CASES, Case, HostRow, case_times, host_times
+from tritopt.tools.bench.host import CASES, Case, HostTime, case_times, host_times
 from tritopt.tools.bench.peers import PEERS
 from tritopt.tools.bench.without_kernels import FOREACH, OF_FUSED
 
@@ -138,7 +138,7 @@ def test_the_command(as_json: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: A
     assert found.exit_code == 0, found.output
     saved = json.loads(path.read_text())
     assert {"cpu", "date", "torch", "triton", "tritopt", "commit"} <= set(saved["machine"])
-    rows = [HostRow(**row) for row in saved["rows"]]
+    rows = [HostTime(**row) for row in saved["rows"]]
     assert [(row.contestant, row.groups) for row in rows] == [
         ("tritopt", 1), ("torch fused", 1), ("tritopt", 8), ("torch fused", 8),
     ]  # fmt: skip

@@ -25,7 +25,7 @@ from tritopt.kernels.language import HAS_TRITON, INTERPRETED, tl, triton  # noqa
 from tritopt.mxnet import registry
 from tritopt.tools.check import (
     Case,
-    Row,
+    CheckResult,
     check_case,
     compare,
     contender,
@@ -543,7 +543,7 @@ Made, Dying = make(lambda: print("a step")), make(lambda: os._exit(3))
 """
 
 
-def shared(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+def shared(name: str, monkeypatch: pytest.MonkeyPatch) -> list[CheckResult]:
     """Rows of an optimizer, by two processes."""
     monkeypatch.setattr(processes, "MANY", 1)
     monkeypatch.setattr(processes, "_n_cores", lambda: 2)
@@ -571,7 +571,7 @@ def test_json() -> None:
     answer = json.loads(result.stdout, parse_constant=pytest.fail)
     assert (answer["passed"], answer["quick"], answer["torch"]) == (True, True, torch.__version__)
     assert {row["optimizer"] for row in answer["rows"]} == {"test", "sgd"}
-    assert set(answer["rows"][0]) == {field.name for field in fields(Row)}
+    assert set(answer["rows"][0]) == {field.name for field in fields(CheckResult)}
 
 
 def test_unknown_names_are_usage_errors() -> None:

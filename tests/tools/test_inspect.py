@@ -20,7 +20,7 @@ from tritopt.mxnet.registry import names
 from tritopt.tools import inspect as report
 from tritopt.tools.gpus import ARCHITECTURES, DEFAULTS, GPUS, find_gpu, resident_programs
 from tritopt.tools.hot_loop import HotLoop, hot_loops, parse_gcn, parse_sass
-from tritopt.tools.inspect import MAIN_FORMATS, Case, Row, compare, inspect_cases, select_cases, steps_of
+from tritopt.tools.inspect import MAIN_FORMATS, Case, LaunchRecord, compare, inspect_cases, select_cases, steps_of
 from tritopt.tools.inspect import compile as compiling
 from tritopt.tools.inspect.cases import NORM
 
@@ -41,13 +41,13 @@ def run(*arguments: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
+def rows() -> list[LaunchRecord]:
     """The committed cases, compiled afresh."""
     pytest.importorskip("triton")
     return [row for found in inspect_cases([step.rows[0].case for step in steps_of(SAVED)], 1) for row in found]
 
 
-def differences(saved: Sequence[Row], now: Sequence[Row]) -> list[str]:
+def differences(saved: Sequence[LaunchRecord], now: Sequence[LaunchRecord]) -> list[str]:
     """What counts as a change: everything if the compiler is the same, else what the kernels ask of it."""
     found = []
     for change in compare(saved, now):
@@ -61,7 +61,7 @@ def differences(saved: Sequence[Row], now: Sequence[Row]) -> list[str]:
     return found
 
 
-def test_the_compiled_code_is_as_committed(rows: list[Row]) -> None:
+def test_the_compiled_code_is_as_committed(rows: list[LaunchRecord]) -> None:
     changed = differences(SAVED, rows)
     assert not changed, "\n".join(["the compiled code has changed;", REFRESH, *changed])
 
@@ -70,7 +70,7 @@ def test_the_committed_cases_are_the_default_ones() -> None:
     assert [step.rows[0].case for step in steps_of(SAVED)] == select_cases().cases, REFRESH
 
 
-def test_nothing_spills_and_every_step_moves_what_it_must(rows: list[Row]) -> None:
+def test_nothing_spills_and_every_step_moves_what_it_must(rows: list[LaunchRecord]) -> None:
     for step in steps_of(rows):
         assert step.moves_what_it_must, step.rows[0].case
         assert step.total("spilled_bytes") == 0, step.rows[0].case
@@ -79,7 +79,7 @@ def test_nothing_spills_and_every_step_moves_what_it_must(rows: list[Row]) -> No
                 assert (row.bytes_loaded, row.bytes_stored) == (row.must_load, row.must_store)
 
 
-def test_counts_by_hand(rows: list[Row]) -> None:
+def test_counts_by_hand(rows: list[LaunchRecord]) -> None:
     """AdamW: g and w of 2 bytes, master, m and v of 4; eight elements a thread."""
     by_name = {(row.optimizer, row.storage): row for row in rows if not row.arguments}
     plain, packed = by_name["adamw", "master"], by_name["adamw", "split8+int8"]
@@ -294,7 +294,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """The cases that were asked for; what compiles them is what is committed, and the H100 in place of other GPUs."""
     asked: list[Case] = []
 
-    def committed(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[Row]]:
+    def committed(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[LaunchRecord]]:
         asked.extend(cases)
         for case in cases:
             found = [row for row in SAVED if row.case._replace(gpu="") == case._replace(gpu="")]

@@ -18,8 +18,8 @@ from tests.support.training import EVERY_CLASS
 from tritopt import optim
 from tritopt.__main__ import app
 from tritopt.engine.driver import Apply
-from tritopt.tools.numerics import COLUMNS, DIGITS_LR, Report, Row, plot, summary
-from tritopt.tools.numerics.digits import Digits, digits_row, train_digits
+from tritopt.tools.numerics import COLUMNS, DIGITS_LR, FormatResult, Report, plot, summary
+from tritopt.tools.numerics.digits import Digits, digits_result, train_digits
 from tritopt.tools.numerics.record import Movement
 from tritopt.tools.numerics.stress import (
     ANY_OUTLIERS,
@@ -32,7 +32,7 @@ from tritopt.tools.numerics.stress import (
     SAME_OUTLIERS,
     Case,
     Stress,
-    stress_rows,
+    stress_results,
     train_stress,
 )
 from tritopt.tools.storage import BY_DEFAULT, FORMATS, TRUTH, WEIGHTS, find_formats
@@ -44,10 +44,10 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["numerics", *arguments])
 
 
-def rows_of(name: str, cases: list[Case], steps: int) -> list[Row]:
+def rows_of(name: str, cases: list[Case], steps: int) -> list[FormatResult]:
     stress = Stress(cases, steps)
     truth = train_stress(optim.AdamW, TRUTH, stress)
-    return list(stress_rows(optim.AdamW, FORMATS[name], stress, truth))
+    return list(stress_results(optim.AdamW, FORMATS[name], stress, truth))
 
 
 # The yardsticks.
@@ -159,7 +159,7 @@ def test_the_digits_are_learned() -> None:
     digits = Digits.load()
     expected = train_digits(optim.AdamW, TRUTH, digits, 90, DIGITS_LR)
     truth, master, none = (
-        digits_row(optim.AdamW, fmt, digits, 90, DIGITS_LR, expected)
+        digits_result(optim.AdamW, fmt, digits, 90, DIGITS_LR, expected)
         for fmt in (TRUTH, *find_formats(["master", "none"]))
     )
     assert truth.loss is not None
@@ -188,7 +188,7 @@ def test_bytes(name: str, resident: float, moved: float) -> None:
 @EVERY_CLASS
 def test_every_optimizer(cls: type[optim.Optimizer]) -> None:
     report = Report(cls, find_formats(["fp32", "split8", "fp32"]), steps=2)
-    rows = list(report.rows())
+    rows = list(report.results())
     assert len(rows) == len(report) == 3 * (len(report.cases) + 1)
     for row in rows:
         if row.format == "split8" and row.refused:
@@ -204,11 +204,11 @@ def test_every_optimizer(cls: type[optim.Optimizer]) -> None:
 # The table.
 
 
-def row(case: str, **numbers: Any) -> Row:
-    return Row("AdamW", "fp32", {}, "float32", "stress", case, 10, 1e-3, **numbers)
+def row(case: str, **numbers: Any) -> FormatResult:
+    return FormatResult("AdamW", "fp32", {}, "float32", "stress", case, 10, 1e-3, **numbers)
 
 
-def cell(title: str, *rows: Row) -> str:
+def cell(title: str, *rows: FormatResult) -> str:
     (cells,) = summary(rows).values()
     return cells[[column.title for column in COLUMNS].index(title)]
 
@@ -249,7 +249,7 @@ def test_json_is_a_list_of_rows() -> None:
     assert [row["format"] for row in rows] == [n for n in ("fp64", "split16", "none") for _ in CASES]
     assert [row["case"] for row in rows[: len(CASES)]] == [case.name for case in CASES]
     first = rows[len(CASES)]
-    assert first.keys() == Row.__dataclass_fields__.keys()
+    assert first.keys() == FormatResult.__dataclass_fields__.keys()
     assert (first["arguments"], first["resident"], first["steps"]) == ({"master": "split16"}, 14, 3)
 
 
@@ -320,7 +320,7 @@ def unboxed(output: str) -> str:
 @pytest.mark.parametrize("suffix", plot.SUFFIXES)
 def test_plot(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    rows = list(Report(formats=find_formats(["fp32", "none"]), steps=2, with_digits=False).rows())
+    rows = list(Report(formats=find_formats(["fp32", "none"]), steps=2, with_digits=False).results())
     rows += [replace(r, format="refused", kept=None, drift=None, update=None, moved=None) for r in rows[: len(CASES)]]
     path = tmp_path / f"picture{suffix}"
     plot.save_plot(rows, path)

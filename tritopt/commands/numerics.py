@@ -47,7 +47,7 @@ def numerics(
         run = report.Report(cls, formats, steps, lr, with_digits=not no_digits)
     except (ImportError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    rows = list(with_progress(run.rows(), "training", len(run), shown=not (as_json or markdown)))
+    rows = list(with_progress(run.results(), "training", len(run), shown=not (as_json or markdown)))
     for path in plot or ():
         plotting.save_plot(rows, path)
     if as_json:
@@ -56,7 +56,7 @@ def numerics(
         _print_summary(rows, markdown)
 
 
-def _print_summary(rows: Sequence[report.Row], markdown: bool) -> None:
+def _print_summary(rows: Sequence[report.FormatResult], markdown: bool) -> None:
     columns = ["format", *(column.title for column in report.COLUMNS)]
     lines = [[name, *cells] for name, cells in report.summary(rows).items()]
     if markdown:

@@ -61,7 +61,7 @@ CASES = (
 
 
 @dataclass
-class HostRow:
+class HostTime:
     """What a step of one contestant takes of the host. None: not measured."""
 
     contestant: str
@@ -97,7 +97,7 @@ def host_times(
     rounds: int = ROUNDS,
     chosen_peers: Sequence[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[HostRow]:
+) -> list[HostTime]:
     """Host time of a warm step of AdamW in fp32, of ours, torch's and whichever peers are installed.
 
     Args:
@@ -117,7 +117,7 @@ def case_times(
     rounds: int = ROUNDS,
     chosen_peers: Sequence[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[HostRow]:
+) -> list[HostTime]:
     """`host_times` of one list."""
     if rounds < 1:
         raise ValueError(f"rounds={rounds!r} must be at least 1")
@@ -128,7 +128,7 @@ def case_times(
     rivals = peers.find_peers(chosen_peers)
     rows, running = [], []
     for contestant in [_ours(), *_torch(rivals), *_others(rivals)]:
-        row = HostRow(contestant.name, *case, contestant.replaced)
+        row = HostTime(contestant.name, *case, contestant.replaced)
         rows.append(row)
         try:
             with contestant.without_kernels():
@@ -156,7 +156,7 @@ def case_times(
     return rows
 
 
-def document(rows: Sequence[HostRow]) -> dict[str, Any]:
+def document(rows: Sequence[HostTime]) -> dict[str, Any]:
     """As JSON has it: what the numbers belong to, and the rows."""
     found = environment()
     return {

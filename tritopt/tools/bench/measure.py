@@ -35,7 +35,7 @@ GRADIENT = 1e-3
 
 
 @dataclass
-class Row:
+class Measurement:
     """What one contestant took for one case. None: not measured."""
 
     shapes: str
@@ -115,12 +115,12 @@ MakeSet: TypeAlias = Callable[[], tuple[Step, Callable[[], float | None]]]
 
 def measure(
     device: Device,
-    row: Row,
+    row: Measurement,
     make_set: MakeSet,
     n_bytes: float,
     copy: float,
     seconds: float,
-) -> Row:
+) -> Measurement:
     """Fill in the numbers.
 
     Args:
@@ -161,7 +161,7 @@ def measure(
     return row
 
 
-def _derive(row: Row, copy: float) -> None:
+def _derive(row: Measurement, copy: float) -> None:
     ms = row.device_ms or row.ms
     if ms and row.moved:
         per_second = row.moved / ms * 1e3

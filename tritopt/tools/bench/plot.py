@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tritopt.tools.bench.measure import OURS, Row
+from tritopt.tools.bench.measure import OURS, Measurement
 
 SUFFIXES = (".png", ".svg")
 COLUMNS = 5
@@ -23,7 +23,7 @@ def check_path(path: Path) -> None:
         raise ImportError("the plot needs matplotlib: pip install matplotlib")
 
 
-def save_plot(rows: Sequence[Row], copy: float, title: str, path: Path) -> None:
+def save_plot(rows: Sequence[Measurement], copy: float, title: str, path: Path) -> None:
     """Milliseconds and GB/s against bytes, a point for each row that has numbers; PNG or SVG.
 
     Args:
@@ -69,7 +69,7 @@ def save_plot(rows: Sequence[Row], copy: float, title: str, path: Path) -> None:
         figure.savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _label(row: Row) -> str:
+def _label(row: Measurement) -> str:
     if row.contestant != OURS:
         return f"{row.contestant}, {row.optimizer}"
     return f"{row.contestant}, {row.optimizer}, {row.format}"

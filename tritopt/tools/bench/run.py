@@ -23,7 +23,7 @@ from tritopt.tools import check
 from tritopt.tools.bench import measure, peers
 from tritopt.tools.bench.device import Device, Rehearsal
 from tritopt.tools.bench.machine import commit, now
-from tritopt.tools.bench.measure import OURS, Row
+from tritopt.tools.bench.measure import OURS, Measurement
 from tritopt.tools.bench.plan import Item
 from tritopt.tools.bench.shapes import MODELS, Shapes, miniature
 from tritopt.tools.bench.targets import judge
@@ -104,7 +104,7 @@ class Bench:
     seconds_each: float = SECONDS
     copy: float | None = None
     """Bytes per second, read and written, of torch's copy here."""
-    done: list[Row] = field(default_factory=list)
+    done: list[Measurement] = field(default_factory=list)
     _checked: dict[tuple[str, str], str | None] = field(default_factory=dict)
     _fitting: dict[tuple[str, str, str], tuple[Shapes | None, str | None]] = field(default_factory=dict)
     _started: float = 0.0
@@ -117,7 +117,7 @@ class Bench:
     def __len__(self) -> int:
         return len(self.items)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Measurement]:
         """A row for each item, as soon as it is known."""
         self._started = self.clock()
         for item in self.items:
@@ -155,10 +155,10 @@ class Bench:
     def _pretends(self) -> bool:
         return self.device.is_rehearsal
 
-    def _row(self, item: Item) -> Row:
+    def _row(self, item: Item) -> Measurement:
         fmt = FORMATS[item.format]
         stores = item.peer.stores if item.peer else _in_words(fmt)
-        row = Row(MODELS[item.model].name, 0, 0, item.optimizer, item.format, item.contestant, stores)
+        row = Measurement(MODELS[item.model].name, 0, 0, item.optimizer, item.format, item.contestant, stores)
         shapes, row.refused = self._shapes(item, fmt)
         if shapes is not None:
             row.take(shapes=shapes.name, elements=shapes.elements, tensors=len(shapes.tensors))
@@ -170,7 +170,7 @@ class Bench:
                 self._measure(item, shapes, fmt, row)
         except Exception as error:  # of a library, a compiler or the allocator: the others can still be measured
             reason = str(error).strip().partition("\n")[0]
-            row = Row(row.shapes, row.elements, row.tensors, *item.case[1:], item.contestant, stores)
+            row = Measurement(row.shapes, row.elements, row.tensors, *item.case[1:], item.contestant, stores)
             row.refused = f"failed: {type(error).__name__}: {reason}"
         finally:
             gc.collect()
@@ -209,7 +209,7 @@ class Bench:
             self._checked[key] = gate(item.optimizer, fmt)
         return self._checked[key]
 
-    def _measure(self, item: Item, shapes: Shapes, fmt: StorageFormat, row: Row) -> None:
+    def _measure(self, item: Item, shapes: Shapes, fmt: StorageFormat, row: Measurement) -> None:
         if self.copy is None:
             n_copied = min(COPY_BYTES, int(self.device.free_bytes * 0.25))
             self.copy = self.device.copy_bandwidth(2**20 if self._pretends else n_copied)

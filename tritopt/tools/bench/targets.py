@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-from tritopt.tools.bench.measure import OURS, Row
+from tritopt.tools.bench.measure import OURS, Measurement
 from tritopt.tools.bench.peers import PEERS
 from tritopt.tools.bench.plan import ELEMENTWISE, MAIN
 from tritopt.tools.bench.shapes import MODELS
 
 Verdict = Literal["met", "missed", "not measured"]
+Numbers: TypeAlias = Callable[[Sequence[Measurement]], list[float]]
+"""Selects the numbers that a target is about."""
 
 
 class Target(NamedTuple):
@@ -20,7 +22,7 @@ class Target(NamedTuple):
     required: float
     worst: Callable[[Sequence[float]], float]
     """min where more is better, max where less is."""
-    found: Callable[[Sequence[Row]], list[float]]
+    found: Numbers
     """The numbers that it is about."""
     percent: bool = False
     unit: str = ""
@@ -46,10 +48,10 @@ class Judged(NamedTuple):
     """How many numbers there were."""
 
 
-def _shares(model: tuple[str, ...] | None, optimizers: tuple[str, ...]) -> Callable[[Sequence[Row]], list[float]]:
+def _shares(model: tuple[str, ...] | None, optimizers: tuple[str, ...]) -> Numbers:
     names = None if model is None else tuple(MODELS[key].name for key in model)
 
-    def found(rows: Sequence[Row]) -> list[float]:
+    def found(rows: Sequence[Measurement]) -> list[float]:
         return [
             row.share
             for row in rows
@@ -64,8 +66,8 @@ def _shares(model: tuple[str, ...] | None, optimizers: tuple[str, ...]) -> Calla
 
 def _ratios(
     peers: tuple[str, ...], name: str, formats: tuple[str, ...] | None = None, model: str | None = None
-) -> Callable[[Sequence[Row]], list[float]]:
-    def found(rows: Sequence[Row]) -> list[float]:
+) -> Numbers:
+    def found(rows: Sequence[Measurement]) -> list[float]:
         values = [
             getattr(row, name)
             for row in rows
@@ -78,8 +80,8 @@ def _ratios(
     return found
 
 
-def _warm(name: str) -> Callable[[Sequence[Row]], list[float]]:
-    def found(rows: Sequence[Row]) -> list[float]:
+def _warm(name: str) -> Numbers:
+    def found(rows: Sequence[Measurement]) -> list[float]:
         values = [getattr(row, name) for row in rows if row.contestant == OURS]
         return [float(value) for value in values if value is not None]
 
@@ -111,7 +113,7 @@ TARGETS = (
 """For an H200."""
 
 
-def judge(rows: Sequence[Row], is_rehearsal: bool = False) -> list[Judged]:
+def judge(rows: Sequence[Measurement], is_rehearsal: bool = False) -> list[Judged]:
     """Of each target, whether it is met by all that was measured. A rehearsal measures nothing."""
     verdicts = []
     for target in TARGETS:

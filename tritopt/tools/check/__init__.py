@@ -5,7 +5,7 @@ can do and with the distance that the step moved: weights barely move, so any fo
 """
 
 from tritopt.tools.check.cases import Case as Case
-from tritopt.tools.check.cases import Row as Row
+from tritopt.tools.check.cases import CheckResult as CheckResult
 from tritopt.tools.check.cases import find_cases as find_cases
 from tritopt.tools.check.run import check_case as check_case
 from tritopt.tools.check.run import run_checks as run_checks

@@ -1,4 +1,4 @@
-"""The cases of a check: optimizers, their variants, kinds of tensors, and the row that one becomes."""
+"""The cases of a check: optimizers, their variants, kinds of tensors, and the result that one becomes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Case:
 
 
 @dataclass
-class Row:
+class CheckResult:
     """The outcome of a case. Errors are the largest of all steps and elements, in ulp of the dtype of storage.
 
     That of a state in fewer bits is the distance to the next number that it could have been stored as.
@@ -127,9 +127,9 @@ class Row:
             self.passed, self.reason = False, reason
 
 
-def case_row(case: Case) -> Row:
-    """The row of a case that was not checked yet."""
-    return Row(
+def unchecked(case: Case) -> CheckResult:
+    """The result of a case that was not checked yet."""
+    return CheckResult(
         case.cls.__name__.lower(),
         case.arguments,
         case.variant,
@@ -166,7 +166,7 @@ def _goes_with(cls: type[Optimizer], variant: dict[str, Any], storage: StorageFo
     try:
         opt = cls(**variant, state_dtype=storage.state_dtype)
         launches, formats = opt.phases, opt.state_formats()
-    except Exception:  # the row that shows it will say why
+    except Exception:  # the result that shows it will say why
         return True
     if storage.state_dtype is not None and all(fmt is PLAIN for fmt in formats):
         return False

@@ -8,13 +8,15 @@ import torch
 
 import tritopt
 from tritopt.mxnet.optimizer import Optimizer
-from tritopt.tools.check.cases import Case, Row
+from tritopt.tools.check.cases import Case, CheckResult
 from tritopt.tools.check.contender import Contender
 from tritopt.tools.check.tolerance import TOLERANCES, Tolerance
 
 
-def compare_runs(case: Case, step: int, start: dict[str, torch.Tensor], runs: dict[str, Contender], row: Row) -> None:
-    """Enter the differences between all runs into the row."""
+def compare_runs(
+    case: Case, step: int, start: dict[str, torch.Tensor], runs: dict[str, Contender], result: CheckResult
+) -> None:
+    """Enter the differences between all runs into the result."""
     for one, other in combinations(runs, 2):
         kind = "truth" if other == "truth" else _fused_tolerance(case, runs["fused"].optimizer)
         ours, expected = runs[one].tensors(), runs[other].tensors()
@@ -29,10 +31,10 @@ def compare_runs(case: Case, step: int, start: dict[str, torch.Tensor], runs: di
             tolerance = _tolerance(case, kind, name)
             gap = _gap(tensor, expected[name], *(found.get(name) for found in neighbours))
             error, is_within = largest_error(value, expected[name], start[name], gap, tolerance, case.compute_dtype)
-            row.enter(f"{one}_vs_{other}" if name.startswith("weight") else "states", error)
+            result.enter(f"{one}_vs_{other}" if name.startswith("weight") else "states", error)
             if not is_within:
                 codes = f", and {tolerance.codes:.3g} of its codes" if name in neighbours[0] and tolerance.codes else ""
-                row.fail(
+                result.fail(
                     f"step {step}, {name} of shape {tuple(tensor.shape)}: {one} and {other} differ by {error:.3g} ulp; "
                     f"allowed is {tolerance.reason}{codes}"
                 )

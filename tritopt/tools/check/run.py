@@ -14,7 +14,7 @@ from tritopt.engine import driver
 from tritopt.kernels.formats.states import BLOCK
 from tritopt.kernels.language import INTERPRETED
 from tritopt.mxnet.optimizer import Optimizer
-from tritopt.tools.check.cases import Case, Row, case_row, find_cases
+from tritopt.tools.check.cases import Case, CheckResult, find_cases, unchecked
 from tritopt.tools.check.compare import compare_runs
 from tritopt.tools.check.contender import Contender
 from tritopt.tools.check.tolerance import TOLERANCES
@@ -33,26 +33,26 @@ SMALL_OF_STATES = driver.Config(block_size=64, chunk_size=128)
 """As many blocks a chunk, of states that share scales."""
 
 
-def run_checks(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> Iterator[Row]:
-    """Yield a row for each of `find_cases(classes, quick)`, as soon as it is known. What raises is a row that failed.
+def run_checks(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> Iterator[CheckResult]:
+    """Check `find_cases(classes, quick)`, and yield each result as soon as it is known. What raises has failed.
 
     >>> import tritopt
-    >>> all(row.passed for row in run_checks([tritopt.SGD], quick=True))
+    >>> all(result.passed for result in run_checks([tritopt.SGD], quick=True))
     True
     """
     yield from map(check_case, find_cases(classes, quick), repeat(N_STEPS[quick]))
 
 
-def check_case(case: Case, n_steps: int = 3) -> Row:
-    """Run one case. Whatever an optimizer raises makes a failed row."""
-    row = case_row(case)
+def check_case(case: Case, n_steps: int = 3) -> CheckResult:
+    """Run one case. Whatever an optimizer raises makes a failed result."""
+    result = unchecked(case)
     small = SMALL if case.state_dtype is None else SMALL_OF_STATES
     try:
         with _launch_config(small if INTERPRETED else driver.CONFIG):
-            _run(case, n_steps, row)
+            _run(case, n_steps, result)
     except Exception as error:
-        row.fail(f"{type(error).__name__}: {error}")
-    return row
+        result.fail(f"{type(error).__name__}: {error}")
+    return result
 
 
 @contextmanager
@@ -65,20 +65,20 @@ def _launch_config(config: driver.Config) -> Iterator[None]:
         driver.CONFIG = before
 
 
-def _run(case: Case, n_steps: int, row: Row) -> None:
+def _run(case: Case, n_steps: int, result: CheckResult) -> None:
     random = torch.Generator("cpu").manual_seed(0)
     weights = _weights(case, random)
     weights = [weight if _accepts(case, weight) else weight.reshape(1, -1) for weight in weights]
     runs = {"reference": _contender(case, weights, use_fused_step=False)}
     if not case.has_kernel:
-        row.reason = "no kernel: reference only"
+        result.reason = "no kernel: reference only"
     elif reason := fused_unavailable():
-        row.reason = f"reference only: {reason}"
+        result.reason = f"reference only: {reason}"
     else:
         runs = {"fused": _contender(case, weights, use_fused_step=True), **runs}
     if case.rereads_states:
         note = "weights not compared with the truth: they are computed from states as these are stored"
-        row.reason = f"{row.reason}; {note}" if row.reason else note
+        result.reason = f"{result.reason}; {note}" if result.reason else note
     exact = [weight.double() for weight in weights]
     runs["truth"], *probes = (
         _contender(replace(case, state_dtype=None), exact, use_fused_step=False) for _ in range(3)
@@ -98,8 +98,10 @@ def _run(case: Case, n_steps: int, row: Row) -> None:
             given = [grad.double() if name == "truth" else _copy(grad) for grad in grads]
             run.step(given)
             if name != "truth" and not all(map(torch.equal, given, grads)):
-                row.fail(f"step {step}: {name} wrote to a gradient, which belongs to the caller; work on a copy of it")
-        compare_runs(case, step, start, runs, row)
+                result.fail(
+                    f"step {step}: {name} wrote to a gradient, which belongs to the caller; work on a copy of it"
+                )
+        compare_runs(case, step, start, runs, result)
 
 
 def _accepts(case: Case, weight: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ from tritopt.tools.inspect.compile import inspect_cases as inspect_cases
 from tritopt.tools.inspect.diff import Change as Change
 from tritopt.tools.inspect.diff import compare as compare
 from tritopt.tools.inspect.record import Case as Case
-from tritopt.tools.inspect.record import Row as Row
+from tritopt.tools.inspect.record import LaunchRecord as LaunchRecord
 from tritopt.tools.inspect.record import Step as Step
 from tritopt.tools.inspect.record import dump as dump
 from tritopt.tools.inspect.record import load as load

@@ -18,14 +18,14 @@ from tritopt.tools.compiled import CompiledLaunch, compile_launches, compile_nor
 from tritopt.tools.cost import Traffic, phase_traffic
 from tritopt.tools.gpus import ARCHITECTURES, Gpu, find_gpu, resident_programs
 from tritopt.tools.inspect.cases import NORM, class_of, grad_dtype_of, known_optimizers, make, traffic_of
-from tritopt.tools.inspect.record import Case, Row
+from tritopt.tools.inspect.record import Case, LaunchRecord
 from tritopt.tools.storage import FORMATS
 
 N_PARAMETERS = 1e9
 """That a time is for."""
 
 
-def inspect_case(case: Case) -> list[Row]:
+def inspect_case(case: Case) -> list[LaunchRecord]:
     """Compile a step and describe its launches. RuntimeError if kernels are interpreted or do not compile."""
     if INTERPRETED:
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
@@ -38,7 +38,7 @@ def inspect_case(case: Case) -> list[Row]:
         raise RuntimeError(message) from error
 
 
-def _compiled_case(case: Case, gpu: Gpu) -> list[Row]:
+def _compiled_case(case: Case, gpu: Gpu) -> list[LaunchRecord]:
     arch = ARCHITECTURES[gpu.target].arch
     grad_dtype = grad_dtype_of(case)
     if case.optimizer == NORM:
@@ -55,7 +55,7 @@ def _compiled_case(case: Case, gpu: Gpu) -> list[Row]:
     return [_row(case, gpu, step, i, launch, must.get(i)) for i, launch in enumerate(launches)]
 
 
-def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, must: Traffic | None) -> Row:
+def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, must: Traffic | None) -> LaunchRecord:
     milliseconds = bound = None
     if launch.instructions is not None and launch.bytes_loaded is not None and launch.bytes_stored is not None:
         issued = launch.instructions if ARCHITECTURES[gpu.target].issues_all else launch.arithmetic
@@ -66,7 +66,7 @@ def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, mu
         }
         bound = max(seconds, key=lambda name: seconds[name])
         milliseconds = round(1000 * N_PARAMETERS * seconds[bound], 4)
-    return Row(
+    return LaunchRecord(
         optimizer=case.optimizer,
         arguments=case.arguments,
         storage=case.storage,
@@ -101,7 +101,7 @@ def _by_width(accesses: Mapping[int, int]) -> dict[str, int]:
     return {str(bits): accesses[bits] for bits in sorted(accesses, reverse=True)}
 
 
-def inspect_cases(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[Row]]:
+def inspect_cases(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[LaunchRecord]]:
     """The rows of each case, in order, as they come.
 
     Args:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from tritopt.tools.inspect.record import Case, Row, steps_of, widths
+from tritopt.tools.inspect.record import Case, LaunchRecord, steps_of, widths
 
 
 class Change(NamedTuple):
@@ -26,7 +26,7 @@ _MORE_IS_BETTER = ("programs",)
 _OF_INTEREST = ("registers", "shared_bytes", "num_warps", "elements", "arithmetic", "bound", "kernel", "triton")
 
 
-def compare(saved: Sequence[Row], rows: Sequence[Row]) -> list[Change]:
+def compare(saved: Sequence[LaunchRecord], rows: Sequence[LaunchRecord]) -> list[Change]:
     """What changed for the cases that both have; worse is what costs time.
 
     That is more spilled bytes, bytes, instructions, time, accesses for the same bytes, launches, or fewer resident
@@ -47,7 +47,7 @@ def compare(saved: Sequence[Row], rows: Sequence[Row]) -> list[Change]:
     return changes
 
 
-def _changes(a: Row, b: Row) -> Iterator[Change]:
+def _changes(a: LaunchRecord, b: LaunchRecord) -> Iterator[Change]:
     for column in (*_LESS_IS_BETTER, *_MORE_IS_BETTER, *_OF_INTEREST):
         old, new = getattr(a, column), getattr(b, column)
         is_of_gpu = column in ("milliseconds", "bound")

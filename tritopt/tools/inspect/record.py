@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class LaunchRecord:
     """One launch of a step. Where it works on what is small beside the tensors, what follows `programs` is None."""
 
     optimizer: str
@@ -95,10 +95,10 @@ class Row:
 class Step(NamedTuple):
     """All launches of a case."""
 
-    rows: list[Row]
+    rows: list[LaunchRecord]
 
     @property
-    def hot(self) -> list[Row]:
+    def hot(self) -> list[LaunchRecord]:
         """Those that work on whole tensors."""
         return [row for row in self.rows if row.elements]
 
@@ -113,17 +113,17 @@ class Step(NamedTuple):
         return (self.total("bytes_loaded"), self.total("bytes_stored")) == (first.step_read, first.step_written)
 
 
-def steps_of(rows: Sequence[Row]) -> list[Step]:
+def steps_of(rows: Sequence[LaunchRecord]) -> list[Step]:
     """The rows, grouped by case."""
     return [Step(list(found)) for _, found in groupby(rows, key=lambda row: row.case)]
 
 
-def dump(rows: Sequence[Row]) -> str:
+def dump(rows: Sequence[LaunchRecord]) -> str:
     """JSON: a list with a row on each line."""
     return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"
 
 
-def load(path: Path) -> list[Row]:
+def load(path: Path) -> list[LaunchRecord]:
     """The rows of a file that `dump` has written; ValueError that says what is wrong with it."""
     hint = "; `tritopt inspect --save` writes such files"
     try:
@@ -132,14 +132,14 @@ def load(path: Path) -> list[Row]:
         raise ValueError(f"cannot read {path}: {error.strerror}{hint}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}{hint}") from error
-    names = {field.name for field in fields(Row)}
+    names = {field.name for field in fields(LaunchRecord)}
     if not isinstance(found, list) or not found or not all(isinstance(row, dict) for row in found):
         raise ValueError(f"{path} holds no list of rows{hint}")
     for row in found:
         if row.keys() != names:
             differing = ", ".join(sorted(row.keys() ^ names))
             raise ValueError(f"{path} was made by another version of tritopt, whose rows differ in {differing}{hint}")
-    return [Row(**row) for row in found]
+    return [LaunchRecord(**row) for row in found]
 
 
 def widths(accesses: Mapping[str, int] | None) -> str:

@@ -9,7 +9,7 @@ from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.gpus import DEFAULTS, Gpu, find_gpu, find_target
 from tritopt.tools.inspect.cases import GRAD_DTYPES, NORM, class_of, find_key, known_optimizers, stored_as
-from tritopt.tools.inspect.record import Case, Row
+from tritopt.tools.inspect.record import Case, LaunchRecord
 from tritopt.tools.storage import find_formats
 
 MAIN_FORMATS = ("fp32", "master", "split16", "split16+bf16", "split8+fp8", "split8+int8")
@@ -84,7 +84,7 @@ def select_cases(
     return selection
 
 
-def in_both(selection: Selection, saved: Sequence[Row]) -> Selection:
+def in_both(selection: Selection, saved: Sequence[LaunchRecord]) -> Selection:
     """Those cases that a saved run has as well; ValueError if it has none of them."""
     known = {row.case.compiled_as for row in saved}
     cases = [case for case in selection.cases if case.compiled_as in known]

@@ -5,7 +5,7 @@ gradients are those of its own weights. The stress is synthetic: gradients that 
 for all formats and exact in each of them, so that what differs is what was stored. One optimizer has all its cases.
 """
 
-from tritopt.tools.numerics.record import Row as Row
+from tritopt.tools.numerics.record import FormatResult as FormatResult
 from tritopt.tools.numerics.report import COLUMNS as COLUMNS
 from tritopt.tools.numerics.report import DIGITS_LR as DIGITS_LR
 from tritopt.tools.numerics.report import EXPLANATION as EXPLANATION

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tritopt import optim
 from tritopt.tools.cost import Bytes, counted_bytes
 from tritopt.tools.environment import device
-from tritopt.tools.numerics.record import Movement, Row, described
+from tritopt.tools.numerics.record import FormatResult, Movement, described
 from tritopt.tools.numerics.training import make_optimizer, one_thread, unless_refused, weights_of
 from tritopt.tools.storage import TRUTH, StorageFormat
 
@@ -108,9 +108,9 @@ def _first_weights(random: torch.Generator) -> list[torch.Tensor]:
     ]
 
 
-def digits_row(
+def digits_result(
     cls: type[optim.Optimizer], fmt: StorageFormat, digits: Digits, steps: int, lr: float, truth: TrainedDigits
-) -> Row:
+) -> FormatResult:
     """What the format made of the digits."""
     trained, refused = truth, None
     if fmt is not TRUTH:
@@ -124,7 +124,9 @@ def digits_row(
             "accuracy": trained.accuracy,
         }
     decay = inspect.signature(cls).parameters["weight_decay"].default
-    return Row(**described(cls, fmt), problem="digits", case=DIGITS, steps=steps, lr=lr, weight_decay=decay, **found)
+    return FormatResult(
+        **described(cls, fmt), problem="digits", case=DIGITS, steps=steps, lr=lr, weight_decay=decay, **found
+    )
 
 
 # The report.

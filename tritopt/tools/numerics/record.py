@@ -13,7 +13,7 @@ from tritopt.tools.storage import StorageFormat
 
 
 @dataclass(frozen=True)
-class Row:
+class FormatResult:
     """What one format made of one problem. None: it says nothing here, or the format was refused."""
 
     optimizer: str

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from tritopt import optim
 from tritopt.engine import validate
-from tritopt.tools.numerics.digits import DIGITS, Digits, digits_row, train_digits
-from tritopt.tools.numerics.record import Row
+from tritopt.tools.numerics.digits import DIGITS, Digits, digits_result, train_digits
+from tritopt.tools.numerics.record import FormatResult
 from tritopt.tools.numerics.stress import (
     ANY_OUTLIERS,
     CASES,
@@ -20,7 +20,7 @@ from tritopt.tools.numerics.stress import (
     SAME_OUTLIERS,
     Case,
     Stress,
-    stress_rows,
+    stress_results,
     train_stress,
 )
 from tritopt.tools.storage import TRUTH, StorageFormat, find_formats
@@ -56,7 +56,7 @@ class Report:
         """Of the stress: all that the optimizer takes."""
         return [case for case in CASES if self.cls.rule.decays or not case.weight_decay]
 
-    def rows(self) -> Iterator[Row]:
+    def results(self) -> Iterator[FormatResult]:
         """As soon as they are known."""
         stress = Stress(self.cases, self.steps)
         truth = train_stress(self.cls, TRUTH, stress)
@@ -65,8 +65,8 @@ class Report:
             of_digits = train_digits(self.cls, TRUTH, digits, self.steps, self.lr)
         for fmt in (TRUTH, *self.formats):
             if self.with_digits:
-                yield digits_row(self.cls, fmt, digits, self.steps, self.lr, of_digits)
-            yield from stress_rows(self.cls, fmt, stress, truth)
+                yield digits_result(self.cls, fmt, digits, self.steps, self.lr, of_digits)
+            yield from stress_results(self.cls, fmt, stress, truth)
 
 
 class Column(NamedTuple):
@@ -74,7 +74,7 @@ class Column(NamedTuple):
 
     title: str
     number: str
-    """A field of `Row`."""
+    """A field of `FormatResult`."""
     cases: tuple[str, ...]
     """The worst of them is shown."""
 
@@ -97,16 +97,17 @@ EXPLANATION = (
 )
 
 
-def summary(rows: Sequence[Row]) -> dict[str, list[str]]:
+def summary(results: Sequence[FormatResult]) -> dict[str, list[str]]:
     """The table: of each format, what `COLUMNS` say. A format that was refused has dashes."""
-    formats = dict.fromkeys(row.format for row in rows)
+    formats = dict.fromkeys(result.format for result in results)
     return {
-        name: [_cell([row for row in rows if row.format == name], column) for column in COLUMNS] for name in formats
+        name: [_cell([result for result in results if result.format == name], column) for column in COLUMNS]
+        for name in formats
     }
 
 
-def _cell(rows: Sequence[Row], column: Column) -> str:
-    known = [getattr(row, column.number) for row in rows if row.case in column.cases]
+def _cell(results: Sequence[FormatResult], column: Column) -> str:
+    known = [getattr(result, column.number) for result in results if result.case in column.cases]
     known = [value for value in known if value is not None]
     if not known:
         return "-"

@@ -12,7 +12,7 @@ import torch
 from tritopt import optim
 from tritopt.tools.cost import Bytes, counted_bytes
 from tritopt.tools.environment import device
-from tritopt.tools.numerics.record import Movement, Row, described
+from tritopt.tools.numerics.record import FormatResult, Movement, described
 from tritopt.tools.numerics.training import make_optimizer, one_thread, unless_refused, weights_of
 from tritopt.tools.storage import TRUTH, StorageFormat
 
@@ -138,8 +138,10 @@ def _packs(cls: type[optim.Optimizer], cases: Sequence[Case]) -> list[list[Case]
     return [list(pack) for _, pack in groupby(cases, lambda case: (case.lr, case.weight_decay, case.max_steps))]
 
 
-def stress_rows(cls: type[optim.Optimizer], fmt: StorageFormat, stress: Stress, truth: Trained) -> Iterator[Row]:
-    """A row for each case."""
+def stress_results(
+    cls: type[optim.Optimizer], fmt: StorageFormat, stress: Stress, truth: Trained
+) -> Iterator[FormatResult]:
+    """A result for each case."""
     trained, refused = (truth, None) if fmt is TRUTH else unless_refused(lambda: train_stress(cls, fmt, stress))
     for i, case in enumerate(stress.cases):
         found: dict[str, Any] = {"refused": refused}
@@ -152,7 +154,7 @@ def stress_rows(cls: type[optim.Optimizer], fmt: StorageFormat, stress: Stress, 
                 "update": math.sqrt(trained.updates[i] / truth.updates[i]) if truth.updates[i] else None,
                 "remains": float((trained.weights[i] * start).sum() / start.square().sum()),
             }
-        yield Row(
+        yield FormatResult(
             **described(cls, fmt),
             problem="stress",
             case=case.name,
