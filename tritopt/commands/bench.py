@@ -1,4 +1,4 @@
-"""`tritopt bench`."""
+"""The command `tritopt bench`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tritopt check`."""
+"""The command `tritopt check`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tritopt inspect`."""
+"""The command `tritopt inspect`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tritopt list`."""
+"""The command `tritopt list`."""
 
 from __future__ import annotations
 

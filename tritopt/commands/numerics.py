@@ -1,4 +1,4 @@
-"""`tritopt numerics`."""
+"""The command `tritopt numerics`."""
 
 from __future__ import annotations
 

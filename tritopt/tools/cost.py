@@ -1,4 +1,4 @@
-"""What an optimizer costs: bytes per parameter that a step moves, and that stay in memory."""
+"""Costs of an optimizer: bytes per parameter that a step moves, and that stay in memory."""
 
 from __future__ import annotations
 
@@ -36,26 +36,27 @@ class Traffic(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Both directions."""
+        """Bytes per parameter in both directions."""
         return self.read + self.written
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A row of `tritopt list`: an optimizer with constructor arguments that change its launches or states."""
+    """Entry of `tritopt list`: an optimizer with constructor arguments that change its launches or states."""
 
     optimizer: str
     arguments: dict[str, Any]
     kernels: tuple[str, ...]
-    """Update functions, one per launch. Empty: no kernel."""
+    """Names of update functions, one per launch. Empty: no kernel."""
     states: tuple[str, ...]
+    """Names of states."""
     moved: dict[str, Traffic]
-    """By name of PRECISIONS, but for those that the optimizer refuses. Empty: no kernel."""
+    """Bytes that a step moves, by name of PRECISIONS, but for those that the optimizer refuses. Empty: no kernel."""
     resident: dict[str, float]
-    """Bytes per parameter in memory, by name likewise, without gradients."""
+    """Bytes per parameter in memory without gradients, by name of PRECISIONS, but for those that it refuses."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Convert to what JSON knows."""
         return {**vars(self), "moved": {name: traffic._asdict() for name, traffic in self.moved.items()}}
 
 
@@ -84,7 +85,7 @@ def bytes_per_parameter(
 def phase_traffic(
     opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN
 ) -> list[Traffic]:
-    """Likewise, of each phase."""
+    """Tell `bytes_per_parameter` of each phase."""
     if not opt.phases:
         raise ValueError(f"{type(opt).__name__} declares no phases, so the bytes its step moves are not known")
     planes, states = _stored(opt, weight_dtype, fmt)
@@ -100,26 +101,26 @@ def resident_bytes(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format = PLAI
 
 
 def _shortest(n: float) -> float:
-    """Whole numbers as int, which print without a point. Sums of bytes over 64 are exact."""
+    """Make whole numbers int, which print without a point. Sums of bytes over 64 are exact."""
     return int(n) if n == int(n) else n
 
 
 def fresh_state(opt: Optimizer, index: Hashable, weight: torch.Tensor) -> State:
-    """`create_state_multi_precision` without its warning about accumulating in 16 bits."""
+    """Call `create_state_multi_precision` without its warning about accumulating in 16 bits."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*accumulates in", UserWarning)
         return opt.create_state_multi_precision(index, weight)
 
 
 class Bytes(NamedTuple):
-    """Per parameter."""
+    """Bytes per parameter, gradients included: in memory, and moved by a step."""
 
     resident: float
     moved: float
 
 
 def counted_bytes(opt: optim.Optimizer) -> Bytes:
-    """Of the tensors that an optimizer holds after a step: parameters, gradients and states.
+    """Count the bytes of the tensors that an optimizer holds after a step: parameters, gradients and states.
 
     What a step moves is what the phases of its kernel say they load and store of these tensors;
     tests/kernels/test_traffic.py counts that they do.
@@ -143,7 +144,7 @@ def counted_bytes(opt: optim.Optimizer) -> Bytes:
 
 
 def listings(classes: Sequence[type[Optimizer]] | None = None) -> Iterator[Listing]:
-    """A row for each variant of the optimizers (None: all registered) that has launches or states of its own."""
+    """List each variant of the optimizers (None: all registered) that has launches or states of its own."""
     for cls in [registry.find(name) for name in registry.names()] if classes is None else classes:
         seen = set()
         for arguments in cls.variants:
@@ -176,7 +177,7 @@ def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
 
 
 def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], float]:
-    """Bytes per parameter of each plane of the weight, and of the states; as they are allocated for a matrix."""
+    """Tell the bytes per parameter of each plane of the weight, and of the states, as allocated for a matrix."""
     if weight_dtype not in fmt.weight_dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in fmt.weight_dtypes)
         raise ValueError(f"format {fmt.name!r} stores {names} weights, not {weight_dtype}; pass PLAIN")
@@ -200,7 +201,7 @@ def _name_of(fmt: Format) -> str:
 
 
 def tensors_of(state: Any) -> list[torch.Tensor]:
-    """The tensors of a state in order; TypeError if it holds anything else."""
+    """Collect the tensors of a state in order; TypeError if it holds anything else."""
     if state is None:
         return []
     if isinstance(state, torch.Tensor):

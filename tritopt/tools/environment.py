@@ -1,4 +1,4 @@
-"""Where kernels run on this machine, and which versions the outcome may depend on."""
+"""The device that kernels run on, and the versions that an outcome may depend on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def device() -> torch.device:
 
 
 def fused_unavailable() -> str | None:
-    """Why no kernel can run here and what to do about it, or None."""
+    """Say why no kernel can run here and what to do about it; None: they can."""
     return plan.unavailable(torch.empty(0, dtype=torch.float32, device=device()))
 
 
 def environment(compiled_for: str | None = None) -> dict[str, Any]:
     """Describe the machine and the versions that the outcome may depend on.
 
-    compiled_for: the GPU that the PTX machine stands in for, if that is used.
+    compiled_for: the GPU that the PTX machine stands in for; None: that is not used.
     """
     on_gpu, here = device().type == "cuda", "Triton's interpreter" if INTERPRETED else "cpu"
     return {

@@ -16,12 +16,12 @@ from tritopt.mxnet.optimizer import Optimizer
 
 
 def registered(names: Sequence[str] | None = None) -> list[type[Optimizer]]:
-    """The optimizers registered under these names (None: all); ValueError for an unknown one."""
+    """Find the optimizers registered under these names (None: all); ValueError for an unknown one."""
     return [registry.find(name) for name in (registry.names() if names is None else names)]
 
 
 def find_optimizers(names: Sequence[str]) -> list[type[Optimizer]]:
-    """The optimizers that users name: as registered, or as "package.module:Class" (see `load_optimizer`), each once."""
+    """Find optimizers that users name, each once: as registered, or as "package.module:Class" (`load_optimizer`)."""
     return list(dict.fromkeys(load_optimizer(name) if ":" in name else _find(name) for name in names))
 
 

@@ -84,8 +84,9 @@ OFFERED = {
 }
 """Formats that commands take, by name: every one of weights with every one of states."""
 FORMATS = {**OFFERED, **{name: StorageFormat(name, *stored) for name, stored in NOT_OFFERED.items()}}
-"""All formats, by name."""
+"""Formats that there are, by name: those that commands take, and the rest."""
 TRUTH = FORMATS["fp64"]
+"""Format that others are compared with."""
 
 
 def find_formats(names: Sequence[str] | None = None) -> list[StorageFormat]:

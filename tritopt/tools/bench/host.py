@@ -1,4 +1,4 @@
-"""What a step takes of the host: `tritopt bench --host`, which needs no GPU.
+"""Time that a step takes of the host: `tritopt bench --host`, which needs no GPU.
 
 Kernels are replaced by nothing, so what is left is Python, dispatch and the tables. Contestants take turns, so that a
 busy machine is as busy for each, and a time is the median of theirs. In a turn's first step the processor's caches hold
@@ -29,7 +29,7 @@ from tritopt.tools.bench.without_kernels import OF_FUSED, no_foreach, no_fused
 from tritopt.tools.environment import device, environment, fused_unavailable
 
 ELEMENTS = 4
-"""Of each tensor: what work there is beside kernels must not be arithmetic."""
+"""Number of elements of each tensor: what work there is beside kernels must not be arithmetic."""
 MAX_NORM = 1.0
 ABSENT = 10
 """One parameter in so many is without a gradient in one of several sets; all others have one in every set."""
@@ -40,7 +40,7 @@ ROUNDS = 15
 SETTLING = 10
 """Steps of a turn until the caches are the contestant's own."""
 TURN = 20
-"""Those after them."""
+"""Steps of a turn that are timed, after those."""
 
 
 class Case(NamedTuple):
@@ -62,7 +62,7 @@ CASES = (
 
 @dataclass
 class HostTime:
-    """What a step of one contestant takes of the host. None: not measured."""
+    """Time that a step of one contestant takes of the host. None: not measured."""
 
     contestant: str
     tensors: int
@@ -70,16 +70,17 @@ class HostTime:
     clip: bool
     sets: int
     replaced: str
-    """What was replaced by nothing."""
+    """Functions that were replaced by nothing, in words."""
     ms: float | None = None
-    """Median of all rounds."""
+    """Median of the steps of all rounds, milliseconds."""
     best_ms: float | None = None
+    """Shortest of these steps, milliseconds."""
     cold_ms: float | None = None
-    """Median of the turns' first steps."""
+    """Median of the turns' first steps, milliseconds."""
     ratio: float | None = None
-    """Its `ms` in units of torch fused's for the same list."""
+    """Multiple that `ms` is of torch fused's for the same list; None also where that was not measured."""
     refused: str | None = None
-    """Why it was not measured."""
+    """Reason why it was not measured; None: it was."""
 
 
 class Contestant(NamedTuple):
@@ -103,8 +104,8 @@ def host_times(
     Args:
         cases: the lists.
         rounds: turns of each contestant; fewer for lists of thousands.
-        chosen_peers: as `bench --peer` has it; None: all.
-        clock: seconds.
+        chosen_peers: names as `bench --peer` has them; None: all.
+        clock: tells the time in seconds.
 
     Raises:
         ValueError: an unknown peer, or no rounds. RuntimeError: no kernels of ours that could be left out.
@@ -118,7 +119,7 @@ def case_times(
     chosen_peers: Sequence[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[HostTime]:
-    """`host_times` of one list."""
+    """Take `host_times` of one list."""
     if rounds < 1:
         raise ValueError(f"rounds={rounds!r} must be at least 1")
     if not HAS_TRITON:
@@ -157,7 +158,7 @@ def case_times(
 
 
 def document(rows: Sequence[HostTime]) -> dict[str, Any]:
-    """As JSON has it: what the numbers belong to, and the rows."""
+    """Collect for JSON what the numbers belong to, and the rows."""
     found = environment()
     return {
         "machine": {
@@ -173,7 +174,7 @@ def document(rows: Sequence[HostTime]) -> dict[str, Any]:
 
 
 class Times(NamedTuple):
-    """Seconds."""
+    """Times of single steps, in seconds."""
 
     cold: list[float]
     """First steps of turns."""
@@ -185,7 +186,7 @@ def interleaved(
     rounds: int,
     clock: Callable[[], float],
 ) -> list[Times]:
-    """Of each step and its context, in turns."""
+    """Time each step in its context, in turns."""
     times = [Times([], []) for _ in steps]
     gc.collect()
     was_enabled = gc.isenabled()

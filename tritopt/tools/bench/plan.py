@@ -1,4 +1,4 @@
-"""What is measured, the most important first: a run that ends early has spent its time well."""
+"""The plan of a run, the most important first: one that ends early has spent its time well."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9},
     "DCASGD": {"momentum": 0.9},
 }
-"""By optimizer, beside the learning rate: what it is used with, where that is not its default."""
+"""Arguments that an optimizer is used with, where these are not its defaults; beside the learning rate."""
 MOST_WANTED = (
     "SGD", "Adam", "Lion", "LAMB", "LANS", "LARS", "Adafactor", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax",
     "Adadelta", "AdaBelief", "Adan", "NAG", "Signum", "Ftrl", "FTML",
@@ -54,16 +54,16 @@ class Item(NamedTuple):
     format: str
     """A key of tritopt.tools.storage.FORMATS."""
     peer: Peer | None = None
-    """None: ours."""
+    """Peer that is measured; None: ours is."""
 
     @property
     def case(self) -> tuple[str, str, str]:
-        """What it is compared within."""
+        """Model, optimizer and format, within which contestants are compared."""
         return self.model, self.optimizer, self.format
 
     @property
     def contestant(self) -> str:
-        """Who is measured."""
+        """Name of who is measured."""
         return self.peer.name if self.peer else "tritopt"
 
 
@@ -74,7 +74,7 @@ def plan(
     chosen_peers: Sequence[str] | None = None,
     quick: bool = False,
 ) -> list[Item]:
-    """All that is to be measured, in order.
+    """List all that is to be measured, in order.
 
     What is chosen (None: all) is crossed with what else is chosen: `formats` alone is AdamW in these, `optimizers`
     alone in MAIN, `models` alone is AdamW on these. Nothing chosen is the list that README's targets need.

@@ -11,12 +11,12 @@ from tritopt.tools.bench.measure import OURS, Measurement
 
 SUFFIXES = (".png", ".svg")
 COLUMNS = 5
-"""Of the legend."""
+"""Number of columns of the legend."""
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
 
 
 def check_path(path: Path) -> None:
-    """ValueError for a path that no plot can be written to, ImportError without matplotlib: before time is spent."""
+    """Raise ValueError for a path that no plot goes to, ImportError without matplotlib: before time is spent."""
     if path.suffix not in SUFFIXES or not path.parent.is_dir():
         raise ValueError(f"{path} must be a {' or '.join(SUFFIXES)} file in a folder that exists")
     if find_spec("matplotlib") is None:
@@ -24,12 +24,12 @@ def check_path(path: Path) -> None:
 
 
 def save_plot(rows: Sequence[Measurement], copy: float, title: str, path: Path) -> None:
-    """Milliseconds and GB/s against bytes, a point for each row that has numbers; PNG or SVG.
+    """Draw milliseconds and GB/s against bytes, a point for each row that has numbers; PNG or SVG.
 
     Args:
-        rows: of a run.
+        rows: measurements of a run.
         copy: bytes per second of a copy, the roof.
-        title: of the picture: the GPU, and whether it is a rehearsal.
+        title: title of the picture: the GPU, and whether it is a rehearsal.
         path: file to write.
 
     Raises:

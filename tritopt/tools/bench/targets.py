@@ -1,4 +1,4 @@
-"""What a step is meant to take, and whether it does."""
+"""Targets for a step, and whether they are met."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Target(NamedTuple):
     unit: str = ""
 
     def is_met_by(self, value: float) -> bool:
-        """Whether it is reached."""
+        """Tell whether the number reaches it."""
         return value >= self.required if self.worst is min else value <= self.required
 
     def shown(self, value: float) -> str:
-        """As the table has it."""
+        """Write a number as the table has it."""
         return f"{100 * value:.1f}%" if self.percent else f"{value:.3g}{self.unit}"
 
 
 class Judged(NamedTuple):
-    """A target, and what came of it."""
+    """Verdict on a target."""
 
     target: str
     required: str
@@ -45,7 +45,7 @@ class Judged(NamedTuple):
     """The worst of the numbers; None: there is none."""
     verdict: Verdict
     of: int
-    """How many numbers there were."""
+    """Number of numbers that there were."""
 
 
 def _shares(model: tuple[str, ...] | None, optimizers: tuple[str, ...]) -> Numbers:
@@ -110,11 +110,11 @@ TARGETS = (
     Target("allocations of a warm step", 0, max, _warm("allocations")),
     Target("synchronisations of a warm step", 0, max, _warm("synchronises")),
 )  # fmt: skip
-"""For an H200."""
+"""Targets for an H200."""
 
 
 def judge(rows: Sequence[Measurement], is_rehearsal: bool = False) -> list[Judged]:
-    """Of each target, whether it is met by all that was measured. A rehearsal measures nothing."""
+    """Judge for each target whether all that was measured meets it. A rehearsal measures nothing."""
     verdicts = []
     for target in TARGETS:
         required = f"{'>=' if target.worst is min else '<='} {target.shown(target.required)}"

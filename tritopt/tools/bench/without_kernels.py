@@ -11,7 +11,7 @@ import torch
 from tritopt.tools.replaced import replaced
 
 OF_FUSED = ("_fused_adamw_", "_foreach_add_", "_foreach_norm", "_foreach_mul_")
-"""What the fused step launches, and the clip."""
+"""Functions that launch the kernels of the fused step and of the clip."""
 FOREACH = tuple(name for name in dir(torch) if name.startswith("_foreach_"))
 
 
@@ -39,11 +39,11 @@ def _fake_of(name: str) -> Callable[..., Any]:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """In place of a kernel that writes."""
+    """Stand in for a kernel that writes."""
 
 
 def _first(tensors: Sequence[torch.Tensor], *_: Any, **__: Any) -> Sequence[torch.Tensor]:
-    """In place of one that returns as many tensors as it takes."""
+    """Stand in for a kernel that returns as many tensors as it takes."""
     return tensors
 
 
@@ -58,7 +58,7 @@ def _norms(tensors: Sequence[torch.Tensor], *_: Any, **__: Any) -> list[torch.Te
 
 
 def _unless_counters(real: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Counters of steps, [] each and on the host, are counted: foreach derives its rates from them, there."""
+    """Let counters of steps, [] each and on the host, be counted: foreach derives its rates from them, there."""
 
     def call(tensors: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         counts = isinstance(tensors, list | tuple) and tensors and tensors[0].dim() == 0

@@ -1,4 +1,4 @@
-"""The cases of a check: optimizers, their variants, kinds of tensors, and the result that one becomes."""
+"""The cases of a check: optimizers, their variants and kinds of tensors; and the result that a case becomes."""
 
 from __future__ import annotations
 
@@ -52,14 +52,15 @@ class Case:
     weight_dtype: torch.dtype
     grad_dtype: torch.dtype
     master: str | None
-    """The optimizer's argument; None: no multi_precision."""
+    """How masters are kept, the optimizer's argument; None: no multi_precision."""
     state_dtype: Choice
-    """The optimizer's argument; None: states of the (master) weight's dtype."""
+    """How states are stored, the optimizer's argument; None: in the (master) weight's dtype."""
     option: str
+    """Key of OPTIONS."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the optimizer is constructed with."""
+        """Arguments that the optimizer is constructed with."""
         master: dict[str, Any] = {"multi_precision": True} if self.master else {}
         if self.master not in (None, "fp32"):
             master["master"] = self.master
@@ -89,18 +90,18 @@ class Case:
 
 @dataclass
 class CheckResult:
-    """The outcome of a case. Errors are the largest of all steps and elements, in ulp of the dtype of storage.
+    """Outcome of a case. Errors are the largest of all steps and elements, in ulp of the dtype of storage.
 
-    That of a state in fewer bits is the distance to the next number that it could have been stored as.
+    The error of a state in fewer bits is the distance to the next number that it could have been stored as.
     """
 
     optimizer: str
     arguments: dict[str, Any]
-    """To construct it with."""
+    """Arguments to construct it with."""
     variant: dict[str, Any]
-    """Those of the arguments that are a variant of the optimizer."""
+    """Arguments among these that are a variant of the optimizer."""
     option: str
-    """Key of OPTIONS."""
+    """Key of OPTIONS that the rest of these are of."""
     weight_dtype: str
     grad_dtype: str
     master: str | None
@@ -108,14 +109,16 @@ class CheckResult:
     state_dtype: Choice
     """How states are stored. None: in the (master) weight's dtype."""
     fused_vs_reference: float | None = None
-    """Of the weights, as the two below. None: not compared."""
+    """Largest error of the weights, fused against reference. None: not compared."""
     fused_vs_truth: float | None = None
+    """Largest error of the weights, fused against the truth. None: not compared."""
     reference_vs_truth: float | None = None
+    """Largest error of the weights, reference against the truth. None: not compared."""
     states: float | None = None
-    """The largest of the three for states and masters."""
+    """Largest error of states and masters in any of the three. None: not compared, or there are none."""
     passed: bool = True
     reason: str = ""
-    """Why it failed, or why something was not compared."""
+    """Reason why it failed, or why something was not compared; empty: neither."""
 
     def enter(self, column: str, error: float) -> None:
         """Keep the larger error. Infinity becomes the largest number, which JSON can say."""
@@ -128,7 +131,7 @@ class CheckResult:
 
 
 def unchecked(case: Case) -> CheckResult:
-    """The result of a case that was not checked yet."""
+    """Make the result of a case that was not checked yet."""
     return CheckResult(
         case.cls.__name__.lower(),
         case.arguments,
@@ -142,7 +145,7 @@ def unchecked(case: Case) -> CheckResult:
 
 
 def find_cases(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> list[Case]:
-    """All cases of the optimizers (None: of all that are registered); `quick` leaves out most combinations."""
+    """List the cases of the optimizers (None: of all that are registered); `quick` leaves out most combinations."""
     found = []
     for cls in registered() if classes is None else classes:
         for variant, (name, grad_dtypes), option in product(cls.variants, CHECKED.items(), OPTIONS):

@@ -1,4 +1,4 @@
-"""Whether results of a step lie within the tolerances of each other."""
+"""Comparison of what a step made: whether results lie within the tolerances of each other."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def compare_runs(
 
 
 def _differ(name: str, ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Where any state of this weight or master does: rounded apart by chance, which its tolerance allows or not."""
+    """Mark where any state of this weight or master was rounded apart by chance, which its tolerance allows or not."""
     number = name.rpartition(" ")[2]
     states = [key for key in ours if key.endswith(f" of weight {number}")]
     return torch.stack([ours[key] != expected[key] for key in states]).any(0)
@@ -53,7 +53,7 @@ def _gap(
     ours: tuple[torch.Tensor, torch.Tensor] | None,
     theirs: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
-    """From each element to its neighbour on the other's side, the larger where both have some; 0 where none."""
+    """Measure from each element to its neighbour on the other's side, the larger where both have some; 0 where none."""
     gap = torch.zeros_like(value, dtype=torch.float64)
     for x, y, neighbours in ((value, expected, ours), (expected, value, theirs)):
         if neighbours is not None:
@@ -63,7 +63,7 @@ def _gap(
 
 
 def _tolerance(case: Case, kind: str, name: str) -> Tolerance:
-    """For the tensor of this name: its format's own, if it has one."""
+    """Find the tolerance for the tensor of this name: its format's own, if it has one."""
     return TOLERANCES.get(f"{case.master} {name.partition(' ')[0]}, {kind}", TOLERANCES[kind])
 
 
@@ -81,7 +81,7 @@ def largest_error(
     tolerance: Tolerance,
     compute: torch.dtype,
 ) -> tuple[float, bool]:
-    """Largest difference in ulp of the value's dtype, or in gaps, and whether every element is within the tolerance."""
+    """Measure the largest difference, in ulp of the value's dtype or in gaps, and whether all are tolerated."""
     if value.numel() == 0:
         return 0.0, True
     ours, expected = value.double(), expected.double()
@@ -101,7 +101,7 @@ def largest_error(
 
 
 def _ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Distance between neighbouring numbers of the dtype around each element of `size`; 1 for integers."""
+    """Measure the distance between neighbouring numbers of the dtype around each element of `size`; 1 for integers."""
     if not dtype.is_floating_point:
         return torch.ones_like(size)
     info = torch.finfo(dtype)

@@ -1,4 +1,4 @@
-"""An optimizer in a check, the tensors that it updates, and the numbers between which they lie."""
+"""An optimizer in a check, the tensors that it updates, and the numbers that their formats know."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Contender:
     optimizer: Optimizer
     weights: list[torch.Tensor]
     master: str | None
-    """How masters are kept. The truth has none: its weights stand for both."""
+    """How masters are kept, a key of MASTERS; None: there are none. The truth's weights stand for both."""
 
     def __post_init__(self) -> None:
         self.optimizer.set_lr_mult(LR_MULT)
         self.states = [fresh_state(self.optimizer, i, weight) for i, weight in enumerate(self.weights)]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """By name: the weight, the master if there is one, and the states of each parameter, decoded."""
+        """Collect by name the weight, the master if there is one, and the states of each parameter, decoded."""
         found = {}
         for i, (weight, state) in enumerate(zip(self.weights, self.states, strict=True)):
             found[f"weight {i}"] = weight
@@ -46,9 +46,9 @@ class Contender:
         return found
 
     def neighbours(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Of each state in fewer bits, by name: the next lower and the next higher number that it could have held.
+        """Find the next lower and next higher number that each state in fewer bits could have held, by name.
 
-        Its largest and smallest number are their own.
+        The format's largest and smallest number are their own.
         """
         return {
             name: (_neighbour(fmt, planes, -1), _neighbour(fmt, planes, 1))
@@ -64,7 +64,7 @@ class Contender:
         return bool(self._format.companion) and plan.is_low_precision(weight.dtype)
 
     def _planes(self) -> dict[str, tuple[Format, tuple[torch.Tensor, ...]]]:
-        """The states of each parameter, by name: their format and planes."""
+        """Find the format and planes of each parameter's states, by name."""
         found = {}
         for i, (weight, state) in enumerate(zip(self.weights, self.states, strict=True)):
             tensors = tensors_of(state)[self._has_companion(weight) :]
@@ -88,12 +88,12 @@ class Contender:
         return [*self.weights, *tensors_of(self.states)]
 
     def step(self, grads: Sequence[torch.Tensor]) -> None:
-        """One update of all parameters."""
+        """Update all parameters once."""
         self.optimizer.update_multi_precision(list(range(len(grads))), self.weights, list(grads), self.states)
 
 
 def _neighbour(fmt: Format, planes: Sequence[torch.Tensor], places: int) -> torch.Tensor:
-    """The numbers that lie so many places from those stored, among all that the format has under the same scales."""
+    """Find the numbers so many places from those stored, among all that the format has under the same scales."""
     in_order, place_of = (table.to(planes[0].device) for table in _order(fmt))
     places_now = place_of[planes[0].view(_INTEGERS[planes[0].itemsize]).long() % len(place_of)]
     codes = in_order[(places_now + places).clamp(0, len(in_order) - 1)]
@@ -106,7 +106,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16}
 
 @cache
 def _order(fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes of finite numbers in their order, one for each number; and of each code, read unsigned, the place."""
+    """Sort the codes of finite numbers, one for each number; and tell the place of each code, read unsigned."""
     n = 256 ** fmt.dtypes[0].itemsize
     codes = torch.arange(n, dtype=torch.int64, device="cpu").to(_INTEGERS[fmt.dtypes[0].itemsize]).view(fmt.dtypes[0])
     scales = [torch.ones(n // fmt.block, dtype=fmt.dtypes[1], device="cpu")] if fmt.block else []

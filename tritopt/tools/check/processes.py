@@ -33,6 +33,7 @@ class Part(NamedTuple):
     """Optimizers as users name them, which each process looks up for itself; none: all that are registered."""
     quick: bool
     target: str | None
+    """Key of TARGETS, if kernels run in the PTX machine; None: as they are here."""
     first: int
     n: int
 
@@ -41,7 +42,7 @@ class Part(NamedTuple):
         return find_cases(find_optimizers(self.names) if self.names else registered(), self.quick)
 
     def results(self) -> Iterator[CheckResult]:
-        """Check this share."""
+        """Check this share of the cases."""
         speed_up()
         for case in self.cases()[self.first :: self.n]:
             yield check_case(case, N_STEPS[self.quick])
@@ -51,7 +52,7 @@ def run_cases(names: Sequence[str], quick: bool, target: str | None = None) -> I
     """Check the cases, and yield each result in order; processes share many of them, if kernels run on the CPU.
 
     Args:
-        names: optimizers, as `tritopt.tools.optimizers.find_optimizers` takes them; none: all that are registered.
+        names: optimizers as `tritopt.tools.optimizers.find_optimizers` takes them; none: all that are registered.
         quick: whether there are fewer cases of fewer steps.
         target: a key of TARGETS, to compile kernels for it and run them in the PTX machine; None: as they are here.
     """
@@ -73,7 +74,7 @@ def run_cases(names: Sequence[str], quick: bool, target: str | None = None) -> I
 
 
 def _n_cores() -> int:
-    """Number of cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -28,9 +28,9 @@ JUMP = 0.5
 N_STEPS = {False: 3, True: 2}
 """Steps of each case, by whether checks are quick."""
 SMALL = driver.Config(block_size=32, chunk_size=64)
-"""For the interpreter, which takes about a millisecond per function call and block, however long the block is."""
+"""Blocks and chunks for the interpreter, which takes about a millisecond per function call and block of any length."""
 SMALL_OF_STATES = driver.Config(block_size=64, chunk_size=128)
-"""As many blocks a chunk, of states that share scales."""
+"""Blocks and chunks for states of which 64 share a scale; as many blocks a chunk."""
 
 
 def run_checks(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> Iterator[CheckResult]:
@@ -105,7 +105,7 @@ def _run(case: Case, n_steps: int, result: CheckResult) -> None:
 
 
 def _accepts(case: Case, weight: torch.Tensor) -> bool:
-    """Whether the optimizer takes a weight of this shape; one that does not is given a matrix of one row."""
+    """Tell whether the optimizer takes a weight of this shape; one that does not is given a matrix of one row."""
     try:
         fresh_state(case.cls(**case.arguments), 0, weight)
     except ValueError:
@@ -119,7 +119,7 @@ def _contender(case: Case, weights: Sequence[torch.Tensor], use_fused_step: bool
 
 
 def _jumps(probes: Sequence[Contender], grads: Sequence[torch.Tensor], compute: torch.dtype) -> list[torch.Tensor]:
-    """Where no arithmetic can agree with the truth: it jumps within rounding, as does the sign of a sum that cancels.
+    """Mark where no arithmetic can agree with the truth: it jumps within rounding, as the sign of a sum that cancels.
 
     Only the truth decides: from states a few roundings below and above, its `probes` arrive more than a `JUMP` apart.
     """
@@ -138,7 +138,7 @@ def _jumps(probes: Sequence[Contender], grads: Sequence[torch.Tensor], compute: 
 
 
 def _weights(case: Case, random: torch.Generator) -> list[torch.Tensor]:
-    """One of each kind: a single tiny element, empty, several chunks and a tail, unaligned and zero, transposed."""
+    """Make a weight of each kind: one tiny element, empty, several chunks and tail, unaligned and zero, transposed."""
     block, chunk = driver.CONFIG.block_size, driver.CONFIG.chunk_size
     # MXNet's `weight[:] = ...`, which a ported step is full of, does not take a 0-d tensor.
     smallest = () if case.cls.step is Optimizer.step else (1,)
@@ -159,7 +159,7 @@ def _weights(case: Case, random: torch.Generator) -> list[torch.Tensor]:
 
 
 def _random_like(tensor: torch.Tensor, dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:
-    """Values of either sign between 1/8 and 2, as many in each octave, laid out like the tensor."""
+    """Draw values of either sign between 1/8 and 2, as many in each octave, laid out like the tensor."""
     # On the CPU, so that they are the same on every machine.
     size = torch.empty(tensor.shape, dtype=torch.float64, device="cpu").uniform_(-3, 1, generator=random).exp2()
     sign = torch.randint(0, 2, tensor.shape, generator=random, dtype=torch.int64, device="cpu") * 2 - 1
@@ -167,7 +167,7 @@ def _random_like(tensor: torch.Tensor, dtype: torch.dtype, random: torch.Generat
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy at the same address modulo 16 bytes, which `clone` would align."""
+    """Copy to the same address modulo 16 bytes, which `clone` would align."""
     room = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=tensor.device)
     skip = (tensor.data_ptr() - room.data_ptr()) % 16 // tensor.element_size()
     return room[skip:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)

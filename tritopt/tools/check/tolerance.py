@@ -1,4 +1,4 @@
-"""How far two results may lie apart, and why."""
+"""The distances that two results may lie apart, and why."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 
 class Tolerance(NamedTuple):
-    """How far two results may lie apart: the sum of these allowances."""
+    """Distance that two results may lie apart: the sum of these allowances."""
 
     stored: float
-    """Ulp of the dtype that the tensor is stored in."""
+    """Number of ulps of the dtype that the tensor is stored in."""
     computed: float
-    """Ulp of the dtype of the arithmetic."""
+    """Number of ulps of the dtype of the arithmetic."""
     moved: float
     """Share of the tensor's largest movement in this step, in epsilons of the dtype of the arithmetic."""
     reason: str
+    """Roundings that it allows for, in words for a message."""
     codes: float = 0
     """Distances to the next number, on the other result's side, that a state of fewer bits could have been stored as.
     Its `stored` is that of fp32, which it is compared as."""

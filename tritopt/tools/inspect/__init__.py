@@ -1,4 +1,4 @@
-"""What the compiler makes of a step, without a GPU, and the time that it leaves at least: `tritopt inspect`.
+"""Compiled code of a step, without a GPU, and the time that it takes at least: `tritopt inspect`.
 
 Processes of their own compile, in which kernels are not interpreted whatever TRITON_INTERPRET says here.
 """

@@ -14,12 +14,12 @@ from tritopt.tools.optimizers import find_optimizers, torch_classes
 from tritopt.tools.storage import FORMATS
 
 NORM = "norm"
-"""Stands for the global norm of the gradients, which max_grad_norm takes."""
+"""Name that stands for the global norm of the gradients, which max_grad_norm takes."""
 GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def known_optimizers() -> dict[str, type[Optimizer]]:
-    """The registered optimizers by name, and the rules of tritopt.optim's classes that are not among them."""
+    """Collect the registered optimizers by name, and the rules of tritopt.optim's classes that are not among them."""
     rules = {cls.rule for cls in torch_classes().values()}
     by_name = {name: registry.find(name) for name in registry.names()}
     others = {rule.__name__.lower(): rule for rule in rules if rule not in by_name.values()}
@@ -27,7 +27,7 @@ def known_optimizers() -> dict[str, type[Optimizer]]:
 
 
 def find_key(name: str, known: Mapping[str, type[Optimizer]]) -> str:
-    """Where a name that users give an optimizer leads: a key of `known`, NORM, or itself for a "module:Class"."""
+    """Find the key for a name that users give an optimizer: one of `known`, NORM, or a "module:Class" itself."""
     if ":" in name:
         find_optimizers([name])
         return name
@@ -48,7 +48,7 @@ def class_of(key: str, known: Mapping[str, type[Optimizer]]) -> type[Optimizer]:
 
 
 def stored_as(cls: type[Optimizer], case: Case) -> tuple[str, ...]:
-    """How the optimizer stores weights and states; ValueError if it does not take the format."""
+    """Tell how the optimizer stores weights and states; ValueError if it does not take the format."""
     opt = make(cls, case)
     traffic_of(opt, case)
     return (case.storage.partition("+")[0], *(fmt.name for fmt in opt.state_formats()))

@@ -22,7 +22,7 @@ from tritopt.tools.inspect.record import Case, LaunchRecord
 from tritopt.tools.storage import FORMATS
 
 N_PARAMETERS = 1e9
-"""That a time is for."""
+"""Number of parameters that a time is for."""
 
 
 def inspect_case(case: Case) -> list[LaunchRecord]:
@@ -102,11 +102,11 @@ def _by_width(accesses: Mapping[int, int]) -> dict[str, int]:
 
 
 def inspect_cases(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[LaunchRecord]]:
-    """The rows of each case, in order, as they come.
+    """Compile the cases, and yield the launches of each in order, as they come.
 
     Args:
-        cases: as `select_cases` has them.
-        processes: how many compile; 0: this one does, where kernels are not interpreted. None: as many as pay.
+        cases: cases as `select_cases` has them.
+        processes: number of processes; 0: this one compiles, where kernels are not interpreted. None: as many as pay.
 
     Raises RuntimeError where Triton is missing. A script that calls this needs `if __name__ == "__main__":`, since the
     processes import it.
@@ -133,7 +133,7 @@ def inspect_cases(cases: Sequence[Case], processes: int | None = None) -> Iterat
 
 @contextmanager
 def _no_interpreter() -> Iterator[None]:
-    """Processes that start within compile kernels: Triton looks at the environment when they import it."""
+    """Let processes that start inside compile kernels: Triton looks at the environment when they import it."""
     before = os.environ.pop("TRITON_INTERPRET", None)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What changed since a saved run."""
+"""Changes since a saved run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tritopt.tools.inspect.record import Case, LaunchRecord, steps_of, widths
 
 
 class Change(NamedTuple):
-    """What differs from a saved run."""
+    """Difference between a saved run and one of now."""
 
     case: Case
     kernel: str
@@ -27,7 +27,7 @@ _OF_INTEREST = ("registers", "shared_bytes", "num_warps", "elements", "arithmeti
 
 
 def compare(saved: Sequence[LaunchRecord], rows: Sequence[LaunchRecord]) -> list[Change]:
-    """What changed for the cases that both have; worse is what costs time.
+    """List what changed for the cases that both have; worse is what costs time.
 
     That is more spilled bytes, bytes, instructions, time, accesses for the same bytes, launches, or fewer resident
     programs. Registers as such cost nothing.

@@ -16,24 +16,24 @@ class Case(NamedTuple):
     """A step that is compiled for a target."""
 
     optimizer: str
-    """A key of `known_optimizers`, "module:Class", or NORM."""
+    """Key of `known_optimizers`, "module:Class", or NORM."""
     arguments: dict[str, Any]
-    """Of the optimizer."""
+    """Arguments of the optimizer."""
     storage: str
-    """A key of tritopt.tools.storage.FORMATS."""
+    """Key of tritopt.tools.storage.FORMATS."""
     grad_dtype: str | None
-    """A key of GRAD_DTYPES; None: the weights'."""
+    """Key of GRAD_DTYPES; None: the gradients have the weights' dtype."""
     gpu: str
-    """A key of tritopt.tools.gpus.GPUS."""
+    """Key of tritopt.tools.gpus.GPUS."""
 
     @property
     def compiled_as(self) -> str:
-        """What is compiled, whatever the GPU that times are told for."""
+        """Key of what is compiled, whatever the GPU that times are told for."""
         return repr(self._replace(gpu=find_gpu(self.gpu).target))
 
     @property
     def label(self) -> str:
-        """For messages."""
+        """Text that stands for the case in messages."""
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.arguments.items())
         grad = f", {self.grad_dtype} gradients" if self.grad_dtype else ""
         return f"{self.optimizer}{f'({arguments})' if arguments else ''} {self.storage}{grad}"
@@ -49,61 +49,65 @@ class LaunchRecord:
     grad_dtype: str | None
     target: str
     gpu: str
-    """That the times are for."""
+    """Key of tritopt.tools.gpus.GPUS that the times are for."""
     triton: str
     step_read: float
     """Bytes per parameter that the whole step must read."""
     step_written: float
+    """Bytes per parameter that the whole step must write."""
     launch: int
-    """Its place in the step."""
+    """Position in the step."""
     kernel: str
     registers: int
-    """A thread."""
+    """Number of registers of a thread."""
     spilled_bytes: int
-    """A thread."""
+    """Bytes of registers that a thread spills to memory."""
     shared_bytes: int
-    """A program."""
+    """Bytes of shared memory of a program."""
     num_warps: int
     programs: int
-    """That a multiprocessor holds at once."""
+    """Number of programs that a multiprocessor holds at once."""
     elements: int | None
-    """That a thread has in an iteration of the hot loop."""
+    """Number of elements that a thread has in an iteration of the hot loop."""
     loads: dict[str, int] | None
-    """Accesses to global memory that it makes for these, by their width in bits."""
+    """Number of loads from global memory that it makes for these, by their width in bits."""
     stores: dict[str, int] | None
+    """Number of stores to global memory that it makes for these, by their width in bits."""
     bytes_loaded: float | None
-    """Per parameter, read off the code."""
+    """Bytes per parameter that are loaded, read off the code."""
     bytes_stored: float | None
+    """Bytes per parameter that are stored, read off the code."""
     must_load: float | None
-    """Likewise, what the launch must move; None also where a phase of the step has several launches."""
+    """Bytes per parameter that the launch must load; None also where a phase of the step has several launches."""
     must_store: float | None
+    """Bytes per parameter that the launch must store; None where `must_load` is."""
     instructions: float | None
-    """Per parameter, issued on the hot path."""
+    """Number of instructions per parameter that are issued on the hot path."""
     arithmetic: float | None
-    """Those among them that neither access memory nor branch."""
+    """Number of those that neither access memory nor branch."""
     milliseconds: float | None
-    """That N_PARAMETERS take at least on the GPU."""
+    """Milliseconds that N_PARAMETERS take at least on the GPU."""
     bound: str | None
-    """What takes that long: "memory", or "issue" of instructions."""
+    """Limit that takes so long: "memory", or "issue" of instructions."""
 
     @property
     def case(self) -> Case:
-        """Whose step it is part of."""
+        """Case whose step the launch is part of."""
         return Case(self.optimizer, self.arguments, self.storage, self.grad_dtype, self.gpu)
 
 
 class Step(NamedTuple):
-    """All launches of a case."""
+    """Launches of a case, all of them."""
 
     rows: list[LaunchRecord]
 
     @property
     def hot(self) -> list[LaunchRecord]:
-        """Those that work on whole tensors."""
+        """Launches that work on whole tensors."""
         return [row for row in self.rows if row.elements]
 
     def total(self, name: str) -> float:
-        """Sum of a column over the launches."""
+        """Sum a column over the launches."""
         return float(sum(getattr(row, name) or 0 for row in self.rows))
 
     @property
@@ -114,17 +118,17 @@ class Step(NamedTuple):
 
 
 def steps_of(rows: Sequence[LaunchRecord]) -> list[Step]:
-    """The rows, grouped by case."""
+    """Group the rows by case."""
     return [Step(list(found)) for _, found in groupby(rows, key=lambda row: row.case)]
 
 
 def dump(rows: Sequence[LaunchRecord]) -> str:
-    """JSON: a list with a row on each line."""
+    """Write JSON: a list with a row on each line."""
     return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"
 
 
 def load(path: Path) -> list[LaunchRecord]:
-    """The rows of a file that `dump` has written; ValueError that says what is wrong with it."""
+    """Read the rows of a file that `dump` has written; ValueError that says what is wrong with it."""
     hint = "; `tritopt inspect --save` writes such files"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -143,7 +147,7 @@ def load(path: Path) -> list[LaunchRecord]:
 
 
 def widths(accesses: Mapping[str, int] | None) -> str:
-    """How a row's accesses are written.
+    """Write a row's accesses as the table has them.
 
     >>> widths({"128": 2, "64": 3})
     '2x128 3x64'

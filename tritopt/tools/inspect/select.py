@@ -16,11 +16,11 @@ MAIN_FORMATS = ("fp32", "master", "split16", "split16+bf16", "split8+fp8", "spli
 
 
 class Selection(NamedTuple):
-    """The cases that were asked for."""
+    """Cases that were asked for."""
 
     cases: list[Case]
     refused: dict[str, str]
-    """By label of a case: why the optimizer does not take the format."""
+    """Reason why the optimizer does not take the format, by label of a case."""
 
 
 def select_cases(
@@ -31,16 +31,16 @@ def select_cases(
     grad_dtype: str | None = None,
     everything: bool = False,
 ) -> Selection:
-    """The cases that are chosen so, each optimizer with those of its variants that have other kernels or states.
+    """List the cases that are chosen so, each optimizer with those of its variants that have other kernels or states.
 
     Args:
-        optimizers: by registered name, "optim.AdamW" for a class of tritopt.optim, "module:Class" for one of the
+        optimizers: names: the registered one, "optim.AdamW" for a class of tritopt.optim, "module:Class" for one of the
             user's, or NORM. None: all registered ones, and NORM.
-        formats: by name, such as "split8+int8". None: MAIN_FORMATS of optimizers that were named, and of AdamW; of
+        formats: names, such as "split8+int8". None: MAIN_FORMATS of optimizers that were named, and of AdamW; of
             others, bf16 with an fp32 master.
-        targets: None: the GPU's, or else sm_90.
-        gpu: whose bandwidth and clock; None: DEFAULTS.
-        grad_dtype: of the gradients; None: the weights'.
+        targets: names of targets. None: the GPU's, or else sm_90.
+        gpu: name of the GPU whose bandwidth and clock count; None: DEFAULTS.
+        grad_dtype: dtype of the gradients, by name; None: the weights'.
         everything: all optimizers, also the rules of tritopt.optim, in all formats that `tritopt numerics` shows.
 
     Raises ValueError for an unknown name, for a GPU that does not run a target, and if nothing remains.
@@ -85,7 +85,7 @@ def select_cases(
 
 
 def in_both(selection: Selection, saved: Sequence[LaunchRecord]) -> Selection:
-    """Those cases that a saved run has as well; ValueError if it has none of them."""
+    """Keep the cases that a saved run has as well; ValueError if it has none of them."""
     known = {row.case.compiled_as for row in saved}
     cases = [case for case in selection.cases if case.compiled_as in known]
     if not cases:

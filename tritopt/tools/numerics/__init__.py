@@ -1,4 +1,4 @@
-"""What a storage format costs and what it loses: `tritopt numerics`.
+"""Cost and loss of storage formats: `tritopt numerics`.
 
 Every format trains on two problems, and so does a float64 truth. The digits are a real network, in a closed loop: its
 gradients are those of its own weights. The stress is synthetic: gradients that do not depend on the weights, the same

@@ -17,12 +17,12 @@ from tritopt.tools.numerics.training import make_optimizer, one_thread, unless_r
 from tritopt.tools.storage import TRUTH, StorageFormat
 
 DIGITS = "digits"
-"""Name of the only case."""
+"""Name of the problem's only case."""
 HIDDEN = 128
 BATCH_SIZE = 32
 TEST_SIZE = 360
 DIGITS_SCALE = 2.0**12
-"""Of fp16 gradients."""
+"""Loss scale for fp16 gradients."""
 
 
 class Digits(NamedTuple):
@@ -35,7 +35,7 @@ class Digits(NamedTuple):
 
     @classmethod
     def load(cls) -> Digits:
-        """Shuffled and split. ImportError says how to get scikit-learn."""
+        """Load them, shuffle and split. ImportError says how to get scikit-learn."""
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -52,13 +52,16 @@ class Digits(NamedTuple):
 
 
 class TrainedDigits(NamedTuple):
-    """What a format made of the digits."""
+    """Training on the digits in one format."""
 
     start: torch.Tensor
-    """All weights, one after another, fp64."""
+    """All weights before the first step, one after another, fp64."""
     weights: torch.Tensor
+    """All weights after the last step, one after another, fp64."""
     loss: float
+    """Cross-entropy over the training images, after the last step."""
     accuracy: float
+    """Share of the test images that are recognised."""
     counted: Bytes
 
 
@@ -66,7 +69,7 @@ class TrainedDigits(NamedTuple):
 def train_digits(
     cls: type[optim.Optimizer], fmt: StorageFormat, digits: Digits, steps: int, lr: float
 ) -> TrainedDigits:
-    """A network of one hidden layer, trained on its stored weights; its arithmetic is fp32, or fp64 for the truth."""
+    """Train a network of one hidden layer on its stored weights; its arithmetic is fp32, or fp64 for the truth."""
     compute = torch.float64 if fmt.dtype == torch.float64 else torch.float32
     random = torch.Generator("cpu").manual_seed(0)
     params = [torch.nn.Parameter(w.to(device(), fmt.dtype)) for w in _first_weights(random)]
@@ -99,7 +102,7 @@ def train_digits(
 
 
 def _first_weights(random: torch.Generator) -> list[torch.Tensor]:
-    """bf16 numbers, so that all formats begin in the same place. Biases are columns: GroupAdaGrad takes no vectors."""
+    """Draw bf16 numbers, so that all formats begin in one place. Biases are columns: GroupAdaGrad takes no vectors."""
     shapes = ((HIDDEN, 64), (HIDDEN, 1), (10, HIDDEN), (10, 1))
     bounds = (64**-0.5, 64**-0.5, HIDDEN**-0.5, HIDDEN**-0.5)
     return [
@@ -111,7 +114,7 @@ def _first_weights(random: torch.Generator) -> list[torch.Tensor]:
 def digits_result(
     cls: type[optim.Optimizer], fmt: StorageFormat, digits: Digits, steps: int, lr: float, truth: TrainedDigits
 ) -> FormatResult:
-    """What the format made of the digits."""
+    """Train on the digits in one format, and compare with the truth."""
     trained, refused = truth, None
     if fmt is not TRUTH:
         trained, refused = unless_refused(lambda: train_digits(cls, fmt, digits, steps, lr))

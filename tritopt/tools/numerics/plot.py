@@ -20,7 +20,7 @@ OUTLIERS = (SAME_OUTLIERS, ANY_OUTLIERS)
 
 
 def check_path(path: Path) -> None:
-    """ValueError for a path that no plot can be written to, ImportError without matplotlib: before time is spent."""
+    """Raise ValueError for a path that no plot goes to, ImportError without matplotlib: before time is spent."""
     if path.suffix not in SUFFIXES or not path.parent.is_dir():
         raise ValueError(f"{path} must be a {' or '.join(SUFFIXES)} file in a folder that exists")
     if find_spec("matplotlib") is None:
@@ -28,7 +28,7 @@ def check_path(path: Path) -> None:
 
 
 def save_plot(results: Sequence[FormatResult], path: Path) -> None:
-    """Drift by learning rate, size of updates by size of gradients, drift by bytes moved; PNG or SVG."""
+    """Draw drift by learning rate, size of updates by size of gradients, drift by bytes moved; PNG or SVG."""
     check_path(path)
     import matplotlib
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a format made of a problem: the record, bytes that it takes, and how far weights went."""
+"""The record of one format and problem, and how far weights went beside the truth."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tritopt.tools.storage import StorageFormat
 
 @dataclass(frozen=True)
 class FormatResult:
-    """What one format made of one problem. None: it says nothing here, or the format was refused."""
+    """Outcome of one format in one case. None: it says nothing here, or the format was refused."""
 
     optimizer: str
     format: str
     arguments: dict[str, Any]
-    """What chooses the format."""
+    """Arguments of the optimizer that choose the format."""
     weight_dtype: str
     problem: str
-    """digits or stress."""
+    """Name of the problem, digits or stress."""
     case: str
     steps: int
     lr: float
@@ -31,7 +31,7 @@ class FormatResult:
     resident: float | None = None
     """Bytes per parameter of weight, gradient and states, of the tensors that were allocated."""
     moved: float | None = None
-    """Bytes per parameter that a step reads and writes, likewise."""
+    """Bytes per parameter of these tensors that a step reads and writes."""
     kept: float | None = None
     """Share of the truth's movement: that part of the movement which goes along it. 1 is right."""
     drift: float | None = None
@@ -39,24 +39,24 @@ class FormatResult:
     update: float | None = None
     """Rms of single updates, as a multiple of the truth's. Noise of the rounding counts. 1 is right."""
     remains: float | None = None
-    """Share of the first weight that is left. Of the truth, exp(-lr decay steps) or so where there is only decay."""
+    """Share of the first weight that is left; the truth's is exp(-lr decay steps) or so where there is only decay."""
     loss: float | None = None
     """Cross-entropy over the training images, after the last step."""
     accuracy: float | None = None
-    """Share of the test images."""
+    """Share of the test images that are recognised."""
     refused: str | None = None
-    """Why the optimizer does not take the format."""
+    """Reason why the optimizer does not take the format; None: it does."""
 
 
 class Movement(NamedTuple):
-    """How far weights went, beside the truth."""
+    """Distance that weights went, beside the truth's; as in FormatResult."""
 
     kept: float | None
     drift: float | None
 
     @classmethod
     def of(cls, weights: torch.Tensor, truth: torch.Tensor, start: torch.Tensor) -> Movement:
-        """Of one tensor. None where the truth does not move."""
+        """Compare one tensor with the truth. None where the truth does not move."""
         moved, expected = weights.double() - start.double(), truth.double() - start.double()
         size = float(expected.square().sum())
         if size == 0:

@@ -1,4 +1,4 @@
-"""All problems in all formats, and the table of what came out."""
+"""The report: every problem in every format, and the table of what came out."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ DIGITS_LR = 1e-4
 
 @dataclass
 class Report:
-    """Rows for these formats, the truth's before them."""
+    """Results in these formats, the truth's before them."""
 
     cls: type[optim.Optimizer] = optim.AdamW
     formats: Sequence[StorageFormat] = field(default_factory=find_formats)
     steps: int = STEPS
     lr: float = DIGITS_LR
-    """Of the digits."""
+    """Learning rate of the digits."""
     with_digits: bool = True
 
     def __post_init__(self) -> None:
@@ -53,11 +53,11 @@ class Report:
 
     @property
     def cases(self) -> list[Case]:
-        """Of the stress: all that the optimizer takes."""
+        """Cases of the stress: all that the optimizer takes."""
         return [case for case in CASES if self.cls.rule.decays or not case.weight_decay]
 
     def results(self) -> Iterator[FormatResult]:
-        """As soon as they are known."""
+        """Train, and yield results as soon as they are known."""
         stress = Stress(self.cases, self.steps)
         truth = train_stress(self.cls, TRUTH, stress)
         if self.with_digits:
@@ -70,13 +70,13 @@ class Report:
 
 
 class Column(NamedTuple):
-    """Of the table: one number per format."""
+    """Column of the table: one number per format."""
 
     title: str
     number: str
-    """A field of `FormatResult`."""
+    """Field of `FormatResult`."""
     cases: tuple[str, ...]
-    """The worst of them is shown."""
+    """Names of cases; the worst of them is shown."""
 
 
 COLUMNS = (
@@ -98,7 +98,7 @@ EXPLANATION = (
 
 
 def summary(results: Sequence[FormatResult]) -> dict[str, list[str]]:
-    """The table: of each format, what `COLUMNS` say. A format that was refused has dashes."""
+    """Make the table: the cells of `COLUMNS` by name of the format. A format that was refused has dashes."""
     formats = dict.fromkeys(result.format for result in results)
     return {
         name: [_cell([result for result in results if result.format == name], column) for column in COLUMNS]

@@ -18,15 +18,15 @@ from tritopt.tools.storage import TRUTH, StorageFormat
 
 SHAPE = (64, 64)
 MEAN, SPREAD = 0.6, 0.8
-"""Of the gradients, in units of their rms. The mean's sign is an element's own."""
+"""Mean and standard deviation of the gradients, in units of their rms. The mean's sign is an element's own."""
 OUTLIER = 1e4
 OUTLIERS = math.prod(SHAPE) // 256
-"""Elements that are outliers at a time."""
+"""Number of elements that are outliers at a time."""
 DECAY_STEPS = 1000
 N_PROBES = 24
-"""Single updates that are looked at."""
+"""Number of single updates that are looked at."""
 LOSS_SCALE = 2.0**19
-"""Of fp16 gradients: the largest of 1e-2 or so, and of 1e-8, are normal numbers then."""
+"""Loss scale for fp16 gradients: the largest of 1e-2 or so, and of 1e-8, are normal numbers then."""
 
 
 class Case(NamedTuple):
@@ -34,12 +34,13 @@ class Case(NamedTuple):
 
     name: str
     gradient_rms: float
-    """Of those that are not outliers."""
+    """Root mean square of the gradients that are not outliers."""
     lr: float
     weight_decay: float = 0.0
     outliers: str | None = None
-    """None, "same": elements that always are, or "any": others in each step."""
+    """Elements whose gradients are outliers: "same" (always), "any" (others in each step); None: there are none."""
     max_steps: int | None = None
+    """Number of steps after which there are no gradients any more; None: there always are."""
 
 
 GRADIENTS = {f"gradient rms 1e-{i}": float(f"1e-{i}") for i in range(2, 9)}
@@ -53,11 +54,11 @@ CASES = (
     *(Case(name, 1e-3, lr) for name, lr in RATES.items()),
     Case(DECAY, 0.0, 1e-3, weight_decay=0.1, max_steps=DECAY_STEPS),
 )
-"""Of the stress. Weights are around 1, so that a learning rate is about an update's share of the weight."""
+"""Cases of the stress. Weights are around 1, so that a learning rate is about an update's share of the weight."""
 
 
 class Stress:
-    """The weights to start from, and the gradients of each step: bf16 numbers, the same whatever the format."""
+    """Weights to start from, and gradients of each step: bf16 numbers, the same whatever the format."""
 
     def __init__(self, cases: Sequence[Case], steps: int) -> None:
         self.cases, self.steps = list(cases), steps
@@ -80,7 +81,7 @@ class Stress:
         return torch.randint(0, 2, SHAPE, generator=self._random, dtype=torch.float32, device="cpu") * 2.0 - 1.0
 
     def gradients(self, step: int) -> torch.Tensor:
-        """fp32 [cases, *SHAPE], of bf16 numbers."""
+        """Make the gradients of a step: fp32 [cases, *SHAPE], of bf16 numbers."""
         # Numbers come again after 512 steps, each at another element.
         turn, at = divmod(step, len(self._normal))
         normal = self._normal[at].view(-1).roll(turn * 509).view(SHAPE)
@@ -91,18 +92,18 @@ class Stress:
 
 
 class Trained(NamedTuple):
-    """What a format made of the stress."""
+    """Training on the stress in one format."""
 
     weights: list[torch.Tensor]
-    """After the last step, as the arithmetic sees them."""
+    """Weights of each case after the last step, as the arithmetic sees them."""
     updates: list[float]
-    """Squares of single ones, of each case, added up."""
+    """Sum of the squares of single updates, of each case."""
     counted: Bytes
 
 
 @one_thread()
 def train_stress(cls: type[optim.Optimizer], fmt: StorageFormat, stress: Stress) -> Trained:
-    """All cases, in one optimizer."""
+    """Train on all cases, in one optimizer."""
     grads = torch.zeros(len(stress.cases), *SHAPE, dtype=fmt.dtype, device=device())
     packs = _packs(cls, stress.cases)
     params = [torch.nn.Parameter(stress.start.to(fmt.dtype).repeat(len(pack), 1)) for pack in packs]
@@ -132,7 +133,7 @@ def train_stress(cls: type[optim.Optimizer], fmt: StorageFormat, stress: Stress)
 
 
 def _packs(cls: type[optim.Optimizer], cases: Sequence[Case]) -> list[list[Case]]:
-    """Those that share a parameter, which is faster: of one rate, where elements know nothing of each other."""
+    """Group cases that share a parameter, which is faster: of one rate, where elements know nothing of each other."""
     if any(phase.sums_elements for phase in cls.rule().phases):
         return [[case] for case in cases]
     return [list(pack) for _, pack in groupby(cases, lambda case: (case.lr, case.weight_decay, case.max_steps))]
@@ -141,7 +142,7 @@ def _packs(cls: type[optim.Optimizer], cases: Sequence[Case]) -> list[list[Case]
 def stress_results(
     cls: type[optim.Optimizer], fmt: StorageFormat, stress: Stress, truth: Trained
 ) -> Iterator[FormatResult]:
-    """A result for each case."""
+    """Train in one format, and compare each case with the truth."""
     trained, refused = (truth, None) if fmt is TRUTH else unless_refused(lambda: train_stress(cls, fmt, stress))
     for i, case in enumerate(stress.cases):
         found: dict[str, Any] = {"refused": refused}

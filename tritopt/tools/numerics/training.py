@@ -1,4 +1,4 @@
-"""What training in any format shares."""
+"""Parts that training on either problem shares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tritopt.tools.storage import StorageFormat
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Tensors this small take longer on several."""
+    """Compute on one thread: tensors this small take longer on several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
 
 
 def make_optimizer(cls: type[optim.Optimizer], params: Any, fmt: StorageFormat, **arguments: Any) -> optim.Optimizer:
-    """With kernels on a GPU; elsewhere the reference, which has the same bits and is faster than the interpreter."""
+    """Make an optimizer with kernels on a GPU, elsewhere the reference: the same bits, faster than the interpreter."""
     make: Callable[..., optim.Optimizer] = cls
     fused = None if device().type == "cuda" else False
     eps = inspect.signature(cls).parameters.get("eps")
@@ -38,12 +38,12 @@ def make_optimizer(cls: type[optim.Optimizer], params: Any, fmt: StorageFormat, 
 
 
 def weights_of(opt: optim.Optimizer) -> torch.Tensor:
-    """All, one after another, fp64."""
+    """Collect all weights, one after another, fp64."""
     return torch.cat([weight.to(torch.float64).flatten() for weight in opt.master_weights()])
 
 
 def unless_refused(train: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What it returns, or why the optimizer does not take the format."""
+    """Return what training returns, or why the optimizer does not take the format."""
     with warnings.catch_warnings():
         # Of weights without a master, which are here to show what the warning is about.
         warnings.filterwarnings("ignore", r".*accumulates in torch\.", UserWarning)
