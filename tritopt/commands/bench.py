@@ -91,13 +91,18 @@ def bench(
         run = Bench(find_device(rehearse), plan(shapes, optimizer, storage, peer, quick), seconds)
     except (ImportError, RuntimeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
+    _bench_device(run, save, draw or (), as_json)
+
+
+def _bench_device(run: Bench, save: Path | None, draw: Sequence[Path], as_json: bool) -> None:
+    """Measure, keep and draw what was measured, print it, and exit."""
     if not as_json:
         console().print(_where(run), soft_wrap=True)
     for _ in with_progress(run.rows(), "measuring", len(run), not as_json):
         if save is not None:
             run.save(save)
     if run.copy is not None:
-        for path in draw or ():
+        for path in draw:
             plot.save_plot(run.done, run.copy, _title(run), path)
     if as_json:
         typer.echo(json.dumps(run.document(), indent=1))
