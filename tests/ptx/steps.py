@@ -18,7 +18,8 @@ from tritopt import optim
 from tritopt.engine import plan
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import Config
-from tritopt.tools import check
+from tritopt.tools.check.compare import largest_error
+from tritopt.tools.check.tolerance import TOLERANCES
 from tritopt.tools.compiled import recorded_launches
 from tritopt.tools.ptx.driver import Record, switch_on
 
@@ -62,7 +63,7 @@ def assert_bits(ours: torch.Tensor, expected: torch.Tensor, name: str) -> None:
 def assert_near(ours: torch.Tensor, expected: torch.Tensor, before: torch.Tensor, name: str) -> None:
     """Within what sums in another order are allowed."""
     gap = torch.zeros_like(expected, dtype=torch.float64)
-    error, is_within = check._error(ours, expected, before.double(), gap, check.TOLERANCES["reordered"], FP32)
+    error, is_within = largest_error(ours, expected, before.double(), gap, TOLERANCES["reordered"], FP32)
     assert is_within, f"{name}: {error:.3g} ulp apart"
 
 
