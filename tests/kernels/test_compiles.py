@@ -34,7 +34,8 @@ packed = [(bf16, bf16, fmt) for fmt in MASTERS.values() if fmt is not MASTER_FP3
 is_all = sys.argv[2] == "all"
 rows = [{"case": "norm", **launch._asdict()} for launch in compile_norm(bf16, arch)]
 rules = {found.rule for found in vars(tritopt.optim).values() if hasattr(found, "rule")}
-torchs = {rule.__name__: with_api(rule) for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")}
+own = [rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")]
+torchs = {rule.__name__: with_api(rule) for rule in own}
 found = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
 for name, rule in found.items():
     for variant in rule.variants:
