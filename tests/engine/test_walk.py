@@ -7,17 +7,20 @@ import subprocess
 import sys
 import weakref
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tritopt import optim
 from tritopt.engine import walk
 from tritopt.engine.walk import IN_PYTHON, Walk, known_states, n_words
 
-IN_C = walk.in_c()
-pytestmark = pytest.mark.skipif(IN_C is None, reason="no C compiler, or no Python.h")
+CHOSEN = walk._choose()
+IN_C = None if CHOSEN.complaint else CHOSEN.walk
+pytestmark = pytest.mark.skipif(IN_C is None, reason=CHOSEN.complaint)
 
 
 class Subclass(torch.Tensor):
@@ -274,7 +277,7 @@ def test_objects_are_not_kept_alive() -> None:
 
 @pytest.mark.parametrize(("value", "expected"), [("python", "True"), ("", "False")])
 def test_the_environment_can_insist_on_python(value: str, expected: str) -> None:
-    program = "from tritopt import walk; print(walk.walk() is walk.IN_PYTHON)"
+    program = "from tritopt.engine import walk; print(walk.walk() is walk.IN_PYTHON)"
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, "TRITOPT_WALK": value}, capture_output=True,
         text=True, check=True,
@@ -282,13 +285,65 @@ def test_the_environment_can_insist_on_python(value: str, expected: str) -> None
     assert done.stdout.strip() == expected
 
 
-def test_without_a_compiler_python_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tritopt.engine._walk", None)  # an import then raises ImportError
+    monkeypatch.setattr(walk, "_found", [])
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, not_installed: None) -> None:
     from triton.runtime import build
 
     def fail(*args: Any, **options: Any) -> None:
-        raise RuntimeError("no compiler")
+        raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr(build, "compile_module_from_src", fail)
-    monkeypatch.setattr(walk, "_found", [])
-    assert walk.in_c() is None
+
+
+def step() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    param.grad = torch.ones(3)
+    optim.SGD([param], lr=0.1).step()
+
+
+def test_without_a_compiler_python_walks_and_one_step_says_so(no_compiler: None) -> None:
+    with pytest.warns(UserWarning, match=r"Failed to find C compiler\. Install .* TRITOPT_WALK=python") as caught:
+        step()
+    step()  # pytest makes an error of another warning
+    assert [warning.filename for warning in caught] == [__file__]
     assert walk.walk() is IN_PYTHON
+    assert walk.description() == "Python, slow: Failed to find C compiler"
+
+
+def test_python_that_is_meant_is_not_warned_of(no_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITOPT_WALK", "python")
+    step()
+    assert walk.walk() is IN_PYTHON
+    assert "TRITOPT_WALK" in walk.description()
+
+
+def test_what_is_not_installed_is_built(not_installed: None) -> None:
+    assert walk.description() == "C, built by Triton"
+    step()
+
+
+@pytest.mark.parametrize("source", [{}, {"source": "unknown"}, {"source": "0" * 64}], ids=str)
+def test_a_binary_of_another_source_is_not_used(source: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = SimpleNamespace(**source)
+    monkeypatch.setitem(sys.modules, "tritopt.engine._walk", stale)
+    choice = walk.in_c()
+    assert choice.walk is not stale
+    assert choice.origin == "C, built by Triton, since what is installed is of another source"
+
+
+def test_a_binary_of_this_source_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tritopt.engine._walk", IN_C)
+    choice = walk.in_c()
+    assert choice.walk is IN_C
+    assert choice.origin == "C, installed"
+
+
+def test_a_walk_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk, "_agrees", lambda made: False)
+    assert "does not describe tensors" in walk._choose().complaint

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 import tritopt
-from tritopt.engine import driver, plan
+from tritopt.engine import driver, plan, walk
 from tritopt.kernels.formats.states import BLOCK
 from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
@@ -350,6 +350,7 @@ def environment(compiled_for: str | None = None) -> dict[str, Any]:
         "interpreter": INTERPRETED,
         "compiled_for": compiled_for,
         "fused_unavailable": None if compiled_for else fused_unavailable(),
+        "walk": walk.description(),
     }
 
 
