@@ -233,26 +233,25 @@ def test_dicts_that_have_changed(ask: Walk) -> None:
     value = torch.zeros(2)
     dicts: list[dict[Any, Any]] = [{"a": value, "b": 1.5}, {"a": 2.5}, {}]
     before = [tuple(chain.from_iterable(some.items())) for some in dicts]
-    editions = np.zeros(3, np.int64)
-    assert ask.changed(dicts, before, editions) == []
-    assert ask.changed(dicts, before, editions) == []
+    assert ask.changed(dicts, before) == []
+    assert ask.changed(dicts, before) == []
     dicts[1]["a"] = float("2.5")  # equal, and another
-    assert ask.changed(dicts, before, editions) == [1]
-    assert ask.changed(dicts, before, editions) == [1]
+    assert ask.changed(dicts, before) == [1]
+    assert ask.changed(dicts, before) == [1]
     dicts[1]["a"] = before[1][1]
-    assert ask.changed(dicts, before, editions) == []
+    assert ask.changed(dicts, before) == []
     dicts[1]["other"] = dicts[1].pop("a")
-    assert ask.changed(dicts, before, editions) == [1]
+    assert ask.changed(dicts, before) == [1]
     dicts[1]["a"] = dicts[1].pop("other")
-    assert ask.changed(dicts, before, editions) == []
+    assert ask.changed(dicts, before) == []
     dicts[0]["c"] = 1
     dicts[2]["c"] = 1
-    assert ask.changed(dicts, before, editions) == [0, 2]
+    assert ask.changed(dicts, before) == [0, 2]
     del dicts[0]["c"], dicts[2]["c"]
     dicts[0].update(a=torch.zeros(2))
-    assert ask.changed(dicts, before, editions) == [0]
+    assert ask.changed(dicts, before) == [0]
     with pytest.raises(ValueError, match="as many"):
-        ask.changed(dicts, before[:1], editions)
+        ask.changed(dicts, before[:1])
 
 
 def test_objects_are_not_kept_alive() -> None:
@@ -269,7 +268,7 @@ def test_objects_are_not_kept_alive() -> None:
         IN_C.are([param.detach()], said, out)
         said_of_states, table = known_states(IN_C, dicts)
         assert IN_C.states_are(dicts, said_of_states, table)
-        IN_C.changed(dicts, [(1,)], out)
+        IN_C.changed(dicts, [(1,)])
         IN_C.same([param], [param])
         IN_C.hold([[param]], [param])
     assert [sys.getrefcount(x) for x in (param, param.grad, dicts[0]["a"], dicts[0])] == counts

@@ -61,12 +61,8 @@ class Walk(Protocol):
         """Whether these are lists, and hold these very items, one after the other."""
         ...
 
-    def changed(self, dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
-        """Places of the dicts whose keys and values, in turn, are not the objects that they were before.
-
-        editions: int64 [dicts], zeros at first, and again where `before` is another. It is written: what is known to be
-        unchanged is not compared again.
-        """
+    def changed(self, dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]]) -> list[int]:
+        """Places of the dicts whose keys and values, in turn, are not the objects that they were before."""
         ...
 
     def states_are(self, dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
@@ -163,7 +159,7 @@ def _hold(lists: list[list[Any]], items: list[Any]) -> bool:
     return _same(list(chain.from_iterable(lists)), items)
 
 
-def _changed(dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
+def _changed(dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]]) -> list[int]:
     if len(dicts) != len(before):
         raise ValueError("as many dicts as tuples")
     now = [list(chain.from_iterable(some.items())) for some in dicts]
@@ -277,7 +273,8 @@ def _bind(made: Any) -> None:
     places = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
     made.bind(torch.Tensor, torch.nn.Parameter, *places, library.aoti_torch_layout_strided())
     tensors = [_empty(n).requires_grad_(n > 1) for n in range(4)]
-    made.locate([*tensors, torch.nn.Parameter(_empty(1))])
+    if any(made.implementation(tensor) != tensor._cdata for tensor in (*tensors, torch.nn.Parameter(_empty(1)))):
+        raise RuntimeError(f"torch {torch.__version__} keeps elsewhere what the one in C reads of a tensor")
     if not _agrees(made):
         raise RuntimeError(f"the one in C does not describe tensors of torch {torch.__version__} as Python does")
 
