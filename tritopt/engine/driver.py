@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from tritopt.engine import private
 from tritopt.engine.launcher import Launcher
 from tritopt.engine.telemetry import OF_GRADIENT, OF_UPDATE, Tracked
 from tritopt.engine.tuning import autotune
@@ -151,8 +152,8 @@ class _Applied:
             self._noise,
             self._n_tensors,
         )
-        if getattr(compiled, "n_spills", 0) and self._variant not in _MORE_REGISTERS:
-            _MORE_REGISTERS[self._variant] = more_registers(compiled.n_regs)
+        if private.n_spills(compiled) and self._variant not in _MORE_REGISTERS:
+            _MORE_REGISTERS[self._variant] = more_registers(private.n_registers(compiled))
             self._apply = self._launcher()
         if totals is None:
             return None
@@ -266,7 +267,7 @@ def source_hash(functions: tuple[Any, ...], scalars: type) -> str:
     """A key to what Triton's disk cache does not see: sources of functions inside tuples, fields of `scalars`."""
     key = (functions, scalars)
     if key not in _HASHES:
-        sources = [getattr(f, "cache_key", "") for f in functions]
+        sources = [private.source_key(f) for f in functions]
         text = repr((sources, getattr(scalars, "_fields", ())))
         _HASHES[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return _HASHES[key]

@@ -10,7 +10,6 @@ a C compiler or of one of torch's interfaces, the functions below do the same, s
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib
 import operator
@@ -26,13 +25,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from tritopt.engine import private
 from tritopt.engine.group import Array
 from tritopt.engine.plan import holds_values
 from tritopt.engine.warning import warn_once
 from tritopt.kernels.language import HAS_TRITON
-
-_INTERFACES = tuple(f"aoti_torch_get_{name}" for name in ("dtype", "layout", "dim", "sizes", "strides", "data_ptr"))
-_IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"  # at::native::is_neg(at::Tensor const&)
 
 
 class Walk(Protocol):
@@ -103,7 +100,7 @@ def known_states(walk: Walk, dicts: list[dict[str, Any]]) -> tuple[Any, Array]:
 
 def _with_memory(value: Any) -> torch.Tensor | None:
     """The tensor that this process has of a value, if it is strided and has memory."""
-    part = getattr(value, "_local_tensor", value)
+    part = private.local_part(value)
     if not isinstance(part, torch.Tensor) or part.layout is not torch.strided:
         return None
     try:
@@ -125,7 +122,7 @@ def _states_are(dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
             if key != id(name) or identity != id(value):
                 return False
             if address != -1:
-                parts.append(getattr(value, "_local_tensor", value))
+                parts.append(private.local_part(value))
                 addresses.append(address)
     return next(known, None) is None and _are(parts, said, np.array(addresses, np.int64))
 
@@ -258,9 +255,7 @@ def _built(source: str, digest: str) -> Any:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         raise RuntimeError(f"the one in C is not installed, and cannot be built without {header}")
-    from triton.runtime.build import compile_module_from_src
-
-    made = compile_module_from_src(f'#define TRITOPT_WALK_SOURCE "{digest}"\n{source}', "_walk")
+    made: Any = private.build(f'#define TRITOPT_WALK_SOURCE "{digest}"\n{source}', "_walk")
     if made.source != digest:
         raise RuntimeError("what was built in C is of another source")
     return made
@@ -268,12 +263,10 @@ def _built(source: str, digest: str) -> Any:
 
 def _bind(made: Any) -> None:
     """Give it torch's functions, and see that it is right. RuntimeError if it is not."""
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    functions = [getattr(library, name) for name in (*_INTERFACES, _IS_NEG)]
-    places = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-    made.bind(torch.Tensor, torch.nn.Parameter, *places, library.aoti_torch_layout_strided())
-    tensors = [_empty(n).requires_grad_(n > 1) for n in range(4)]
-    if any(made.implementation(tensor) != tensor._cdata for tensor in (*tensors, torch.nn.Parameter(_empty(1)))):
+    functions, strided = private.functions_of_tensors()
+    made.bind(torch.Tensor, torch.nn.Parameter, *functions, strided)
+    tensors = [*(_empty(n).requires_grad_(n > 1) for n in range(4)), torch.nn.Parameter(_empty(1))]
+    if list(map(made.implementation, tensors)) != list(map(private.implementation_of, tensors)):
         raise RuntimeError(f"torch {torch.__version__} keeps elsewhere what the one in C reads of a tensor")
     if not _agrees(made):
         raise RuntimeError(f"the one in C does not describe tensors of torch {torch.__version__} as Python does")
@@ -293,7 +286,6 @@ def _agrees(made: Walk) -> bool:
     # The dtype stands before each; which number it has is torch's affair.
     starts = np.cumsum([0] + [2 + 2 * t.dim() for t in tensors])[:3]
     kept = [x for i, x in enumerate(numbers) if i not in starts]
-    nowhere = torch._efficientzerotensor((2, 2), dtype=torch.float32, device="cpu")
-    refused = (_empty(2, 2).to_sparse(), torch._neg_view(_empty(2, 2)), nowhere)
+    refused = (_empty(2, 2).to_sparse(), private.negated_view(_empty(2, 2)), private.zero_tensor(2, 2))
     is_right = np.array_equal(found, expected) and kept == words
     return is_right and all(made.describe([tensor], found[:1], 6) is None for tensor in refused)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
+from tritopt.engine import private
 from tritopt.engine.device import is_capturing
 from tritopt.engine.group import Group, Launch, on_device_of, upload_table
 from tritopt.engine.tuning.cache import Entry, Key, TuningCache
@@ -92,7 +93,7 @@ class Variant(NamedTuple):
     def key(self, size: SizeClass) -> Key:
         """What a configuration of it is kept under."""
         functions = (multi_tensor_apply, PREAMBLES[self.launch.preamble].kernel)
-        sources = [getattr(function, "cache_key", "") for function in functions]
+        sources = [private.source_key(function) for function in functions]
         text = repr((self.source, sources, self.phase[1:]))
         return Key(
             str(self.phase.update.__name__),
