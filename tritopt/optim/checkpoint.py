@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from tritopt.engine import validate
+from tritopt.engine import private, validate
 from tritopt.engine.random import lies_like
 from tritopt.engine.state_dtype import stored
 from tritopt.engine.warning import warn
@@ -40,7 +40,8 @@ class Expected(NamedTuple):
 def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
     """`Optimizer.load_state_dict`."""
     state_dict = state_dict.copy()
-    for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
+    before, after = private.load_hooks(opt)
+    for pre_hook in before:
         state_dict = pre_hook(opt, state_dict) or state_dict
     groups, saved_groups = opt.param_groups, deepcopy(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
@@ -96,7 +97,7 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
             "the rounded weights"
         )
     opt.__setstate__({"state": state, "param_groups": merged})
-    for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
+    for post_hook in after:
         post_hook(opt)
 
 
@@ -128,7 +129,7 @@ def versions(state: Mapping[Any, Any]) -> dict[int, tuple[torch.Tensor, tuple[in
 
 def _version(tensor: torch.Tensor) -> tuple[int, ...]:
     """Another after each write in place, to the tensor or to its part in this process."""
-    return tuple(0 if part.is_inference() else part._version for part in (tensor, local(tensor)))
+    return tuple(0 if part.is_inference() else private.version_of(part) for part in (tensor, local(tensor)))
 
 
 def _without_stale_companion(opt: Optimizer, param: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:
