@@ -16,13 +16,13 @@ from unittest import mock
 
 import torch
 
-from tritopt.engine import driver
+from tritopt.engine import driver, private
 from tritopt.engine.group import Launch
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.tuning.config import AMD, NVIDIA, Config
 from tritopt.kernels.formats.states import BLOCK
 from tritopt.kernels.formats.weights import PLAIN, Format, format_of
-from tritopt.kernels.language import INTERPRETED, triton
+from tritopt.kernels.language import INTERPRETED
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
 from tritopt.tools.hot_loop import hot_loops, parse_gcn, parse_sass
@@ -118,37 +118,25 @@ def recorded_launches(step: Callable[[], Any]) -> list[Launched]:
     launches: list[Launched] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        arguments = dict(zip(kernel.arg_names, args, strict=False))
-        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
-        arguments |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+        names = private.names_of(kernel)
+        arguments = dict(zip(names, args, strict=False))
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        arguments |= {name: value for name, value in kwargs.items() if name in names}
         launches.append(Launched(kernel, arguments, options))
 
-    with mock.patch.object(triton.runtime.jit.JITFunction, "run", record):
+    with private.runs_replaced(record):
         step()
     return launches
 
 
 def compile_launch(launched: Launched, arch: int | str) -> Any:
     """Triton's compiled kernel. Pointers are taken as 16-byte aligned, as torch allocates."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernel, kinds, constants = launched.kernel, {}, {}
     for name, value in launched.arguments.items():
         kinds[name] = _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        parameter = kernel.params[kernel.arg_names.index(name)]
-        if parameter.is_constexpr or value is None:
+        if value is None or private.is_constant(kernel, name):
             kinds[name], constants[name] = "constexpr", value
-    position = {name: i for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        kernel,
-        {name: kinds[name] for name in kernel.arg_names},
-        constexprs={(position[name],): value for name, value in constants.items()},
-        attrs={(position[name],): [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.startswith("*")},
-    )
-    is_nvidia = isinstance(arch, int)
-    target = GPUTarget("cuda", arch, 32) if is_nvidia else GPUTarget("hip", arch, 64)
-    return triton.compile(source, target=target, options=launched.options)
+    return private.compile_for(arch, kernel, kinds, constants, launched.options)
 
 
 def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
@@ -167,16 +155,17 @@ def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fm
 def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
     """What runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
+    code_of, metadata = private.assembly(binary), private.metadata(binary)
     if isinstance(arch, int):
-        registers, spilled = _resources(binary.asm["cubin"])
+        registers, spilled = _resources(code_of["cubin"])
         if "FORMATS" in launched.arguments and spilled and "maxnreg" not in launched.options:
             more = driver.more_registers(registers)
             return _describe(launched._replace(options={**launched.options, **more}), arch)
         # Disassembling takes long, and a loop of single words is not hot.
-        has_vectors = _VECTOR.search(binary.asm["ptx"]) is not None
-        code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=binary.asm["cubin"]) if has_vectors else "")
+        has_vectors = _VECTOR.search(code_of["ptx"]) is not None
+        code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=code_of["cubin"]) if has_vectors else "")
     else:
-        assembly = binary.asm["amdgcn"]
+        assembly = code_of["amdgcn"]
         registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
         spilled = 4 * spills
         code = parse_gcn(assembly)
@@ -188,11 +177,11 @@ def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
     expected = _expected_accesses(launched, elements) if is_driver else (None, None)
     masked = _masked_bytes(launched)
     return CompiledLaunch(
-        binary.metadata.name,
+        metadata.name,
         registers,
         spilled,
-        binary.metadata.shared,
-        binary.metadata.num_warps,
+        metadata.shared,
+        metadata.num_warps,
         elements,
         loads,
         stores,
@@ -256,7 +245,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def _tool(name: str, *options: str, cubin: bytes) -> str:
     """What one of the tools that Triton ships says of a binary."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    tool = private.nvidia_tool(name)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
