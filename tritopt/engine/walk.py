@@ -1,8 +1,8 @@
 """What a warm step asks of every tensor of a list: whether it is the one it was, and where it lies.
 
 In Python a step of 400 parameters with their gradients and states takes 1.6 to 3.5 ms for these questions, longer than
-torch's own fused step. tritopt/engine/walk.c asks the same in C, in 2 to 40 ns a tensor, through torch's interfaces for
-compiled code. It is installed with tritopt where there was a compiler (setup.py). Otherwise Triton builds it, as it
+torch's own fused step. tritopt/engine/walk.c asks the same in C, in 15 to 70 ns a tensor, through torch's interfaces
+for compiled code. It is installed with tritopt where there was a compiler (setup.py). Otherwise Triton builds it, as it
 builds its own launchers, when it is first needed, and keeps it in its cache on disk. Where that fails too, for want of
 a C compiler or of one of torch's interfaces, the functions below do the same, slower, and a warning says so.
 `TRITOPT_WALK=python` insists on them. `tritopt check` says which walk runs.
