@@ -24,7 +24,7 @@ def _epsilon1(x, s):
 
 @triton.jit
 def adafactor_square(g, s):
-    """What is averaged over rows and over columns."""
+    """Squares of the gradient, to be averaged over rows and over columns."""
     return g * g
 
 

@@ -8,7 +8,7 @@ from tritopt.kernels.ops import div, sqrt
 
 @triton.jit
 def groupadagrad_square(g, s):
-    """What is averaged over a row."""
+    """Squares of the gradient, to be averaged over a row."""
     return g * g
 
 

@@ -12,7 +12,7 @@ from tritopt.kernels.ops import add_decay, div, sqrt
 
 @triton.jit
 def _direction(mean, var, s):
-    """Without the decay."""
+    """The bias-corrected mean over the root of the second moment, without the decay."""
     return div(mean * s.mean_correction, sqrt(var * s.var_correction) + s.epsilon)
 
 

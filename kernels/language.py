@@ -8,7 +8,7 @@ from typing import Any
 INSTALL_TRITON = (
     "Triton, which is not installed: `pip install 'triton>=3.6'` (Linux; on Windows `pip install triton-windows`)"
 )
-MISSING_TRITON = f"the fused path needs {INSTALL_TRITON}, or pass use_fused_step=False to run the reference step"
+MISSING_TRITON = f"the fused path needs {INSTALL_TRITON}"
 
 try:
     import triton

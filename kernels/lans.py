@@ -20,7 +20,7 @@ def _normalised(g, square_sum, s):
 
 @triton.jit
 def _directions(w, g, mean, var, wd, s):
-    """Of the mean and of the gradient, both with the decay."""
+    """Directions of the mean and of the gradient, both with the decay."""
     root = sqrt(var * s.var_correction) + s.epsilon
     return add_decay(div(mean * s.mean_correction, root), w, wd), add_decay(div(g, root), w, wd)
 

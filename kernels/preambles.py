@@ -1,4 +1,4 @@
-"""What happens to a gradient before the update function sees it.
+"""Preambles: the ways to treat a gradient before the update function sees it.
 
 A preamble is a @triton.jit function for the driver and its twin in PyTorch; an optimizer names the one that it follows.
 """
@@ -12,6 +12,7 @@ import torch
 
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.ops import add_decay, clip
+from tritopt.kernels.twins import ops as twins
 
 
 @triton.jit
@@ -44,11 +45,6 @@ def raw(w, g, rescale, bound, wd):
     return g
 
 
-def add_decay_twin(x: torch.Tensor, w: torch.Tensor, wd: Any) -> torch.Tensor:
-    """Twin of `add_decay`. `wd`: a number, or a tensor that is differentiated by, which is never skipped."""
-    return x + wd * w if isinstance(wd, torch.Tensor) or wd != 0 else x
-
-
 class Preamble(NamedTuple):
     """The pair: `kernel` and `reference` take (weight, gradient, rescale, clip bound, wd)."""
 
@@ -58,10 +54,10 @@ class Preamble(NamedTuple):
 
 PREAMBLES = {
     "coupled": Preamble(
-        coupled, lambda w, g, rescale, bound, wd: add_decay_twin((rescale * g).clamp(-bound, bound), w, wd)
+        coupled, lambda w, g, rescale, bound, wd: twins.add_decay((rescale * g).clamp(-bound, bound), w, wd)
     ),
     "coupled_in_clip": Preamble(
-        coupled_in_clip, lambda w, g, rescale, bound, wd: add_decay_twin(rescale * g, w, wd).clamp(-bound, bound)
+        coupled_in_clip, lambda w, g, rescale, bound, wd: twins.add_decay(rescale * g, w, wd).clamp(-bound, bound)
     ),
     "decoupled": Preamble(decoupled, lambda w, g, rescale, bound, wd: (rescale * g).clamp(-bound, bound)),
     "rescaled": Preamble(rescaled, lambda w, g, rescale, bound, wd: rescale * g),

@@ -1,4 +1,4 @@
-"""Random numbers by counter (tritopt/engine/random.py has the twins, and says what they are).
+"""Random numbers by counter; kernels/twins/random.py has the twins, and says what the numbers depend on.
 
 A key is four 16-bit numbers and a step is below 2^24, which every compute dtype holds exactly: so they can stand among
 an optimizer's scalars.
@@ -12,7 +12,7 @@ from tritopt.kernels.ops import sqrt
 
 @triton.jit
 def philox(key, offsets, step, STREAM: tl.constexpr):
-    """Four uint32 blocks: Philox4x32-10 of the counters (low word of the offset, high word, step, stream)."""
+    """Call Philox4x32-10 on the counters (low word of the offset, high word, step, stream): four uint32 blocks."""
     seed = tl.zeros([], dtype=tl.int64)
     for i in tl.static_range(4):
         seed = seed | (key[i].to(tl.int64) << (16 * i))
@@ -76,13 +76,30 @@ _ROUNDING = tl.constexpr(1)  # the stream of rounding; 0 is an optimizer's own
 
 @triton.jit
 def random_bits16(noise, start, offsets, mask):
-    """16 random bits per element, uint32; `noise`: key, where elements are in the whole parameter, step, shift.
+    """Draw 16 random bits for each element, uint32.
 
-    Where: position of the first, length of a row here, and how much longer it is in the whole parameter; 0 and 0 if
-    what is here is one run of it. `shift`: how many places on among eight neighbours an element takes its bits from.
-    Eight neighbours share a Philox call. In full blocks, where positions of rows are multiples of eight, each call is
-    one element of a shorter block, joined so that its eight lie with one thread, as those of 128-bit accesses do: of
-    eight equal calls the compiler would make eight, in a layout of its own.
+    Args:
+        noise: tuple of what the bits depend on:
+            key: int64, a hash of the seed and the parameter.
+            first: position in the whole parameter of the element whose offset here is 0.
+            width, gap: length of a row here, and how much longer it is in the whole parameter; gap is 0 where what is
+                here is one run of it.
+            step: number of the update, uint32.
+            shift: how many places on among eight neighbours an element takes its bits from; 0 for the weight, i + 1
+                for state i, so that all of them may share a call.
+        start: the first of the offsets.
+        offsets: of the elements here.
+        mask: None for a full block, where start, first, width and gap are multiples of eight.
+
+    A Philox call makes four words of 32 bits, which are enough for eight neighbours:
+
+        position % 8    0      1      2      3      4      5      6      7
+        word            0      0      1      1      2      2      3      3
+        its half        low    high   low    high   low    high   low    high     (shift 0)
+
+    In a full block each call is one element of a shorter block, and the halves are joined so that a call's eight lie
+    with one thread, as those of 128-bit accesses do: of eight equal calls the compiler would make eight, in a layout of
+    its own.
     """
     key, first, width, gap, step, shift = noise
     if mask is None:
@@ -93,6 +110,7 @@ def random_bits16(noise, start, offsets, mask):
         halves = ()
         for i in tl.static_range(8):
             halves = halves + (_half(words, (i + shift) & 7),)
+        # The join made last is of places next to each other, the one made first of those four apart.
         even = tl.join(tl.join(halves[0], halves[4]), tl.join(halves[2], halves[6]))
         odd = tl.join(tl.join(halves[1], halves[5]), tl.join(halves[3], halves[7]))
         return tl.reshape(tl.join(even, odd), [offsets.shape[0]])
@@ -107,14 +125,14 @@ def random_bits16(noise, start, offsets, mask):
 
 @triton.jit
 def _half(words, i):
-    """The i-th of eight times 16 bits."""
+    """Take the i-th of the eight halves of four words."""
     word = tl.where(i < 2, words[0], tl.where(i < 4, words[1], tl.where(i < 6, words[2], words[3])))
     return tl.where((i & 1) == 0, word & 0xFFFF, word >> 16)
 
 
 @triton.jit
 def _rounding_words(key, group, step):
-    """Four uint32 blocks per group of eight elements."""
+    """Call Philox for each group of eight elements: four uint32 blocks."""
     low = group.to(tl.uint32)
     zero = low * 0
     return tl.philox(key, low, (group >> 32).to(tl.uint32), zero + step, zero + _ROUNDING)

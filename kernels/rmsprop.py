@@ -15,7 +15,7 @@ def _quotient(g, var, s):
 
 @triton.jit
 def _averages(g, mean, var, s):
-    """Of the gradient and of its square."""
+    """Running averages of the gradient and of its square."""
     mean = s.rho * mean + s.one_minus_rho * g
     return mean, s.rho * var + s.one_minus_rho * (g * g)
 
@@ -53,7 +53,7 @@ def _deviations(g, var, mean, s):
 
 @triton.jit
 def rmsprop_deviation_update(w, g, state, s):
-    """torch's centered form."""
+    """Centered as in torch, whose epsilon is outside the root of the deviation."""
     step, var, mean = _deviations(g, state[0], state[1], s)
     return w - s.lr * step, (var, mean)
 

@@ -56,7 +56,7 @@ SHARED: list[tuple[str, str, str, dict[str, str]]] = [
         {"no lower clip bound": "return x"},
     ),
     ("sgd", "ops.py", "bits + 0x7FFF + ((bits >> 16) & 1)", {"bf16 cut off": "bits"}),
-    ("sgd", "formats.py", "tl.store(planes[1] + offsets, value, mask=mask)", {"master not stored": "pass"}),
+    ("sgd", "formats/weights.py", "tl.store(planes[1] + offsets, value, mask=mask)", {"master not stored": "pass"}),
     (
         "sgd",
         "formats/weights.py",

@@ -1,4 +1,4 @@
-"""What a program reads of the tables of a group, which kernels/drivers/multi_tensor_apply.py describes."""
+"""Loads from the tables of a group, which kernels/drivers/multi_tensor_apply.py describes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ N_COMMON_SCALARS = tl.constexpr(3)
 
 @triton.jit
 def load_tuple(ptr, N: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
-    """N numbers in a row."""
+    """Load N numbers that follow one another, as a tuple."""
     values = ()
     for i in tl.static_range(N):
         values = values + (tl.load(ptr + i).to(COMPUTE_DTYPE),)
@@ -19,9 +19,16 @@ def load_tuple(ptr, N: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
 
 @triton.jit
 def load_pointers(table_ptr, tensor, N_MOVED: tl.constexpr, DTYPES: tl.constexpr):
-    """Pointers to a tensor's planes, gradient and states; the same, said to be 16-byte aligned; and whether they are.
+    """Load the pointers to a tensor's planes, gradient and states.
 
-    Only of the first N_MOVED is it asked whether they are.
+    Args:
+        table_ptr: the group's table of pointers.
+        tensor: number of the tensor in the group.
+        N_MOVED: number of pointers, from the first on, that 128-bit accesses go through.
+        DTYPES: what each points to.
+
+    Returns (pointers, the same with a hint of 16-byte alignment, whether the first N_MOVED really are aligned). Use the
+    second only where the third is true.
     """
     ptrs = ()
     aligned_ptrs = ()
@@ -38,7 +45,7 @@ def load_pointers(table_ptr, tensor, N_MOVED: tl.constexpr, DTYPES: tl.constexpr
 
 @triton.jit
 def load_last_scalar(table_ptr, tensor, n_tensors, N_SCALARS: tl.constexpr, N_POINTERS: tl.constexpr):
-    """Of a tensor's row: the step, where random bits are drawn."""
+    """Load the last of a tensor's scalars: the step, where random bits are drawn."""
     row = tl.load(table_ptr + tensor * (N_POINTERS + 1) + N_POINTERS)
     ptr = (table_ptr + n_tensors * (N_POINTERS + 1) + row * N_SCALARS).to(tl.pointer_type(tl.float64))
     return tl.load(ptr + N_SCALARS - 1)
@@ -58,7 +65,20 @@ def load_scalars(
     SKIP_ZERO_RESCALE: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """A tensor's (rescale, clip bound, wd), its scalars, and whether anything may be written."""
+    """Load what a tensor's update takes beside its elements.
+
+    Args:
+        table_ptr: the group's table: pointers, and behind those of all tensors the scalars, fp64.
+        tensor, n_tensors: number of the tensor in the group, and of all that are.
+        rescale_ptr: None, or a device scalar that multiplies the table's rescale; the update is skipped if it is NaN or
+            infinite, and if it is 0 where SKIP_ZERO_RESCALE.
+        noop_ptr: None, or a device flag; if it is not 0 the update is skipped.
+        SCALARS: NamedTuple that holds the optimizer's own scalars.
+        N_SCALARS, N_OWN: scalars of a tensor in the table, and the optimizer's own among them.
+        N_POINTERS: pointers of a tensor in the table.
+
+    Returns ((rescale, clip bound, wd), SCALARS, whether anything may be written).
+    """
     row = tl.load(table_ptr + tensor * (N_POINTERS + 1) + N_POINTERS)
     ptr = (table_ptr + n_tensors * (N_POINTERS + 1) + row * N_SCALARS).to(tl.pointer_type(tl.float64))
     common = load_tuple(ptr, N_COMMON_SCALARS, COMPUTE_DTYPE)
@@ -77,6 +97,6 @@ def load_scalars(
 
 @triton.jit
 def load_grad(grad_ptr, offsets, mask, common, PREAMBLE_FN: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
-    """The gradient behind a preamble that does not read the weight."""
+    """Load the gradient through a preamble that does not read the weight."""
     g = tl.load(grad_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
     return PREAMBLE_FN(None, g, common[0], common[1], common[2])

@@ -1,94 +1,36 @@
-"""How a value that the arithmetic sees in the compute dtype is stored.
-
-A format is a pair of @triton.jit functions, passed to the driver as constexpr, and their twins in PyTorch:
-
-    load(planes, offsets, mask, COMPUTE_DTYPE) -> value          decode(planes, dtype) -> tensor
-    store(planes, offsets, mask, value) -> plane 0               encode(planes, tensor), in place
-    store(planes, offsets, mask, value, start, noise) -> same    encode(planes, tensor, noise), if it draws: a Noise
-    shown(planes, value) -> plane 0, of a value that was loaded
-
-`planes` are the tensors that together hold the value: pointers in the kernel, tensors in PyTorch. All have the value's
-shape, but for the scales of formats whose elements share them. `start` is the first of the offsets. Any format goes
-with any update function; neither knows of the other. Those of states are in kernels/formats/states.py.
+"""How an fp16 or bf16 weight keeps what its own bits cannot hold; format.py says what a format is.
 
 A weight may be written by anyone at any time. So whatever stands in plane 1, a loaded value rounds to the weight as the
 format rounds, and what plane 1 holds of another weight is not taken.
+
+    format         the weight, plane 0                        plane 1
+    fp32 master    the master, rounded to nearest even        the master, fp32
+    kahan          the value, rounded to nearest even         what the weight lacks, in its dtype
+    split16        upper half of fp32's bits, nearest         the lower half, signed
+    split8         upper 16 of 24 bits, nearest               the lower 8 of those 24, signed; rounded by chance
+    stochastic     the value, rounded up or down by chance    -
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from tritopt.kernels.formats.format import (
+    LOW_PRECISION,
+    PLAIN,
+    Format,
+    decode_plain,
+    encode_plain,
+    load_plain,
+    shown_nearest,
+)
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.ops import cast, widen
 from tritopt.kernels.random import random_bits16
-
-
-class Format(NamedTuple):
-    """A storage format: its name, number of planes and the two pairs of functions (module docstring)."""
-
-    name: str
-    n_planes: int
-    load: Any
-    store: Any
-    decode: Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]
-    encode: Callable[..., None]
-    plane_reads: tuple[bool, ...]
-    """Which planes `load` reads; `store` writes all of them."""
-    weight_dtypes: tuple[torch.dtype, ...]
-    """Of plane 0, which is the weight."""
-    companion: str = ""
-    """What plane 1 is called in a checkpoint, if there is one."""
-    companion_dtype: torch.dtype | None = None
-    """Of plane 1; None: the weight's."""
-    companion_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    """Plane 1, from the weight and the fp32 value that the two are to hold."""
-    draws: bool = False
-    """Whether storing takes random bits."""
-    dtypes: tuple[torch.dtype, ...] = ()
-    """Of the planes, where it is a format of states."""
-    shown: Any = None
-    """Of weights."""
-    block: int = 0
-    """How many elements, next to each other in memory, share one of the last plane's; 0: none do."""
-
-    def dtype_of_companion(self, weight: torch.dtype) -> torch.dtype:
-        """Of plane 1 beside a weight of this dtype."""
-        return self.companion_dtype or weight
-
-
-@triton.jit
-def shown_nearest(planes, value):
-    """Rounded to nearest even."""
-    return cast(value, planes[0].dtype.element_ty)
-
-
-@triton.jit
-def load_plain(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
-    """The one plane, widened."""
-    return widen(tl.load(planes[0] + offsets, mask=mask), COMPUTE_DTYPE)
-
-
-@triton.jit
-def store_plain(planes, offsets, mask, value):
-    """The one plane, rounded to nearest even."""
-    rounded = shown_nearest(planes, value)
-    tl.store(planes[0] + offsets, rounded, mask=mask)
-    return rounded
-
-
-def decode_plain(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_plain`."""
-    return planes[0].to(dtype)
-
-
-def encode_plain(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
-    """Twin of `store_plain`."""
-    # Converted first: where fp32 becomes fp16, torch's copy_ does not ask whether what it writes is negated by a bit.
-    planes[0].copy_(value.to(planes[0].dtype))
+from tritopt.kernels.twins.random import Noise
 
 
 @triton.jit
@@ -104,24 +46,16 @@ def _completed(weight, value):
 
 
 def _completed_twin(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Twin of `_completed`."""
     rounded = value.to(weight.dtype).view(torch.int16)
     return torch.where(rounded == weight.resolve_neg().view(torch.int16), value, weight.float())
 
 
 @triton.jit
 def load_master(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
-    """The fp32 master, plane 1, unless the fp16/bf16 weight, plane 0, is another's."""
+    """Load the fp32 master, plane 1, unless the fp16/bf16 weight, plane 0, is another's."""
     weight = tl.load(planes[0] + offsets, mask=mask)
     return _completed(weight, tl.load(planes[1] + offsets, mask=mask)).to(COMPUTE_DTYPE)
-
-
-@triton.jit
-def store_master(planes, offsets, mask, value):
-    """The master, and the weight as the master rounded to nearest even."""
-    tl.store(planes[1] + offsets, value, mask=mask)
-    rounded = shown_nearest(planes, value)
-    tl.store(planes[0] + offsets, rounded, mask=mask)
-    return rounded
 
 
 def decode_master(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -129,7 +63,16 @@ def decode_master(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.T
     return _completed_twin(planes[0], planes[1]).to(dtype)
 
 
-def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
+@triton.jit
+def store_master(planes, offsets, mask, value):
+    """Store the master, and the weight as the master rounded to nearest even."""
+    tl.store(planes[1] + offsets, value, mask=mask)
+    rounded = shown_nearest(planes, value)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
+
+
+def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise | None = None) -> None:
     """Twin of `store_master`."""
     planes[1].copy_(value)
     encode_plain(planes, planes[1])
@@ -142,88 +85,21 @@ def _master_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _joined(high, rest):
-    """The bits of the weight, in front, and the remainder's: but not where someone has written 0 or infinity since.
-
-    Whoever sets a weight to 0, as pruning does, wants it to be 0: what a remainder adds to that is below 2^-134. Beside
-    infinity there are NaN, and numbers that only round to it.
-    """
-    # Both ends of the numbers in one comparison: 0, less 1, is the largest.
-    is_alone = ((high & 0x7FFFFFFF) - 1).to(tl.uint32, bitcast=True) >= 0x7F7FFFFF
-    return tl.where(is_alone, high, high + rest).to(tl.float32, bitcast=True)
-
-
-def _joined_twin(high: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    size = high & 0x7FFFFFFF
-    return torch.where((size == 0) | (size >= 0x7F800000), high, high + rest).view(torch.float32)
-
-
-@triton.jit
-def load_split(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
-    """The bits of an fp32 number: those of the bf16 weight in front, and a signed remainder added to them."""
-    remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
-    high = widen(tl.load(planes[0] + offsets, mask=mask), tl.float32).to(tl.int32, bitcast=True)
-    return _joined(high, remainder).to(COMPUTE_DTYPE)
-
-
-@triton.jit
-def store_split(planes, offsets, mask, value):
-    """The weight, rounded to nearest, away from zero where two are, and what it lacks."""
-    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-    # NaN has bits that rounding would carry over into the sign.
-    bits = tl.where(value == value, bits, 0x7FC00000)
-    high = (bits + 0x8000) >> 16
-    tl.store(planes[1] + offsets, (bits - (high << 16)).to(tl.int16), mask=mask)
-    rounded = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    tl.store(planes[0] + offsets, rounded, mask=mask)
-    return rounded
-
-
-@triton.jit
-def shown_split(planes, value):
-    """Rounded to nearest, away from zero where two are."""
-    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-    return ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-
-
-def decode_split(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_split`."""
-    return _joined_twin(planes[0].float().view(torch.int32), planes[1].to(torch.int32)).to(dtype)
-
-
-def encode_split(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
-    """Twin of `store_split`."""
-    value = value.float()
-    bits = torch.where(value.isnan(), 0x7FC00000, value.view(torch.int32))
-    high = (bits + 0x8000) >> 16
-    planes[1].copy_(bits - (high << 16))
-    planes[0].copy_(high.to(torch.int16).view(torch.bfloat16))
-
-
-def _fitting(difference: torch.Tensor, half: int) -> torch.Tensor:
-    """A remainder from -half to half - 1; 0 where it is that of another weight.
-
-    A weight that was rounded to even at a tie can lack all of `half`, and gets one less.
-    """
-    return torch.where(difference.abs() <= half, difference.clamp(max=half - 1), 0)
-
-
-def _remainder_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    difference = value.view(torch.int32) - (weight.resolve_neg().view(torch.int16).to(torch.int32) << 16)
-    return _fitting(difference, 0x8000).to(torch.int16)
-
-
-@triton.jit
 def load_kahan(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
-    """The weight and its compensation, added up in fp32, unless that is another weight's."""
+    """Load the weight and its compensation, added up in fp32, unless that is another weight's."""
     weight = tl.load(planes[0] + offsets, mask=mask)
     value = widen(weight, tl.float32) + widen(tl.load(planes[1] + offsets, mask=mask), tl.float32)
     return _completed(weight, value).to(COMPUTE_DTYPE)
 
 
+def decode_kahan(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_kahan`."""
+    return _completed_twin(planes[0], planes[0].float() + planes[1].float()).to(dtype)
+
+
 @triton.jit
 def store_kahan(planes, offsets, mask, value):
-    """The weight, rounded to nearest even, and what it lacks: to nearest too, if then the two round to the weight.
+    """Store the weight, rounded to nearest even, and what it lacks: to nearest too, if then the two round to it.
 
     Just below half an ulp of the weight, what it lacks can round up to that half, and the sum to another weight: there
     it is the next number towards zero.
@@ -241,18 +117,14 @@ def store_kahan(planes, offsets, mask, value):
     return weight
 
 
-def decode_kahan(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_kahan`."""
-    return _completed_twin(planes[0], planes[0].float() + planes[1].float()).to(dtype)
-
-
-def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any = None) -> None:
+def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise | None = None) -> None:
     """Twin of `store_kahan`."""
     encode_plain(planes, value)
     planes[1].copy_(_compensation_of(planes[0], value))
 
 
 def _compensation_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Compensation beside a weight, for the two to hold the value, rounded as `store_kahan` does."""
     lacks = value - weight.float()
     lacks = torch.where(lacks.isfinite(), lacks, 0.0)
     nearest = lacks.to(weight.dtype)
@@ -262,34 +134,95 @@ def _compensation_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def store_stochastic(planes, offsets, mask, value, start, noise):
-    """The one plane, bf16, rounded up or down with the probabilities that keep the mean."""
-    bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + random_bits16(noise, start, offsets, mask)
-    # On the bits: the interpreter of Triton 3.6 to 3.8 makes no constants of bf16.
-    bits = tl.where(value == value, bits, 0x7FC00000) >> 16
-    rounded = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+def _joined(high, rest):
+    """The bits of the weight, in front, and the remainder's: but not where someone has written 0 or infinity since.
+
+    Whoever sets a weight to 0, as pruning does, wants it to be 0: what a remainder adds to that is below 2^-134. Beside
+    infinity there are NaN, and numbers that only round to it.
+    """
+    # Both ends of the numbers in one comparison: 0, less 1, is the largest.
+    is_alone = ((high & 0x7FFFFFFF) - 1).to(tl.uint32, bitcast=True) >= 0x7F7FFFFF
+    return tl.where(is_alone, high, high + rest).to(tl.float32, bitcast=True)
+
+
+def _joined_twin(high: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """Twin of `_joined`."""
+    size = high & 0x7FFFFFFF
+    return torch.where((size == 0) | (size >= 0x7F800000), high, high + rest).view(torch.float32)
+
+
+def _fitting(difference: torch.Tensor, half: int) -> torch.Tensor:
+    """A remainder from -half to half - 1; 0 where it is that of another weight.
+
+    A weight that was rounded to even at a tie can lack all of `half`, and gets one less.
+    """
+    return torch.where(difference.abs() <= half, difference.clamp(max=half - 1), 0)
+
+
+@triton.jit
+def load_split16(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
+    """Load the bits of an fp32 number: those of the bf16 weight in front, and a signed remainder added to them."""
+    remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
+    high = widen(tl.load(planes[0] + offsets, mask=mask), tl.float32).to(tl.int32, bitcast=True)
+    return _joined(high, remainder).to(COMPUTE_DTYPE)
+
+
+def decode_split16(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_split16`."""
+    return _joined_twin(planes[0].float().view(torch.int32), planes[1].to(torch.int32)).to(dtype)
+
+
+@triton.jit
+def store_split16(planes, offsets, mask, value):
+    """Store the weight, rounded to nearest, away from zero where two are, and what it lacks."""
+    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+    # NaN has bits that rounding would carry over into the sign.
+    bits = tl.where(value == value, bits, 0x7FC00000)
+    high = (bits + 0x8000) >> 16
+    tl.store(planes[1] + offsets, (bits - (high << 16)).to(tl.int16), mask=mask)
+    rounded = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
     tl.store(planes[0] + offsets, rounded, mask=mask)
     return rounded
 
 
-def encode_stochastic(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
-    """Twin of `store_stochastic`."""
-    bits = value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    bits = torch.where(value.isnan(), 0x7FC00000, bits + noise.bits16(planes[0])) >> 16
-    planes[0].copy_(bits.to(torch.int16).view(torch.bfloat16))
+def encode_split16(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise | None = None) -> None:
+    """Twin of `store_split16`."""
+    value = value.float()
+    bits = torch.where(value.isnan(), 0x7FC00000, value.view(torch.int32))
+    high = (bits + 0x8000) >> 16
+    planes[1].copy_(bits - (high << 16))
+    planes[0].copy_(high.to(torch.int16).view(torch.bfloat16))
+
+
+@triton.jit
+def shown_split(planes, value):
+    """Round to nearest, away from zero where two are."""
+    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+    return ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+def _remainder16_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Remainder of split16 beside a weight, for the two to hold the value."""
+    difference = value.view(torch.int32) - (weight.resolve_neg().view(torch.int16).to(torch.int32) << 16)
+    return _fitting(difference, 0x8000).to(torch.int16)
 
 
 @triton.jit
 def load_split8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
-    """The upper 24 bits of an fp32 number: those of the bf16 weight in front, and a signed remainder."""
+    """Load the upper 24 bits of an fp32 number: those of the bf16 weight in front, and a signed remainder."""
     remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
     high = widen(tl.load(planes[0] + offsets, mask=mask), tl.float32).to(tl.int32, bitcast=True)
     return _joined(high, remainder << 8).to(COMPUTE_DTYPE)
 
 
+def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Twin of `load_split8`."""
+    return _joined_twin(planes[0].float().view(torch.int32), planes[1].to(torch.int32) << 8).to(dtype)
+
+
 @triton.jit
 def store_split8(planes, offsets, mask, value, start, noise):
-    """24 bits, rounded up or down with the probabilities that keep the mean; of these the weight is the nearest."""
+    """Store 24 bits, rounded up or down with the probabilities that keep the mean, and the nearest weight."""
     bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + (random_bits16(noise, start, offsets, mask) >> 8)
     bits = tl.where(value == value, bits.to(tl.int32, bitcast=True), 0x7FC00000) >> 8
     high = (bits + 0x80) >> 8
@@ -299,12 +232,7 @@ def store_split8(planes, offsets, mask, value, start, noise):
     return rounded
 
 
-def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_split8`."""
-    return _joined_twin(planes[0].float().view(torch.int32), planes[1].to(torch.int32) << 8).to(dtype)
-
-
-def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Any) -> None:
+def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
     """Twin of `store_split8`."""
     bits = (value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + (noise.bits16(planes[0]) >> 8)
     bits = torch.where(value.isnan(), 0x7FC00000, _signed(bits & 0xFFFFFFFF)) >> 8
@@ -313,29 +241,45 @@ def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: An
     planes[0].copy_(high.to(torch.int16).view(torch.bfloat16))
 
 
+def _signed(bits: torch.Tensor) -> torch.Tensor:
+    """Reinterpret 32 unsigned bits in int64 as int32."""
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+
+
 def _remainder8_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Remainder of split8 beside a weight, for the two to hold the value."""
     difference = (value.view(torch.int32) >> 8) - (weight.resolve_neg().view(torch.int16).to(torch.int32) << 8)
     return _fitting(difference, 0x80).to(torch.int8)
 
 
-def _signed(bits: torch.Tensor) -> torch.Tensor:
-    """int32 of the same bits as 32 unsigned ones in int64."""
-    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+@triton.jit
+def store_stochastic(planes, offsets, mask, value, start, noise):
+    """Store the one plane, bf16, rounded up or down with the probabilities that keep the mean."""
+    bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + random_bits16(noise, start, offsets, mask)
+    # On the bits: the interpreter of Triton 3.6 to 3.8 makes no constants of bf16.
+    bits = tl.where(value == value, bits, 0x7FC00000) >> 16
+    rounded = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    tl.store(planes[0] + offsets, rounded, mask=mask)
+    return rounded
 
 
-_LOW = (torch.float16, torch.bfloat16)
-_ALL = (*_LOW, torch.float32, torch.float64)
-PLAIN = Format("plain", 1, load_plain, store_plain, decode_plain, encode_plain, (True,), _ALL, shown=shown_nearest)
+def encode_stochastic(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
+    """Twin of `store_stochastic`."""
+    bits = value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    bits = torch.where(value.isnan(), 0x7FC00000, bits + noise.bits16(planes[0])) >> 16
+    planes[0].copy_(bits.to(torch.int16).view(torch.bfloat16))
+
+
 MASTER_FP32 = Format(
-    "fp32 master", 2, load_master, store_master, decode_master, encode_master, (True, True), _LOW,
+    "fp32 master", 2, load_master, store_master, decode_master, encode_master, (True, True), LOW_PRECISION,
     "master_param", torch.float32, _master_of, shown=shown_nearest,
 )  # fmt: skip
 SPLIT16 = Format(
-    "split16", 2, load_split, store_split, decode_split, encode_split, (True, True), (torch.bfloat16,),
-    "master_remainder", torch.int16, _remainder_of, shown=shown_split,
+    "split16", 2, load_split16, store_split16, decode_split16, encode_split16, (True, True), (torch.bfloat16,),
+    "master_remainder", torch.int16, _remainder16_of, shown=shown_split,
 )  # fmt: skip
 KAHAN = Format(
-    "kahan", 2, load_kahan, store_kahan, decode_kahan, encode_kahan, (True, True), _LOW,
+    "kahan", 2, load_kahan, store_kahan, decode_kahan, encode_kahan, (True, True), LOW_PRECISION,
     "compensation", None, _compensation_of, shown=shown_nearest,
 )  # fmt: skip
 SPLIT8 = Format(
@@ -347,7 +291,7 @@ STOCHASTIC = Format(
     draws=True, shown=shown_nearest,
 )  # fmt: skip
 MASTERS = {"fp32": MASTER_FP32, "split16": SPLIT16, "split8": SPLIT8, "kahan": KAHAN, "stochastic": STOCHASTIC}
-"""How an fp16 or bf16 weight keeps what its own bits cannot hold."""
+"""Formats by the name that `master` has for them."""
 
 
 def format_of(load: Any) -> Format:

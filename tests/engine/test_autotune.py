@@ -27,10 +27,14 @@ from tritopt.__main__ import app
 from tritopt.commands.tune import print_rows
 from tritopt.engine import driver
 from tritopt.engine.device import is_capturing
+from tritopt.engine.group import Group
+from tritopt.engine.phase import Launch
+from tritopt.engine.plan import Planner
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Gpu, Scratch, Variant
 from tritopt.engine.tuning.cache import TuningCache
 from tritopt.engine.tuning.config import Config, SizeClass
+from tritopt.kernels.adamw import adamw_update
 from tritopt.tools import numerics, tune
 
 H200 = Gpu("NVIDIA H200", "sm_90")
@@ -134,17 +138,15 @@ def test_no_configuration_changes_a_bit_of_what_is_elementwise(name: str, monkey
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "track": True}])
 def test_sums_are_the_same_on_every_gpu(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """LAMB's norms and the global one, whatever is shipped or tuned; but not if all launches were changed."""
-    monkeypatch.setattr(driver, "GENERIC", SHIPPED)
-    monkeypatch.setattr(driver, "CONFIG", SHIPPED)
     monkeypatch.setattr(autotune, "GENERIC", SHIPPED)
     expected = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
     for found in (Config(128, 128, 64, 1), Config(256, 512, 128, 2)):
         monkeypatch.setattr(Gpu, "shipped", lambda self, variant, size, found=found: found)
         monkeypatch.setattr(autotune, "_CHOSEN", {})
         assert_same_bits(train(tritopt.optim.LAMB, "fp32", steps=4, **options), expected)
-        monkeypatch.setattr(driver, "CONFIG", found)
+        monkeypatch.setattr(Planner, "config", found)
         different = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
-        monkeypatch.setattr(driver, "CONFIG", SHIPPED)
+        monkeypatch.setattr(Planner, "config", None)
         assert not all(torch.equal(a, b) for a, b in zip(different, expected, strict=True))
 
 
@@ -174,18 +176,16 @@ def test_another_value_of_the_switch(value: str, monkeypatch: pytest.MonkeyPatch
 def launched(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Config]:
     """The configurations that two steps were launched with, those of measurements left out."""
     seen: list[Config] = []
-    original, under_way = autotune.config_of, list[None]()
+    original = driver._config_of
 
-    def config_of(*args: Any) -> Config:
-        under_way.append(None)
-        found = original(*args)
-        under_way.pop()
-        if not under_way:
+    def config_of(phase: driver.Apply, group: Group, launch: Launch, n_earlier: int) -> Config:
+        found = original(phase, group, launch, n_earlier)
+        if launch.config is None:
             seen.append(found)
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(autotune, "config_of", config_of)
+        patched.setattr(driver, "_config_of", config_of)
         train(tritopt.optim.AdamW, "fp32", **options)
     return list(dict.fromkeys(seen))
 
@@ -213,8 +213,9 @@ def test_a_changed_kernel_is_another_one() -> None:
     assert variant.key(TINY) == variant_of().key(TINY)
     assert variant.key(TINY) != variant._replace(source="changed").key(TINY)
     assert variant.key(TINY) != variant_of(name="split8+int8").key(TINY)
-    without = variant._replace(phase=variant.phase._replace(writes_states=False))
-    assert variant.key(TINY) != without.key(TINY)
+    group = Group([0], device(), variant.formats, variant.dtypes, [torch.Size([4])])
+    phases = [driver.Apply(adamw_update), driver.Apply(adamw_update, writes_states=False)]
+    assert len({phase.source(group, variant.launch, 0) for phase in phases}) == 2
 
 
 def test_the_choice_stays(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +284,7 @@ def test_a_warm_launch_does_not_look_for_it(monkeypatch: pytest.MonkeyPatch) -> 
     train(tritopt.optim.AdamW, "fp32", steps=3)
     assert len(asked) == 1
     phase, group, launch, *_ = asked[0]
-    warm = partial(autotune.config_of, phase, group, launch, 0, str)
+    warm = partial(driver._config_of, phase, group, launch, 0)
     # Less than 1 us; with room for a machine that does other things as well.
     assert min(timeit.repeat(warm, number=1000, repeat=20)) / 1000 < 5e-6
 

@@ -11,11 +11,14 @@ import torch
 
 from tritopt.engine import driver, plan
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Launch
+from tritopt.engine.group import Group
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task
+from tritopt.engine.tuning.config import Config
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.drivers.multi_tensor_norm import square_update, sum_partials
-from tritopt.kernels.formats.weights import MASTER_FP32, PLAIN
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.kernels.formats.weights import MASTER_FP32
 from tritopt.kernels.language import INTERPRETED, tl, triton
 
 COMMON = (1.0, math.inf, 0.0)  # rescale, clip bound, wd
@@ -43,7 +46,7 @@ def divide_by_sums(w, g, state, s, sums):  # type: ignore[no-untyped-def]
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks and chunks out of a small tensor."""
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=64, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=16, chunk_size=64, num_warps=1))
 
 
 def plain_task(weight: torch.Tensor, grad: torch.Tensor) -> Task:
@@ -188,7 +191,8 @@ def test_offsets_beyond_2_to_the_31(small_chunks: None) -> None:
     tensors = torch.tensor([[size, first_chunk, 1]], dtype=torch.int64)
     words = [weight.data_ptr(), grad.data_ptr(), 0, *np.array([*COMMON, 1.0]).view(np.int64).tolist()]
     launch = Launch((Apply(add_scaled),), Scale, "decoupled")
-    constants = driver.phase_constants(Apply(add_scaled), launch, (PLAIN,), (torch.float16, torch.float16), 0)
+    group = Group([0], weight.device, (PLAIN,), (torch.float16, torch.float16), [weight.shape])
+    constants = driver.phase_constants(Apply(add_scaled), launch, group, 0)
     multi_tensor_apply[(1,)](
         torch.tensor(words), tensors, torch.zeros(1, dtype=torch.int32), None, None, None, None, None, 1,
         **constants, CHUNK_SIZE=chunk, BLOCK_SIZE=16, TAIL_SIZE=16, enable_fp_fusion=False,
@@ -228,7 +232,8 @@ def test_source_of_nested_functions_is_in_the_cache_key() -> None:
 
     def key(update: Any, scalars: type) -> str:
         launch = Launch((Apply(update),), scalars, "decoupled")
-        return str(driver.phase_constants(Apply(update), launch, (PLAIN,), (torch.float32,) * 2, 0)["SOURCE_HASH"])
+        group = Group([0], torch.device("cpu"), (PLAIN,), (torch.float32,) * 2, [torch.Size([4])])
+        return str(driver.phase_constants(Apply(update), launch, group, 0)["SOURCE_HASH"])
 
     if hasattr(add_scaled, "cache_key"):
         assert key(add_scaled, Scale) != key(square_update, Scale)

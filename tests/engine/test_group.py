@@ -12,7 +12,7 @@ import torch
 from tests.support.fake_cuda.runtime import FakeCuda
 from tests.support.fake_cuda.streams import Graph
 from tritopt.engine.group import MAX_CAPTURED, Group, upload_table
-from tritopt.kernels.formats.weights import PLAIN
+from tritopt.kernels.formats.format import PLAIN
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -21,10 +21,11 @@ import json, sys, torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as triton_driver
 from tritopt import optim
-from tritopt.engine import driver
 from tritopt.engine.plan import Planner, Task
-from tritopt.engine.group import Launch
-from tritopt.kernels.formats.weights import PLAIN
+from tritopt.engine.phase import Launch
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.engine.phase import Launch
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.optimizers.adamw import AdamW
 from tritopt.optimizers.lamb import LAMB
 
@@ -84,13 +85,13 @@ for name in tritopt.names():
     opt = OPTIMIZERS[name]()
     if opt.phases:
         for _ in range(2):
-            _step(opt, torch.float32, torch.float32, PLAIN)
+            _step(Planner(), opt, torch.float32, torch.float32, PLAIN)
         found[name] = len(launches)
         launches.clear()
 from tritopt.kernels.formats.weights import MASTERS
 for master, states in (("split8", "int8"), ("split16", "bf16")):
     for _ in range(2):
-        _step(OPTIMIZERS["adamw"](state_dtype=states), torch.bfloat16, torch.bfloat16, MASTERS[master])
+        _step(Planner(), OPTIMIZERS["adamw"](state_dtype=states), torch.bfloat16, torch.bfloat16, MASTERS[master])
     found[master] = len(launches)
     launches.clear()
 from tritopt.optim import clip

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import tritopt
 from tritopt import optim
 from tritopt.engine import walk
 from tritopt.engine.walk import IN_PYTHON, Walk, known_states, n_words
@@ -306,7 +308,12 @@ def step() -> None:
     optim.SGD([param], lr=0.1).step()
 
 
-def test_without_a_compiler_python_walks_and_one_step_says_so(no_compiler: None) -> None:
+def update() -> None:
+    tritopt.get_updater(tritopt.create("sgd"))([0], [torch.ones(3)], [torch.zeros(3)])
+
+
+@pytest.mark.parametrize("step", [step, update])
+def test_without_a_compiler_python_walks_and_one_step_says_so(step: Callable[[], None], no_compiler: None) -> None:
     with pytest.warns(UserWarning, match=r"Failed to find C compiler\. Install .* TRITOPT_WALK=python") as caught:
         step()
     step()  # pytest makes an error of another warning

@@ -21,7 +21,8 @@ import json, sys, torch, tritopt, tritopt.optim
 arch = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
 from tritopt.tools.compiled import compile_launches, compile_norm
 from tritopt.tools.cost import bytes_per_parameter
-from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, PLAIN
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS
 from tritopt.kernels.formats.states import STATE_FORMATS
 from tritopt.engine.driver import Apply
 from tritopt.mxnet.registry import OPTIMIZERS

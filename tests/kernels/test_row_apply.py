@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from tritopt.engine import driver
-from tritopt.engine.group import Group, Launch
+from tritopt.engine.group import Group
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.row_phase import ApplyRows
-from tritopt.kernels.formats.weights import MASTER_FP32, PLAIN
+from tritopt.engine.tuning.config import Config
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.kernels.formats.weights import MASTER_FP32
 from tritopt.kernels.language import tl, triton  # noqa: F401
 
 COMMON = (1.0, math.inf, 0.0)  # rescale, clip bound, wd
@@ -41,9 +43,12 @@ def add_both(w, g, state, s):  # type: ignore[no-untyped-def]
 PHASE = ApplyRows(gradient, add_mean, add_both)
 
 
+CONFIG = Config(block_size=16, chunk_size=64, num_warps=1)
+
+
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=64, num_warps=1))
+    monkeypatch.setattr(Planner, "config", CONFIG)
 
 
 def plain_task(weight: torch.Tensor, grad: torch.Tensor) -> Task:
@@ -165,7 +170,7 @@ def test_offsets_beyond_2_to_the_31() -> None:
     group.device_table = torch.tensor([*words, *np.array([*COMMON, 1.0]).view(np.int64).tolist()])
     # One program alone, whose row is `last`.
     group.tables("rows", lambda shapes: (np.array([[columns, -last]]), np.zeros(1, dtype=np.int32)))
-    PHASE.launch(group, Launch((PHASE,), Scale, "decoupled"), None)
+    PHASE.launch(group, Launch((PHASE,), Scale, "decoupled", config=CONFIG), None)
     assert weight[-1].tolist() == [6.0] * columns
     assert state[-1].item() == 3.0
     assert not weight[-3:-1].any()

@@ -13,15 +13,16 @@ import pytest
 import torch
 
 from tritopt import optim
-from tritopt.engine import driver
-from tritopt.kernels.formats.states import BLOCK
+from tritopt.engine.plan import Planner
+from tritopt.engine.tuning.config import NVIDIA
+from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.language import INTERPRETED
 from tritopt.tools import cost
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CONFIG = driver.NVIDIA._replace(chunk_size=2048)
+CONFIG = NVIDIA._replace(chunk_size=2048)
 # Full blocks of two chunks, and a tail of more than a block.
 N = CONFIG.chunk_size + CONFIG.block_size + CONFIG.tail_size + BLOCK
 SHAPE = (N // BLOCK, BLOCK)
@@ -29,7 +30,7 @@ SHAPE = (N // BLOCK, BLOCK)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONFIG", CONFIG)
+    monkeypatch.setattr(Planner, "config", CONFIG)
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Step:
     def by_formula(self) -> tuple[float, float, float]:
         """Likewise, what tritopt.tools.cost says."""
         (group,) = self.opt.param_groups
-        rule, fmt = copy.copy(self.opt.rule_of(group)), self.opt.format_of(self.weight, group)
+        rule, fmt = copy.copy(self.opt.rule_of(group)), self.opt.layout_of(self.weight, group).format
         rule.state_dtype = group["state_dtype"]
         moved = cost.bytes_per_parameter(rule, self.dtype, self.dtype, fmt)
         return cost.resident_bytes(rule, self.dtype, fmt) + self.dtype.itemsize, moved.read, moved.written

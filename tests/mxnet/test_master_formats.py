@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import tritopt
-from tritopt.engine import driver
 from tritopt.engine.driver import Apply
+from tritopt.engine.plan import Planner
+from tritopt.engine.tuning.config import Config
 from tritopt.kernels.formats.weights import MASTERS
 from tritopt.mxnet.registry import OPTIMIZERS
 
@@ -24,7 +25,7 @@ SHIPPED = [name for name in tritopt.names() if OPTIMIZERS[name].__module__.start
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=48, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=16, chunk_size=48, num_warps=1))
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:

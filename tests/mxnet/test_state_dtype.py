@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import tritopt
-from tritopt.engine import driver
+from tritopt.engine.plan import Planner
+from tritopt.engine.tuning.config import Config
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.states import STATE_FORMATS
-from tritopt.kernels.formats.weights import PLAIN
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHAPES = ((3, 64), (130,), (5, 7), (), (0,), (4, 1))
@@ -23,7 +24,7 @@ NAMES = [
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=64, chunk_size=128, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=64, chunk_size=128, num_warps=1))
 
 
 def random(seed: int, dtype: torch.dtype = BF16) -> list[torch.Tensor]:

@@ -363,7 +363,7 @@ def test_sparse_gradients_that_torch_refuses_are_refused_in_its_words(cls: Class
 def test_fused_true_where_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters()
     opt = Adam(params, fused=True)
-    monkeypatch.setattr("tritopt.optim.step.build.unavailable", lambda tensor: "no kernel here")
+    monkeypatch.setattr("tritopt.optim.step.build.unavailable", lambda *_: "no kernel here")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(3):

@@ -13,8 +13,8 @@ import torch
 import tritopt
 from tests.support.training import CLASSES, EVERY_CLASS, Params, assert_same, counts, everything, parameters, set_grads
 from tritopt import optim
-from tritopt.mxnet.optimizer import Optimizer as Rule
 from tritopt.mxnet.registry import OPTIMIZERS
+from tritopt.rule import Rule
 
 Class = Any
 RELATIVE = 1e-6  # of the distance moved: a scalar that is rounded otherwise moves every step by an fp32 ulp of itself

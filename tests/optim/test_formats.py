@@ -12,11 +12,14 @@ import torch
 
 from tests.support.training import assert_same, everything, options_of, parameters, set_grads
 from tritopt import Optimizer, optim
-from tritopt.engine import driver
 from tritopt.engine.driver import Apply
-from tritopt.engine.random import Noise, noise_key
-from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC, Format
+from tritopt.engine.plan import Planner
+from tritopt.engine.random_keys import noise_key
+from tritopt.engine.tuning.config import Config
+from tritopt.kernels.formats.format import Format
+from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC
 from tritopt.kernels.language import triton
+from tritopt.kernels.twins.random import Noise
 
 BF16 = torch.bfloat16
 SHAPES = ((3, 5), (40,), (2, 3, 2, 2), (), (0,))
@@ -49,7 +52,7 @@ def still_update(w, g, state, s):  # type: ignore[no-untyped-def]
 class Still(Optimizer):
     """Updates nothing."""
 
-    driver = (Apply(still_update),)
+    phases = (Apply(still_update),)
     preamble = "decoupled"
 
     def scalars(self, lr: float, wd: float, count: int) -> StillScalars:
@@ -172,7 +175,7 @@ def test_every_weight_is_what_its_value_rounds_to(fmt: Format, dtype: torch.dtyp
 @WITH_COMPANIONS
 def test_every_weight_is_taken_by_the_kernel_too(fmt: Format, dtype: torch.dtype, monkeypatch: Any) -> None:
     """A step that changes nothing, on all of them: weights stay, what stands beside them is as the reference has it."""
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=2**14, chunk_size=2**16, num_warps=4))
+    monkeypatch.setattr(Planner, "config", Config(block_size=2**14, chunk_size=2**16, num_warps=4))
     weight = every_weight(dtype)
     master = next(name for name in MASTERS if MASTERS[name] is fmt)
     companions = stale(fmt, weight)
@@ -302,7 +305,7 @@ def test_the_default_goes_by_the_dtype() -> None:
     found = [opt.state[p].keys() & companions for p in params]
     assert found == [{"master_remainder"}, {"master_param"}, set(), set()]
     differentiable = optim.AdamW(params[:1], differentiable=True)
-    assert differentiable.format_of(params[0], differentiable.param_groups[0]) is MASTER_FP32
+    assert differentiable.layout_of(params[0], differentiable.param_groups[0]).format is MASTER_FP32
     old = run(optim.AdamW, parameters(BF16), range(2), master="fp32")
     old.param_groups[0]["master"] = "auto"  # converts
     expected = [master.clone() for master in old.master_weights()]
@@ -502,7 +505,7 @@ def test_bits_go_by_seed_name_and_step_alone(master: str, cls: Any, monkeypatch:
     def trained(
         names: str = "abc", chunk: int = 64, seed: int = 0, resumed: bool = False, apart: bool = False
     ) -> list[torch.Tensor]:
-        monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=chunk, num_warps=1))
+        monkeypatch.setattr(Planner, "config", Config(block_size=16, chunk_size=chunk, num_warps=1))
 
         def build() -> tuple[dict[str, torch.nn.Parameter], Any]:
             params = dict(zip("abc", parameters(BF16, ((40,), (3, 24), (7,))), strict=True))

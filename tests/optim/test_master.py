@@ -11,7 +11,8 @@ import torch
 import tritopt
 from tests.support.training import EVERY_CLASS, PRECISIONS, assert_same, everything, parameters, set_grads, train
 from tritopt import optim
-from tritopt.kernels.formats.weights import MASTERS, PLAIN
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.kernels.formats.weights import MASTERS
 
 HALF_ULP = 2.0**-9  # of a bf16 number in [1/2, 1)
 COMPANIONS = {fmt.companion for fmt in MASTERS.values() if fmt.companion}

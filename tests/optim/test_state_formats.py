@@ -11,12 +11,16 @@ import torch
 
 from tests.support.training import CLASSES, assert_same, everything, options_of, parameters, set_grads
 from tritopt import optim
-from tritopt.engine import driver
 from tritopt.engine.driver import Apply
-from tritopt.engine.random import Noise, noise_key
+from tritopt.engine.plan import Planner
+from tritopt.engine.random_keys import noise_key
 from tritopt.engine.state_dtype import stored
-from tritopt.kernels.formats.states import BLOCK, SIGNED, SQUARES, STATE_FORMATS
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
+from tritopt.engine.tuning.config import Config
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import BLOCK
+from tritopt.kernels.formats.states import SIGNED, SQUARES, STATE_FORMATS
+from tritopt.kernels.formats.weights import MASTERS
+from tritopt.kernels.twins.random import Noise
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHAPES = ((3, 64), (2, 3, 64), (5, 7), (), (0, 64))
@@ -41,7 +45,7 @@ PRECISION = {"bf16": 7, "fp16": 10, "int8": 4, "fp8": 3}
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=64, chunk_size=64, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=64, chunk_size=64, num_warps=1))
 
 
 def make(cls: Any, params: Any, **options: Any) -> Any:
@@ -203,7 +207,7 @@ def test_kernel_is_the_reference_at_the_ends_of_fp32(
     cls: Any, name: str, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Codes and scales, bit for bit. SGD's buffer begins with the gradient, and Adagrad's sum with its square."""
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=block_size, chunk_size=512, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=block_size, chunk_size=512, num_warps=1))
     tiny = (2.0**-149, 3e-45, 2.0**-126, 1e-38, 1e-25, 1e-23, 3e-20, 1.8e19, 1.9e19)
     grad = torch.zeros(len(HUGE) + len(tiny), BLOCK)
     for row, extreme in zip(grad, (*HUGE, *tiny), strict=True):
@@ -256,7 +260,7 @@ def test_kernel_is_the_reference(cls: Any, name: str) -> None:
 @pytest.mark.parametrize("block_size", [BLOCK, 8 * BLOCK], ids=["full blocks", "tail"])
 def test_kernel_is_the_reference_at_edges(name: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside outliers, at zeros of either sign, at the ends of fp32, and where something is not finite."""
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=block_size, chunk_size=512, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=block_size, chunk_size=512, num_warps=1))
     grad = torch.zeros(6, BLOCK)
     grad[0, :6] = torch.tensor([1e4, 1e-6, -1e-9, -0.0, 1.0, -1.0])
     grad[1] = torch.linspace(-1, 1, BLOCK)
@@ -389,7 +393,7 @@ def test_states_change_format(old: str | None, new: str | None, way: str) -> Non
 def read(opt: Any, param: torch.Tensor) -> list[torch.Tensor]:
     """Both moments, in fp32."""
     found, state = [], opt.state[param]
-    for name, fmt in opt.state_formats_of(param, opt.param_groups[0]).items():
+    for name, fmt in opt.layout_of(param, opt.param_groups[0]).formats.items():
         keys = [key for key in state if key == name or key.startswith((f"{name}_fp", f"{name}_int8"))]
         found.append((PLAIN if len(keys) == 1 else fmt).decode([state[key] for key in sorted(keys, key=len)], F32))
     return found
@@ -469,7 +473,7 @@ def test_training_continues_from_bytes(name: str) -> None:
 @pytest.mark.parametrize("name", ["bf16", "int8"])
 def test_chunks_and_order_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(order: str, chunk: int, block: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=block, chunk_size=chunk, num_warps=1))
+        monkeypatch.setattr(Planner, "config", Config(block_size=block, chunk_size=chunk, num_warps=1))
         params = dict(zip("abc", parameters(BF16, ((5, 64), (3, 64), (7,))), strict=True))
         opt = make(optim.AdamW, [(key, params[key]) for key in order], master="stochastic", state_dtype=name)
         for step in range(3):

@@ -13,9 +13,10 @@ import torch
 import tritopt
 from tests.support.training import CLASSES, options_of, parameters, record_launches, set_grads
 from tritopt import optim
-from tritopt.engine import driver
 from tritopt.engine.driver import Apply
+from tritopt.engine.plan import Planner
 from tritopt.engine.telemetry import TensorTelemetry
+from tritopt.engine.tuning.config import Config
 from tritopt.kernels.formats.weights import MASTERS
 
 BF16 = torch.bfloat16
@@ -26,7 +27,7 @@ UNTRACKED = [cls for cls in CLASSES if cls not in TRACKED]
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=32, chunk_size=64, tail_size=16, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=32, chunk_size=64, tail_size=16, num_warps=1))
 
 
 def run(cls: Any, params: list[torch.nn.Parameter], steps: int = 2, **options: Any) -> Any:

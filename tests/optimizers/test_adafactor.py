@@ -11,7 +11,8 @@ import torch
 
 import tritopt
 from tests.support.trajectory import Array, assert_follows, one_step, zeros_at_first
-from tritopt.engine import driver
+from tritopt.engine.plan import Planner
+from tritopt.engine.tuning.config import Config
 
 MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("adafactor.py", "return g * g", {"gradient not squared": "return tl.abs(g)"}),
@@ -67,7 +68,7 @@ OPTIONS = {"beta2_decay": -0.6, "epsilon1": 0.2, "epsilon2": 0.5, "clip_threshol
 
 @pytest.fixture
 def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=64, chunk_size=128, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=64, chunk_size=128, num_warps=1))
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS])

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import tritopt
-from tritopt.engine import driver
 from tritopt.engine.driver import Apply
+from tritopt.engine.plan import Planner
+from tritopt.engine.tuning.config import Config
+from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.mxnet.registry import OPTIMIZERS
 
@@ -32,7 +34,7 @@ SHAPES = ((), (0,), (7,), (5, 6), (2, 5, 2, 3))
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=48, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=16, chunk_size=48, num_warps=1))
 
 
 class Model:
@@ -217,7 +219,7 @@ def test_second_call_compiles_nothing(name: str, variant: dict[str, Any], monkey
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """(kernel, compile-time arguments, types of the others) of each launch but those of `sum_partials` from now on."""
     launches: list[tuple[Any, ...]] = []
-    kernels: Any = type(vars(driver)["multi_tensor_apply"])  # compiled or interpreted ones
+    kernels: Any = type(multi_tensor_apply)  # compiled or interpreted ones
     run = kernels.run
 
     def recording(kernel: Any, *args: Any, **constants: Any) -> Any:

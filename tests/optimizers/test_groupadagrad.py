@@ -30,7 +30,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
         "return w - s.lr * div",
         {"ascends": "return w + s.lr * div", "no learning rate": "return w - div"},
     ),
-    ("row_apply.py", "div(tl.sum(total), n_columns.to(COMPUTE_DTYPE))", {"sum for mean": "tl.sum(total)"}),
+    ("drivers/row_apply.py", "div(tl.sum(total), n_columns.to(COMPUTE_DTYPE))", {"sum for mean": "tl.sum(total)"}),
 ]
 
 

@@ -14,8 +14,10 @@ import torch
 
 import tritopt
 from tests.support.trajectory import Array, assert_follows
-from tritopt.engine import driver
-from tritopt.engine.random import halves, key_words, normal
+from tritopt.engine.plan import Planner
+from tritopt.engine.random_keys import halves, key_words
+from tritopt.engine.tuning.config import Config
+from tritopt.kernels.twins.random import normal
 from tritopt.optimizers.sgld import SGLDScalars
 
 LR, WD, CLIP, RESCALE, SEED = 0.1, 0.05, 0.4, 0.7, 5
@@ -109,7 +111,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.fixture
 def long_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a long block as for a short one."""
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=2**16, chunk_size=2**17))
+    monkeypatch.setattr(Planner, "config", Config(block_size=2**16, chunk_size=2**17))
 
 
 @pytest.mark.usefixtures("long_blocks")
@@ -140,7 +142,7 @@ def test_noise_does_not_depend_on_how_the_update_is_made(monkeypatch: pytest.Mon
     """Chunks, other tensors in the call and their order, the path, the layout."""
     shapes = [(70,), (3, 50), (2, 5, 3, 4), (1,)]
     expected = drawn(tritopt.create("sgld", use_fused_step=False), *shapes)
-    monkeypatch.setattr(driver, "CONFIG", driver.Config(block_size=16, chunk_size=32, num_warps=1))
+    monkeypatch.setattr(Planner, "config", Config(block_size=16, chunk_size=32, num_warps=1))
     assert all(map(torch.equal, drawn(tritopt.create("sgld"), *shapes), expected))
     backwards = drawn(tritopt.create("sgld"), *shapes[::-1], indices=[3, 2, 1, 0])
     assert all(map(torch.equal, backwards[::-1], expected))

@@ -56,7 +56,7 @@ def test_kernels_is_imported_as_tritopt_kernels_only() -> None:
 
 def test_kernels_import_nothing_of_tritopt_but_kernels() -> None:
     upward = re.compile(r"^\s*(?:from|import) tritopt(?!\.kernels\.)", re.MULTILINE)
-    assert not [path.name for path in (ROOT / "kernels").glob("*.py") if upward.search(path.read_text())]
+    assert not [path.name for path in (ROOT / "kernels").rglob("*.py") if upward.search(path.read_text())]
 
 
 def test_nothing_reads_outside_the_project() -> None:

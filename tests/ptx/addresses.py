@@ -11,14 +11,14 @@ import torch
 
 import tritopt
 from tests.ptx.steps import assert_bits, assert_near
-from tritopt.engine import driver
 from tritopt.engine.group import Group
 from tritopt.engine.plan import Task
-from tritopt.kernels.formats.states import BLOCK
+from tritopt.engine.tuning.config import GENERIC
+from tritopt.kernels.formats.scales import BLOCK
 from tritopt.tools.ptx.driver import Record
 
 BF16 = torch.bfloat16
-CHUNK = driver.CONFIG.chunk_size
+CHUNK = GENERIC.chunk_size
 N = 2**32 + CHUNK + 4099
 """Elements: the last program has a tail."""
 PROGRAMS = (0, 2**31 // CHUNK - 1, 2**31 // CHUNK, 2**31 // CHUNK + 1, 2**32 // CHUNK - 1, 2**32 // CHUNK,

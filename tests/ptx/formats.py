@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tritopt
-from tritopt.engine import driver
+from tritopt.engine.tuning.config import GENERIC
 from tritopt.tools import check
 from tritopt.tools.check import Case
 from tritopt.tools.ptx.driver import Record
@@ -31,10 +31,8 @@ NAMES = ("adamw", "lamb", "groupadagrad", "adafactor", "sgld", "lion")
 CASES = [case for case in check.cases(check.registered(NAMES)) if is_chosen(case)]
 
 
-@pytest.fixture(autouse=True)
-def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make several of tensors that are soon done."""
-    monkeypatch.setattr(driver, "CONFIG", driver.CONFIG._replace(chunk_size=2048))
+SHORT_CHUNKS = GENERIC._replace(chunk_size=2048)
+"""Make several chunks of tensors that are soon done."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -42,7 +40,7 @@ def test_every_format(record: Record, case: Case) -> None:
     """Two steps with decay, a clip bound and rescaling: the reference and a truth in fp64, in the tolerances' table."""
     record.order = np.random.default_rng(0).permutation
     record.warp_seed = 1 if case.cls is tritopt.AdamW else None
-    row = check.check_case(case, n_steps=2)
+    row = check.check_case(case, n_steps=2, config=SHORT_CHUNKS)
     assert row.passed, row.reason
     assert record.launches.total() >= 2
 
@@ -50,6 +48,6 @@ def test_every_format(record: Record, case: Case) -> None:
 @pytest.mark.parametrize("record", [80, 100], indirect=True)
 def test_other_gpus(record: Record) -> None:
     case = next(case for case in CASES if name_of(case) == "AdamW-split8-int8")
-    row = check.check_case(case, n_steps=2)
+    row = check.check_case(case, n_steps=2, config=SHORT_CHUNKS)
     assert row.passed, row.reason
     assert record.launches.total() >= 2

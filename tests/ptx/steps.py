@@ -15,7 +15,9 @@ import tritopt
 from tests.ptx.layouts import EVERY, MATRICES, VECTORS, Layout, is_guarded, parameters, set_gradients
 from tests.support.training import CLASSES, options_of
 from tritopt import optim
-from tritopt.engine import driver, plan
+from tritopt.engine import plan
+from tritopt.engine.plan import Planner
+from tritopt.engine.tuning.config import Config
 from tritopt.tools import check
 from tritopt.tools.compiled import recorded_launches
 from tritopt.tools.ptx.driver import Record, switch_on
@@ -224,9 +226,9 @@ def test_telemetry(record: Record, cls: Any) -> None:
 
 
 CONFIGS = [
-    driver.Config(block_size=16, chunk_size=64, tail_size=16, num_warps=1),
-    driver.Config(block_size=512, chunk_size=1024, tail_size=32, num_warps=8),
-    driver.Config(block_size=2048, chunk_size=16384, tail_size=2048, num_warps=16),
+    Config(block_size=16, chunk_size=64, tail_size=16, num_warps=1),
+    Config(block_size=512, chunk_size=1024, tail_size=32, num_warps=8),
+    Config(block_size=2048, chunk_size=16384, tail_size=2048, num_warps=16),
 ]
 
 
@@ -235,10 +237,8 @@ CONFIGS = [
     [*((optim.AdamW, config) for config in CONFIGS), (optim.LAMB, CONFIGS[1])],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
-def test_launch_configurations(
-    record: Record, cls: Any, config: driver.Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(driver, "CONFIG", config)
+def test_launch_configurations(record: Record, cls: Any, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Planner, "config", config)
     assert_follows_reference(record, cls, BF16, steps=2, master="fp32")
 
 

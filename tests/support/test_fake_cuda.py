@@ -14,9 +14,9 @@ from tests.support.fake_cuda.streams import GpuError
 from tritopt.engine import plan
 from tritopt.engine.device import on_device
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Launch
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task
-from tritopt.kernels.formats.weights import PLAIN
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.language import INTERPRETED, triton
 
 pytest.importorskip("triton")

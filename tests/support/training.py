@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tritopt.optim
-from tritopt.engine.group import Launch, run_phases
+from tritopt.engine.phase import Launch, run_phases
 
 Params = list[torch.nn.Parameter]
 
@@ -60,7 +60,7 @@ def counts(opt: Any, params: Sequence[torch.Tensor]) -> list[float]:
     found: list[float] = opt._stepper._numbers.get("step", places).tolist()
     for p, place, count in zip(params, places, found, strict=True):
         state = opt.state.get(p, {})
-        assert ("step" in state) == opt.shows_numbers(*owned[place])
+        assert ("step" in state) == opt.layout_of(*owned[place]).shows_numbers
         if "step" in state:
             assert (float(state["step"]), state["step"].dtype, state["step"].shape) == (count, torch.float32, ())
     return found

@@ -19,8 +19,11 @@ from typer.testing import CliRunner
 import tritopt
 from tests import mutations
 from tritopt.__main__ import app
-from tritopt.engine import driver, plan
-from tritopt.kernels.formats.states import BLOCK, SIGNED, STATE_FORMATS, store_int8
+from tritopt.engine import plan
+from tritopt.engine.tuning.config import Config
+from tritopt.kernels.formats.int8 import store_int8
+from tritopt.kernels.formats.scales import BLOCK
+from tritopt.kernels.formats.states import SIGNED, STATE_FORMATS
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, tl, triton  # noqa: F401
 from tritopt.mxnet import registry
 from tritopt.tools import check, checks
@@ -373,12 +376,11 @@ def test_neighbours_lie_in_memory_as_the_state_does() -> None:
 
 
 @pytest.mark.parametrize(("config", "block"), [(check.SMALL, 0), (check.SMALL_OF_STATES, BLOCK)])
-def test_weights_of_a_check(config: driver.Config, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_a_check(config: Config, block: int) -> None:
     """Several chunks, one of several blocks, and a tail; unaligned; transposed, with more than a block of states."""
-    monkeypatch.setattr(driver, "CONFIG", config)
     assert not block or not (config.block_size % block or config.chunk_size % block)
     state_dtype = "int8" if block else None
-    weights = check._weights(case(tritopt.SGD, state_dtype=state_dtype), torch.Generator("cpu").manual_seed(0))
+    weights = check._weights(case(tritopt.SGD, state_dtype=state_dtype), torch.Generator("cpu").manual_seed(0), config)
     _, _, long, unaligned, transposed = weights
     assert long.numel() > config.chunk_size >= 2 * config.block_size
     assert config.block_size < long.numel() % config.chunk_size < 2 * config.block_size

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import tritopt
-from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT8, SPLIT16, STOCHASTIC, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC
 from tritopt.tools.cost import PRECISIONS, Traffic, bytes_per_parameter, listings, resident_bytes, tensors_of
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

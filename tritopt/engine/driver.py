@@ -1,4 +1,4 @@
-"""The phases of a fused step: what each launch is, what it moves, and how the driver is called for it."""
+"""The phase of the driver (kernels/drivers/multi_tensor_apply.py), and its tables and compile-time arguments."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import hashlib
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tritopt.engine import private
+from tritopt.engine.group import Group
 from tritopt.engine.launcher import Launcher
-from tritopt.engine.telemetry import OF_GRADIENT, OF_UPDATE, Tracked
+from tritopt.engine.phase import Launch
+from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning import autotune
-from tritopt.engine.tuning.config import AMD as AMD
-from tritopt.engine.tuning.config import GENERIC, adapted
-from tritopt.engine.tuning.config import NVIDIA as NVIDIA
-from tritopt.engine.tuning.config import Config as Config
+from tritopt.engine.tuning.config import Config, adapted
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
-from tritopt.kernels.formats.weights import Format
 from tritopt.kernels.language import tl
 from tritopt.kernels.preambles import PREAMBLES
-
-if TYPE_CHECKING:
-    from tritopt.engine.group import Group, Launch
+from tritopt.kernels.telemetry import OF_GRADIENT, OF_UPDATE
 
 TRITON_DTYPES = {
     torch.int8: tl.int8,
@@ -38,37 +34,6 @@ TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-
-
-CONFIG = GENERIC
-"""What phases have that do not choose (tuning/autotune.py). Another value is for all: tests and the compiler's."""
-
-
-class Phase(Protocol):
-    """One launch over a group, or a few that belong together."""
-
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
-        """Run it. `sums`: of the phases before, fp64 [tensors, sums]; returns those that this one emits, or None."""
-        ...
-
-    def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
-        """Bytes per parameter (read, written). `weight`: what loading and storing it moves; the others: their size."""
-        ...
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """Names of what is launched."""
-        ...
-
-    @property
-    def n_sums(self) -> int:
-        """Sums per tensor that later phases receive."""
-        ...
-
-    @property
-    def sums_elements(self) -> bool:
-        """Whether results depend on the order in which elements are summed."""
-        ...
 
 
 class Apply(NamedTuple):
@@ -101,6 +66,13 @@ class Apply(NamedTuple):
         read = weight[0] * self.reads_weight + grad * self.reads_grad + states * self.reads_states
         return read, weight[1] * self.writes_weight + states * self.writes_states
 
+    def source(self, group: Group, launch: Launch, n_earlier: int) -> str:
+        """Hash of the driver, of the functions that it is given, and of what the phase reads, writes and sums."""
+        functions = (multi_tensor_apply, PREAMBLES[launch.preamble].kernel)
+        sources = [private.source_key(function) for function in functions]
+        given = phase_constants(self, launch, group, n_earlier)["SOURCE_HASH"]
+        return hashlib.sha256(repr((given, sources, self[1:])).encode()).hexdigest()[:16]
+
     def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
         """Launch the driver, and where sums are emitted the second stage of the reduction."""
         n_earlier = 0 if sums is None else sums.shape[1]
@@ -125,7 +97,7 @@ class _Applied:
         self._n_totals = phase.n_sums + len(self._tracks[0]) + len(self._tracks[1])
         self._variant = (phase, group.formats, group.dtypes, launch.preamble, bool(self._n_totals), config)
         self._constants = {
-            **phase_constants(phase, launch, group.formats, group.dtypes, n_earlier_sums),
+            **phase_constants(phase, launch, group, n_earlier_sums),
             "CHUNK_SIZE": config.chunk_size,
             "BLOCK_SIZE": config.block_size,
             "TAIL_SIZE": min(config.tail_size, config.block_size),
@@ -197,14 +169,16 @@ def tracks_of(phase: Apply, launch: Launch) -> tuple[tuple[str, ...], tuple[str,
 
 
 def _config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> Config:
-    """CONFIG or, where that is what is shipped, the phase's choice; adapted to what is stored."""
-    if CONFIG is not GENERIC:
-        return adapted(CONFIG, group.formats, group.dtypes)
-    return autotune.config_of(phase, group, launch, n_earlier, _source_of)
-
-
-def _source_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> str:
-    return str(phase_constants(phase, launch, group.formats, group.dtypes, n_earlier)["SOURCE_HASH"])
+    """The launch's configuration or, if it has none, the phase's choice; adapted to what is stored."""
+    if launch.config is not None:
+        return adapted(launch.config, group.formats, group.dtypes)
+    # Not by the function itself, whose hash takes longer than all of this; it stays alive with what is kept.
+    key = (id(phase.update), phase.n_sums, launch.tracked is None)
+    chosen: tuple[Config, Any] | None = group.configs.get(key)
+    if chosen is None:
+        config = adapted(autotune.choose(phase, group, launch, n_earlier), group.formats, group.dtypes)
+        chosen = group.configs[key] = config, phase.update
+    return chosen[0]
 
 
 def _noise_table(group: Group) -> Callable[[object], tuple[np.ndarray[Any, Any]]]:
@@ -220,10 +194,9 @@ def chunk_tables(shapes: Sequence[torch.Size], chunk_size: int) -> tuple[np.ndar
     return tensors, np.repeat(np.arange(len(sizes), dtype=np.int32), chunks)
 
 
-def phase_constants(
-    phase: Apply, launch: Launch, formats: Sequence[Format], dtypes: Sequence[torch.dtype], n_earlier_sums: int
-) -> dict[str, Any]:
+def phase_constants(phase: Apply, launch: Launch, group: Group, n_earlier_sums: int) -> dict[str, Any]:
     """The driver's compile-time arguments for one phase, but for the launch's sizes."""
+    formats, dtypes = group.formats, group.dtypes
     n_states = len(formats) - 1
     of_gradient, of_update = tracks_of(phase, launch)
     # Behind the weight's planes stands the gradient, which is plain.
@@ -243,7 +216,7 @@ def phase_constants(
         "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states] * n_states),
         "WRITES": (phase.writes_weight, False, *[phase.writes_states] * n_states),
         "READS_OFFSETS": phase.reads_offsets,
-        "HAS_ROWS": dtypes[-1] == torch.int64,
+        "HAS_ROWS": group.has_rows,
         "N_EARLIER_SUMS": n_earlier_sums,
         "N_SUMS": phase.n_sums,
         "N_TOTALS": phase.n_sums + len(of_gradient) + len(of_update),

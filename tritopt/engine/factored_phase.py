@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tritopt.engine import driver
+from tritopt.engine.group import Group
 from tritopt.engine.launcher import launch_once
+from tritopt.engine.phase import Launch
 from tritopt.engine.row_phase import group_constants
+from tritopt.engine.tuning.config import GENERIC, Config
 from tritopt.kernels.drivers.factored_apply import (
     N_SHAPE,
     factored_apply,
@@ -20,9 +23,6 @@ from tritopt.kernels.drivers.factored_apply import (
     factored_sums,
 )
 from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
-
-if TYPE_CHECKING:
-    from tritopt.engine.group import Group, Launch
 
 BLOCK_PARTS, BLOCK_LINES = 8, 128
 
@@ -71,7 +71,7 @@ class ApplyFactored(NamedTuple):
 
     def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> None:
         """All of them; see the kernels' module."""
-        config = driver.CONFIG
+        config = launch.config or GENERIC
         shape_table, tile_counts, line_table, sizes, *flat = group.tables(
             ("factored", config), partial(tables_of, config=config)
         )
@@ -135,7 +135,7 @@ class Kind(NamedTuple):
     tiles: Any
     matrices: Any
 
-    def block(self, config: driver.Config) -> dict[str, int]:
+    def block(self, config: Config) -> dict[str, int]:
         """Compile-time arguments that say it."""
         return {**dict(zip(("BB", "BR", "BC"), self.shape, strict=True)), "TILE_ROWS": _tile_rows(self.shape, config)}
 
@@ -148,12 +148,12 @@ class Sizes(NamedTuple):
     tiles: int
 
 
-def block_of(n_rows: int, n_columns: int, config: driver.Config) -> tuple[int, int, int]:
+def block_of(n_rows: int, n_columns: int, config: Config) -> tuple[int, int, int]:
     """Matrices, rows and columns of a block for matrices of this size.
 
     One block of a large matrix, or small matrices side by side, 512 elements at most: they need more registers.
 
-    >>> block_of(4096, 14336, phases.NVIDIA), block_of(3, 3, phases.NVIDIA)
+    >>> block_of(4096, 14336, NVIDIA), block_of(3, 3, NVIDIA)
     ((1, 8, 128), (32, 4, 4))
     """
     columns = min(_power_of_2(n_columns), _widest(config))
@@ -161,7 +161,7 @@ def block_of(n_rows: int, n_columns: int, config: driver.Config) -> tuple[int, i
     return max(1, min(config.block_size, 512) // (columns * rows)), rows, columns
 
 
-def tables_of(shapes: Sequence[torch.Size], config: driver.Config) -> tuple[Any, ...]:
+def tables_of(shapes: Sequence[torch.Size], config: Config) -> tuple[Any, ...]:
     """The kernels' tables: of shapes, tiles per tensor, lines, the sizes of scratch; then a Kind after the other."""
     widest = _widest(config)
     table = np.zeros((len(shapes), int(getattr(N_SHAPE, "value", N_SHAPE))), dtype=np.int64)
@@ -211,12 +211,12 @@ def _numbered(owners: Sequence[int], counts: Sequence[int]) -> np.ndarray[Any, A
     return np.stack([np.repeat(np.array(owners, dtype=np.int64), counts), numbers], axis=1).astype(np.int32)
 
 
-def _widest(config: driver.Config) -> int:
+def _widest(config: Config) -> int:
     """Columns of a block, at most: rows are whole sectors of memory, and eight of them share the sum of a column."""
     return max(1, config.block_size // 8)
 
 
-def _tile_rows(block: tuple[int, int, int], config: driver.Config) -> int:
+def _tile_rows(block: tuple[int, int, int], config: Config) -> int:
     return block[1] * (config.chunk_size // config.block_size)
 
 

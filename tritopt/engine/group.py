@@ -1,11 +1,11 @@
-"""What the launches of a step share: groups of tensors, the tables that the kernels read, and the phases in order."""
+"""Groups of tensors that share a launch, and the tables on the device that their kernels read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +19,7 @@ from tritopt.engine.device import (
     share_with_streams,
     upload,
 )
-from tritopt.kernels.formats.weights import Format
-
-if TYPE_CHECKING:
-    from tritopt.engine.driver import Phase
-    from tritopt.engine.telemetry import Tracked
+from tritopt.kernels.formats.format import Format
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Prepared = TypeVar("Prepared")
@@ -34,33 +30,6 @@ FIRST_STEP = (
     "a CUDA graph captured an optimizer's first step: run a few steps before the capture, and do not change which "
     "parameters have gradients in it"
 )
-
-
-@dataclass
-class Launch:
-    """What the tasks of one step have in common."""
-
-    phases: Sequence[Phase]
-    scalars: type
-    """The NamedTuple of the optimizer's scalars."""
-    preamble: str
-    """A key of kernels/preambles.py."""
-    rescale: torch.Tensor | None = None
-    """Device scalar that multiplies the rows' rescale; NaN or Inf skips the update."""
-    noop: torch.Tensor | None = None
-    """Device flag; anything but 0 skips the update."""
-    skip_zero_rescale: bool = False
-    draws: bool = False
-    """Whether storing takes random bits; rows then end with the step."""
-    tracked: list[Tracked] | None = None
-    """What the phases sum up of gradients and updates; None: nothing."""
-    reduce: Reduce | None = None
-    """Completes sums whose tensors are sharded over processes, between phases."""
-
-    @property
-    def n_scalars(self) -> int:
-        """Length of a row: rescale, clip bound, wd, the optimizer's, and perhaps the step."""
-        return 3 + len(self.scalars._fields) + self.draws  # type: ignore[attr-defined]
 
 
 class Rows(NamedTuple):
@@ -79,16 +48,6 @@ class Rows(NamedTuple):
         return cls(np.array(list(index), dtype=np.float64), row_of)
 
 
-class Reduce(Protocol):
-    """Adds up over processes."""
-
-    device: torch.device
-
-    def __call__(self, sums: torch.Tensor) -> None:
-        """In place: fp64 [tasks, sums], of all tasks, also of those that are empty here."""
-        ...
-
-
 @dataclass
 class Group:
     """Tasks of one device, list of formats and of dtypes: they share a launch."""
@@ -98,11 +57,13 @@ class Group:
     formats: tuple[Format, ...]
     """Of the weight and of each state."""
     dtypes: tuple[torch.dtype, ...]
-    """Of the pointer table's columns: the weight's planes, gradient, states, and int64 where there are rows."""
+    """Of the pointer table's columns: the weight's planes, gradient, states, and int64 if `has_rows`."""
     shapes: list[torch.Size]
     """Of the members' gradients."""
     noise: list[tuple[int, int, int, int]] = field(default_factory=list)
     """Of the members: `Task.noise`."""
+    has_rows: bool = False
+    """Whether gradients are of some rows of the weights, whose numbers the table's last column points to."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
     device_table: torch.Tensor | None = None
     stream: int = 0
@@ -114,6 +75,8 @@ class Group:
     """Whether `device_table` is a CUDA graph's, which each replay writes and nobody before the first."""
     writer: object = None
     """Who has written `host_table` last, and may trust that it is as they left it; None: nobody who comes again."""
+    configs: dict[Hashable, Any] = field(default_factory=dict)
+    """Launch configurations that phases have chosen."""
     _ready: list[tuple[Any, Any]] = field(default_factory=list)
     _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -242,44 +205,6 @@ def _no_staging(group: Group) -> str:
             "run a step between captures"
         )
     return FIRST_STEP
-
-
-def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[torch.Tensor | None]:
-    """Launch the phases one after the other; a phase receives the sums of all before it. Returns all sums."""
-    if len(groups) == 1 and launch.reduce is None:
-        with on_device_of(groups[0]):
-            found = None
-            for phase in launch.phases:
-                found = _joined(found, phase.launch(groups[0], launch, found))
-        return [found]
-    sums: list[torch.Tensor | None] = [None] * len(groups)
-    for phase in launch.phases:
-        emitted = []
-        for group, earlier in zip(groups, sums, strict=True):
-            with on_device_of(group):
-                emitted.append(phase.launch(group, launch, earlier))
-        if launch.reduce is not None and phase.n_sums:
-            _reduce(launch.reduce, groups, emitted, n_tasks, phase.n_sums)
-        sums = [_joined(earlier, new) for earlier, new in zip(sums, emitted, strict=True)]
-    return sums
-
-
-def _reduce(
-    reduce: Reduce, groups: Sequence[Group], sums: Sequence[torch.Tensor | None], n_tasks: int, n_sums: int
-) -> None:
-    """One vector for all groups: a process whose shards are all empty takes part like the others."""
-    total = torch.zeros(n_tasks, n_sums, dtype=torch.float64, device=reduce.device)
-    for group, values in zip(groups, sums, strict=True):
-        assert values is not None
-        total.index_copy_(0, group.places, values)
-    reduce(total)
-    for group, values in zip(groups, sums, strict=True):
-        assert values is not None
-        values.copy_(total[group.places])
-
-
-def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
-    return torch.cat((earlier, new), dim=1) if earlier is not None and new is not None else new
 
 
 def on_device_of(group: Group) -> AbstractContextManager[Any]:

@@ -16,12 +16,14 @@ import torch
 
 from tritopt.engine import private, validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group, Launch, Reduce, Rows, run_phases, upload_table
-from tritopt.engine.random import is_dense
+from tritopt.engine.group import Group, Rows, upload_table
+from tritopt.engine.phase import Launch, Reduce, run_phases
 from tritopt.engine.recent import Recent
+from tritopt.engine.tuning.config import Config
 from tritopt.kernels.drivers.multi_tensor_norm import square_update
-from tritopt.kernels.formats.weights import PLAIN, Format
+from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON
+from tritopt.kernels.memory import is_dense
 
 
 class Task(NamedTuple):
@@ -35,7 +37,7 @@ class Task(NamedTuple):
     rows: torch.Tensor | None = None
     """int64: which rows of the weight and the states the rows of the gradient are for; None: all, in order."""
     noise: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Key, first position, width and gap of the random bits, where a format draws (engine/random.py: `Noise`)."""
+    """Key, first position, width and gap of the random bits, where a format draws: `Noise` says what they are."""
     state_formats: tuple[Format, ...] = ()
     """Of each state, whose planes stand in `state` one after the other. Empty: all plain."""
 
@@ -76,18 +78,19 @@ kernel_device = "cpu" if INTERPRETED else "cuda"
 """Type of the devices whose tensors kernels take; "cpu" too while the PTX machine runs them (tritopt/tools/ptx)."""
 
 
-def unavailable(tensor: torch.Tensor) -> str | None:
-    """Why the fused path cannot take this tensor and what to do about it, or None if it can."""
+def unavailable(tensor: torch.Tensor, way_out: str = "") -> str | None:
+    """Why the fused path cannot take this tensor and what to do about it, or None if it can.
+
+    way_out: what else the caller can do, such as "pass fused=False to run the reference step".
+    """
+    otherwise = way_out and f", or {way_out}"
     if not HAS_TRITON:
-        return MISSING_TRITON
+        return MISSING_TRITON + otherwise
     if tensor.device.type != kernel_device:
-        way_out = ": move it to a GPU, or set TRITON_INTERPRET=1"
+        remedy = ": move it to a GPU, or set TRITON_INTERPRET=1"
         if kernel_device == "cpu":
-            way_out = " while TRITON_INTERPRET=1: unset it" if INTERPRETED else ": switch the PTX machine off"
-        return (
-            f"the fused path cannot update a tensor on {tensor.device}{way_out}"
-            ", or pass use_fused_step=False to run the reference step"
-        )
+            remedy = " while TRITON_INTERPRET=1: unset it" if INTERPRETED else ": switch the PTX machine off"
+        return f"the fused path cannot update a tensor on {tensor.device}{remedy}{otherwise}"
     return None
 
 
@@ -104,14 +107,27 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
 class Planner:
     """The plans of one optimizer, and the fused step over a list of tasks."""
 
+    config: Config | None = None
+    """`Launch.config` of all its launches; tools and tests set it before the first step."""
+
     def __init__(self) -> None:
         self._plans: Recent[tuple[Hashable, list[Group]]] = Recent()
         self._places: Recent[frozenset[Any]] = Recent()
         """Address, shape and strides of each tensor of a list whose tensors were found to share no element."""
+        self.replays: Recent[Any] = Recent()
+        """Steps that a face of the package may make again."""
 
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         """Plans hold addresses of this process: a copy starts without any."""
         return Planner, ()
+
+    def forget(self) -> None:
+        """Let go of all plans, as after a step that failed, whose tables may be half written."""
+        self._plans, self._places, self.replays = Recent(), Recent(), Recent()
+
+    def configured(self, launch: Launch) -> Launch:
+        """The launch as this planner makes it."""
+        return launch if self.config is None else launch._replace(config=self.config)
 
     def apply(
         self, key: Hashable, tasks: Sequence[Task], rows: Rows | Sequence[tuple[float, ...]], launch: Launch
@@ -126,7 +142,7 @@ class Planner:
         groups = self._groups(key, dense)
         for group in groups:
             upload_table(group, _words(group, dense, rows), rows.values)
-        run_phases(groups, launch, len(dense))
+        run_phases(groups, self.configured(launch), len(dense))
         for original, copy in copied_back:
             original.copy_(copy)
         # Autograd must learn of writes that it did not make, as it does of torch's own in-place operations.
@@ -142,7 +158,21 @@ class Planner:
         for group in groups:
             upload_table(group, _words(group, tasks, rows), rows.values)
         device = tensors[0].device if tensors else torch.device("cpu")
-        return squares_of(groups, len(tasks), device, reduce).view(-1)
+        return self.squares_of(groups, len(tasks), device, reduce).view(-1)
+
+    def squares_of(self, groups: Sequence[Group], n: int, device: torch.device, reduce: Reduce | None) -> torch.Tensor:
+        """Sums of squares, fp64 [n, 1], of tensors whose tables are uploaded; 0 for those that no group has."""
+        found = run_phases(groups, self.configured(_OF_SQUARES), n)
+        if len(groups) == 1 and len(groups[0].members) == n and reduce is None:
+            assert found[0] is not None
+            return found[0]
+        sums = torch.zeros(n, 1, dtype=torch.float64, device=device)
+        for group, values in zip(groups, found, strict=True):
+            assert values is not None
+            sums.index_copy_(0, group.places.to(device), values.to(device))
+        if reduce is not None:
+            reduce(sums)
+        return sums
 
     def groups_of_squares(self, key: Hashable) -> list[Group] | None:
         """Those of the last `squares` with this key; None if there was none, or it had to go for others."""
@@ -187,21 +217,6 @@ _SQUARES = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
 _OF_SQUARES = Launch((_SQUARES,), NoScalars, "decoupled")
 
 
-def squares_of(groups: Sequence[Group], n: int, device: torch.device, reduce: Reduce | None) -> torch.Tensor:
-    """Sums of squares, fp64 [n, 1], of tensors whose tables are uploaded; 0 for those that no group has."""
-    found = run_phases(groups, _OF_SQUARES, n)
-    if len(groups) == 1 and len(groups[0].members) == n and reduce is None:
-        assert found[0] is not None
-        return found[0]
-    sums = torch.zeros(n, 1, dtype=torch.float64, device=device)
-    for group, values in zip(groups, found, strict=True):
-        assert values is not None
-        sums.index_copy_(0, group.places.to(device), values.to(device))
-    if reduce is not None:
-        reduce(sums)
-    return sums
-
-
 def _words(group: Group, tasks: Sequence[Task], rows: Rows) -> np.ndarray[Any, np.dtype[np.int64]]:
     words = [[*[t.data_ptr() for t in tasks[i].tensors()], rows.row_of[i]] for i in group.members]
     return np.array(words, dtype=np.int64)
@@ -224,7 +239,8 @@ def _build_groups(tasks: Sequence[Task], kinds: Sequence[Hashable]) -> list[Grou
         dtypes = tuple(t.dtype for t in first.tensors())
         shapes = [tasks[i].grad.shape for i in positions]
         noise = [tasks[i].noise for i in positions]
-        groups.append(Group(positions, first.grad.device, first.formats, dtypes, shapes, noise))
+        has_rows = first.rows is not None
+        groups.append(Group(positions, first.grad.device, first.formats, dtypes, shapes, noise, has_rows))
     return groups
 
 

@@ -179,7 +179,7 @@ def mark_hooked(step: Any) -> None:
     step.hooked = True
 
 
-def load_hooks(opt: torch.optim.Optimizer) -> tuple[Iterable[Callable[..., Any]], Iterable[Callable[..., Any]]]:
+def load_hooks(opt: Any) -> tuple[Iterable[Callable[..., Any]], Iterable[Callable[..., Any]]]:
     """Return what the user has registered to run before and after `load_state_dict`."""
     before, after = opt._optimizer_load_state_dict_pre_hooks, opt._optimizer_load_state_dict_post_hooks
     return before.values(), after.values()

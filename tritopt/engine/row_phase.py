@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tritopt.engine import driver
+from tritopt.engine.group import Group
 from tritopt.engine.launcher import launch_once
+from tritopt.engine.phase import Launch
+from tritopt.engine.tuning.config import GENERIC
 from tritopt.kernels.drivers.row_apply import row_apply
 from tritopt.kernels.language import tl
 from tritopt.kernels.preambles import PREAMBLES
-
-if TYPE_CHECKING:
-    from tritopt.engine.group import Group, Launch
 
 
 class ApplyRows(NamedTuple):
@@ -52,7 +52,7 @@ class ApplyRows(NamedTuple):
 
     def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> None:
         """One launch; rows that fit into less than a block get a smaller one and fewer warps."""
-        config = driver.CONFIG
+        config = launch.config or GENERIC
         matrix_table, row_table = group.tables("rows", row_tables)
         longest = max(shape[1] for shape in group.shapes)
         # Down to one warp, whose threads still move 16 bytes each.

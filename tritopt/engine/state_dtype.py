@@ -7,10 +7,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from tritopt.engine.random import Noise, is_dense, noise_key
-from tritopt.kernels.formats.states import STATE_FORMATS, scales_shape
-from tritopt.kernels.formats.weights import PLAIN, Format
-from tritopt.mxnet.registry import did_you_mean
+from tritopt.engine.random_keys import noise_key
+from tritopt.engine.validate import did_you_mean
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import scales_shape
+from tritopt.kernels.formats.states import STATE_FORMATS
+from tritopt.kernels.memory import is_dense
+from tritopt.kernels.twins.random import Noise
 
 Choice: TypeAlias = str | dict[str, str] | None
 """A key of STATE_FORMATS, "fp32", or one of these by name of the state. None: as an optimizer has it without."""

@@ -13,9 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-OF_GRADIENT = ("grad_square", "nonfinite")
-OF_UPDATE = ("weight_square", "update_square", "unchanged")
-COLUMNS = (*OF_GRADIENT, *OF_UPDATE)
+from tritopt.kernels.telemetry import COLUMNS
 
 
 class Tracked(NamedTuple):
@@ -120,25 +118,6 @@ def telemetry(names: Sequence[Hashable], sizes: Sequence[int], sums: torch.Tenso
     return Telemetry(rows)
 
 
-def measure(
-    grad: torch.Tensor,
-    weights: Sequence[torch.Tensor] = (),
-    shown: Sequence[torch.Tensor] = (),
-) -> torch.Tensor:
-    """The reference: COLUMNS of one tensor, fp64.
-
-    weights, shown: before and after the step, as computed and as stored; none if it was skipped.
-    """
-    grad = grad.double()
-    found = torch.zeros(len(COLUMNS), dtype=torch.float64, device=grad.device)
-    found[0], found[1] = grad.square().sum(), (~grad.isfinite()).sum()
-    if weights:
-        old, new = (weight.double() for weight in weights)
-        moved = torch.where(new == old, 0.0, new - old)  # an infinite weight that stays has not moved
-        found[2], found[3], found[4] = new.square().sum(), moved.square().sum(), (shown[0] == shown[1]).sum()
-    return found
-
-
 def whole(place: int, columns: torch.Tensor) -> Tracked:
     """All COLUMNS of one tensor."""
     return Tracked((place,), COLUMNS, columns[None])
@@ -152,9 +131,9 @@ def check_asked(is_tracked: bool, name: str) -> None:
         )
 
 
-def refuse(name: str) -> None:
-    """ValueError: kernels that track nothing."""
+def refuse(name: str, way_out: str) -> None:
+    """ValueError: kernels that track nothing. way_out: the argument that runs the reference."""
     raise ValueError(
-        f"track=True is not for {name}, whose kernels sum up nothing else: leave it out, or run the reference "
-        "(use_fused_step=False, in tritopt.optim fused=False)"
+        f"track=True is not for {name}, whose kernels sum up nothing else: "
+        f"leave it out, or run the reference ({way_out})"
     )

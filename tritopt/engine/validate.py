@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -10,9 +11,9 @@ import numpy as np
 import torch
 
 from tritopt.engine.private import is_zero_tensor
-from tritopt.engine.random import lies_like
-from tritopt.kernels.formats.states import scales_shape
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
+from tritopt.kernels.formats.scales import scales_shape
+from tritopt.kernels.memory import lies_like
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -290,3 +291,9 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     views = [seen.as_strided(t.shape, t.stride(), (t.data_ptr() - base) // size) for t in (a, b)]
     views[0].fill_(True)
     return bool(views[1].any())
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """'; did you mean 'adam'?', or ';' if nothing known is near."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 
 # torch wraps what it does not compile, and the steps of its optimizers.
-_NOT_THE_USERS = tuple(os.path.join(folder, "") for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_NOT_THE_USERS = tuple(os.path.join(folder, "") for folder in (_PACKAGE, os.path.dirname(torch.__file__)))
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

@@ -1,36 +1,16 @@
-"""Optimizers by name: `register`, `create`, `names`."""
+"""Optimizers by name: `create`, `find`, `names`; `register` stands beside `Optimizer`."""
 
 from __future__ import annotations
 
-import difflib
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from tritopt.engine.warning import warn
+from tritopt.engine.validate import did_you_mean
 
 if TYPE_CHECKING:
     from tritopt.mxnet.optimizer import Optimizer
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {}
 """Registered classes by lower-cased class name."""
-
-OptimizerClass = TypeVar("OptimizerClass", bound="type[Optimizer]")
-
-
-def register(cls: OptimizerClass) -> OptimizerClass:
-    """Class decorator: make `cls` known to `create` under its lower-cased name.
-
-    A name that is taken is given to the new class, with a UserWarning. Raises TypeError for anything but a subclass.
-    """
-    from tritopt.mxnet.optimizer import Optimizer
-
-    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-        raise TypeError(f"register() takes an Optimizer subclass, got {cls!r}")
-    name = cls.__name__.lower()
-    old = OPTIMIZERS.get(name)
-    if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
-        warn(f"optimizer {name!r}: {cls.__module__}.{cls.__qualname__} replaces {old.__module__}.{old.__qualname__}")
-    OPTIMIZERS[name] = cls
-    return cls
 
 
 def create(name: str, **kwargs: Any) -> Optimizer:
@@ -62,9 +42,3 @@ def find(name: str) -> type[Optimizer]:
 def names() -> list[str]:
     """The registered names, sorted."""
     return sorted(OPTIMIZERS)
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """'; did you mean 'adam'?', or ';' if nothing known is near."""
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"

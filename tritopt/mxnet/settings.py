@@ -9,6 +9,7 @@ from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from tritopt.engine import validate
+from tritopt.mxnet.rates import Rates
 
 if TYPE_CHECKING:
     from tritopt.mxnet.optimizer import Optimizer
@@ -25,24 +26,19 @@ def parameters_of(function: Callable[..., Any] | None) -> list[str]:
 
 
 @cache
-def _own_parameters(cls: Any, base: Any) -> dict[Any, tuple[str, ...]]:
-    """The package's constructors of a class, and what each takes that the base's does not.
+def _hyperparameters(cls: Any) -> dict[Any, tuple[str, ...]]:
+    """The package's rules that a class stands on, and what the constructor of each takes.
 
     One by one, since a class may settle what the one above it takes.
     """
-    inits = {one: vars(one).get("__init__") for one in cls.__mro__ if issubclass(one, base) and one is not base}
-    taken = parameters_of(base.__init__)
-    return {
-        one: tuple(name for name in parameters_of(init) if name not in taken)
-        for one, init in inits.items()
-        if one.__module__.startswith("tritopt.")
-    }
+    own = [one for one in cls.__mro__ if one.__module__.startswith("tritopt.optimizers.")]
+    return {one: tuple(parameters_of(vars(one).get("__init__"))) for one in own if not issubclass(one, Rates)}
 
 
-def check_settings(opt: Optimizer, base: Any) -> None:
+def check_settings(opt: Optimizer) -> None:
     """Raise what the constructor raises for a value that one of its arguments now has as an attribute.
 
-    The package's own classes are asked by making another one of these values; a user's constructor may do more than
+    The package's own rules are asked by making another one of these values; a user's constructor may do more than
     check.
     """
     validate.positive_or_none("clip_gradient", opt.clip_gradient)
@@ -54,13 +50,13 @@ def check_settings(opt: Optimizer, base: Any) -> None:
     if opt.use_fused_step is not None:
         validate.boolean("use_fused_step", opt.use_fused_step)
     cls: Any = type(opt)
-    own = _own_parameters(cls, base)
+    own = _hyperparameters(cls)
     names = [name for some in own.values() for name in some if name in vars(opt)]
     values = [opt.master, opt.state_dtype, *[getattr(opt, name) for name in names]]
     if len(values) == len(opt._checked) and all(map(is_, values, opt._checked)):
         return
-    for one, some in own.items():
-        one(**{name: getattr(opt, name) for name in some if name in vars(opt)})
-    if cls in own:
+    for rule, some in own.items():
+        rule(**{name: getattr(opt, name) for name in some if name in vars(opt)})
+    if own and cls.__module__.startswith("tritopt."):
         cls(master=opt.master, state_dtype=opt.state_dtype)
     opt._checked = tuple(values)

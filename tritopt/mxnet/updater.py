@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator
 from itertools import islice
+from types import NoneType
 from typing import Any
 
 import torch
@@ -46,29 +47,49 @@ class Updater:
         if not isinstance(index, list | tuple):
             index, grad, weight = [index], [grad], [weight]
         validate.same_length(indices=index, gradients=grad, weights=weight)
-        indices = [_decoded(i) for i in index]
-        if isinstance(index, list):
-            index[:] = indices
-        active = [i for i, g in enumerate(grad) if g is not None]
-        for i in active:
-            validate.weight_and_grad(indices[i], weight[i], grad[i])
-        if not active:
-            return
-        self.optimizer._set_current_device(_device_id(weight[active[0]]))
+        indices = list(index)
+        if bytes in set(map(type, indices)):
+            indices = [_decoded(i) for i in index]
+            if isinstance(index, list):
+                index[:] = indices
+        lists = [indices, list(weight), list(grad)]
+        if NoneType in set(map(type, grad)):
+            active = [i for i, g in enumerate(grad) if g is not None]
+            lists = [[items[i] for i in active] for items in lists]
+        if lists[0]:
+            self._update(*lists)
+
+    def _update(self, indices: list[Any], weights: list[Any], grads: list[Any]) -> None:
+        if not isinstance(weights[0], torch.Tensor):
+            validate.weight_and_grad(indices[0], weights[0], grads[0])
+        optimizer = self.optimizer
+        optimizer._set_current_device(_device_id(weights[0]))
         known = set(self.states)
-        lists = [[items[i] for i in active] for items in (indices, weight, grad)]
         try:
-            for i in active:
-                self._make_ready(indices[i], weight[i])
-            lists.append([self.states[i] for i in lists[0]])
-            # All of the call before any of its chunks, so that it is refused as a whole.
-            self.optimizer.check(*lists)
-            for chunk in self._chunks(lists[1]):
-                self.optimizer.update_multi_precision(*([items[i] for i in chunk] for items in lists))
+            lists = [indices, weights, grads, self._states_of(indices, weights, grads)]
+            chunks = list(self._chunks(lists))
+            if len(chunks) > 1 and not all(optimizer.repeats(*chunk) for chunk in chunks):
+                # All of the call before any of its chunks, so that it is refused as a whole.
+                optimizer.check(*lists)
+            for chunk in chunks:
+                optimizer.update_multi_precision(*chunk)
         except BaseException:
-            for new in self.states.keys() - known - self.optimizer._index_update_count.keys():
+            for new in self.states.keys() - known - optimizer._index_update_count.keys():
                 del self.states[new], self.states_synced[new]
             raise
+
+    def _states_of(self, indices: list[Any], weights: list[Any], grads: list[Any]) -> list[Any]:
+        """The states, made where they are missing and converted where they were loaded."""
+        try:
+            if all(map(self.states_synced.__getitem__, indices)):
+                return list(map(self.states.__getitem__, indices))
+        except (KeyError, TypeError):  # one that is new, or cannot be hashed
+            pass
+        for index, weight, grad in zip(indices, weights, grads, strict=True):
+            validate.weight_and_grad(index, weight, grad)
+        for index, weight in zip(indices, weights, strict=True):
+            self._make_ready(index, weight)
+        return [self.states[index] for index in indices]
 
     def _make_ready(self, index: Hashable, weight: torch.Tensor) -> None:
         """Create the state, or move a loaded one to the weight's device and into the optimizer's format."""
@@ -79,22 +100,19 @@ class Updater:
             self.states[index] = self.optimizer.convert_state(index, weight, state)
         self.states_synced[index] = True
 
-    def _chunks(self, weights: Sequence[torch.Tensor]) -> list[list[int]]:
-        positions = list(range(len(weights)))
-        size = self.optimizer.aggregate_num
-        if not self.aggregate_updates:
-            return [[i] for i in positions]
+    def _chunks(self, lists: list[list[Any]]) -> Iterator[list[list[Any]]]:
+        """The lists, whose second is the weights, as many at a time as are updated together."""
+        size = validate.nonnegative_count("aggregate_num", self.optimizer.aggregate_num)
         if size == float("inf"):
-            return [positions]
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for i in positions:
-            by_dtype.setdefault(weights[i].dtype, []).append(i)
-        chunks = []
-        for group in by_dtype.values():
-            rest = iter(group)
-            while chunk := list(islice(rest, int(size))):
-                chunks.append(chunk)
-        return chunks
+            yield lists
+            return
+        by_dtype: dict[Any, list[int]] = {}
+        for i, weight in enumerate(lists[1]):
+            by_dtype.setdefault(weight.dtype if self.aggregate_updates else i, []).append(i)
+        for positions in by_dtype.values():
+            rest = iter(positions)
+            while chunk := list(islice(rest, max(1, int(size)))):
+                yield [[items[i] for i in chunk] for items in lists]
 
     def sync_state_context(self, state: Any, device: torch.device) -> Any:
         """`state` on `device`; tuples and lists keep their type."""

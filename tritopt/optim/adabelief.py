@@ -11,7 +11,7 @@ from tritopt.optim.optimizer import Options, Params
 from tritopt.optimizers import adabelief
 
 
-class TorchAdaBelief(adabelief.AdaBelief):
+class TorchAdaBelief(adabelief.AdaBeliefRule):
     """MXNet's AdaBelief; a scale of 0 is nothing special in torch."""
 
     skips_zero_rescale = False

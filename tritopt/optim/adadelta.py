@@ -10,10 +10,10 @@ from typing_extensions import Unpack
 from tritopt.engine import validate
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizers.adadelta import AdaDelta as MXNetAdaDelta
+from tritopt.optimizers.adadelta import AdaDeltaRule
 
 
-class TorchAdadelta(MXNetAdaDelta):
+class TorchAdadelta(AdaDeltaRule):
     """MXNet's AdaDelta, which is torch's; rho may be 1."""
 
     def __init__(self, rho: float = 0.9, **arguments: Any) -> None:

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from typing_extensions import Unpack
 
-from tritopt.mxnet.optimizer import Optimizer as Rule
-from tritopt.mxnet.optimizer import Values
-from tritopt.optim.checkpoint import Expected
+from tritopt.kernels.formats.format import Format
 from tritopt.optim.defaults import torch_defaults
-from tritopt.optim.layout import Layout
+from tritopt.optim.layout import Expected, Layout, Layouts, State
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizers.adafactor import Adafactor as PaperAdafactor
+from tritopt.optimizers.adafactor import AdafactorRule
+from tritopt.rule import Rule, Values
 
 FACTORS = ("row_var", "col_var")
+
+
+class FactoredLayouts(Layouts):
+    """Two factors for a matrix, the whole second moment for what is none: torch keeps no empty tensors."""
+
+    def names(self, rule: Rule, param: torch.Tensor) -> tuple[str, ...]:
+        """The factors, or one that is empty and the whole."""
+        return FACTORS if param.dim() > 1 else ("row_var", "variance")
+
+    def expected(
+        self, param: torch.Tensor, group: dict[str, Any], rule: Rule, fmt: Format, formats: Mapping[str, Format]
+    ) -> dict[str, Expected]:
+        """Without the empty one."""
+        found = super().expected(param, group, rule, fmt, formats)
+        if param.dim() <= 1:
+            del found["row_var"]
+        return found
+
+    def planes(self, layout: Layout, state: State) -> Values:
+        """The rule's states, the empty one included."""
+        if "row_var" in layout.expected:
+            return super().planes(layout, state)
+        variance = state["variance"]
+        return variance.new_empty(0), variance
 
 
 class Adafactor(Optimizer):
@@ -39,7 +63,8 @@ class Adafactor(Optimizer):
     capturable and fused; options: `Options`.
     """
 
-    rule = PaperAdafactor
+    rule = AdafactorRule
+    layouts_class = FactoredLayouts
     torch_class = torch.optim.Adafactor
     arguments: ClassVar = {"beta2_decay": "beta2_decay", "eps": ("epsilon1", "epsilon2"), "d": "clip_threshold"}
     sparse_error = "Adafactor does not support sparse gradients"
@@ -70,21 +95,3 @@ class Adafactor(Optimizer):
             maximize=maximize,
         )
         super().__init__(params, {**defaults, "capturable": capturable, "fused": fused}, options)
-
-    def names_of_states(self, rule: Rule, param: torch.Tensor) -> tuple[str, ...]:
-        """The factors, or one that is empty and the whole."""
-        return FACTORS if param.dim() > 1 else ("row_var", "variance")
-
-    def expected_states(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Expected]:
-        """torch keeps no empty tensors."""
-        found = super().expected_states(param, group)
-        if param.dim() <= 1:
-            del found["row_var"]
-        return found
-
-    def states_of(self, layout: Layout, state: dict[str, Any]) -> Values:
-        """The rule's states, the empty one included."""
-        if "row_var" in layout.expected:
-            return super().states_of(layout, state)
-        variance = state["variance"]
-        return variance.new_empty(0), variance

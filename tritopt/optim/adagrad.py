@@ -8,14 +8,13 @@ import torch
 from typing_extensions import Unpack
 
 from tritopt.engine import validate
-from tritopt.mxnet.optimizer import Optimizer as Rule
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizers.adagrad import AdaGrad as MXNetAdaGrad
-from tritopt.optimizers.adagrad import AdaGradScalars
+from tritopt.optimizers.adagrad import AdaGradRule, AdaGradScalars
+from tritopt.rule import Rule
 
 
-class TorchAdagrad(MXNetAdaGrad):
+class TorchAdagrad(AdaGradRule):
     """MXNet's AdaGrad with a decay of the learning rate, and a sum that need not begin with zero."""
 
     variants = ({}, {"lr_decay": 0.1, "initial": 0.5, "epsilon": 0.1})

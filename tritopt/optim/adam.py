@@ -11,11 +11,10 @@ from tritopt.engine.scalars import sqrt
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
 from tritopt.optimizers.adam import bias_corrected
-from tritopt.optimizers.adamw import AdamW as MXNetAdamW
-from tritopt.optimizers.adamw import AdamWScalars
+from tritopt.optimizers.adamw import AdamWRule, AdamWScalars
 
 
-class TorchAdam(MXNetAdamW):
+class TorchAdam(AdamWRule):
     """MXNet's AdamW with torch's scalars: epsilon is added to the corrected root, and the decay is lr wd."""
 
     skips_zero_rescale = False

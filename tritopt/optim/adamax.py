@@ -9,14 +9,13 @@ from typing_extensions import Unpack
 
 from tritopt.engine.driver import Apply
 from tritopt.kernels.adamax import adamax_floored_update
-from tritopt.mxnet.optimizer import Values
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizers.adamax import Adamax as MXNetAdamax
-from tritopt.optimizers.adamax import AdamaxScalars
+from tritopt.optimizers.adamax import AdamaxRule, AdamaxScalars
+from tritopt.rule import Values
 
 
-class TorchAdamax(MXNetAdamax):
+class TorchAdamax(AdamaxRule):
     """MXNet's Adamax with torch's place of epsilon: on the gradient's size, and so inside the norm that is kept."""
 
     phases = (Apply(adamax_floored_update),)

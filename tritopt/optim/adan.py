@@ -34,7 +34,7 @@ class Adan(BeyondTorch):
         maximize to options: see `Optimizer` and `Options`.
     """
 
-    rule = adan.Adan
+    rule = adan.AdanRule
     arguments: ClassVar = {"betas": ("beta1", "beta2", "beta3"), "eps": "epsilon"}
     state_keys: ClassVar = {"mean": "exp_avg", "diff": "exp_avg_diff", "var": "exp_avg_sq"}
 

@@ -7,37 +7,47 @@ from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-from tritopt.engine import private, validate
-from tritopt.engine.random import lies_like
-from tritopt.engine.state_dtype import stored
+from tritopt.engine import private
 from tritopt.engine.warning import warn
-from tritopt.kernels.formats.states import STATE_FORMATS, scales_shape
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, SPLIT16, Format
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.kernels.formats.states import STATE_FORMATS
+from tritopt.kernels.formats.weights import MASTERS
+from tritopt.optim.convert import COMPANIONS, received, take_companion, take_states
 from tritopt.optim.defaults import HOW, WrongKindError
-from tritopt.optim.distributed import laid_out, like, local, seen_as
+from tritopt.optim.distributed import laid_out, local
+from tritopt.optim.layout import Expected, Layout, Layouts, expected_planes
 from tritopt.optim.origin import is_foreign_key, known_states, same_keys, savers_of, states_of_class, stranger
 
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
-
 _ENDING = re.compile(r"_(fp16|int8|fp8)(_scale)?$")
-COMPANIONS = {fmt.companion for fmt in MASTERS.values() if fmt.companion}
 
 
-class Expected(NamedTuple):
-    """Of a state tensor."""
+class Loads(Protocol):
+    """The torch face's optimizer, as loading sees it."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    per_block: bool = False
-    """Whether it has a number for each run of elements."""
+    rule: ClassVar[Any]
+    layouts: Layouts
+    param_groups: list[dict[str, Any]]
+    state: Any
+    defaults: dict[str, Any]
+    may_lack: ClassVar[frozenset[str]]
+    _handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]]
+
+    def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
+        """How a parameter of a group is kept."""
+        ...
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """ValueError unless a group's values are such as the constructor takes."""
+        ...
+
+    def __setstate__(self, state: dict[str, Any]) -> None: ...
 
 
-def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
+def load(opt: Loads, state_dict: dict[str, Any]) -> None:
     """`Optimizer.load_state_dict`."""
     state_dict = state_dict.copy()
     before, after = private.load_hooks(opt)
@@ -72,7 +82,7 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
             state[key] = values
             continue
         param, group = owner_of[key]
-        layout = opt.layouts.of(opt, param, group)
+        layout = opt.layout_of(param, group)
         expected, fmt = layout.expected, layout.format
         for name in ("step", *opt.rule.scalar_states):
             _check_number(key, name, values.get(name, 0.0))
@@ -88,7 +98,7 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         if not is_waiting and not take_companion(param, loaded, fmt):
             without_master.append(key)
         take_states(param, loaded, layout.formats, layout.kinds, expected)
-        opt.complete_loaded_state(loaded)
+        opt.layouts.complete_loaded(loaded)
     if warning:
         warn(": ".join(warning))
     if without_master:
@@ -99,26 +109,6 @@ def load(opt: Optimizer, state_dict: dict[str, Any]) -> None:
     opt.__setstate__({"state": state, "param_groups": merged})
     for post_hook in after:
         post_hook(opt)
-
-
-def sendable(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """States for a state_dict: a remainder is shown as fp16 numbers of the same bits, in the same memory.
-
-    Neither NCCL nor Gloo sends int16, so no full state dict could be gathered of it.
-    """
-    return {key: _with_remainder(values, torch.int16, torch.float16) for key, values in state.items()}
-
-
-def received(values: Any) -> Any:
-    """The states of `sendable`, as an optimizer keeps them; the same object if there is no remainder."""
-    return _with_remainder(values, torch.float16, torch.int16)
-
-
-def _with_remainder(values: Any, found: torch.dtype, wanted: torch.dtype) -> Any:
-    value = values.get(SPLIT16.companion) if isinstance(values, dict) else None
-    if not isinstance(value, torch.Tensor) or value.dtype != found:
-        return values
-    return {**values, SPLIT16.companion: seen_as(value, wanted)}
 
 
 def versions(state: Mapping[Any, Any]) -> dict[int, tuple[torch.Tensor, tuple[int, ...]]]:
@@ -132,7 +122,7 @@ def _version(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(0 if part.is_inference() else private.version_of(part) for part in (tensor, local(tensor)))
 
 
-def _without_stale_companion(opt: Optimizer, param: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:
+def _without_stale_companion(opt: Loads, param: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:
     """The states of a parameter, less a companion that was not loaded with them.
 
     torch.distributed.checkpoint loads into the tensors of `state_dict`. Those that a checkpoint lacks stay as they are
@@ -151,87 +141,7 @@ def _without_stale_companion(opt: Optimizer, param: torch.Tensor, values: dict[s
     return {name: value for name, value in values.items() if name not in stale}
 
 
-def take_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> bool:
-    """Bring the master in a state into this format, or make it from the weight. False if that was rounded.
-
-    One of a weight of another dtype, as it is after `model.to(dtype)`, says nothing of this weight and is dropped.
-    """
-    found = next((other for other in MASTERS.values() if other.companion in state), None)
-    if found is not None and not completes(param, state, found):
-        del state[found.companion]
-        found = None
-    if found is fmt:
-        return True
-    weight = local(param.detach()).resolve_neg()
-    value = weight.float()
-    if found is not None:
-        value = found.decode((weight, local(state.pop(found.companion))), torch.float32)
-    if fmt.companion_of is not None:
-        state[fmt.companion] = like(param, fmt.companion_of(weight, value), tuple(param.shape))
-    return found is not None or fmt.companion_of is None
-
-
-def completes(param: torch.Tensor, state: Mapping[str, Any], fmt: Format) -> bool:
-    """Whether the master in a state can be one of a parameter of this dtype."""
-    kept = state[fmt.companion].dtype
-    # Any other dtype than those of weights is no master at all, and refused by the step.
-    of_another = fmt.companion_dtype is None and kept != param.dtype and kept in validate.WEIGHT_DTYPES
-    return param.dtype in fmt.weight_dtypes and not of_another
-
-
-def take_states(
-    param: torch.Tensor,
-    state: dict[str, Any],
-    formats: Mapping[str, Format],
-    kinds: Mapping[str, str | None],
-    expected: Mapping[str, Expected],
-) -> None:
-    """Bring the states of a parameter into these formats. One that it lacks is made at the next gradient."""
-    for name, fmt in formats.items():
-        kind = kinds[name] or ""
-        forms = (PLAIN, *[of_kind[kind] for of_kind in STATE_FORMATS.values() if kind in of_kind])
-        found = next((form for form in forms if keys_of(name, form)[0] in state), None)
-        if found is None or is_stored_as(param, state, name, fmt, expected):
-            continue
-        if fmt is PLAIN and found is PLAIN:
-            state[name] = state[name].to(expected[name].dtype)
-            continue
-        planes = [local(state.pop(key)) for key in keys_of(name, found)]
-        value = torch.empty_like(local(param.detach()), dtype=torch.float32).copy_(found.decode(planes, torch.float32))
-        for key, plane in zip(keys_of(name, fmt), stored(fmt, value), strict=True):
-            state[key] = like(param, plane, expected[key].shape, expected[key].per_block)
-
-
-def is_stored_as(
-    param: torch.Tensor, state: Mapping[str, Any], name: str, fmt: Format, expected: Mapping[str, Expected]
-) -> bool:
-    """Whether a state is there in this format; where elements share scales, also in the parameter's order in memory."""
-    keys = [key for key in keys_of(name, fmt) if key in expected]
-    if not all(key in state for key in keys):
-        return False
-    if fmt is PLAIN:
-        return all(state[key].dtype.itemsize >= expected[key].dtype.itemsize for key in keys)
-    return all(state[key].dtype == expected[key].dtype for key in keys) and (
-        not fmt.block or lies_like(local(state[keys[0]]), local(param))
-    )
-
-
-def keys_of(name: str, fmt: Format) -> tuple[str, ...]:
-    """Of `state`, for the planes of a state."""
-    if not fmt.block:
-        return (name,)
-    codes = f"{name}_{fmt.name.partition(' ')[0]}"
-    return codes, f"{codes}_scale"
-
-
-def expected_planes(name: str, fmt: Format, shape: tuple[int, ...], plain: torch.dtype) -> dict[str, Expected]:
-    """Of a state of this shape. `plain`: its dtype, if it is stored as it is."""
-    shapes = (shape, scales_shape(shape, fmt.block)) if fmt.block else (shape,)
-    found = zip(keys_of(name, fmt), shapes, fmt.dtypes or (plain,), (False, True), strict=False)
-    return {key: Expected(shape, dtype, per_block) for key, shape, dtype, per_block in found}
-
-
-def _merged(group: dict[str, Any], saved: dict[str, Any], opt: Optimizer) -> dict[str, Any]:
+def _merged(group: dict[str, Any], saved: dict[str, Any], opt: Loads) -> dict[str, Any]:
     """The saved group, with our parameters and our ways to compute. What it lacks stays as it is."""
     ours = {name: group.get(name, default) for name, default in opt.defaults.items()}
     theirs = {name: value for name, value in saved.items() if name not in HOW and not is_foreign_key(opt, name)}
@@ -291,7 +201,7 @@ def _name_of_state(key: str) -> str:
     return _ENDING.sub("", key)
 
 
-def _check_states(key: Any, values: Mapping[str, Any], expected: Mapping[str, Expected], opt: Optimizer) -> None:
+def _check_states(key: Any, values: Mapping[str, Any], expected: Mapping[str, Expected], opt: Loads) -> None:
     """ValueError for states of another optimizer, and for some that lack others."""
     numbers = {"step", *opt.rule.scalar_states}
     found = {_name_of_state(name) for name in values} - COMPANIONS

@@ -14,14 +14,15 @@ import torch
 from tritopt.engine import private, validate
 from tritopt.engine.device import current_stream, is_capturing, on_device, share_with_streams
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import norm
-from tritopt.engine.group import Launch, Rows
+from tritopt.engine.group import Rows
 from tritopt.engine.launcher import Launcher
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, compute_dtype, unavailable
 from tritopt.engine.warning import warn
 from tritopt.kernels.drivers.multi_tensor_norm import clip_factor
-from tritopt.kernels.formats.weights import PLAIN
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.scale import scale_update
+from tritopt.kernels.twins.ops import norm
 from tritopt.optim.distributed import ShardSums, aligned, local, whole
 from tritopt.optim.observed import uncompiled
 

@@ -32,7 +32,7 @@ class DCASGD(BeyondTorch):
         maximize to options: see `Optimizer` and `Options`.
     """
 
-    rule = dcasgd.DCASGD
+    rule = dcasgd.DCASGDRule
     arguments: ClassVar = {"momentum": "momentum", "lambd": "lamda"}
 
     def __init__(

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from tritopt.engine import private
-from tritopt.engine.random import noise_key
+from tritopt.engine.random_keys import noise_key
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
-    from tritopt.kernels.formats.weights import Format
+    from tritopt.kernels.formats.format import Format
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -205,7 +205,7 @@ def key_of_shard(name: Hashable, param: torch.Tensor) -> Hashable:
 
 
 def noise_of(seed: int, name: Hashable, param: torch.Tensor) -> tuple[int, int, int, int]:
-    """Key, first position, width and gap of the random bits of what is here of a parameter (engine/random.py: `Noise`).
+    """Key, first position, width and gap of the random bits of what is here of a parameter: fields of `Noise`.
 
     Elements have their positions in the whole parameter, so the bits do not depend on how it is split; but where two
     dimensions after the first are, or a part does not lie in the usual order, each shard draws its own.

@@ -30,7 +30,7 @@ class FTML(BeyondTorch):
         maximize to options: see `Optimizer` and `Options`.
     """
 
-    rule = ftml.FTML
+    rule = ftml.FTMLRule
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ class Ftrl(BeyondTorch):
         maximize to options: see `Optimizer` and `Options`.
     """
 
-    rule = ftrl.Ftrl
+    rule = ftrl.FtrlRule
     arguments: ClassVar = {"lambda1": "lamda1", "beta": "beta"}
 
     def __init__(

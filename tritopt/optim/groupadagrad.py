@@ -30,8 +30,8 @@ class GroupAdaGrad(BeyondTorch):
         ValueError: weight_decay, and at the first step a parameter that is not 2-D.
     """
 
-    rule = groupadagrad.GroupAdaGrad
-    arguments: ClassVar = {"eps": "epsilon", "weight_decay": "wd"}
+    rule = groupadagrad.GroupAdaGradRule
+    arguments: ClassVar = {"eps": "epsilon"}
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ class LAMB(BeyondTorch):
         maximize to options: see `Optimizer` and `Options`.
     """
 
-    rule = lamb.LAMB
+    rule = lamb.LAMBRule
     arguments: ClassVar = {
         "betas": ("beta1", "beta2"),
         "eps": "epsilon",

@@ -37,7 +37,7 @@ class LANS(BeyondTorch):
         maximize to options: see `Optimizer` and `Options`.
     """
 
-    rule = lans.LANS
+    rule = lans.LANSRule
     arguments: ClassVar = {
         "betas": ("beta1", "beta2"),
         "eps": "epsilon",

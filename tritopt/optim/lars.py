@@ -12,7 +12,7 @@ from tritopt.optim.optimizer import Options, Params
 from tritopt.optimizers import lars
 
 
-class TorchLARS(lars.LARS):
+class TorchLARS(lars.LARSRule):
     """MXNet's LARS, told by an argument rather than by names which parameters have rates of their own."""
 
     def __init__(self, layer_wise: bool = True, **arguments: Any) -> None:

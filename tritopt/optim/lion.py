@@ -29,7 +29,7 @@ class Lion(BeyondTorch):
         maximize to options: see `Optimizer` and `Options`.
     """
 
-    rule = lion.Lion
+    rule = lion.LionRule
     arguments: ClassVar = {"betas": ("beta1", "beta2")}
     state_keys: ClassVar = {"momentum": "exp_avg"}
 

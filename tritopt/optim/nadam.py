@@ -9,10 +9,10 @@ from typing_extensions import Unpack
 
 from tritopt.engine.driver import Apply
 from tritopt.kernels.nadam import nadam_decayed_update
-from tritopt.mxnet.optimizer import Values
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizers.nadam import Nadam as MXNetNadam
+from tritopt.optimizers.nadam import NadamRule
+from tritopt.rule import Values
 
 
 class TorchNAdamScalars(NamedTuple):
@@ -31,7 +31,7 @@ class TorchNAdamScalars(NamedTuple):
     """Share of the old weight that stays."""
 
 
-class TorchNAdam(MXNetNadam):
+class TorchNAdam(NadamRule):
     """MXNet's Nadam, with the schedule's product as a state, and with a choice of decays."""
 
     phases = (Apply(nadam_decayed_update),)

@@ -30,7 +30,7 @@ class NAG(BeyondTorch):
         maximize to options: see `Optimizer` and `Options`.
     """
 
-    rule = nag.NAG
+    rule = nag.NAGRule
     arguments: ClassVar = {"momentum": "momentum"}
 
     def __init__(

@@ -12,28 +12,25 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.device import is_capturing
-from tritopt.engine.driver import Apply
-from tritopt.engine.plan import is_low_precision
-from tritopt.engine.state_dtype import FP32, checked, formats_of
+from tritopt.engine.state_dtype import checked
 from tritopt.engine.telemetry import Telemetry
-from tritopt.kernels.formats.states import BLOCK
-from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, PLAIN, SPLIT16, Format
-from tritopt.mxnet.optimizer import Optimizer as Rule
-from tritopt.mxnet.registry import did_you_mean
+from tritopt.engine.validate import did_you_mean
+from tritopt.kernels.formats.format import PLAIN
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.optim import checkpoint
-from tritopt.optim.checkpoint import Expected
+from tritopt.optim.convert import sendable
 from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, check_flag, torch_defaults
-from tritopt.optim.distributed import like, local, takes_blocks
-from tritopt.optim.layout import Layout, Layouts
+from tritopt.optim.distributed import like, local
+from tritopt.optim.layout import AUTO, Layout, Layouts
 from tritopt.optim.observed import observed, uncompiled
+from tritopt.optim.origin import CLASSES
 from tritopt.optim.step.members import Only, lives_on_device
 from tritopt.optim.step.stepper import Stepper
+from tritopt.rule import Rule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 MAX_RULES = 4096
 HOW_BY_DEFAULT = {"capturable": False, "fused": None}
-AUTO = "auto"
-"""The `master` that goes by a parameter's dtype."""
 
 
 class Options(TypedDict, total=False):
@@ -104,12 +101,19 @@ class Optimizer(torch.optim.Optimizer):
         "momentum": "momentum_buffer",
     }
     """torch's name for a state of the rule; others keep their own."""
+    layouts_class: ClassVar[type[Layouts]] = Layouts
+    """How parameters are kept, where that is special."""
     may_lack: ClassVar[frozenset[str]] = frozenset()
     """States that checkpoints of torch's class do not have, or not before a first gradient."""
     sparse_error: ClassVar[str | None] = None
     """torch's message, where it refuses sparse gradients; others are taken as dense ones with zero rows."""
 
     _step_supports_amp_scaling = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("tritopt.optim.") and hasattr(cls, "rule"):
+            CLASSES[cls.__name__] = cls
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: Options) -> None:
         unknown = sorted(set(options) - set(Options.__annotations__))
@@ -142,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Start without what is derived from parameters and states."""
         self._rules: dict[Hashable, Rule] = {}
-        self.layouts = Layouts()
+        self.layouts = self.layouts_class(type(self).__name__, self.state_keys)
         """How each parameter is kept."""
         self._checked: dict[int, tuple[Any, ...]] = {}
         """Keys and values of param_groups when they were last found right, by `id` of the group."""
@@ -183,7 +187,7 @@ class Optimizer(torch.optim.Optimizer):
                     raise ValueError(f"{type(self).__name__} takes float16 to float64 parameters, not {param.dtype}")
             self.check_group(param_group)
             for param in param_group["params"]:
-                self.expected_states(param, param_group)
+                self.layout_of(param, param_group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -217,7 +221,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         state_dict = super().state_dict()
         if "state" in state_dict:
-            state_dict["state"] = checkpoint.sendable(state_dict["state"])
+            state_dict["state"] = sendable(state_dict["state"])
             self._handed_out = checkpoint.versions(state_dict["state"])
         if "param_groups" in state_dict:  # a hook may have made another dict of it
             state_dict["param_groups"] = [_saved(group, self.unsaved) for group in state_dict["param_groups"]]
@@ -302,92 +306,13 @@ class Optimizer(torch.optim.Optimizer):
             return weight
         return like(param, fmt.decode((local(weight), local(state[fmt.companion])), torch.float32), tuple(param.shape))
 
-    # What a subclass may say about its states.
-
-    def names_of_states(self, rule: Rule, param: torch.Tensor) -> tuple[str, ...]:
-        """Keys of `state[param]`, in the rule's order."""
-        return tuple(self.state_keys.get(name, name) for name in rule.state_names)
-
-    def expected_states(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Expected]:
-        """Shape and dtype of each state tensor of a parameter."""
-        rule = self.rule_of(group)
-        fmt = self.format_of(param, group)
-        is_wide = fmt is not PLAIN or group["state_dtype"] is not None
-        dtype = torch.promote_types(torch.float32, param.dtype) if is_wide else param.dtype
-        plain = dtype if rule.least_state_dtype is None else torch.promote_types(rule.least_state_dtype, dtype)
-        formats = self.state_formats_of(param, group)
-        found: dict[str, Expected] = {}
-        for (name, of_state), shape in zip(formats.items(), rule.state_shapes(param.shape), strict=True):
-            found.update(checkpoint.expected_planes(name, of_state, tuple(shape), plain))
-        if fmt.companion:
-            found[fmt.companion] = Expected(tuple(param.shape), fmt.dtype_of_companion(param.dtype))
-        return found
-
-    def state_formats_of(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Format]:
-        """How each state of a parameter is stored, in the rule's order. ValueError if its group says what cannot be."""
-        choice, kinds = checked(group["state_dtype"]), self.state_kinds_of(param, group)
-        formats = formats_of(choice, kinds)
-        if choice not in (None, FP32) and param.dtype == torch.float64:
-            raise ValueError(
-                f"state_dtype={choice!r} is not for float64 parameters: give their param_group state_dtype=None"
-            )
-        fits = takes_blocks(param, BLOCK)
-        return {name: PLAIN if fmt.block and not fits else fmt for name, fmt in zip(kinds, formats, strict=True)}
-
-    def state_kinds_of(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, str | None]:
-        """What the states of a parameter hold, by their keys: see `state_kinds` of the rule."""
-        rule = self.rule_of(group)
-        names = zip(self.names_of_states(rule, param), rule.state_names, strict=True)
-        return {key: rule.state_kinds.get(name) for key, name in names}
-
-    def format_of(self, param: torch.Tensor, group: dict[str, Any]) -> Format:
-        """How the parameter is stored. ValueError if its group wants a master that does not go with its dtype."""
-        if not (group["multi_precision"] and group["master"] is not None and is_low_precision(param.dtype)):
-            return PLAIN
-        if group["master"] == AUTO:
-            # A remainder is made of bits, through which nothing can be differentiated.
-            is_split = param.dtype == torch.bfloat16 and not group.get("differentiable")
-            return SPLIT16 if is_split else MASTER_FP32
-        fmt = MASTERS[group["master"]]
-        if param.dtype not in fmt.weight_dtypes:
-            raise ValueError(
-                f"master={group['master']!r} completes bfloat16 parameters, not {param.dtype}: take master='fp32' or "
-                "'kahan' for their param_group"
-            )
-        if group.get("differentiable") and fmt not in (MASTER_FP32, KAHAN):
-            raise ValueError(
-                f"master={group['master']!r} is not for differentiable=True: it is made of bits, through which nothing "
-                "can be differentiated: take 'auto', 'fp32' or 'kahan'"
-            )
-        if fmt.draws and not all(isinstance(phase, Apply) for phase in self.rule_of(group).phases):
-            raise ValueError(
-                f"master={group['master']!r} is not for {type(self).__name__}, whose kernels draw no random bits: take "
-                "'fp32', 'split16' or 'kahan'"
-            )
-        return fmt
-
-    def states_of(self, layout: Layout, state: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """The planes of a parameter's states, in the rule's order."""
-        return tuple([state[key] for key in layout.keys])
+    def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
+        """How a parameter of a group is kept. ValueError if its group says what cannot be."""
+        return self.layouts.of(param, group, self.rule_of(group))
 
     def sparse_error_of(self, group: dict[str, Any]) -> str | None:
         """`sparse_error`, where it depends on the group."""
         return self.sparse_error
-
-    def shows_numbers(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
-        """Whether the step stands in a parameter's state. Without it, `first_count` says how far a state has come."""
-        return True
-
-    def first_count(self, state: dict[str, Any]) -> float:
-        """Steps that a state stands for which does not show them."""
-        return 0.0
-
-    def begins_anew(self, state: dict[str, Any]) -> bool:
-        """Whether steps are counted from 0 where this state is about to get tensors that it lacks."""
-        return False
-
-    def complete_loaded_state(self, state: dict[str, Any]) -> None:
-        """Add what a checkpoint of torch's class does not hold."""
 
     def check_group(self, group: dict[str, Any]) -> None:
         """ValueError, in the constructor's words, unless a param_group's values are such as the constructor takes.
@@ -404,6 +329,7 @@ class Optimizer(torch.optim.Optimizer):
             if not (group["capturable"] and isinstance(group["lr"], torch.Tensor)):
                 self._check_rate("lr", group["lr"])
             self._check_rate("weight_decay", group.get("weight_decay", 0.0))
+            self.rule.check_decay(group.get("weight_decay", 0.0))
             self.rule_of(group)
         except TypeError as error:
             raise WrongKindError(str(error)) from error

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tritopt.optim.defaults import HOW, arguments_of
 
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
-
+CLASSES: dict[str, Any] = {}
+"""This package's classes by name, which each class of it enters."""
 _NEUTRAL = {*HOW, "maximize", "clip_value"}
 """Arguments that tell no optimizer from another."""
 _TORCH_ONLY = {
@@ -41,10 +40,10 @@ _TORCHS = {name: getattr(torch.optim, name) for name in _TORCH_ONLY if hasattr(t
 @cache
 def variants_of(cls: Any) -> tuple[frozenset[str], ...]:
     """Names of the states that a class keeps for a parameter, for every choice of hyperparameters and dimensions."""
-    bare, numbers = cls.__new__(cls), {"step", *cls.rule.scalar_states}
+    layouts, numbers = cls.layouts_class(cls.__name__, cls.state_keys), {"step", *cls.rule.scalar_states}
     params = [torch.empty((1,) * n, device="meta", dtype=torch.float32) for n in (1, 2)]
     rules = [cls.rule(**variant) for variant in cls.rule.variants]
-    return tuple(frozenset({*bare.names_of_states(rule, param), *numbers}) for rule in rules for param in params)
+    return tuple(frozenset({*layouts.names(rule, param), *numbers}) for rule in rules for param in params)
 
 
 def states_of_class(cls: Any) -> frozenset[str]:
@@ -66,25 +65,17 @@ def savers_of(found: Collection[str]) -> list[str]:
 
 @cache
 def _states() -> Mapping[str, Sequence[Collection[str]]]:
-    from tritopt import optim
-
-    ours = {
-        cls.__name__: variants_of(cls)
-        for cls in vars(optim).values()
-        if hasattr(cls, "rule_of") and hasattr(cls, "rule")
-    }
+    ours = {name: variants_of(cls) for name, cls in CLASSES.items()}
     return {**{name: (names,) for name, names in _TORCH_ONLY.items()}, **ours}
 
 
 @cache
 def _hyperparameters() -> Mapping[str, Collection[str]]:
-    from tritopt import optim
-
-    classes = {name: getattr(optim, name, None) or _TORCHS.get(name) for name in _states()}
+    classes = {name: CLASSES.get(name) or _TORCHS.get(name) for name in _states()}
     return {name: arguments_of(cls).keys() - _NEUTRAL for name, cls in classes.items() if cls is not None}
 
 
-def is_foreign_key(opt: Optimizer, name: str) -> bool:
+def is_foreign_key(opt: Any, name: str) -> bool:
     """Whether a key of a param_group is another class's hyperparameter, and none of this optimizer's."""
     return name not in opt.defaults and any(name in names for names in _hyperparameters().values())
 
@@ -95,7 +86,7 @@ def same_keys(cls: Any) -> list[str]:
     return sorted(name for name in names if names[name] == names.get(cls.__name__))
 
 
-def stranger(opt: Optimizer, groups: Sequence[Mapping[str, Any]], states: Collection[str]) -> tuple[str, str] | None:
+def stranger(opt: Any, groups: Sequence[Mapping[str, Any]], states: Collection[str]) -> tuple[str, str] | None:
     """What to say of param_groups that are another class's, and what becomes of them; None if they are this one's."""
     own, cls = opt.defaults.keys() - _NEUTRAL, type(opt).__name__
     for group in groups:

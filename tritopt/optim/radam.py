@@ -9,10 +9,10 @@ from typing_extensions import Unpack
 
 from tritopt.engine.driver import Apply
 from tritopt.kernels.radam import radam_decayed_update
-from tritopt.mxnet.optimizer import Values
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.optimizers.radam import RAdam as PaperRAdam
+from tritopt.optimizers.radam import RAdamRule
+from tritopt.rule import Values
 
 
 class TorchRAdamScalars(NamedTuple):
@@ -29,7 +29,7 @@ class TorchRAdamScalars(NamedTuple):
     """Share of the old weight that stays."""
 
 
-class TorchRAdam(PaperRAdam):
+class TorchRAdam(RAdamRule):
     """The paper's RAdam that rectifies from 5 on, with a choice of decays."""
 
     phases = (Apply(radam_decayed_update),)

@@ -10,7 +10,6 @@ from typing_extensions import Unpack
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.kernels.formats.states import SIGNED, SQUARES
 from tritopt.kernels.rmsprop import (
     rmsprop_deviation_momentum_update,
@@ -18,10 +17,10 @@ from tritopt.kernels.rmsprop import (
     rmsprop_momentum_update,
     rmsprop_update,
 )
-from tritopt.mxnet.optimizer import Optimizer as Rule
-from tritopt.mxnet.optimizer import Values
+from tritopt.kernels.twins.ops import sqrt
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
+from tritopt.rule import Rule, Values
 
 
 class TorchRMSpropScalars(NamedTuple):

@@ -10,11 +10,12 @@ from typing_extensions import Unpack
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.engine.scalars import where
+from tritopt.kernels.formats.format import Format
 from tritopt.kernels.sgd import sgd_buffer_update, sgd_nesterov_update, sgd_update
-from tritopt.mxnet.optimizer import Optimizer as Rule
-from tritopt.mxnet.optimizer import Values
 from tritopt.optim.defaults import torch_defaults
+from tritopt.optim.layout import Layouts, State
 from tritopt.optim.optimizer import Optimizer, Options, Params
+from tritopt.rule import Rule, Values
 
 
 class TorchSGDScalars(NamedTuple):
@@ -69,6 +70,27 @@ class TorchSGD(Rule):
         return w - s.lr * buffer, (buffer,)
 
 
+class BufferLayouts(Layouts):
+    """A momentum buffer, and as torch's no step: but one that random bits depend on must be in checkpoints."""
+
+    def shows_numbers(self, formats: tuple[Format, ...]) -> bool:
+        """Where a format draws random bits."""
+        return any(fmt.draws for fmt in formats)
+
+    def first_count(self, state: State) -> float:
+        """A buffer that is there has begun."""
+        return float(_has_buffer(state))
+
+    def begins_anew(self, state: State) -> bool:
+        """Momentum that is switched on between steps begins like that of a first step."""
+        return not _has_buffer(state)
+
+    def complete_loaded(self, state: State) -> None:
+        """torch's buffer is sparse where gradients are."""
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] = state["momentum_buffer"].to_dense()
+
+
 class SGD(Optimizer):
     """`torch.optim.SGD`: gradient descent, with momentum (Polyak 1964) or Nesterov's (Sutskever et al. 2013, ICML).
 
@@ -84,6 +106,7 @@ class SGD(Optimizer):
     """
 
     rule = TorchSGD
+    layouts_class = BufferLayouts
     torch_class = torch.optim.SGD
     may_lack = frozenset({"step", "momentum_buffer"})
     arguments: ClassVar = {"momentum": "momentum", "dampening": "dampening", "nesterov": "nesterov"}
@@ -118,24 +141,6 @@ class SGD(Optimizer):
         )
         super().__init__(params, {**defaults, "capturable": capturable}, options)
 
-    def shows_numbers(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
-        """As torch's, no step; but one that random bits depend on must be in checkpoints."""
-        formats = (self.format_of(param, group), *self.state_formats_of(param, group).values())
-        return any(fmt.draws for fmt in formats)
 
-    def first_count(self, state: dict[str, Any]) -> float:
-        """A buffer that is there has begun."""
-        return float(_has_buffer(state))
-
-    def begins_anew(self, state: dict[str, Any]) -> bool:
-        """Momentum that is switched on between steps begins like that of a first step."""
-        return not _has_buffer(state)
-
-    def complete_loaded_state(self, state: dict[str, Any]) -> None:
-        """torch's buffer is sparse where gradients are."""
-        if "momentum_buffer" in state:
-            state["momentum_buffer"] = state["momentum_buffer"].to_dense()
-
-
-def _has_buffer(state: dict[str, Any]) -> bool:
+def _has_buffer(state: State) -> bool:
     return any(key.startswith("momentum_buffer") for key in state)

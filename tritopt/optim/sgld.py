@@ -29,7 +29,7 @@ class SGLD(BeyondTorch):
         maximize to options: see `Optimizer` and `Options`. The noise is neither scaled nor clipped.
     """
 
-    rule = sgld.SGLD
+    rule = sgld.SGLDRule
     arguments: ClassVar = {"seed": "seed"}
 
     def __init__(

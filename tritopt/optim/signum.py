@@ -11,7 +11,7 @@ from tritopt.optim.optimizer import Options, Params
 from tritopt.optimizers import signum
 
 
-class TorchSignum(signum.Signum):
+class TorchSignum(signum.SignumRule):
     """MXNet's Signum, which takes the gradient as it is without momentum; here maximize must turn it."""
 
     @property

@@ -8,11 +8,11 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.kernels.adabelief import adabelief_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.optimizers.adam import bias_corrected
+from tritopt.rule import Rule, Values
 
 
 class AdaBeliefScalars(NamedTuple):
@@ -27,8 +27,7 @@ class AdaBeliefScalars(NamedTuple):
     epsilon: float
 
 
-@register
-class AdaBelief(Optimizer):
+class AdaBeliefRule(Rule):
     """Adam that steps by its belief in the gradient (Zhuang et al. 2020, arXiv:2010.07468, algorithm 2).
 
         m_t = beta1 m_{t-1} + (1 - beta1) g_t
@@ -60,16 +59,9 @@ class AdaBelief(Optimizer):
     variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3, "correct_bias": False})
 
     def __init__(
-        self,
-        learning_rate: float | None = 0.001,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        epsilon: float = 1e-6,
-        correct_bias: bool = True,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
+        self, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-6, correct_bias: bool = True, **common: Any
     ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        super().__init__(**common)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
         self.correct_bias = validate.boolean("correct_bias", correct_bias)
 
@@ -88,3 +80,8 @@ class AdaBelief(Optimizer):
         surprise = g - mean
         var = s.beta2 * var + s.one_minus_beta2 * (surprise * surprise) + s.epsilon
         return w - s.lr * (mean / (sqrt(var) + s.epsilon)), (mean, var)
+
+
+@register
+class AdaBelief(AdaBeliefRule, Optimizer, learning_rate=0.001):
+    pass

@@ -8,11 +8,11 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.kernels.adadelta import adadelta_update
 from tritopt.kernels.formats.states import SQUARES
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class AdaDeltaScalars(NamedTuple):
@@ -24,8 +24,7 @@ class AdaDeltaScalars(NamedTuple):
     epsilon: float
 
 
-@register
-class AdaDelta(Optimizer):
+class AdaDeltaRule(Rule):
     """Steps in the units of the weight (Zeiler 2012, arXiv:1212.5701, algorithm 1).
 
         A_t = rho A_{t-1} + (1 - rho) g_t^2
@@ -55,15 +54,8 @@ class AdaDelta(Optimizer):
     least_state_dtype = torch.float32
     variants = ({}, {"rho": 0.5, "epsilon": 0.1})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 1.0,
-        rho: float = 0.9,
-        epsilon: float = 1e-6,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, rho: float = 0.9, epsilon: float = 1e-6, **common: Any) -> None:
+        super().__init__(**common)
         self.rho = validate.fraction("rho", rho)
         self.epsilon = validate.nonnegative("epsilon", epsilon)
 
@@ -80,3 +72,8 @@ class AdaDelta(Optimizer):
         delta = sqrt(acc_delta + s.epsilon) / sqrt(acc_g + s.epsilon) * g
         acc_delta = s.rho * acc_delta + s.one_minus_rho * (delta * delta)
         return w - s.lr * delta, (acc_g, acc_delta)
+
+
+@register
+class AdaDelta(AdaDeltaRule, Optimizer, learning_rate=1.0):
+    pass

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.exact import sqrt
 from tritopt.engine.factored_phase import ApplyFactored
 from tritopt.engine.scalars import minimum
 from tritopt.engine.scalars import sqrt as scalar_sqrt
@@ -18,8 +17,9 @@ from tritopt.kernels.adafactor import (
     adafactor_update,
     adafactor_variance,
 )
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 TINY = 2.0**-126  # the smallest normal fp32
 
@@ -39,8 +39,7 @@ class AdafactorScalars(NamedTuple):
     clip_threshold: float
 
 
-@register
-class Adafactor(Optimizer):
+class AdafactorRule(Rule):
     """Adaptive rates from a factored second moment (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5).
 
         beta_t = 1 - t^beta2_decay
@@ -85,15 +84,13 @@ class Adafactor(Optimizer):
 
     def __init__(
         self,
-        learning_rate: float | None = 0.01,
         beta2_decay: float = -0.8,
         epsilon1: float | None = None,
         epsilon2: float = 1e-3,
         clip_threshold: float = 1.0,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
+        **common: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        super().__init__(**common)
         self.beta2_decay = validate.number("beta2_decay", beta2_decay)
         if beta2_decay > 0:
             raise ValueError(f"beta2_decay={beta2_decay!r} must be <= 0")
@@ -140,6 +137,11 @@ class Adafactor(Optimizer):
         u = g / sqrt(var.clamp(min=max(epsilon1**2, TINY)))
         size, excess = _rms(w).clamp(min=s.epsilon2), (_rms(u) / s.clip_threshold).clamp(min=1.0)
         return s.keep * w - (s.rate * size / excess).to(w.dtype) * u, (row_var, col_var)
+
+
+@register
+class Adafactor(AdafactorRule, Optimizer, learning_rate=0.01):
+    pass
 
 
 def _mean(x: torch.Tensor, dim: int) -> torch.Tensor:

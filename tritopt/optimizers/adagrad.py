@@ -8,11 +8,11 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.kernels.adagrad import adagrad_update
 from tritopt.kernels.formats.states import SQUARES
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class AdaGradScalars(NamedTuple):
@@ -22,8 +22,7 @@ class AdaGradScalars(NamedTuple):
     epsilon: float
 
 
-@register
-class AdaGrad(Optimizer):
+class AdaGradRule(Rule):
     """Adaptive subgradients, diagonal form (Duchi, Hazan & Singer 2011, JMLR 12:2121-2159, figure 1).
 
         h_t = h_{t-1} + g_t^2
@@ -50,14 +49,8 @@ class AdaGrad(Optimizer):
     least_state_dtype = torch.float32
     variants = ({}, {"epsilon": 0.1})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.01,
-        epsilon: float = 1e-6,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, epsilon: float = 1e-6, **common: Any) -> None:
+        super().__init__(**common)
         self.epsilon = validate.nonnegative("epsilon", epsilon)
 
     def scalars(self, lr: float, wd: float, count: int) -> AdaGradScalars:
@@ -71,3 +64,8 @@ class AdaGrad(Optimizer):
         (history,) = state
         history = history + g * g
         return w - s.lr * (g / (sqrt(history) + s.epsilon)), (history,)
+
+
+@register
+class AdaGrad(AdaGradRule, Optimizer, learning_rate=0.01):
+    pass

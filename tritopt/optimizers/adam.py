@@ -8,11 +8,11 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.engine.scalars import sqrt as root
 from tritopt.kernels.adam import adam_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class AdamScalars(NamedTuple):
@@ -33,8 +33,7 @@ def bias_corrected(lr: Any, beta1: float, beta2: float, count: Any) -> Any:
     return lr * root(1 - beta2**count) / (1 - beta1**count)
 
 
-@register
-class Adam(Optimizer):
+class AdamRule(Rule):
     """Adaptive moments (Kingma & Ba 2014, arXiv:1412.6980, the efficient form at the end of section 2).
 
         m_t = beta1 m_{t-1} + (1 - beta1) g_t
@@ -59,20 +58,10 @@ class Adam(Optimizer):
 
     phases = (Apply(adam_update),)
     state_names = ("mean", "var")
-    supports_lazy_update = True
     variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.001,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        epsilon: float = 1e-8,
-        lazy_update: bool = False,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, lazy_update=lazy_update, **kwargs)
+    def __init__(self, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, **common: Any) -> None:
+        super().__init__(**common)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
 
     def scalars(self, lr: float, wd: float, count: int) -> AdamScalars:
@@ -86,3 +75,8 @@ class Adam(Optimizer):
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
         return w - s.lr * (mean / (sqrt(var) + s.epsilon)), (mean, var)
+
+
+@register
+class Adam(AdamRule, Optimizer, learning_rate=0.001):
+    supports_lazy_update = True

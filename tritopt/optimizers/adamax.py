@@ -9,8 +9,8 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.kernels.adamax import adamax_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class AdamaxScalars(NamedTuple):
@@ -24,8 +24,7 @@ class AdamaxScalars(NamedTuple):
     epsilon: float
 
 
-@register
-class Adamax(Optimizer):
+class AdamaxRule(Rule):
     """Adam with the infinity norm (Kingma & Ba 2014, arXiv:1412.6980, section 7.1).
 
         m_t = beta1 m_{t-1} + (1 - beta1) g_t
@@ -52,16 +51,8 @@ class Adamax(Optimizer):
     state_names = ("mean", "norm")
     variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.002,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        epsilon: float = 1e-8,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, **common: Any) -> None:
+        super().__init__(**common)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
 
     def scalars(self, lr: float, wd: float, count: int) -> AdamaxScalars:
@@ -76,3 +67,8 @@ class Adamax(Optimizer):
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         norm = torch.maximum(s.beta2 * norm, g.abs())
         return w - s.lr * mean / (norm + s.epsilon), (mean, norm)
+
+
+@register
+class Adamax(AdamaxRule, Optimizer, learning_rate=0.002):
+    pass

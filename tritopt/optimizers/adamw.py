@@ -8,11 +8,11 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.kernels.adamw import adamw_amsgrad_update, adamw_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.optimizers.adam import bias_corrected
+from tritopt.rule import Rule, Values
 
 
 class AdamWScalars(NamedTuple):
@@ -29,8 +29,7 @@ class AdamWScalars(NamedTuple):
     """Share of the old weight that stays. A factor, which leaves an infinite weight infinite."""
 
 
-@register
-class AdamW(Optimizer):
+class AdamWRule(Rule):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2).
 
         m_t = beta1 m_{t-1} + (1 - beta1) g_t
@@ -70,16 +69,14 @@ class AdamW(Optimizer):
 
     def __init__(
         self,
-        learning_rate: float | None = 0.001,
         beta1: float = 0.9,
         beta2: float = 0.999,
         epsilon: float = 1e-6,
         correct_bias: bool = True,
-        use_fused_step: bool | None = None,
         amsgrad: bool = False,
-        **kwargs: Any,
+        **common: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        super().__init__(**common)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
         self.correct_bias = correct_bias
         self.amsgrad = validate.boolean("amsgrad", amsgrad)
@@ -111,3 +108,8 @@ class AdamW(Optimizer):
             largest = [torch.maximum(largest[0], var)]
         root = sqrt(largest[0] if largest else var)
         return s.keep * w - s.lr * (mean / (root + s.epsilon)), (mean, var, *largest)
+
+
+@register
+class AdamW(AdamWRule, Optimizer, learning_rate=0.001):
+    pass

@@ -8,13 +8,13 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.engine.scalars import sqrt as scalar_sqrt
 from tritopt.engine.scalars import where
 from tritopt.kernels.adan import adan_update
 from tritopt.kernels.formats.states import SIGNED, SQUARES
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class AdanScalars(NamedTuple):
@@ -38,8 +38,7 @@ class AdanScalars(NamedTuple):
     """1 at the parameter's first update, whose gradient has none before it; else 0."""
 
 
-@register
-class Adan(Optimizer):
+class AdanRule(Rule):
     """Adaptive Nesterov momentum (Xie et al. 2022, arXiv:2208.06677, algorithm 1 as the authors' code has it).
 
         d_t = g_t - g_{t-1}, and d_1 = 0
@@ -81,16 +80,9 @@ class Adan(Optimizer):
     variants = ({}, {"beta1": 0.5, "beta2": 0.7, "beta3": 0.8, "epsilon": 1e-3})
 
     def __init__(
-        self,
-        learning_rate: float | None = 0.001,
-        beta1: float = 0.98,
-        beta2: float = 0.92,
-        beta3: float = 0.99,
-        epsilon: float = 1e-8,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
+        self, beta1: float = 0.98, beta2: float = 0.92, beta3: float = 0.99, epsilon: float = 1e-8, **common: Any
     ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        super().__init__(**common)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
         self.beta3 = validate.fraction("beta3", beta3)
 
@@ -124,3 +116,8 @@ class Adan(Optimizer):
         var = s.beta3 * var + s.one_minus_beta3 * (ahead * ahead)
         step = (s.mean_lr * mean + s.diff_lr * diff) / (sqrt(var) + s.epsilon)
         return (w - step) * s.keep, (mean, diff, var, g)
+
+
+@register
+class Adan(AdanRule, Optimizer, learning_rate=0.001):
+    pass

@@ -10,8 +10,8 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.kernels.dcasgd import dcasgd_momentum_update, dcasgd_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class DCASGDScalars(NamedTuple):
@@ -22,8 +22,7 @@ class DCASGDScalars(NamedTuple):
     lamda: float
 
 
-@register
-class DCASGD(Optimizer):
+class DCASGDRule(Rule):
     """Delay-compensated asynchronous SGD (Zheng et al. 2016, arXiv:1609.08326).
 
         d_t = g_t + lamda g_t^2 (w_{t-1} - p_{t-1})
@@ -51,15 +50,8 @@ class DCASGD(Optimizer):
 
     variants = ({}, {"momentum": 0.9}, {"lamda": 2.0})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.1,
-        momentum: float = 0.0,
-        lamda: float = 0.04,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, momentum: float = 0.0, lamda: float = 0.04, **common: Any) -> None:
+        super().__init__(**common)
         self.momentum = validate.nonnegative("momentum", momentum)
         self.lamda = validate.number("lamda", lamda)
 
@@ -95,3 +87,8 @@ class DCASGD(Optimizer):
             return w - s.lr * compensated, (previous,)
         moved = s.momentum * momentum[0] - s.lr * compensated
         return w + moved, (moved, previous)
+
+
+@register
+class DCASGD(DCASGDRule, Optimizer, learning_rate=0.1):
+    pass

@@ -8,12 +8,12 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.engine.scalars import divide
 from tritopt.kernels.formats.states import SQUARES
 from tritopt.kernels.ftml import ftml_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class FTMLScalars(NamedTuple):
@@ -30,8 +30,7 @@ class FTMLScalars(NamedTuple):
     """1 / (1 - beta2^t)."""
 
 
-@register
-class FTML(Optimizer):
+class FTMLRule(Rule):
     """Follow the moving leader (Zheng & Kwok 2017, ICML, PMLR 70:4110-4119, algorithm 1).
 
         v_t = beta2 v_{t-1} + (1 - beta2) g_t^2
@@ -62,16 +61,8 @@ class FTML(Optimizer):
     skips_zero_lr = True
     variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 0.1})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.0025,
-        beta1: float = 0.6,
-        beta2: float = 0.999,
-        epsilon: float = 1e-8,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, beta1: float = 0.6, beta2: float = 0.999, epsilon: float = 1e-8, **common: Any) -> None:
+        super().__init__(**common)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
 
     def scalars(self, lr: Any, wd: float, count: Any) -> FTMLScalars:
@@ -93,3 +84,8 @@ class FTML(Optimizer):
         new_d = s.inverse_lr * (sqrt(v * s.var_correction) + s.epsilon)
         z = s.beta1 * z + s.one_minus_beta1 * g - (new_d - s.beta1 * d) * w
         return -z / new_d, (new_d, v, z)
+
+
+@register
+class FTML(FTMLRule, Optimizer, learning_rate=0.0025):
+    pass

@@ -8,11 +8,11 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.engine.scalars import reciprocal
 from tritopt.kernels.ftrl import ftrl_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class FtrlScalars(NamedTuple):
@@ -24,8 +24,7 @@ class FtrlScalars(NamedTuple):
     lamda1: float
 
 
-@register
-class Ftrl(Optimizer):
+class FtrlRule(Rule):
     """Follow the regularized leader, proximally (McMahan et al. 2013, "Ad Click Prediction: a View from the Trenches",
     KDD, doi:10.1145/2487575.2488200, algorithm 1).
 
@@ -56,19 +55,10 @@ class Ftrl(Optimizer):
     least_state_dtype = torch.float32
     preamble = "decoupled"
     skips_zero_lr = True
-    supports_lazy_update = True
     variants = ({}, {"lamda1": 1.0, "beta": 0.1})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.1,
-        lamda1: float = 0.01,
-        beta: float = 1.0,
-        lazy_update: bool = False,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, lazy_update=lazy_update, **kwargs)
+    def __init__(self, lamda1: float = 0.01, beta: float = 1.0, **common: Any) -> None:
+        super().__init__(**common)
         self.lamda1 = validate.nonnegative("lamda1", lamda1)
         self.beta = validate.nonnegative("beta", beta)
 
@@ -88,3 +78,8 @@ class Ftrl(Optimizer):
         # Not 0 / 0 where beta, wd and all gradients so far are 0.
         w = torch.where(shrunk == 0, shrunk, shrunk / (root * s.inverse_lr + s.offset))
         return w, (z, new_n)
+
+
+@register
+class Ftrl(FtrlRule, Optimizer, learning_rate=0.1):
+    supports_lazy_update = True

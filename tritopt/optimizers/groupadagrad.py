@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.exact import sqrt
 from tritopt.engine.row_phase import ApplyRows
 from tritopt.kernels.groupadagrad import groupadagrad_history, groupadagrad_square, groupadagrad_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class GroupAdaGradScalars(NamedTuple):
@@ -21,8 +21,7 @@ class GroupAdaGradScalars(NamedTuple):
     epsilon: float
 
 
-@register
-class GroupAdaGrad(Optimizer):
+class GroupAdaGradRule(Rule):
     """AdaGrad with one learning rate per row (MXNet's `contrib.GroupAdaGrad`, for embeddings; no paper).
 
         h_t = h_{t-1} + mean(g_t^2 over each row)
@@ -51,16 +50,9 @@ class GroupAdaGrad(Optimizer):
     decays = False
     variants = ({}, {"epsilon": 0.1})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.01,
-        epsilon: float = 1e-6,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, epsilon: float = 1e-6, **common: Any) -> None:
+        super().__init__(**common)
         self.epsilon = validate.nonnegative("epsilon", epsilon)
-        _refuse_decay(self.wd)
 
     def state_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
         """One number per row. ValueError unless there are rows."""
@@ -73,7 +65,7 @@ class GroupAdaGrad(Optimizer):
 
     def scalars(self, lr: float, wd: float, count: int) -> GroupAdaGradScalars:
         """Constant but for the learning rate. ValueError if there is decay."""
-        _refuse_decay(wd)
+        self.check_decay(wd)
         return GroupAdaGradScalars(lr, self.epsilon)
 
     def reference(
@@ -86,6 +78,6 @@ class GroupAdaGrad(Optimizer):
         return w - s.lr * (g / (sqrt(history) + s.epsilon)), (history,)
 
 
-def _refuse_decay(wd: float) -> None:
-    if wd != 0:
-        raise ValueError(f"GroupAdaGrad has no weight decay, got wd={wd!r}: set wd (times wd_mult) to 0")
+@register
+class GroupAdaGrad(GroupAdaGradRule, Optimizer, learning_rate=0.01):
+    pass

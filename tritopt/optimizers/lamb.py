@@ -9,11 +9,10 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import decay_of, sqrt, trust_ratio
 from tritopt.kernels.lamb import lamb_moments, lamb_update
-from tritopt.kernels.preambles import add_decay_twin
-from tritopt.mxnet.optimizer import Optimizer, Stored, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import add_decay, decay_of, sqrt, trust_ratio
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Stored, Values
 
 
 class LAMBScalars(NamedTuple):
@@ -36,8 +35,7 @@ class LAMBScalars(NamedTuple):
     """On the weight's norm; infinity if there is none."""
 
 
-@register
-class LAMB(Optimizer):
+class LAMBRule(Rule):
     """Layer-wise adaptive moments (You et al. 2019, arXiv:1904.00962, algorithm 2).
 
         m_t = beta1 m_{t-1} + (1 - beta1) g_t
@@ -77,17 +75,15 @@ class LAMB(Optimizer):
 
     def __init__(
         self,
-        learning_rate: float | None = 0.001,
         beta1: float = 0.9,
         beta2: float = 0.999,
         epsilon: float = 1e-6,
         lower_bound: float | None = None,
         upper_bound: float | None = None,
         bias_correction: bool = True,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
+        **common: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        super().__init__(**common)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
         self.lower_bound = validate.positive_or_none("lower_bound", lower_bound)
         self.upper_bound = validate.positive_or_none("upper_bound", upper_bound)
@@ -115,10 +111,15 @@ class LAMB(Optimizer):
         """The recurrence above. u is computed again, from the moments as they are stored."""
 
         def direction(wd: float, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
-            return add_decay_twin(mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon), w, wd)
+            return add_decay(mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon), w, wd)
 
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
         step = s.lr * trust_ratio(w, direction(s.wd, mean, var), s.lower_bound, s.upper_bound)
         return w - step * direction(decay_of(w, s.wd), *stored((mean, var))), (mean, var)
+
+
+@register
+class LAMB(LAMBRule, Optimizer, learning_rate=0.001):
+    pass

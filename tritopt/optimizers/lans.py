@@ -9,11 +9,10 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import decay_of, norm, sqrt, trust_ratio
 from tritopt.kernels.lans import lans_gradient, lans_moments, lans_update
-from tritopt.kernels.preambles import add_decay_twin
-from tritopt.mxnet.optimizer import Optimizer, Stored, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import add_decay, decay_of, norm, sqrt, trust_ratio
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Stored, Values
 
 
 class LANSScalars(NamedTuple):
@@ -38,8 +37,7 @@ class LANSScalars(NamedTuple):
     """On the weight's norm; infinity if there is none."""
 
 
-@register
-class LANS(Optimizer):
+class LANSRule(Rule):
     """Nesterov-like LAMB on normalised gradients (Zheng et al. 2020, arXiv:2006.13484, algorithm 2).
 
         g_t = clip(grad / |grad|), or 0 where the norm is 0
@@ -86,16 +84,14 @@ class LANS(Optimizer):
 
     def __init__(
         self,
-        learning_rate: float | None = 0.001,
         beta1: float = 0.9,
         beta2: float = 0.999,
         epsilon: float = 1e-6,
         lower_bound: float | None = None,
         upper_bound: float | None = None,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
+        **common: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        super().__init__(**common)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
         self.lower_bound = validate.positive_or_none("lower_bound", lower_bound)
         self.upper_bound = validate.positive_or_none("upper_bound", upper_bound)
@@ -125,7 +121,7 @@ class LANS(Optimizer):
 
         def directions(wd: float, mean: torch.Tensor, var: torch.Tensor) -> Values:
             root = sqrt(var * s.var_correction) + s.epsilon
-            return tuple(add_decay_twin(x, w, wd) for x in (mean * s.mean_correction / root, g / root))
+            return tuple(add_decay(x, w, wd) for x in (mean * s.mean_correction / root, g / root))
 
         grad_norm = norm(g)
         g = (g / torch.where(grad_norm == 0, 1.0, grad_norm).to(g.dtype)).clamp(-s.bound, s.bound)
@@ -137,3 +133,8 @@ class LANS(Optimizer):
         mean_step, grad_step = s.lr * s.beta1 * mean_ratio, s.lr * s.one_minus_beta1 * grad_ratio
         by_mean, by_grad = directions(decay_of(w, s.wd), *stored((mean, var)))
         return w - (mean_step * by_mean + grad_step * by_grad), (mean, var)
+
+
+@register
+class LANS(LANSRule, Optimizer, learning_rate=0.001):
+    pass

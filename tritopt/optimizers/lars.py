@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import norm
 from tritopt.engine.plan import Task, compute_dtype
 from tritopt.engine.private import stored_indices
 from tritopt.kernels.lars import lars_momentum_update, lars_norms, lars_update
-from tritopt.kernels.preambles import add_decay_twin
-from tritopt.mxnet.optimizer import State, Values
-from tritopt.mxnet.registry import register
-from tritopt.optimizers.sgd import SGD
+from tritopt.kernels.twins.ops import add_decay, norm
+from tritopt.mxnet.optimizer import register
+from tritopt.optimizers.sgd import SGD, SGDRule
+from tritopt.rule import State, Values
 
 PLAIN_NAMES = ("gamma", "beta", "bias")
 
@@ -38,8 +38,7 @@ class LARSScalars(NamedTuple):
     """Sum of squares of the rows of the weight that a lazy update leaves alone."""
 
 
-@register
-class LARS(SGD):
+class LARSRule(SGDRule):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, arXiv:1708.03888, algorithm 1).
 
         r_t = eta |w_{t-1}| / (|rescale_grad grad_t| + wd |w_{t-1}| + epsilon), or 1 where a norm is 0 or |w| infinite
@@ -71,22 +70,12 @@ class LARS(SGD):
     variants: ClassVar[Any] = (
         {},
         {"momentum": 0.9},
-        {"momentum": 0.5, "eta": 0.5, "epsilon": 0.5, "param_idx2name": {0: "bn_gamma", 4: "fc_bias"}},
+        {"momentum": 0.5, "eta": 0.5, "epsilon": 0.5},
     )
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.1,
-        momentum: float = 0.0,
-        eta: float = 0.001,
-        epsilon: float = 1e-8,
-        lazy_update: bool = False,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate, momentum, lazy_update, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, momentum: float = 0.0, eta: float = 0.001, epsilon: float = 1e-8, **common: Any) -> None:
+        super().__init__(momentum=momentum, **common)
         self.eta, self.epsilon = validate.nonnegative("eta", eta), validate.nonnegative("epsilon", epsilon)
-        self._other_rows: dict[Hashable, float] = {}
 
     @property
     def phases(self) -> tuple[Apply, ...]:
@@ -99,14 +88,6 @@ class LARS(SGD):
         bound = validate.bound_or(self.clip_gradient, math.inf)
         return LARSScalars(lr, wd, bound, self.momentum, self.eta, self.epsilon, 1.0, 0.0)
 
-    def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> Any:
-        """The name decides whether the rate is the layer's own."""
-        if self.idx2name.get(index, str(index)).endswith(PLAIN_NAMES):
-            return self.scalars(lr, wd, count)._replace(is_layer_wise=0.0)
-        if index in self._other_rows:
-            return self.scalars(lr, wd, count)._replace(other_rows=self._other_rows[index])
-        return super().scalars_of(index, lr, wd, count)
-
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         weight_norm, grad_norm = (norm(w) ** 2 + s.other_rows).sqrt(), norm(g)
@@ -115,12 +96,30 @@ class LARS(SGD):
             trust_ratio = torch.ones_like(trust_ratio)
         trust_ratio = torch.where((weight_norm == 0) | weight_norm.isinf() | (grad_norm == 0), 1.0, trust_ratio)
         bound = s.bound if s.bound <= torch.finfo(g.dtype).max else math.inf
-        scaled = s.lr * trust_ratio.to(w.dtype) * add_decay_twin(g.clamp(-bound, bound), w, s.wd)
+        scaled = s.lr * trust_ratio.to(w.dtype) * add_decay(g.clamp(-bound, bound), w, s.wd)
         if not self.momentum:
             return w - scaled, ()
         (momentum,) = state
         momentum = s.momentum * momentum - scaled
         return w + momentum, (momentum,)
+
+
+@register
+class LARS(LARSRule, SGD, learning_rate=0.1):
+    variants: ClassVar[Any] = (
+        *LARSRule.variants[:-1],
+        {**LARSRule.variants[-1], "param_idx2name": {0: "bn_gamma", 4: "fc_bias"}},
+    )
+
+    _other_rows: Mapping[Hashable, float] = MappingProxyType({})
+
+    def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> Any:
+        """The name decides whether the rate is the layer's own."""
+        if self.idx2name.get(index, str(index)).endswith(PLAIN_NAMES):
+            return self.scalars(lr, wd, count)._replace(is_layer_wise=0.0)
+        if index in self._other_rows:
+            return self.scalars(lr, wd, count)._replace(other_rows=self._other_rows[index])
+        return super().scalars_of(index, lr, wd, count)
 
     def _tasks(
         self,
@@ -131,10 +130,11 @@ class LARS(SGD):
         fused: bool | None,
     ) -> tuple[list[Task], list[bool]]:
         tasks, on_kernel = super()._tasks(indices, weights, grads, states, fused)
-        self._other_rows = {}
+        other_rows = {}
         for index, task in zip(indices, tasks, strict=True):
             if self.lazy_update and task.grad.layout == torch.sparse_coo and task.grad.sparse_dim() == 1:
-                self._other_rows[index] = _squares_of_absent_rows(task.weight[0], task.grad)
+                other_rows[index] = _squares_of_absent_rows(task.weight[0], task.grad)
+        self._other_rows = other_rows
         return tasks, on_kernel
 
 

@@ -8,10 +8,10 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sign
 from tritopt.kernels.lion import lion_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sign
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class LionScalars(NamedTuple):
@@ -26,8 +26,7 @@ class LionScalars(NamedTuple):
     """Share of the old weight that stays."""
 
 
-@register
-class Lion(Optimizer):
+class LionRule(Rule):
     """Evolved sign momentum (Chen et al. 2023, arXiv:2302.06675, algorithm 2).
 
         c_t = beta1 m_{t-1} + (1 - beta1) g_t
@@ -55,15 +54,8 @@ class Lion(Optimizer):
     preamble = "decoupled"
     variants = ({}, {"beta1": 0.5, "beta2": 0.8})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.0001,
-        beta1: float = 0.9,
-        beta2: float = 0.99,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, beta1: float = 0.9, beta2: float = 0.99, **common: Any) -> None:
+        super().__init__(**common)
         self.beta1, self.beta2 = validate.fraction("beta1", beta1), validate.fraction("beta2", beta2)
 
     def scalars(self, lr: float, wd: float, count: int) -> LionScalars:
@@ -76,3 +68,8 @@ class Lion(Optimizer):
         direction = sign(s.beta1 * momentum + s.one_minus_beta1 * g)
         momentum = s.beta2 * momentum + s.one_minus_beta2 * g
         return s.keep * w - s.lr * direction, (momentum,)
+
+
+@register
+class Lion(LionRule, Optimizer, learning_rate=0.0001):
+    pass

@@ -9,10 +9,10 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.kernels.nadam import nadam_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 NEGLIGIBLE = 2.0**-54
 """A product of the schedule this small leaves 1 - product at 1."""
@@ -35,8 +35,7 @@ class NadamScalars(NamedTuple):
     """1 / (1 - beta2^t)."""
 
 
-@register
-class Nadam(Optimizer):
+class NadamRule(Rule):
     """Adam with Nesterov momentum (Dozat 2016, "Incorporating Nesterov Momentum into Adam", ICLR workshop).
 
         mu_t = beta1 (1 - 0.96^(t schedule_decay) / 2),   Pi_t = mu_1 mu_2 ... mu_t
@@ -68,15 +67,13 @@ class Nadam(Optimizer):
 
     def __init__(
         self,
-        learning_rate: float | None = 0.001,
         beta1: float = 0.9,
         beta2: float = 0.999,
         epsilon: float = 1e-8,
         schedule_decay: float = 0.004,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
+        **common: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        super().__init__(**common)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
         self.schedule_decay = validate.nonnegative("schedule_decay", schedule_decay)
         # Products of 0, 1, 2, ... factors: a function of the count alone, so parameters share the list, not a product.
@@ -118,3 +115,8 @@ class Nadam(Optimizer):
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
         ahead = s.mean_share * mean + s.grad_share * g
         return w - s.lr * (ahead / (sqrt(var * s.var_correction) + s.epsilon)), (mean, var)
+
+
+@register
+class Nadam(NadamRule, Optimizer, learning_rate=0.001):
+    pass

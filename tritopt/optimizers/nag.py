@@ -9,13 +9,12 @@ import torch
 from tritopt.engine.driver import Apply
 from tritopt.kernels.nag import nag_update
 from tritopt.kernels.sgd import sgd_update
-from tritopt.mxnet.optimizer import Values
-from tritopt.mxnet.registry import register
-from tritopt.optimizers.sgd import SGD, SGDScalars
+from tritopt.mxnet.optimizer import register
+from tritopt.optimizers.sgd import SGD, SGDRule, SGDScalars
+from tritopt.rule import Values
 
 
-@register
-class NAG(SGD):
+class NAGRule(SGDRule):
     """Nesterov accelerated gradient (Sutskever et al. 2013, eq. 3-4, stored one momentum step ahead).
 
         m_t = momentum m_{t-1} - lr g_t
@@ -32,20 +31,10 @@ class NAG(SGD):
         kwargs: see `Optimizer`.
     """
 
-    supports_lazy_update = False
     variants = ({}, {"momentum": 0.0})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.1,
-        momentum: float = 0.9,
-        multi_precision: bool = False,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            learning_rate, momentum, multi_precision=multi_precision, use_fused_step=use_fused_step, **kwargs
-        )
+    def __init__(self, momentum: float = 0.9, **common: Any) -> None:
+        super().__init__(momentum=momentum, **common)
 
     @property
     def phases(self) -> tuple[Apply, ...]:
@@ -59,3 +48,8 @@ class NAG(SGD):
         (momentum,) = state
         momentum = s.momentum * momentum - s.lr * g
         return w + (s.momentum * momentum - s.lr * g), (momentum,)
+
+
+@register
+class NAG(NAGRule, SGD, learning_rate=0.1):
+    supports_lazy_update = False

@@ -8,13 +8,13 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.engine.scalars import sqrt as scalar_sqrt
 from tritopt.engine.scalars import where
 from tritopt.kernels.radam import radam_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.optimizers.adam import bias_corrected
+from tritopt.rule import Rule, Values
 
 
 class RAdamScalars(NamedTuple):
@@ -31,8 +31,7 @@ class RAdamScalars(NamedTuple):
     """1, or 0 while there are too few gradients to divide by their root mean square."""
 
 
-@register
-class RAdam(Optimizer):
+class RAdamRule(Rule):
     """Rectified Adam (Liu et al. 2019, arXiv:1908.03265, algorithm 2).
 
         m_t = beta1 m_{t-1} + (1 - beta1) g_t
@@ -68,16 +67,9 @@ class RAdam(Optimizer):
     variants = ({}, {"beta1": 0.5, "beta2": 0.8, "epsilon": 1e-3, "begin_num_update": 8})
 
     def __init__(
-        self,
-        learning_rate: float | None = 0.001,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        epsilon: float = 1e-8,
-        rectify_above: float = 4.0,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
+        self, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, rectify_above: float = 4.0, **common: Any
     ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        super().__init__(**common)
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
         self.rectify_above = validate.number("rectify_above", rectify_above)
         if self.rectify_above < 4:
@@ -113,3 +105,8 @@ class RAdam(Optimizer):
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
         direction = mean / (sqrt(var) + s.epsilon) if s.adaptive else mean
         return w - s.lr * direction, (mean, var)
+
+
+@register
+class RAdam(RAdamRule, Optimizer, learning_rate=0.001):
+    pass

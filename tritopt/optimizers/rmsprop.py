@@ -9,11 +9,11 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sqrt
 from tritopt.kernels.formats.states import SIGNED, SQUARES
 from tritopt.kernels.rmsprop import rmsprop_centered_update, rmsprop_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sqrt
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class RMSPropScalars(NamedTuple):
@@ -28,8 +28,7 @@ class RMSPropScalars(NamedTuple):
     """Infinity if there is none."""
 
 
-@register
-class RMSProp(Optimizer):
+class RMSPropRule(Rule):
     """Gradients divided by a running root mean square (Tieleman & Hinton 2012, Coursera lecture 6.5), or by a running
     standard deviation (`centered`: Graves 2013, arXiv:1308.0850, equations 38 to 41).
 
@@ -70,19 +69,17 @@ class RMSProp(Optimizer):
 
     def __init__(
         self,
-        learning_rate: float | None = 0.001,
         rho: float = 0.9,
         momentum: float = 0.9,
         epsilon: float = 1e-8,
         centered: bool = False,
         clip_weights: float | None = None,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
+        **common: Any,
     ) -> None:
         for old, new in (("gamma1", "rho"), ("gamma2", "momentum")):
-            if old in kwargs:
-                raise TypeError(f"{old}={kwargs[old]!r}, as MXNet 1.x named it, is {new} now: pass {new} instead")
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+            if old in common:
+                raise TypeError(f"{old}={common[old]!r}, as MXNet 1.x named it, is {new} now: pass {new} instead")
+        super().__init__(**common)
         self.rho = validate.fraction("rho", rho)
         self.momentum = validate.nonnegative("momentum", momentum)
         self.epsilon = validate.nonnegative("epsilon", epsilon)
@@ -123,3 +120,8 @@ class RMSProp(Optimizer):
         var = s.rho * var + s.one_minus_rho * (g * g)
         mom = s.momentum * mom - s.lr * (g / sqrt(var - mean * mean + s.epsilon))
         return (w + mom).clamp(-bound, bound), (mean, var, mom)
+
+
+@register
+class RMSProp(RMSPropRule, Optimizer, learning_rate=0.001):
+    pass

@@ -9,8 +9,8 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.kernels.sgd import sgd_momentum_update, sgd_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class SGDScalars(NamedTuple):
@@ -20,8 +20,7 @@ class SGDScalars(NamedTuple):
     momentum: float
 
 
-@register
-class SGD(Optimizer):
+class SGDRule(Rule):
     """Stochastic gradient descent with heavy-ball momentum (Polyak 1964; MXNet's `sgd_mom_update`).
 
         momentum == 0:  w_t = w_{t-1} - lr g_t
@@ -44,27 +43,10 @@ class SGD(Optimizer):
         ValueError: momentum < 0, or lazy_update with use_fused_step=False or multi_precision=True.
     """
 
-    supports_lazy_update = True
     variants = ({}, {"momentum": 0.9})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.1,
-        momentum: float = 0.0,
-        lazy_update: bool = False,
-        multi_precision: bool = False,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            learning_rate=learning_rate,
-            multi_precision=multi_precision,
-            use_fused_step=use_fused_step,
-            lazy_update=lazy_update,
-            **kwargs,
-        )
-        if lazy_update and multi_precision:
-            raise ValueError("lazy_update=True keeps no fp32 master: drop multi_precision=True")
+    def __init__(self, momentum: float = 0.0, **common: Any) -> None:
+        super().__init__(**common)
         self.momentum = validate.nonnegative("momentum", momentum)
 
     @property
@@ -88,3 +70,26 @@ class SGD(Optimizer):
         (momentum,) = state
         momentum = s.momentum * momentum - s.lr * g
         return w + momentum, (momentum,)
+
+
+@register
+class SGD(SGDRule, Optimizer):
+    supports_lazy_update = True
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.1,
+        momentum: float = 0.0,
+        lazy_update: bool = False,
+        multi_precision: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            momentum=momentum,
+            learning_rate=learning_rate,
+            multi_precision=multi_precision,
+            lazy_update=lazy_update,
+            **kwargs,
+        )
+        if lazy_update and multi_precision:
+            raise ValueError("lazy_update=True keeps no fp32 master: drop multi_precision=True")

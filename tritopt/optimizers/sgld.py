@@ -9,11 +9,12 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.random import STEPS, halves, key_words, normal
+from tritopt.engine.random_keys import halves, key_words
 from tritopt.engine.scalars import sqrt
 from tritopt.kernels.sgld import sgld_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.random import STEPS, normal
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class SGLDScalars(NamedTuple):
@@ -31,8 +32,7 @@ class SGLDScalars(NamedTuple):
     key_3: float
 
 
-@register
-class SGLD(Optimizer):
+class SGLDRule(Rule):
     """Stochastic gradient Langevin dynamics (Welling & Teh 2011, ICML, equation 4).
 
         w_t = w_{t-1} - lr / 2 g_t + sqrt(lr) z_t,   z_t normal with mean 0 and variance 1, independent
@@ -41,9 +41,9 @@ class SGLD(Optimizer):
     whole data set, so rescale_grad is its size. The noise is neither rescaled nor clipped. No state.
 
     z is a function of (seed, the parameter's index, its update count, the element's position in row-major order), the
-    same in both steps and on every machine to the last bit (engine/random.py); it has the precision of fp32, also for
-    fp64 weights, and begins anew after 2^24 updates. Indices are therefore ints, strings or tuples of such. Weights
-    that are not contiguous (channels_last, transposed) are copied to be updated.
+    same in both steps and on every machine to the last bit; it has the precision of fp32, also for fp64 weights, and
+    begins anew after 2^24 updates. Indices are therefore ints, strings or tuples of such. Weights that are not
+    contiguous (channels_last, transposed) are copied to be updated.
 
     Differs from MXNet's: noise has a seed of its own; a learning rate of 0 leaves the weight as it is; there is a fused
     step.
@@ -60,23 +60,13 @@ class SGLD(Optimizer):
     phases = (Apply(sgld_update, reads_offsets=True),)
     is_per_parameter = True
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.1,
-        use_fused_step: bool | None = None,
-        seed: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, seed: int = 0, **common: Any) -> None:
+        super().__init__(**common)
         self.seed = validate.count("seed", seed)
 
     def scalars_at(self, index: Hashable, lr: Any, wd: float, count: Any, *numbers: Any) -> SGLDScalars:
         """Every parameter has a key of its own."""
         return SGLDScalars(lr / 2, sqrt(lr), count % STEPS, *halves(key_words(self.seed, index)))
-
-    def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> SGLDScalars:
-        """As `scalars_at`."""
-        return self.scalars_at(index, lr, wd, count)
 
     def scalars(self, lr: float, wd: float, count: int) -> SGLDScalars:
         """Those of parameter 0."""
@@ -87,3 +77,8 @@ class SGLD(Optimizer):
         offsets = torch.arange(w.numel(), dtype=torch.int64, device=w.device).view(w.shape)
         noise = normal((s.key_0, s.key_1, s.key_2, s.key_3), offsets, s.step, 0).to(w.dtype)
         return w - s.half_lr * g + s.deviation * noise, ()
+
+
+@register
+class SGLD(SGLDRule, Optimizer, learning_rate=0.1):
+    pass

@@ -8,10 +8,10 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.exact import sign
 from tritopt.kernels.signum import signsgd_update, signum_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.kernels.twins.ops import sign
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class SignumScalars(NamedTuple):
@@ -24,8 +24,7 @@ class SignumScalars(NamedTuple):
     one_minus_momentum: float
 
 
-@register
-class Signum(Optimizer):
+class SignumRule(Rule):
     """Sign of the averaged gradient (Bernstein et al. 2018, arXiv:1802.04434, algorithms 1 and 2).
 
         momentum == 0:  w_t = w_{t-1} - lr (wd + wd_lh) w_{t-1} - lr sign(grad_t)
@@ -51,15 +50,8 @@ class Signum(Optimizer):
 
     variants = ({}, {"momentum": 0.0}, {"momentum": 0.5, "wd_lh": 0.05}, {"momentum": 0.0, "wd_lh": 0.05})
 
-    def __init__(
-        self,
-        learning_rate: float | None = 0.01,
-        momentum: float = 0.9,
-        wd_lh: float = 0.0,
-        use_fused_step: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+    def __init__(self, momentum: float = 0.9, wd_lh: float = 0.0, **common: Any) -> None:
+        super().__init__(**common)
         self.momentum = validate.fraction("momentum", momentum)
         self.wd_lh = validate.number("wd_lh", wd_lh)
 
@@ -92,3 +84,8 @@ class Signum(Optimizer):
         (momentum,) = state
         momentum = s.momentum * momentum - s.one_minus_momentum * g
         return s.keep * w + s.lr * sign(momentum), (momentum,)
+
+
+@register
+class Signum(SignumRule, Optimizer, learning_rate=0.01):
+    pass

@@ -8,8 +8,8 @@ import torch
 
 from tritopt.engine.driver import Apply
 from tritopt.kernels.test import test_update
-from tritopt.mxnet.optimizer import Optimizer, Values
-from tritopt.mxnet.registry import register
+from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.rule import Rule, Values
 
 
 class TestScalars(NamedTuple):
@@ -18,8 +18,7 @@ class TestScalars(NamedTuple):
     lr: float
 
 
-@register
-class Test(Optimizer):
+class TestRule(Rule):
     """Gradient descent without clipping, MXNet's `Test`: for testing what surrounds an optimizer.
 
         w_t = w_{t-1} - lr (rescale_grad grad_t + wd w_{t-1})
@@ -41,3 +40,8 @@ class Test(Optimizer):
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TestScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         return w - s.lr * g, state
+
+
+@register
+class Test(TestRule, Optimizer):
+    pass

@@ -10,7 +10,6 @@ import importlib
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations, islice, product, repeat
@@ -20,9 +19,13 @@ from typing import Any, NamedTuple
 import torch
 
 import tritopt
-from tritopt.engine import driver, plan, walk
-from tritopt.kernels.formats.states import BLOCK
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
+from tritopt.engine import plan, walk
+from tritopt.engine.driver import Apply
+from tritopt.engine.tuning.config import GENERIC, Config
+from tritopt.engine.validate import did_you_mean
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import BLOCK
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer
@@ -105,9 +108,9 @@ gradients."""
 
 N_STEPS = {False: 3, True: 2}
 """Steps of each case, by whether checks are quick."""
-SMALL = driver.Config(block_size=32, chunk_size=64)
+SMALL = Config(block_size=32, chunk_size=64)
 """For the interpreter, which takes about a millisecond per function call and block, however long the block is."""
-SMALL_OF_STATES = driver.Config(block_size=64, chunk_size=128)
+SMALL_OF_STATES = Config(block_size=64, chunk_size=128)
 """As many blocks a chunk, of states that share scales."""
 
 
@@ -294,7 +297,7 @@ def _goes_with(cls: type[Optimizer], variant: dict[str, Any], master: str | None
     if state_dtype is not None and all(fmt is PLAIN for fmt in formats):
         return False
     draws = master is not None and MASTERS[master].draws
-    return not draws or all(isinstance(phase, driver.Apply) for phase in launches)
+    return not draws or all(isinstance(phase, Apply) for phase in launches)
 
 
 def run_checks(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> Iterator[Row]:
@@ -377,7 +380,7 @@ def load_optimizer(target: str) -> type[Optimizer]:
             key for key, value in vars(module).items() if _is_optimizer(value) and value.__module__ == module.__name__
         ]
         raise ValueError(
-            f"module {module_name!r} has no {name!r}{registry.did_you_mean(name, known)} "
+            f"module {module_name!r} has no {name!r}{did_you_mean(name, known)} "
             f"its optimizers: {', '.join(known) or 'none'}"
         )
     cls: type[Optimizer] = getattr(module, name)
@@ -385,7 +388,7 @@ def load_optimizer(target: str) -> type[Optimizer]:
         cls = getattr(cls, "rule", cls)
     if not _is_optimizer(cls):
         raise TypeError(f"{target} is {cls!r:.80}, not a subclass of tritopt.Optimizer")
-    return registry.register(cls)
+    return Optimizer.register(cls)
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -406,31 +409,24 @@ def case_row(case: Case) -> Row:
     )
 
 
-def check_case(case: Case, n_steps: int = 3) -> Row:
-    """Run one case. Whatever an optimizer raises makes a failed row."""
+def check_case(case: Case, n_steps: int = 3, config: Config | None = None) -> Row:
+    """Run one case. Whatever an optimizer raises makes a failed row.
+
+    config: how kernels are launched; None: in small blocks in the interpreter, otherwise as tuned or by default.
+    """
     row = case_row(case)
-    small = SMALL if case.state_dtype is None else SMALL_OF_STATES
+    if config is None and INTERPRETED:
+        config = SMALL if case.state_dtype is None else SMALL_OF_STATES
     try:
-        with _launch_config(small if INTERPRETED else driver.CONFIG):
-            _run(case, n_steps, row)
+        _run(case, n_steps, row, config)
     except Exception as error:
         row.fail(f"{type(error).__name__}: {error}")
     return row
 
 
-@contextmanager
-def _launch_config(config: driver.Config) -> Iterator[None]:
-    before = driver.CONFIG
-    driver.CONFIG = config
-    try:
-        yield
-    finally:
-        driver.CONFIG = before
-
-
-def _run(case: Case, n_steps: int, row: Row) -> None:
+def _run(case: Case, n_steps: int, row: Row, config: Config | None) -> None:
     random = torch.Generator("cpu").manual_seed(0)
-    weights = _weights(case, random)
+    weights = _weights(case, random, config or GENERIC)
     weights = [weight if _accepts(case, weight) else weight.reshape(1, -1) for weight in weights]
     runs = {"reference": _contender(case, weights, use_fused_step=False)}
     if not case.has_kernel:
@@ -439,6 +435,7 @@ def _run(case: Case, n_steps: int, row: Row) -> None:
         row.reason = f"reference only: {reason}"
     else:
         runs = {"fused": _contender(case, weights, use_fused_step=True), **runs}
+        runs["fused"].optimizer._planner.config = config
     if _rereads(case):
         note = "weights not compared with the truth: they are computed from states as these are stored"
         row.reason = f"{row.reason}; {note}" if row.reason else note
@@ -625,9 +622,9 @@ def _ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.exp2((exponent - 1).double()) * info.eps
 
 
-def _weights(case: Case, random: torch.Generator) -> list[torch.Tensor]:
+def _weights(case: Case, random: torch.Generator, config: Config) -> list[torch.Tensor]:
     """One of each kind: a single tiny element, empty, several chunks and a tail, unaligned and zero, transposed."""
-    block, chunk = driver.CONFIG.block_size, driver.CONFIG.chunk_size
+    block, chunk = config.block_size, config.chunk_size
     # MXNet's `weight[:] = ...`, which a ported step is full of, does not take a 0-d tensor.
     smallest = () if case.cls.step is Optimizer.step else (1,)
     # A few elements more than share a scale.

@@ -12,16 +12,16 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
 from tritopt.engine import driver, private
-from tritopt.engine.group import Launch
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task
-from tritopt.engine.tuning.config import AMD, NVIDIA, Config
-from tritopt.kernels.formats.states import BLOCK
-from tritopt.kernels.formats.weights import PLAIN, Format, format_of
+from tritopt.engine.tuning.config import AMD, NVIDIA
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import BLOCK
+from tritopt.kernels.formats.weights import format_of
 from tritopt.kernels.language import INTERPRETED
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
@@ -95,21 +95,21 @@ def compile_launches(
 
     Raises RuntimeError under TRITON_INTERPRET=1, which replaces kernels by Python.
     """
-    return _compiled(lambda: _step(opt, weight_dtype, grad_dtype, fmt), arch)
+    return _compiled(lambda planner: _step(planner, opt, weight_dtype, grad_dtype, fmt), arch)
 
 
 def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunch]:
     """Likewise, the launches that a global norm of gradients takes (max_grad_norm)."""
-    return _compiled(lambda: Planner().squares("compile", [torch.zeros(64, 64, dtype=dtype, device="cpu")]), arch)
+    grads = [torch.zeros(64, 64, dtype=dtype, device="cpu")]
+    return _compiled(lambda planner: planner.squares("compile", grads), arch)
 
 
-def _compiled(step: Callable[[], Any], arch: int | str) -> list[CompiledLaunch]:
+def _compiled(step: Callable[[Planner], Any], arch: int | str) -> list[CompiledLaunch]:
     if INTERPRETED:
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
-    # A copy, since the very object that is shipped leaves the choice to each phase.
-    config = Config(*(NVIDIA if isinstance(arch, int) else AMD))
-    with mock.patch.object(driver, "CONFIG", config):
-        launches = recorded_launches(step)
+    planner = Planner()
+    planner.config = NVIDIA if isinstance(arch, int) else AMD
+    launches = recorded_launches(lambda: step(planner))
     return [_describe(launched, arch) for launched in launches]
 
 
@@ -139,7 +139,7 @@ def compile_launch(launched: Launched, arch: int | str) -> Any:
     return private.compile_for(arch, kernel, kinds, constants, launched.options)
 
 
-def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
+def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
     weight, grad = (torch.zeros(64, 64, dtype=dtype, device="cpu") for dtype in (weight_dtype, grad_dtype))
     planes = [weight] if fmt.companion_of is None else [weight, fmt.companion_of(weight, weight.float())]
     opt.multi_precision = False
@@ -149,7 +149,7 @@ def _step(opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fm
     # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
     rescale, noop = (torch.full((), x, dtype=torch.float32, device="cpu") for x in (1.0, 0.0))
     launch = Launch(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
-    Planner().apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
+    planner.apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
 
 
 def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:

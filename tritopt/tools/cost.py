@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine.state_dtype import Choice
-from tritopt.kernels.formats.states import BLOCK
-from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, PLAIN, SPLIT8, SPLIT16, Format
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.scales import BLOCK
+from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, SPLIT8, SPLIT16
 from tritopt.mxnet import registry
-from tritopt.mxnet.optimizer import Optimizer, State
+from tritopt.mxnet.optimizer import Optimizer
+from tritopt.rule import State
 
 
 class Precision(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tritopt.mxnet.registry import did_you_mean
+from tritopt.engine.validate import did_you_mean
 
 
 class Architecture(NamedTuple):

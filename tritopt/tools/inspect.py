@@ -23,7 +23,9 @@ from unittest import mock
 import torch
 
 from tritopt import optim
-from tritopt.kernels.formats.weights import MASTERS, PLAIN, Format
+from tritopt.engine.validate import did_you_mean
+from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer
@@ -136,7 +138,7 @@ def _key_of(name: str, known: Mapping[str, type[Optimizer]]) -> str:
     if name.lower() in (*known, NORM):
         return name.lower()
     names = [*registry.names(), *(f"optim.{key}" for key, value in vars(optim).items() if hasattr(value, "rule")), NORM]
-    near = registry.did_you_mean(name.lower(), names)
+    near = did_you_mean(name.lower(), names)
     raise ValueError(f"unknown optimizer {name!r}{near} known: {', '.join(names)}; or my_module:MyOptimizer")
 
 

@@ -22,7 +22,6 @@ from torch.nn import functional
 
 from tritopt import optim
 from tritopt.engine import validate
-from tritopt.mxnet import registry
 from tritopt.tools.check import device
 
 STEPS = 3000
@@ -84,7 +83,7 @@ def find_formats(names: Sequence[str] | None = None) -> list[StorageFormat]:
     for name in names or ():
         if name not in FORMATS:
             known = f"{', '.join(WEIGHTS)}, and after a plus {', '.join(filter(None, STATES))}"
-            raise ValueError(f"unknown format {name!r}{registry.did_you_mean(name, list(FORMATS))} known: {known}")
+            raise ValueError(f"unknown format {name!r}{validate.did_you_mean(name, list(FORMATS))} known: {known}")
     return [FORMATS[name] for name in dict.fromkeys(names or BY_DEFAULT)]
 
 
@@ -93,7 +92,7 @@ def find_optimizer(name: str) -> type[optim.Optimizer]:
     found = {key.lower(): value for key, value in vars(optim).items() if _is_public_optimizer(value)}
     if name.lower() not in found:
         known = [cls.__name__ for cls in found.values()]
-        raise ValueError(f"unknown optimizer {name!r}{registry.did_you_mean(name, known)} known: {', '.join(known)}")
+        raise ValueError(f"unknown optimizer {name!r}{validate.did_you_mean(name, known)} known: {', '.join(known)}")
     cls: type[optim.Optimizer] = found[name.lower()]
     return cls
 
@@ -159,7 +158,7 @@ def counted_bytes(opt: optim.Optimizer) -> Bytes:
     for group in opt.param_groups:
         rule = opt.rule_of(group)
         for param in group["params"]:
-            fmt = opt.format_of(param, group)
+            fmt = opt.layout_of(param, group).format
             n_elements += param.numel()
             kept = {key: value for key, value in opt.state[param].items() if getattr(value, "ndim", 0)}
             planes = [param.nbytes, *[kept[name].nbytes for name in kept if name == fmt.companion]]

@@ -10,13 +10,13 @@ from unittest import mock
 import torch
 
 from tritopt import optim
-from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group, Launch
+from tritopt.engine.group import Group
+from tritopt.engine.phase import Launch, Tunable
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Timer, Variant
 from tritopt.engine.tuning.cache import TuningCache
 from tritopt.engine.tuning.config import Config, SizeClass
-from tritopt.mxnet import registry
+from tritopt.engine.validate import did_you_mean
 from tritopt.tools.numerics import StorageFormat
 
 FORMATS = ("fp32", "master", "split16+bf16", "split8+int8")
@@ -36,7 +36,7 @@ def find_sizes(names: Sequence[str] | None = None) -> list[SizeClass]:
         elements = int(name) if name.replace("_", "").isdecimal() else 0
         if name not in config.SIZES and elements < 1:
             known = ", ".join(config.SIZES)
-            nearest = registry.did_you_mean(name, list(config.SIZES))
+            nearest = did_you_mean(name, list(config.SIZES))
             raise ValueError(f"unknown size {name!r}{nearest} known: {known}, or a number of elements")
         found.append(config.SIZES.get(name) or config.size_of(elements))
     return list(dict.fromkeys(found))
@@ -175,9 +175,9 @@ def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torc
     """
     found: list[Variant] = []
 
-    def choose(phase: Apply, group: Group, launch: Launch, source: str, n_earlier: int) -> Config:
+    def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Config:
         if autotune.has_choice(phase, group, launch):
-            found.append(Variant(phase, group.formats, group.dtypes, launch, source, n_earlier))
+            found.append(autotune.variant_of(phase, group, launch, n_earlier))
         return config.GENERIC
 
     param = torch.zeros(2, 64, dtype=storage.dtype, device=device, requires_grad=True)

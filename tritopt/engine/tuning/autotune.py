@@ -8,7 +8,6 @@ does not depend on it; see tritopt/engine/tuning/config.py.
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import threading
 import time
@@ -16,21 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-from tritopt.engine import private
 from tritopt.engine.device import is_capturing
-from tritopt.engine.group import Group, Launch, on_device_of, upload_table
+from tritopt.engine.group import Group, on_device_of, upload_table
+from tritopt.engine.phase import Launch, Tunable
 from tritopt.engine.tuning.cache import Entry, Key, TuningCache
 from tritopt.engine.tuning.config import (
     GENERIC,
     SMALL_TENSOR,
     Config,
     SizeClass,
-    adapted,
     from_fields,
     kernel_class,
     known_gpu,
@@ -38,13 +36,8 @@ from tritopt.engine.tuning.config import (
     size_of,
 )
 from tritopt.engine.warning import warn
-from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
 from tritopt.kernels.language import triton
-from tritopt.kernels.preambles import PREAMBLES
-
-if TYPE_CHECKING:
-    from tritopt.engine.driver import Apply
 
 Timer: TypeAlias = Callable[[Callable[[], object], float], float]
 """Takes what to run and how many seconds it may take; returns seconds per run."""
@@ -81,28 +74,25 @@ def is_enabled() -> bool:
 class Variant(NamedTuple):
     """A phase as it is launched for a group."""
 
-    phase: Apply
+    phase: Tunable
     formats: tuple[Format, ...]
     dtypes: tuple[torch.dtype, ...]
     launch: Launch
     source: str
-    """Hash of the functions that the phase is given."""
+    """Hash of all source that decides its kernel."""
     n_earlier: int
     """Sums per tensor that it receives."""
 
     def key(self, size: SizeClass) -> Key:
         """What a configuration of it is kept under."""
-        functions = (multi_tensor_apply, PREAMBLES[self.launch.preamble].kernel)
-        sources = [private.source_key(function) for function in functions]
-        text = repr((self.source, sources, self.phase[1:]))
         return Key(
-            str(self.phase.update.__name__),
+            self.phase.kernels[0],
             self.launch.preamble,
             tuple(fmt.name for fmt in self.formats),
             tuple(str(dtype).removeprefix("torch.") for dtype in self.dtypes),
             size.name,
             str(triton.__version__),
-            hashlib.sha256(text.encode()).hexdigest()[:16],
+            self.source,
         )
 
     @property
@@ -124,17 +114,22 @@ class Variant(NamedTuple):
         return [*planes[0], 1.0, *(n for state in planes[1:] for n in state)]
 
 
-def choose(phase: Apply, group: Group, launch: Launch, source: str, n_earlier: int) -> Config:
+def variant_of(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Variant:
+    """The phase as it is launched for this group."""
+    return Variant(phase, group.formats, group.dtypes, launch, phase.source(group, launch, n_earlier), n_earlier)
+
+
+def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Config:
     """The configuration for a phase of a group, before `config.adapted`. The same while this process lives.
 
     What this process has chosen before, else what the cache on disk has, else what `tune` finds if TRITOPT_AUTOTUNE=1,
-    else what is shipped. `source`, `n_earlier`: as `Variant` has them.
+    else what is shipped. `n_earlier`: as `Variant` has it.
     """
     wanted = is_enabled()
     gpu = gpu_of(group.device)
     if gpu is None or not has_choice(phase, group, launch):
         return GENERIC
-    variant = Variant(phase, group.formats, group.dtypes, launch, source, n_earlier)
+    variant = variant_of(phase, group, launch, n_earlier)
     size = size_of(sum(shape.numel() for shape in group.shapes), len(group.shapes))
     key = variant.key(size)
     with _LOCK:
@@ -154,10 +149,10 @@ def choose(phase: Apply, group: Group, launch: Launch, source: str, n_earlier: i
         return _CHOSEN[place]
 
 
-def has_choice(phase: Apply, group: Group, launch: Launch) -> bool:
+def has_choice(phase: Tunable, group: Group, launch: Launch) -> bool:
     """Whether the configuration changes nothing that is computed, and is worth a measurement."""
     # A gradient of some rows has their numbers behind it: small, and never twice alike.
-    return not phase.n_sums and launch.tracked is None and group.dtypes[-1] != torch.int64
+    return not phase.n_sums and launch.tracked is None and not group.has_rows
 
 
 _CHOSEN: dict[tuple[torch.device, Key], Config] = {}
@@ -171,7 +166,7 @@ def _tune_in_step(variant: Variant, size: SizeClass, place: tuple[torch.device, 
     device = place[0]
     if _spent >= PROCESS_SECONDS:
         warn(
-            f"{variant.phase.update.__name__}: launched as shipped, as this process has tuned for more than "
+            f"{variant.phase.kernels[0]}: launched as shipped, as this process has tuned for more than "
             f"{PROCESS_SECONDS:.0f} seconds; `tritopt tune` does it ahead of time"
         )
         return
@@ -180,7 +175,7 @@ def _tune_in_step(variant: Variant, size: SizeClass, place: tuple[torch.device, 
     _spent += time.monotonic() - began
     _CHOSEN[place] = tuned.config
     if tuned.failure is not None:
-        warn(f"{variant.phase.update.__name__}: launched as shipped, as tuning failed with {tuned.failure}")
+        warn(f"{variant.phase.kernels[0]}: launched as shipped, as tuning failed with {tuned.failure}")
     if tuned.entry is not None:
         cache.put(variant.key(size), tuned.entry)
 
@@ -363,7 +358,7 @@ class Scratch:
                 "what is free"
             )
         self.n_elements = int(lengths.sum())
-        self._variant, self._device, self._shapes = variant, device, [torch.Size([int(n)]) for n in lengths]
+        self._variant, self._device, shapes = variant, device, [torch.Size([int(n)]) for n in lengths]
         # Its own random numbers: the user's must be the same with and without tuning.
         random = torch.Generator(device).manual_seed(0)
         self._planes = self._filled(int(starts[-1]), random)
@@ -391,23 +386,14 @@ class Scratch:
         )
         n_sums = variant.n_earlier
         self._sums = torch.ones(len(lengths), n_sums, dtype=torch.float64, device=device) if n_sums else None
-        self._groups: dict[Config, Group] = {}
+        noise = [(i, 0, 0, 0) for i in range(len(lengths))]
+        self._group = Group(list(range(len(lengths))), device, variant.formats, variant.dtypes, shapes, noise)
+        upload_table(self._group, self._words, self._scalars)
 
     def launch(self, config: Config) -> None:
         """The phase, over all of them."""
-        group = self._groups.get(config)
-        if group is None:
-            group = self._groups[config] = self._group(config)
-        with on_device_of(group):
-            self._variant.phase.launch(group, self._launch, self._sums)
-
-    def _group(self, config: Config) -> Group:
-        variant, n = self._variant, len(self._shapes)
-        noise = [(i, 0, 0, 0) for i in range(n)]
-        group = Group(list(range(n)), self._device, variant.formats, variant.dtypes, self._shapes, noise)
-        pin(group, variant.phase, adapted(config, variant.formats, variant.dtypes))
-        upload_table(group, self._words, self._scalars)
-        return group
+        with on_device_of(self._group):
+            self._variant.phase.launch(self._group, self._launch._replace(config=config), self._sums)
 
     def _filled(self, n: int, random: torch.Generator) -> list[torch.Tensor]:
         """One tensor for each plane: weights, masters and gradients like real ones, all else 0 as in a first step."""
@@ -441,25 +427,3 @@ def _lengths(size: SizeClass) -> np.ndarray[Any, np.dtype[np.int64]]:
 def _spaced(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Where each tensor begins, and the end of the last."""
     return np.concatenate([[0], np.cumsum(-(-lengths // _ALIGN) * _ALIGN)]).astype(np.int64)
-
-
-# The hook.
-
-
-def config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int, source_of: Callable[..., str]) -> Config:
-    """`choose`, once for a group, and adapted to what it stores. `source_of`: makes `source` of the first four."""
-    # Not by the function itself, whose hash takes longer than all of this; it stays alive with what is kept.
-    name = (id(phase.update), phase.n_sums, launch.tracked is None)
-    return group.tables(name, lambda _: _choice(phase, group, launch, n_earlier, source_of))[0]  # type: ignore[no-any-return]
-
-
-def _choice(
-    phase: Apply, group: Group, launch: Launch, n_earlier: int, source_of: Callable[..., str]
-) -> tuple[Config, Any]:
-    config = choose(phase, group, launch, source_of(phase, group, launch, n_earlier), n_earlier)
-    return adapted(config, group.formats, group.dtypes), phase.update
-
-
-def pin(group: Group, phase: Apply, config: Config) -> None:
-    """Have a phase of a group that has not been launched always launched so."""
-    group.tables((id(phase.update), phase.n_sums, True), lambda _: (config, phase.update))

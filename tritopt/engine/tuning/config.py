@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
-from tritopt.kernels.formats.weights import Format
+from tritopt.kernels.formats.format import Format
 
 
 class Config(NamedTuple):

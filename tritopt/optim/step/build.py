@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group, Launch, Rows
+from tritopt.engine.group import Group, Rows
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, unavailable
-from tritopt.engine.random import Noise
 from tritopt.engine.telemetry import refuse
 from tritopt.engine.warning import warn_once
+from tritopt.kernels.twins.random import Noise
 from tritopt.optim import distributed
 from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import Hypers
 from tritopt.optim.step.members import Bucket, Member, Number, Only, launch_for, same_group
+from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.replay import WarmStep
 from tritopt.optim.step.scalar_table import host_rows
 from tritopt.optim.step.undo import Undo
-
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
 
 
 class ColdStep:
@@ -118,7 +116,7 @@ class ColdStep:
         """After the last launch."""
         distributed.mark_written(member.param for member in self.members)
 
-    def next(self, opt: Optimizer, hypers: Hypers) -> WarmStep | None:
+    def next(self, opt: Owner, hypers: Hypers) -> WarmStep | None:
         """The next step, if it can be like this one."""
         if sum(len(bucket.places) for bucket, _ in self._launched) != len(self.members):
             return None
@@ -129,18 +127,17 @@ class ColdStep:
         norm_groups = [] if opt.max_grad_norm is None else self._planner.groups_of_squares(self._key)
         if norm_groups is None:  # so many plans that this one had to go
             return None
-        return WarmStep(opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
+        return WarmStep(self._planner, opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
 
 
-def runs_fused(opt: Optimizer, member: Member) -> bool:
+def runs_fused(opt: Owner, member: Member) -> bool:
     """Whether a kernel updates it. RuntimeError if one must and cannot."""
     wanted, part = member.group["fused"], local(member.param)
     if wanted is False or member.group.get("differentiable"):
         return False
-    reason = unavailable(part)
+    reason = unavailable(part, "pass fused=False to run the reference step")
     if reason is None and member.needs_whole:
         reason = f"{type(opt).__name__} has no kernel for tensors that are sharded over processes"
-    reason = reason and reason.replace("use_fused_step=False", "fused=False")
     if reason and wanted and part.device.type == "cpu":
         warn_once(opt, f"fused=True on the CPU runs the reference: {reason}")
     elif reason and wanted:
@@ -148,11 +145,11 @@ def runs_fused(opt: Optimizer, member: Member) -> bool:
     return reason is None
 
 
-def check_tracked(opt: Optimizer, members: Sequence[Member], fused: Sequence[bool]) -> None:
+def check_tracked(opt: Owner, members: Sequence[Member], fused: Sequence[bool]) -> None:
     """ValueError if there is no telemetry of a member."""
     for member, is_fused in zip(members, fused, strict=True):
         if is_fused and not all(isinstance(phase, Apply) for phase in member.rule.phases):
-            refuse(type(opt).__name__)
+            refuse(type(opt).__name__, "fused=False")
         if member.needs_whole:
             raise ValueError(
                 f"track=True needs the kernel of {type(opt).__name__} for tensors that are sharded over processes: "

@@ -6,17 +6,15 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from tritopt.engine import validate
 from tritopt.engine.walk import walk
-from tritopt.mxnet.optimizer import Optimizer as Rule
 from tritopt.optim.step.members import Number, lives_on_device, rate
-
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
+from tritopt.optim.step.owner import Owner
+from tritopt.rule import Rule
 
 _SETTLED = (float, int, bool, str, torch.dtype, type(None))
 """Types whose values do not change without becoming other objects."""
@@ -56,7 +54,7 @@ class Hypers:
         self._unsettled: list[int] = []
         self._walk = walk()
 
-    def refresh(self, opt: Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+    def refresh(self, opt: Owner, groups: Sequence[dict[str, Any]]) -> None:
         """Take up what has changed. ValueError for values out of range; then nothing is taken up."""
         groups = list(groups)
         if not self._walk.same(groups, self.groups):
@@ -142,7 +140,7 @@ def _refuse_derivatives(group: dict[str, Any]) -> None:
                 )
 
 
-def _hyper(opt: Optimizer, group: dict[str, Any]) -> Hyper:
+def _hyper(opt: Owner, group: dict[str, Any]) -> Hyper:
     opt.check_group(group)
     if group.get("differentiable"):
         _refuse_derivatives(group)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Launch
+from tritopt.engine.phase import Launch
 from tritopt.engine.plan import unavailable
 from tritopt.engine.row_phase import ApplyRows
-from tritopt.mxnet.optimizer import Optimizer as Rule
 from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
 from tritopt.optim.layout import Layout
-
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
+from tritopt.optim.step.owner import Owner
+from tritopt.rule import Rule
 
 Number: TypeAlias = float | torch.Tensor
 
@@ -43,11 +41,11 @@ class Member(NamedTuple):
 
 
 def member_of(
-    opt: Optimizer, position: int, name: Hashable, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any],
+    opt: Owner, position: int, name: Hashable, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any],
     rule: Rule,
 ) -> Member:  # fmt: skip
     """A parameter of a group with this rule."""
-    layout = opt.layouts.of(opt, param, group, rule)
+    layout = opt.layouts.of(param, group, rule)
     return Member(position, name, param, grad, group, rule, layout, _needs_whole(param, group, rule))
 
 
@@ -78,10 +76,8 @@ def launch_for(bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, li
     """A bucket's launch, but for what comes with each step."""
     members = [member for some in bucket.runs for member in some]
     rule = members[0].rule
-    launch = Launch(rule.phases, scalars, rule.preamble, draws=bucket.draws)
-    if any(phase.sums_elements for phase in launch.phases):
-        launch.reduce = shard_sums(bucket.key, members) or None
-    return launch
+    sums = shard_sums(bucket.key, members) if any(phase.sums_elements for phase in rule.phases) else None
+    return Launch(rule.phases, scalars, rule.preamble, draws=bucket.draws, reduce=sums or None)
 
 
 class Only(NamedTuple):
@@ -93,19 +89,19 @@ class Only(NamedTuple):
     group: dict[str, Any]
 
 
-def groups_of(opt: Optimizer, only: Only | None) -> list[dict[str, Any]]:
+def groups_of(opt: Owner, only: Only | None) -> list[dict[str, Any]]:
     """The param_groups that a step looks at."""
     return opt.param_groups if only is None else [only.group]
 
 
-def params_of(opt: Optimizer, only: Only | None) -> list[torch.Tensor]:
+def params_of(opt: Owner, only: Only | None) -> list[torch.Tensor]:
     """The parameters that a step looks at."""
     if only is not None:
         return [only.param]
     return [param for group in opt.param_groups for param in group["params"]]
 
 
-def names_of(opt: Optimizer) -> list[Hashable]:
+def names_of(opt: Owner) -> list[Hashable]:
     """Of all parameters: their names where they have some, else their positions."""
     found: list[Hashable] = []
     for group in opt.param_groups:
@@ -113,7 +109,7 @@ def names_of(opt: Optimizer) -> list[Hashable]:
     return found
 
 
-def members_of(opt: Optimizer, only: Only | None = None) -> list[Member]:
+def members_of(opt: Owner, only: Only | None = None) -> list[Member]:
     """All parameters that have a gradient, or the only one."""
     if only is not None:
         assert only.param.grad is not None

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from tritopt.engine.group import Array, Group, Launch, Rows, refresh_table, run_phases, upload_table
-from tritopt.engine.plan import squares_of
+from tritopt.engine.group import Array, Group, Rows, refresh_table, upload_table
+from tritopt.engine.phase import Launch, run_phases
+from tritopt.engine.plan import Planner
 from tritopt.engine.walk import known_states, n_words, walk
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import Hypers
 from tritopt.optim.step.members import Bucket, Member, Only, groups_of, launch_for, params_of
+from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.scalar_table import HostRows
 from tritopt.optim.step.undo import Undo
-
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
 
 _NO_ROW = np.array([[1.0, np.inf, 0.0]])
 
@@ -76,6 +75,7 @@ class WarmStep:
     """Built after a step that was launched without copies. See the module.
 
     Args:
+        planner: of the optimizer.
         opt: the optimizer.
         hypers: its hyperparameters.
         members: all parameters that had a gradient.
@@ -87,7 +87,8 @@ class WarmStep:
 
     def __init__(
         self,
-        opt: Optimizer,
+        planner: Planner,
+        opt: Owner,
         hypers: Hypers,
         members: Sequence[Member],
         launched: Sequence[tuple[Bucket, list[Group]]],
@@ -95,6 +96,7 @@ class WarmStep:
         only: Only | None,
         like: WarmStep | None,
     ) -> None:
+        self._planner = planner
         self.members = _without_gradients(members)
         stripped = {id(member): new for member, new in zip(members, self.members, strict=True)}
         self.positions = [member.position for member in members]
@@ -142,7 +144,7 @@ class WarmStep:
         self.has_other_gradients = False
         """Whether `holds` found other gradients than before, and all else as it was, when it was asked last."""
 
-    def holds(self, opt: Optimizer, hypers: Hypers) -> bool:
+    def holds(self, opt: Owner, hypers: Hypers) -> bool:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
         ask, self.has_other_gradients = self._walk, False
         if self._known[0] is None or self._weights_are is None or self._kinds is None:
@@ -165,7 +167,7 @@ class WarmStep:
         for table in self._norm_tables:
             table.upload(self._grads, self._no_rows, _NO_ROW)
         groups = [table.group for table in self._norm_tables]
-        return squares_of(groups, len(self.members), self.device, reduce if reduce else None)
+        return self._planner.squares_of(groups, len(self.members), self.device, reduce if reduce else None)
 
     def host_rows(self, bucket: Bucket, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
         """Of the bucket's members."""
@@ -177,7 +179,7 @@ class WarmStep:
         """Of a bucket; the same each time."""
         launches = self._updates[id(bucket)].launches
         if not launches:
-            launches.append(launch_for(bucket, scalars, shard_sums))
+            launches.append(self._planner.configured(launch_for(bucket, scalars, shard_sums)))
         return launches[0]
 
     def launch(self, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
@@ -192,15 +194,15 @@ class WarmStep:
         """Autograd must learn of writes that it did not make."""
         torch.autograd.graph.increment_version(self._members_params)
 
-    def next(self, opt: Optimizer, hypers: Hypers) -> WarmStep:
+    def next(self, opt: Owner, hypers: Hypers) -> WarmStep:
         """The next step may be like this one."""
         return self
 
-    def _states_now(self, opt: Optimizer) -> list[dict[str, Any]]:
+    def _states_now(self, opt: Owner) -> list[dict[str, Any]]:
         """Of all parameters, in the order of their first step: to look them up one by one takes longer."""
         return list(opt.state.values()) if self._only is None else [opt.state.get(self._only.param, {})]
 
-    def _owners_now(self, opt: Optimizer) -> list[Any]:
+    def _owners_now(self, opt: Owner) -> list[Any]:
         """The parameters whose states `_states_now` gives, in that order."""
         return list(opt.state) if self._only is None else []
 
@@ -223,7 +225,7 @@ class WarmStep:
     def _of_members(self, found: Array) -> Array:
         return found if self._with_grad is None else found[self._with_grad]
 
-    def _takes_hypers(self, opt: Optimizer, hypers: Hypers) -> bool:
+    def _takes_hypers(self, opt: Owner, hypers: Hypers) -> bool:
         if hypers is self._hypers and hypers.generation == self._generation:
             return True
         groups = groups_of(opt, self._only)
@@ -251,7 +253,7 @@ class WarmStep:
         return list(map(local, self._members_params)) if self._is_sharded else self._members_params
 
 
-def _options(opt: Optimizer) -> tuple[Any, ...]:
+def _options(opt: Owner) -> tuple[Any, ...]:
     """What is in no group, and decides which launches a step takes, or the random bits."""
     return opt.max_grad_norm is None, opt.track, opt.rounding_seed
 

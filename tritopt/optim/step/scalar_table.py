@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tritopt.engine.group import Array, Rows
-from tritopt.engine.random import STEPS
+from tritopt.kernels.twins.random import STEPS
 from tritopt.optim.distributed import key_of_shard, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import Hypers

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from tritopt.engine import validate
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.state_dtype import stored
-from tritopt.kernels.formats.weights import PLAIN
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.optim import distributed
-from tritopt.optim.checkpoint import COMPANIONS, completes, is_stored_as, keys_of, received, take_companion, take_states
+from tritopt.optim.convert import COMPANIONS, completes, is_stored_as, received, take_companion, take_states
 from tritopt.optim.distributed import is_dtensor
-from tritopt.optim.layout import Layout
+from tritopt.optim.layout import Layout, keys_of
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.members import Member
-
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
+from tritopt.optim.step.owner import Owner
 
 Replaced: TypeAlias = list[tuple[torch.Tensor, dict[str, Any]]]
 """Parameters, and the states they had; empty ones where they had none."""
@@ -51,7 +49,7 @@ class Complete:
             self._known[member.position] = member.layout, member.param.stride(), member.param.device
 
 
-def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarStates, replaced: Replaced) -> None:
+def create_missing(opt: Owner, members: Sequence[Member], numbers: ScalarStates, replaced: Replaced) -> None:
     """Complete states, whose numbers are bound. `replaced` gets what they were before."""
     for member in members:
         param, layout = member.param, member.layout
@@ -69,7 +67,7 @@ def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarSta
             and all(is_stored_as(param, state, name, of_state, expected) for name, of_state in formats.items())
         ):
             continue
-        if opt.begins_anew(state):
+        if opt.layouts.begins_anew(state):
             numbers.begin_anew(member.position)
         made = {**state, **(numbers.views(member.position) if layout.shows_numbers and "step" not in state else {})}
         take_companion(param, made, fmt)
@@ -96,7 +94,7 @@ def create_missing(opt: Optimizer, members: Sequence[Member], numbers: ScalarSta
         numbers.take(member.position)
 
 
-def put_back(opt: Optimizer, replaced: Replaced) -> None:
+def put_back(opt: Owner, replaced: Replaced) -> None:
     """After a failure: the states as they were."""
     for param, state in replaced:
         if state:
@@ -105,7 +103,7 @@ def put_back(opt: Optimizer, replaced: Replaced) -> None:
             opt.state.pop(param, None)
 
 
-def task_of(opt: Optimizer, member: Member, is_complete: bool = False) -> Task:
+def task_of(opt: Owner, member: Member, is_complete: bool = False) -> Task:
     """The parameter's tensors, checked: their local parts, unless the reference must see them whole.
 
     is_complete: whether its states are known to be right (`Complete`).
@@ -120,7 +118,7 @@ def task_of(opt: Optimizer, member: Member, is_complete: bool = False) -> Task:
     weight = part(param) if member.group.get("differentiable") else part(param).detach()
     fmt, formats = member.layout.format, tuple(member.layout.formats.values())
     planes = (weight,) if not fmt.companion else (weight, part(state[fmt.companion]))
-    values = tuple(map(part, opt.states_of(member.layout, state)))
+    values = tuple(map(part, opt.layouts.planes(member.layout, state)))
     validate.weight_and_grad(member.name, weight, part(grad))
     task = Task(planes, fmt, part(grad), values, state_formats=formats)
     if not is_complete:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -32,13 +32,11 @@ from tritopt.optim.step.members import (
     params_of,
     same_group,
 )
+from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.replay import WarmStep
 from tritopt.optim.step.scalar_table import RowTable
 from tritopt.optim.step.states import Complete, check_aliases, create_missing, task_of
 from tritopt.optim.step.undo import Undo
-
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
 
 
 class Stepper:
@@ -73,7 +71,7 @@ class Stepper:
         self._streams: dict[torch.device, int] = {}
         """Those of the last step whose scalars were formed on the device."""
 
-    def update(self, opt: Optimizer, only: Only | None = None, is_captured: bool = False) -> None:
+    def update(self, opt: Owner, only: Only | None = None, is_captured: bool = False) -> None:
         """Update every parameter that has a gradient, or only one. Checks all before it writes anything.
 
         After a failure or an interrupt, parameters that no kernel was launched for have the weights, states and counts
@@ -92,7 +90,7 @@ class Stepper:
             self._forget_plans()
             raise
 
-    def _update(self, opt: Optimizer, only: Only | None, is_captured: bool, undo: Undo) -> None:
+    def _update(self, opt: Owner, only: Only | None, is_captured: bool, undo: Undo) -> None:
         found_inf, grad_scale = _scalar(getattr(opt, "found_inf", None)), _scalar(getattr(opt, "grad_scale", None))
         hypers = self._hypers if only is None else self._hypers_of.setdefault(only.position, Hypers())
         hypers.refresh(opt, groups_of(opt, only))
@@ -109,9 +107,7 @@ class Stepper:
         undo.replaced.clear()
         for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
             launch = step.launch_of(bucket, scalars, self._shard_sums)
-            launch.rescale = _on(rescale, bucket.device)
-            launch.noop = _on(found_inf, bucket.device)
-            launch.tracked = [] if opt.track else None
+            launch = launch.given(_on(rescale, bucket.device), _on(found_inf, bucket.device), [] if opt.track else None)
             step.launch(bucket, values, launch, undo)
             if launch.tracked is not None:
                 self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
@@ -133,11 +129,12 @@ class Stepper:
             share_with_streams(self._tensors())
 
     def _forget_plans(self) -> None:
-        self._planner, self._clip, self._hypers, self._warm = Planner(), Clip(), Hypers(), None
+        self._planner.forget()
+        self._clip, self._hypers, self._warm = Clip(), Hypers(), None
         self._hypers_of, self._warm_of, self._tables = {}, {}, {}
         self._params, self._warm_by_gradients, self._complete = [], Recent(), Complete()
 
-    def create_states(self, opt: Optimizer) -> None:
+    def create_states(self, opt: Owner) -> None:
         """Make the states of all parameters, as they are otherwise made with a first gradient."""
         members = [
             member_of(opt, position, name, param, param, group, opt.rule_of(group))
@@ -146,13 +143,17 @@ class Stepper:
         self._bind(opt, CPU)
         create_missing(opt, members, self._numbers, [])
 
-    def _bind(self, opt: Optimizer, device: torch.device) -> None:
+    def _bind(self, opt: Owner, device: torch.device) -> None:
         owned = _owned(opt)
         states = [opt.state.get(param, {}) for param, _ in owned]
-        self._numbers.bind(states, device, lambda position: opt.shows_numbers(*owned[position]), opt.first_count)
+
+        def is_shown(position: int) -> bool:
+            return opt.layout_of(*owned[position]).shows_numbers
+
+        self._numbers.bind(states, device, is_shown, opt.layouts.first_count)
 
     def _step(
-        self, opt: Optimizer, hypers: Hypers, on_device: bool, undo: Undo, only: Only | None
+        self, opt: Owner, hypers: Hypers, on_device: bool, undo: Undo, only: Only | None
     ) -> ColdStep | WarmStep | None:
         """What is to be done, checked."""
         like = None
@@ -187,7 +188,7 @@ class Stepper:
         complete.add(others)
         return ColdStep(self._planner, members, tasks, hypers.rates, fused, only, None if undo.replaced else like)
 
-    def telemetry(self, opt: Optimizer) -> Telemetry:
+    def telemetry(self, opt: Owner) -> Telemetry:
         """`Optimizer.telemetry`."""
         check_asked(opt.track, type(opt).__name__)
         params = params_of(opt, None)
@@ -199,7 +200,7 @@ class Stepper:
             sums = on_device.cpu()
         return telemetry(names_of(opt), [param.numel() for param in params], sums)
 
-    def _warm_steps(self, opt: Optimizer, only: Only | None) -> Iterator[WarmStep]:
+    def _warm_steps(self, opt: Owner, only: Only | None) -> Iterator[WarmStep]:
         """Yield steps that this one may repeat: the last, and the last with gradients of the same parameters."""
         if only is not None:
             found = self._warm_of.pop(only.position, None)
@@ -219,7 +220,7 @@ class Stepper:
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._params, self._warm_by_gradients = params, Recent()
 
-    def _keep_warm(self, opt: Optimizer, only: Only | None, step: WarmStep | None, is_new: bool) -> None:
+    def _keep_warm(self, opt: Owner, only: Only | None, step: WarmStep | None, is_new: bool) -> None:
         if only is not None:
             if step is not None:
                 self._warm_of[only.position] = step
@@ -229,7 +230,7 @@ class Stepper:
             self._warm_by_gradients.put(_with_gradients(params_of(opt, None)), step, len(step.members))
 
     def _gradient_scale(
-        self, opt: Optimizer, step: ColdStep | WarmStep, grad_scale: torch.Tensor | None
+        self, opt: Owner, step: ColdStep | WarmStep, grad_scale: torch.Tensor | None
     ) -> torch.Tensor | None:
         """What gradients are multiplied by, fp64 [] on the device: loss scale and clip. NaN: skip."""
         inverse = None if grad_scale is None else 1.0 / grad_scale.double()
@@ -270,7 +271,7 @@ class Stepper:
         return sums
 
 
-def _owned(opt: Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+def _owned(opt: Owner) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     """All parameters, and their groups."""
     return [(param, group) for group in opt.param_groups for param in group["params"]]
 

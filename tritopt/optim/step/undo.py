@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tritopt.engine.launcher import Updates
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.members import Member
+from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.states import Replaced, put_back
-
-if TYPE_CHECKING:
-    from tritopt.optim.optimizer import Optimizer
 
 
 class Undo:
@@ -22,7 +20,7 @@ class Undo:
         numbers: those of its parameters.
     """
 
-    def __init__(self, opt: Optimizer, numbers: ScalarStates) -> None:
+    def __init__(self, opt: Owner, numbers: ScalarStates) -> None:
         self.replaced: Replaced = []
         """States that the step has completed; none any more once it updates, since a complete one says the same."""
         self._opt = opt

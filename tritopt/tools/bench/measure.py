@@ -104,7 +104,7 @@ def resident(optimizer: str, fmt: StorageFormat) -> float:
     """Bytes per parameter of a large matrix, gradient included, before there are any states."""
     weight = torch.nn.Parameter(torch.zeros(128, 128, dtype=fmt.dtype, device="cpu"))
     opt = make(optimizer, fmt, [weight])
-    states = opt.expected_states(weight, opt.param_groups[0]).values()
+    states = opt.layout_of(weight, opt.param_groups[0]).expected.values()
     return 2 * fmt.dtype.itemsize + sum(prod(s.shape) * s.dtype.itemsize for s in states) / weight.numel()
 
 

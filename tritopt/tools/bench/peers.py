@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tritopt.mxnet.registry import did_you_mean
+from tritopt.engine.validate import did_you_mean
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -19,6 +19,7 @@ import torch
 
 import tritopt
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED, triton
+from tritopt.mxnet.optimizer import with_api
 from tritopt.tools import check, numerics
 from tritopt.tools.bench import measure, peers
 from tritopt.tools.bench.device import Device, Rehearsal
@@ -272,7 +273,7 @@ def gate(optimizer: str, fmt: numerics.StorageFormat) -> str | None:
     group = opt.param_groups[0]
     is_low = fmt.dtype in (torch.bfloat16, torch.float16)
     case = check.Case(
-        cls=opt.rule,
+        cls=with_api(opt.rule),
         variant=_variant(opt, group),
         weight_dtype=fmt.dtype,
         grad_dtype=fmt.dtype,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple, TypeAlias
 
-from tritopt.mxnet.registry import did_you_mean
+from tritopt.engine.validate import did_you_mean
 
 Shape: TypeAlias = tuple[int, ...]
 

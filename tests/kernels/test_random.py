@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tritopt.engine import random
-from tritopt.engine.random import STEPS, halves, key_words, philox4x32
+from tritopt.engine.random_keys import halves, key_words
 from tritopt.kernels.language import HAS_TRITON, tl, triton
 from tritopt.kernels.random import normal, philox
+from tritopt.kernels.twins import random
+from tritopt.kernels.twins.random import STEPS, philox4x32
 
-ROOT = Path(__file__).resolve().parents[2]
 WORD = 2**32 - 1
 
 
@@ -149,32 +146,3 @@ def test_normal_is_normal() -> None:
     distance = torch.maximum(distribution - steps, steps + 1 / n - distribution).max()
     assert float(distance) < math.sqrt(math.log(2 / 1e-4) / 2 / n)
     assert int((z.abs() > 3).sum()) == pytest.approx(0.0027 * n, abs=4 * math.sqrt(0.0027 * n))
-
-
-def test_key_says_apart_what_differs() -> None:
-    indices = [0, 1, "0", "1", "weight", (0,), (0, 1), ("0", 1), ((0, 1),), "(0, 1)"]
-    keys = [key_words(seed, index) for seed in (0, 1, 10) for index in indices]
-    assert len(set(keys)) == len(keys)
-    assert all(0 <= word <= WORD for key in keys for word in key)
-
-
-def test_key_is_the_same_for_what_is_equal() -> None:
-    assert key_words(0, 3) == key_words(0, np.int64(3)) == key_words(np.int32(0), 3)  # type: ignore[arg-type]
-    assert key_words(0, "w") == key_words(0, np.str_("w"))
-
-
-def test_key_is_the_same_in_another_process() -> None:
-    """Python's own hash of a str is not."""
-    program = "from tritopt.engine.random import key_words; print(*key_words(5, ('layer', 7, 'größe')))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert tuple(map(int, done.stdout.split())) == key_words(5, ("layer", 7, "größe"))
-
-
-@pytest.mark.parametrize("index", [object(), 1.5, None, (0, object())], ids=["object", "float", "None", "tuple"])
-def test_key_refuses_an_index_that_may_not_last(index: object) -> None:
-    with pytest.raises(TypeError, match=r"parameter .* use an int, a str or a tuple of such"):
-        key_words(0, index)
-
-
-def test_halves_put_together_are_the_words() -> None:
-    assert halves((0x12345678, 0x9ABCDEF0)) == (0x5678, 0x1234, 0xDEF0, 0x9ABC)

@@ -1,4 +1,4 @@
-"""Random numbers by counter: Philox4x32-10 (Salmon et al. 2011), the twins of kernels/random.py, equal in every bit.
+"""Random numbers by counter: Philox4x32-10 (Salmon et al. 2011), as kernels/random.py draws them, to the bit.
 
 A number is a function of (seed, parameter, element, step, stream) and of nothing else: not of chunks, launches, the
 order of parameters, memory layout, device or process. Seed and parameter are hashed into the key, on the host. The
@@ -10,26 +10,28 @@ on the last bits of a logarithm.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Hashable
-from numbers import Integral
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
-from tritopt.engine.exact import sqrt
+from tritopt.kernels.memory import is_dense
+from tritopt.kernels.twins.ops import sqrt
 
 Key: TypeAlias = tuple[float, float, float, float]
 """Four 16-bit numbers, lowest first, which every compute dtype holds exactly: it can stand among scalars."""
 Words: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """int64 in [0, 2^32)."""
+STEPS = 2**24
+"""Number of steps that fp32 scalars tell apart; after them steps begin anew, and the numbers with them."""
+_WORD = 2**32 - 1
+_ROUNDING = 1  # the stream of rounding
 
 
 class Noise(NamedTuple):
-    """What random bits of one parameter at one step are made of."""
+    """Everything that the random bits of one parameter at one step depend on."""
 
     key: int
-    """64 bits, signed: of `key_words`."""
+    """64 bits, signed: a hash of the seed and the parameter."""
     first: int
     """Position of the first element here in the whole parameter."""
     width: int
@@ -37,15 +39,14 @@ class Noise(NamedTuple):
     gap: int
     """How many positions lie between two rows."""
     step: float
-    """In [0, STEPS)."""
+    """Number of the step, in [0, STEPS)."""
     row_major: bool = False
     """Whether elements are numbered in the usual order of dimensions, and not as they lie in memory."""
-
     shift: int = 0
     """How many places on among its eight neighbours an element takes its bits from."""
 
     def bits16(self, plane: torch.Tensor) -> torch.Tensor:
-        """16 random bits for each element of a plane, int64; neighbours in memory share a Philox call."""
+        """Draw 16 bits for each element of a plane, int64: the twin of `random_bits16`."""
         n = plane.numel()
         if self.gap:
             places = torch.arange(n, dtype=torch.int64, device=plane.device)
@@ -60,74 +61,11 @@ class Noise(NamedTuple):
         return bits.clone().as_strided(plane.shape, plane.stride()) if in_memory else bits.reshape(plane.shape)
 
     def _of_groups(self, groups: torch.Tensor) -> torch.Tensor:
-        """Of eight elements each, int64 [groups, 8]."""
+        """Draw 16 bits for the eight elements of each group, int64 [groups, 8]."""
         zero = torch.zeros_like(groups)
         counter = (groups & _WORD, (groups >> 32) & _WORD, zero + int(self.step), zero + _ROUNDING)
         words = torch.stack(philox4x32((self.key & _WORD, self.key >> 32 & _WORD), counter), dim=1)
         return torch.stack((words & 0xFFFF, words >> 16), dim=2).view(-1, 8).roll(-self.shift, 1)
-
-
-def noise_key(seed: int, index: Hashable) -> int:
-    """The key of `Noise`, as an int64."""
-    low, high = key_words(seed, index)
-    return (low | high << 32) - (high >> 31 << 64)
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill a block of memory without gaps or overlaps, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def lies_like(state: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the elements lie in memory as those of the weight do when a step reads them."""
-    usual = torch.empty(weight.shape, dtype=weight.dtype, device="meta").stride()
-    expected = weight.stride() if is_dense(weight) else usual
-    return all(n <= 1 or a == b for n, a, b in zip(weight.shape, state.stride(), expected, strict=True))
-
-
-STEPS = 2**24
-"""As many steps stand exactly among scalars, as fp32; then they begin anew, and the numbers with them."""
-_WORD = 2**32 - 1
-_ROUNDING = 1  # the stream of rounding
-
-
-def key_words(seed: int, index: Hashable) -> tuple[int, int]:
-    """The two 32-bit words, low one first, of the key for one parameter.
-
-    >>> [hex(word) for word in key_words(0, "weight")]
-    ['0xc0ac88e1', '0xf14daa9d']
-
-    Raises:
-        TypeError: an index that may look different in the next process.
-    """
-    text = ascii((int(seed), _canonical(index)))
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"tritopt").digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
-def _canonical(index: Any) -> Any:
-    """Plain Python values; equal ones for equal indices."""
-    if isinstance(index, Integral):
-        return int(index)
-    if isinstance(index, str):
-        return str.__str__(index)
-    if isinstance(index, tuple):
-        return tuple(map(_canonical, index))
-    raise TypeError(
-        f"parameter {index!r}: random numbers are keyed by the index, which must mean the same in every process; use "
-        "an int, a str or a tuple of such"
-    )
-
-
-def halves(words: tuple[int, int]) -> Key:
-    """The words as kernels, and the functions here, take a key."""
-    low, high = words
-    return float(low & 0xFFFF), float(low >> 16), float(high & 0xFFFF), float(high >> 16)
 
 
 def philox(key: Key, offsets: torch.Tensor, step: float, stream: int) -> Words:

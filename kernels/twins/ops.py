@@ -1,4 +1,7 @@
-"""Torch twins of kernels/ops.py: operations whose torch default on CPU is not rounded to nearest."""
+"""PyTorch twins of kernels/ops.py, and the norms that references of several optimizers take.
+
+They have the names of the kernels, so that a reference and its update function read as the same text.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,13 @@ def sign(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, x))
 
 
+def add_decay(x: torch.Tensor, w: torch.Tensor, wd: Any) -> torch.Tensor:
+    """x + wd w; x alone where wd is 0. wd: a number, or a tensor that is differentiated by, which is never skipped."""
+    return x + wd * w if isinstance(wd, torch.Tensor) or wd != 0 else x
+
+
 def decay_of(w: torch.Tensor, wd: Any) -> Any:
-    """wd, but none of a tensor whose norm is infinite, where it would make NaN of what is."""
+    """Decay of a tensor: wd, but 0 if the norm is infinite, where it would make NaN of what is finite."""
     return 0.0 if norm(w).isinf() else wd
 
 
@@ -45,3 +53,9 @@ def trust_ratio(w: torch.Tensor, direction: torch.Tensor, lower_bound: float, up
     weight_norm = weight_norm.clamp(lower_bound, upper_bound)
     is_plain = is_plain | (weight_norm == 0)
     return torch.where(is_plain, 1.0, weight_norm / direction_norm).to(w.dtype)
+
+
+def floor_of_root(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The whole part of the 4th or 8th root of x >= 0; of a number next to an n-th power perhaps its neighbour's."""
+    root = x.sqrt().sqrt()
+    return (root.sqrt() if n == 8 else root).floor()

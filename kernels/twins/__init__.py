@@ -1,0 +1,1 @@
+"""PyTorch twins that have the names of their kernels: `twins.ops.sqrt` is `ops.sqrt` for a reference."""

@@ -1,0 +1,129 @@
+"""Phases, what the launches of a step have in common, and how one phase after the other runs over groups of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from tritopt.engine.group import Group, on_device_of
+from tritopt.engine.telemetry import Tracked
+from tritopt.engine.tuning.config import Config
+
+
+class Phase(Protocol):
+    """One launch over a group, or a few that belong together."""
+
+    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        """Run it. `sums`: of the phases before, fp64 [tensors, sums]; returns those that this one emits, or None."""
+        ...
+
+    def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
+        """Bytes per parameter (read, written). `weight`: what loading and storing it moves; the others: their size."""
+        ...
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of what is launched."""
+        ...
+
+    @property
+    def n_sums(self) -> int:
+        """Sums per tensor that later phases receive."""
+        ...
+
+    @property
+    def sums_elements(self) -> bool:
+        """Whether results depend on the order in which elements are summed."""
+        ...
+
+
+class Tunable(Phase, Protocol):
+    """A phase of which engine/tuning may measure how it is launched best."""
+
+    def source(self, group: Group, launch: Launch, n_earlier: int) -> str:
+        """Hash of all source that decides its kernel. n_earlier: number of sums per tensor that it receives."""
+        ...
+
+
+class Launch(NamedTuple):
+    """What the tasks of one step have in common."""
+
+    phases: Sequence[Phase]
+    scalars: type
+    """The NamedTuple of the optimizer's scalars."""
+    preamble: str
+    """A key of kernels/preambles.py."""
+    rescale: torch.Tensor | None = None
+    """Device scalar that multiplies the rows' rescale; NaN or Inf skips the update."""
+    noop: torch.Tensor | None = None
+    """Device flag; anything but 0 skips the update."""
+    skip_zero_rescale: bool = False
+    draws: bool = False
+    """Whether storing takes random bits; rows then end with the step."""
+    tracked: list[Tracked] | None = None
+    """What the phases sum up of gradients and updates; None: nothing."""
+    reduce: Reduce | None = None
+    """Completes sums whose tensors are sharded over processes, between phases."""
+    config: Config | None = None
+    """Launch configuration of all phases; None: each has what was tuned for it, or the default."""
+
+    @property
+    def n_scalars(self) -> int:
+        """Length of a row: rescale, clip bound, wd, the optimizer's, and perhaps the step."""
+        return 3 + len(self.scalars._fields) + self.draws  # type: ignore[attr-defined]
+
+    def given(self, rescale: torch.Tensor | None, noop: torch.Tensor | None, tracked: list[Tracked] | None) -> Launch:
+        """The launch of one step, with what comes with that."""
+        if rescale is None and noop is None and tracked is None:
+            return self
+        return self._replace(rescale=rescale, noop=noop, tracked=tracked)
+
+
+class Reduce(Protocol):
+    """Adds up over processes."""
+
+    device: torch.device
+
+    def __call__(self, sums: torch.Tensor) -> None:
+        """In place: fp64 [tasks, sums], of all tasks, also of those that are empty here."""
+        ...
+
+
+def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[torch.Tensor | None]:
+    """Launch the phases one after the other; a phase receives the sums of all before it. Returns all sums."""
+    if len(groups) == 1 and launch.reduce is None:
+        with on_device_of(groups[0]):
+            found = None
+            for phase in launch.phases:
+                found = _joined(found, phase.launch(groups[0], launch, found))
+        return [found]
+    sums: list[torch.Tensor | None] = [None] * len(groups)
+    for phase in launch.phases:
+        emitted = []
+        for group, earlier in zip(groups, sums, strict=True):
+            with on_device_of(group):
+                emitted.append(phase.launch(group, launch, earlier))
+        if launch.reduce is not None and phase.n_sums:
+            _reduce(launch.reduce, groups, emitted, n_tasks, phase.n_sums)
+        sums = [_joined(earlier, new) for earlier, new in zip(sums, emitted, strict=True)]
+    return sums
+
+
+def _reduce(
+    reduce: Reduce, groups: Sequence[Group], sums: Sequence[torch.Tensor | None], n_tasks: int, n_sums: int
+) -> None:
+    """One vector for all groups: a process whose shards are all empty takes part like the others."""
+    total = torch.zeros(n_tasks, n_sums, dtype=torch.float64, device=reduce.device)
+    for group, values in zip(groups, sums, strict=True):
+        assert values is not None
+        total.index_copy_(0, group.places, values)
+    reduce(total)
+    for group, values in zip(groups, sums, strict=True):
+        assert values is not None
+        values.copy_(total[group.places])
+
+
+def _joined(earlier: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    return torch.cat((earlier, new), dim=1) if earlier is not None and new is not None else new

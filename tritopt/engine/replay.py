@@ -1,0 +1,65 @@
+"""Tables of a step that is made again: only the gradients' addresses and the scalars are new in them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tritopt.engine.group import Array, Group, refresh_table, upload_table
+
+
+class ReplayTable:
+    """A group, and its table of addresses, but for those of gradients.
+
+    Args:
+        group: the engine's.
+        members: places of the group's tensors among the gradients that `upload` is given.
+        row_places: their places among the rows that it is given.
+        words: int64 [members, pointers + 1], as the group's table has them.
+        columns: those that hold the gradient's address.
+    """
+
+    def __init__(self, group: Group, members: Array, row_places: Array, words: Array, columns: slice) -> None:
+        self.group = group
+        self._members = slice_if_run(members)
+        self._row_places = slice_if_run(row_places)
+        self._words = words
+        self._columns = columns
+        self._grads: Array | None = None
+        self._row_of: Array | None = None
+        self._writer = object()
+
+    def upload(self, grads: Array, row_of: Array, values: Array | torch.Tensor) -> None:
+        """Bring to the device what is new: addresses of the gradients are new where their array is."""
+        group, n_words = self.group, self._words.size
+        n_values = values.numel() if isinstance(values, torch.Tensor) else values.size
+        # Steps with gradients of other parameters may have the group in common.
+        is_another = group.writer is not self._writer
+        if is_another or row_of is not self._row_of or group.host_table.size != n_words + n_values:
+            self._words[:, -1] = row_of[self._row_places]
+            self._words[:, self._columns] = grads[self._members, None]
+            upload_table(group, self._words, values)
+        elif grads is not self._grads:
+            words = group.host_table[:n_words].reshape(self._words.shape)
+            words[:, self._columns] = grads[self._members, None]
+            refresh_table(group, n_words, values, is_dirty=True)
+        else:
+            refresh_table(group, n_words, values)
+        self._grads, self._row_of, group.writer = grads, row_of, self._writer
+
+
+def table_of(group: Group, places: Array) -> ReplayTable:
+    """The table of a group that was just launched. places: its launch's tensors among all gradients, int64."""
+    in_launch = np.array(group.members, dtype=np.int64)
+    members = places[in_launch]
+    # The addresses that this step has uploaded, and the places of its scalars' rows.
+    n_words = len(group.dtypes) + 1
+    words = group.host_table[: len(members) * n_words].reshape(-1, n_words).copy()
+    column = group.format.n_planes
+    return ReplayTable(group, members, in_launch, words, slice(column, column + 1))
+
+
+def slice_if_run(places: Array) -> Array | slice:
+    """An index that needs no copy, where that says the same."""
+    is_run = len(places) > 0 and np.array_equal(places, np.arange(places[0], places[0] + len(places)))
+    return slice(int(places[0]), int(places[0]) + len(places)) if is_run else places

@@ -1,0 +1,159 @@
+"""An update that is made again: it holds while weights and states lie where they lay and gradients look as they did."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from itertools import chain
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tritopt.engine.group import Group, Rows
+from tritopt.engine.phase import Launch, run_phases
+from tritopt.engine.plan import Task
+from tritopt.engine.replay import table_of
+from tritopt.engine.walk import n_words, walk
+from tritopt.rule import State
+
+if TYPE_CHECKING:
+    from tritopt.mxnet.update import Update
+
+
+class Launched(NamedTuple):
+    """One launch of an update."""
+
+    indices: list[Hashable]
+    """Its parameters'."""
+    places: list[int]
+    """Their places among all of the update."""
+    draws: bool
+    """Whether rows end with the step, for random bits."""
+    device: torch.device
+    groups: tuple[Group, ...] = ()
+    """The engine's, once it was made."""
+
+
+class Replay:
+    """An update of parameters as it was launched; only gradients and scalars are new in the next.
+
+    It holds no tensor alive.
+
+    Args:
+        opt: the optimizer.
+        indices, weights, grads, states: the arguments of the update.
+        tasks: what was made of them.
+        launched: its launches.
+    """
+
+    def __init__(
+        self,
+        opt: Update,
+        indices: Sequence[Hashable],
+        weights: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        states: Sequence[State],
+        tasks: Sequence[Task],
+        launched: list[Launched],
+    ) -> None:
+        self.indices = list(indices)
+        self.launched = launched
+        self._settings = _settings(opt)
+        self._walk = walk()
+        of_states, self._structure = _flattened(states)
+        kept = [*weights, *of_states]
+        self._kept_at = np.zeros(len(kept), np.int64)
+        self._kept_are = self._walk.describe(kept, self._kept_at, n_words(kept))
+        self._n_words = n_words(list(grads))
+        self._grads = np.zeros(len(grads), np.int64)
+        self._grads_are = self._walk.describe(list(grads), self._grads, self._n_words)
+        self._devices = [grad.get_device() for grad in grads]
+        self._row_of = [np.empty(0, np.int64) for _ in launched]
+        self._tables = {
+            id(one.indices): [table_of(group, np.array(one.places, np.int64)) for group in one.groups]
+            for one in launched
+        }
+
+    def repeated(self, opt: Update, weights: list[Any], grads: list[Any], states: list[State]) -> Repeated | None:
+        """What an update of these tensors repeats, if it is this one again; then takes the gradients' addresses."""
+        if self._kept_are is None or self._grads_are is None or len(grads) != len(self._grads):
+            return None
+        if _settings(opt) != self._settings or not _are_tensors(weights) or not _are_tensors(grads):
+            return None
+        of_states, structure = _flattened(states)
+        kept = [*weights, *of_states]
+        if structure != self._structure or not _are_tensors(of_states) or len(kept) != len(self._kept_at):
+            return None
+        if not self._walk.are(kept, self._kept_are, self._kept_at):
+            return None
+        found = np.empty(len(grads), np.int64)
+        if self._walk.describe(grads, found, self._n_words) != self._grads_are:
+            return None
+        # Their addresses say nothing of the device that they are on.
+        if [grad.get_device() for grad in grads] != self._devices:
+            return None
+        if found.tobytes() != self._grads.tobytes():
+            self._grads = found
+        return Repeated(self, weights, grads, states, kept)
+
+    def launch(self, launched: Launched, rows: Rows, launch: Launch) -> None:
+        """Launch once more, with these rows."""
+        place = next(i for i, one in enumerate(self.launched) if one is launched)
+        if np.array_equal(rows.row_of, self._row_of[place]):
+            rows = rows._replace(row_of=self._row_of[place])  # the very array is known to be on the device
+        self._row_of[place] = rows.row_of
+        tables = self._tables[id(launched.indices)]
+        for table in tables:
+            table.upload(self._grads, rows.row_of, rows.values)
+        run_phases([table.group for table in tables], launch, len(launched.places))
+
+
+class Repeated(NamedTuple):
+    """An update that repeats an earlier one, and its arguments."""
+
+    replay: Replay
+    weights: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    states: list[State]
+    written: list[torch.Tensor]
+    """Tensors of weights and states."""
+
+
+def mark_written(tensors: list[torch.Tensor]) -> None:
+    """Tell autograd of writes that it did not make."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # one was made in inference mode, and has no version
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
+def _settings(opt: Update) -> tuple[Any, ...]:
+    """What decides, beside tensors, which launches an update takes, and what they store."""
+    return (
+        opt.phases,
+        opt.preamble,
+        opt.state_names,
+        opt.multi_precision,
+        opt.master,
+        opt.state_dtype,
+        opt.rounding_seed,
+        opt.track,
+        opt.use_fused_step,
+    )
+
+
+def _are_tensors(values: Sequence[Any]) -> bool:
+    return all(issubclass(cls, torch.Tensor) for cls in set(map(type, values)))
+
+
+def _flattened(states: Sequence[State]) -> tuple[list[Any], list[Any]]:
+    """What stands in some states, in an order that depends on their structure alone; and that structure."""
+    found: list[Any] = list(states)
+    structure: list[Any] = [list(map(type, found))]
+    while tuple in (kinds := set(structure[-1])):
+        tuples = found if len(kinds) == 1 else [value for value in found if type(value) is tuple]
+        others = [] if len(kinds) == 1 else [value for value in found if type(value) is not tuple]
+        found = others + list(chain.from_iterable(tuples))
+        structure += [list(map(len, tuples)), list(map(type, found))]
+    return [value for value in found if value is not None] if NoneType in kinds else found, structure

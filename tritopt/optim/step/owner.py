@@ -1,0 +1,38 @@
+"""What a step asks of the optimizer that it is of."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from tritopt.optim.layout import Layout, Layouts
+from tritopt.rule import Rule
+
+
+class Owner(Protocol):
+    """The torch face's optimizer, as a step sees it."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    """Dicts by parameter."""
+    layouts: Layouts
+    max_grad_norm: float | None
+    rounding_seed: int
+    track: bool
+
+    def rule_of(self, group: dict[str, Any]) -> Rule:
+        """The rule with a group's hyperparameters."""
+        ...
+
+    def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
+        """How a parameter of a group is kept."""
+        ...
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """ValueError unless a group's values are such as the constructor takes."""
+        ...
+
+    def sparse_error_of(self, group: dict[str, Any]) -> str | None:
+        """Why a group's parameters take no sparse gradients; None: they do."""
+        ...

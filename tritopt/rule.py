@@ -1,0 +1,187 @@
+"""Rule: what an optimizer computes, for both faces: hyperparameters, scalars, states, launches, and the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+
+from tritopt.engine import validate
+from tritopt.engine.driver import Apply
+from tritopt.engine.phase import Phase
+from tritopt.engine.plan import Task, compute_dtype
+from tritopt.engine.telemetry import Tracked, whole
+from tritopt.kernels.formats.format import Format
+from tritopt.kernels.formats.states import SIGNED, SQUARES
+from tritopt.kernels.preambles import PREAMBLES
+from tritopt.kernels.telemetry import measure
+from tritopt.kernels.twins.random import Noise
+
+State: TypeAlias = Any  # None, a tensor or a tuple; under multi_precision (companion of the weight, one of these)
+Values: TypeAlias = tuple[torch.Tensor, ...]
+Stored: TypeAlias = Callable[[Values], Values]
+Encode: TypeAlias = Callable[[Format, Sequence[torch.Tensor], torch.Tensor, Any], None]
+
+
+class Rule:
+    """What an optimizer computes; how a face of the package asks for it is no business of a rule.
+
+    A subclass declares `phases`, `state_names` and `preamble`, and defines `scalars` and `reference`; its constructor
+    takes and checks hyperparameters, but for the learning rate and the weight decay, which come with each parameter.
+
+    Args:
+        clip_gradient: bound on each element of the rescaled gradient. None or <= 0: off.
+        begin_num_update: count that a parameter's first update follows.
+    """
+
+    clips: ClassVar[bool] = True
+    """Whether `clip_gradient` applies."""
+    decays: ClassVar[bool] = True
+    """Whether `wd` applies; False: the optimizer refuses any but 0."""
+    skips_zero_rescale: ClassVar[bool] = False
+    """Whether rescale_grad = 0 skips the update as NaN and Inf do."""
+    skips_zero_lr: ClassVar[bool] = False
+    """Whether a learning rate of 0 leaves weight and states alone, because the formula divides by it."""
+    least_state_dtype: ClassVar[torch.dtype | None] = None
+    """Narrowest dtype of states, float32 or None; None: states have the (master) weight's dtype."""
+    rereads_states: ClassVar[bool] = False
+    """Whether a later launch reads the new states again, as they are stored. `reference` then takes `stored`: what the
+    states are after they have been."""
+    is_per_parameter: ClassVar[bool] = False
+    """Whether scalars differ between parameters of equal counts and rates."""
+    scalar_states: ClassVar[Mapping[str, float]] = {}
+    """Numbers that tritopt.optim keeps per parameter beside the step, and passes to `scalars`: names, first values."""
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Constructor arguments that reach every branch of the formula: what the checker and the tests run."""
+
+    def __init__(self, clip_gradient: float | None = None, begin_num_update: int = 0) -> None:
+        self.clip_gradient = validate.positive_or_none("clip_gradient", clip_gradient)
+        self.begin_num_update = validate.count("begin_num_update", begin_num_update)
+
+    @classmethod
+    def check_decay(cls, wd: float) -> None:
+        """ValueError for a decay that the formula does not have."""
+        if wd != 0 and not cls.decays:
+            name = cls.__name__.removesuffix("Rule")
+            raise ValueError(f"{name} has no weight decay, got wd={wd!r}: set wd (times wd_mult) to 0")
+
+    @property
+    def preamble(self) -> str:
+        """What is done to the gradient first, a key of kernels/preambles.py.
+
+        "coupled": clip(rescale g) + wd w. "decoupled": clip(rescale g), and wd is left to the update.
+        """
+        return "coupled"
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The launches of a fused step, in order."""
+        return ()
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the state tensors, in the order of `create_state`."""
+        return ()
+
+    @property
+    def state_kinds(self) -> Mapping[str, str | None]:
+        """What may be stored in fewer bits, by name: SIGNED or SQUARES of kernels/formats/states.py.
+
+        A state that is not here stays as it is: a number per row or column, which takes no memory; a largest value so
+        far, which rounding would only raise; and what the weight itself is computed from.
+        """
+        return {"mean": SIGNED, "momentum": SIGNED, "momentum_buffer": SIGNED, "mom": SIGNED, "var": SQUARES}
+
+    def scalars(self, lr: float, wd: float, count: int) -> tuple[float, ...]:
+        """The NamedTuple that `reference` and the kernel read, computed in double.
+
+        lr, wd: of this parameter at this step, multipliers included. count: its updates, this one included.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no scalars()")
+
+    def scalars_at(self, index: Hashable, lr: Any, wd: float, count: Any, *numbers: Any) -> tuple[Any, ...]:
+        """`scalars` of a parameter, where lr, count and its `scalar_states` may be fp64 tensors on the device."""
+        return self.scalars(lr, wd, count, *numbers)
+
+    def factors(self, name: str, counts: torch.Tensor) -> torch.Tensor:
+        """What the scalar state `name` of parameters is multiplied by at these counts, fp64 [parameters]."""
+        raise NotImplementedError(f"{type(self).__name__} defines no factors() of {name}")
+
+    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any) -> tuple[torch.Tensor, Values]:
+        """One parameter's update in PyTorch: the new weight and states. What this says is right."""
+        raise NotImplementedError(f"{type(self).__name__} defines no reference()")
+
+    def state_shapes(self, shape: torch.Size) -> Sequence[tuple[int, ...]]:
+        """Shapes of the states of a weight of this shape: the weight's, unless the optimizer says otherwise."""
+        return [shape] * len(self.state_names)
+
+    def create_state(self, index: Hashable, weight: torch.Tensor) -> State:
+        """Fresh state for a weight: zeros, laid out like it. None, a tensor, or a tuple if there are several."""
+        dtype = (
+            weight.dtype
+            if self.least_state_dtype is None
+            else torch.promote_types(self.least_state_dtype, weight.dtype)
+        )
+        zeros = tuple(
+            torch.zeros_like(weight, dtype=dtype, requires_grad=False)
+            if shape == weight.shape
+            else torch.zeros(shape, dtype=dtype, device=weight.device)
+            for shape in self.state_shapes(weight.shape)
+        )
+        return zeros if len(zeros) > 1 else next(iter(zeros), None)
+
+    def apply_reference(
+        self,
+        task: Task,
+        common: tuple[float, ...],
+        s: tuple[float, ...],
+        device_rescale: torch.Tensor | None,
+        encode: Encode = lambda fmt, planes, value, noise: fmt.encode(planes, value, noise),
+        noise: Noise | None = None,
+        tracked: list[Tracked] | None = None,
+        place: int = 0,
+    ) -> None:
+        """Update one task in PyTorch. `common`: rescale, clip bound, wd.
+
+        `device_rescale` multiplies the first. NaN skips. `encode` stores a result in the planes of a format.
+        `noise`: of the random bits that formats take. `tracked` gets what telemetry is made of, for this `place`.
+        """
+        rescale, bound, wd = common
+        is_skipped = math.isnan(rescale)
+        if device_rescale is not None:
+            rescale *= float(device_rescale)
+            is_skipped |= not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale)
+        if is_skipped:
+            if tracked is not None:
+                tracked.append(whole(place, measure(task.grad)))
+            return
+        dtype = compute_dtype(task.weight[0])
+        w = task.format.decode([plane.resolve_neg() for plane in task.weight], dtype)
+        bound = bound if bound <= torch.finfo(dtype).max else math.inf
+        g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
+        if noise is not None:
+            # A kernel that reads offsets runs on tensors that lie in the usual order.
+            noise = noise._replace(row_major=any(isinstance(p, Apply) and p.reads_offsets for p in self.phases))
+        states, formats = task.states(), task.formats
+
+        def load() -> Values:
+            return tuple(fmt.decode(planes, dtype) for planes, fmt in zip(states, formats[1:], strict=True))
+
+        def store(values: Values) -> None:
+            for i, (planes, value) in enumerate(zip(states, values, strict=True), start=1):
+                encode(formats[i], planes, value, noise and noise._replace(shift=i))
+
+        def stored(values: Values) -> Values:
+            store(values)
+            return load()
+
+        again = {"stored": stored} if self.rereads_states and task.state_formats else {}
+        new_weight, new_state = self.reference(w, g, load(), s, **again)
+        store(new_state)
+        before = None if tracked is None else (w.clone(), task.weight[0].clone())
+        # Last: a new state may be the old weight itself.
+        encode(task.format, task.weight, new_weight, noise)
+        if before is not None and tracked is not None:
+            tracked.append(whole(place, measure(task.grad, (before[0], new_weight), (before[1], task.weight[0]))))
