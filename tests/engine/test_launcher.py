@@ -19,7 +19,7 @@ from tritopt.engine.launcher import Launcher, no_launches
 STUB = """
 import json, sys, torch
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.runtime import driver as triton_driver
 from tritopt import optim
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.phase import Launch
@@ -53,7 +53,7 @@ class Driver:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
     def get_active_torch_device(self): return torch.device("cpu")
 
-driver.set_active(Driver())
+triton_driver.set_active(Driver())
 """
 
 STEPS = (

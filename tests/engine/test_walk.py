@@ -6,18 +6,23 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import tritopt
+from tritopt import optim
 from tritopt.engine import walk
 from tritopt.engine.walk import IN_PYTHON, Walk, known_states, n_words
 
-IN_C = walk.in_c()
-pytestmark = pytest.mark.skipif(IN_C is None, reason="no C compiler, or no Python.h")
+CHOSEN = walk._choose()
+IN_C = None if CHOSEN.complaint else CHOSEN.walk
+pytestmark = pytest.mark.skipif(IN_C is None, reason=CHOSEN.complaint)
 
 
 class Subclass(torch.Tensor):
@@ -230,26 +235,25 @@ def test_dicts_that_have_changed(ask: Walk) -> None:
     value = torch.zeros(2)
     dicts: list[dict[Any, Any]] = [{"a": value, "b": 1.5}, {"a": 2.5}, {}]
     before = [tuple(chain.from_iterable(some.items())) for some in dicts]
-    editions = np.zeros(3, np.int64)
-    assert ask.changed(dicts, before, editions) == []
-    assert ask.changed(dicts, before, editions) == []
+    assert ask.changed(dicts, before) == []
+    assert ask.changed(dicts, before) == []
     dicts[1]["a"] = float("2.5")  # equal, and another
-    assert ask.changed(dicts, before, editions) == [1]
-    assert ask.changed(dicts, before, editions) == [1]
+    assert ask.changed(dicts, before) == [1]
+    assert ask.changed(dicts, before) == [1]
     dicts[1]["a"] = before[1][1]
-    assert ask.changed(dicts, before, editions) == []
+    assert ask.changed(dicts, before) == []
     dicts[1]["other"] = dicts[1].pop("a")
-    assert ask.changed(dicts, before, editions) == [1]
+    assert ask.changed(dicts, before) == [1]
     dicts[1]["a"] = dicts[1].pop("other")
-    assert ask.changed(dicts, before, editions) == []
+    assert ask.changed(dicts, before) == []
     dicts[0]["c"] = 1
     dicts[2]["c"] = 1
-    assert ask.changed(dicts, before, editions) == [0, 2]
+    assert ask.changed(dicts, before) == [0, 2]
     del dicts[0]["c"], dicts[2]["c"]
     dicts[0].update(a=torch.zeros(2))
-    assert ask.changed(dicts, before, editions) == [0]
+    assert ask.changed(dicts, before) == [0]
     with pytest.raises(ValueError, match="as many"):
-        ask.changed(dicts, before[:1], editions)
+        ask.changed(dicts, before[:1])
 
 
 def test_objects_are_not_kept_alive() -> None:
@@ -266,7 +270,7 @@ def test_objects_are_not_kept_alive() -> None:
         IN_C.are([param.detach()], said, out)
         said_of_states, table = known_states(IN_C, dicts)
         assert IN_C.states_are(dicts, said_of_states, table)
-        IN_C.changed(dicts, [(1,)], out)
+        IN_C.changed(dicts, [(1,)])
         IN_C.same([param], [param])
         IN_C.hold([[param]], [param])
     assert [sys.getrefcount(x) for x in (param, param.grad, dicts[0]["a"], dicts[0])] == counts
@@ -282,13 +286,70 @@ def test_the_environment_can_insist_on_python(value: str, expected: str) -> None
     assert done.stdout.strip() == expected
 
 
-def test_without_a_compiler_python_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tritopt.engine._walk", None)  # an import then raises ImportError
+    monkeypatch.setattr(walk, "_found", [])
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, not_installed: None) -> None:
     from triton.runtime import build
 
     def fail(*args: Any, **options: Any) -> None:
-        raise RuntimeError("no compiler")
+        raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr(build, "compile_module_from_src", fail)
-    monkeypatch.setattr(walk, "_found", [])
-    assert walk.in_c() is None
+
+
+def step() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    param.grad = torch.ones(3)
+    optim.SGD([param], lr=0.1).step()
+
+
+def update() -> None:
+    tritopt.get_updater(tritopt.create("sgd"))([0], [torch.ones(3)], [torch.zeros(3)])
+
+
+@pytest.mark.parametrize("step", [step, update])
+def test_without_a_compiler_python_walks_and_one_step_says_so(step: Callable[[], None], no_compiler: None) -> None:
+    with pytest.warns(UserWarning, match=r"Failed to find C compiler\. Install .* TRITOPT_WALK=python") as caught:
+        step()
+    step()  # pytest makes an error of another warning
+    assert [warning.filename for warning in caught] == [__file__]
     assert walk.walk() is IN_PYTHON
+    assert walk.description() == "Python, slow: Failed to find C compiler"
+
+
+def test_python_that_is_meant_is_not_warned_of(no_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITOPT_WALK", "python")
+    step()
+    assert walk.walk() is IN_PYTHON
+    assert "TRITOPT_WALK" in walk.description()
+
+
+def test_what_is_not_installed_is_built(not_installed: None) -> None:
+    assert walk.description() == "C, built by Triton"
+    step()
+
+
+@pytest.mark.parametrize("source", [{}, {"source": "unknown"}, {"source": "0" * 64}], ids=str)
+def test_a_binary_of_another_source_is_not_used(source: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = SimpleNamespace(**source)
+    monkeypatch.setitem(sys.modules, "tritopt.engine._walk", stale)
+    choice = walk.in_c()
+    assert choice.walk is not stale
+    assert choice.origin == "C, built by Triton, since what is installed is of another source"
+
+
+def test_a_binary_of_this_source_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tritopt.engine._walk", IN_C)
+    choice = walk.in_c()
+    assert choice.walk is IN_C
+    assert choice.origin == "C, installed"
+
+
+def test_a_walk_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk, "_agrees", lambda made: False)
+    assert "does not describe tensors" in walk._choose().complaint

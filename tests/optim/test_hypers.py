@@ -17,7 +17,7 @@ from tritopt.optim.step.scalar_table import HostRows, host_rows
 @pytest.fixture(params=["c", "python"], autouse=True)
 def language(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "python":
-        monkeypatch.setattr(walk, "_found", [walk.IN_PYTHON])
+        monkeypatch.setattr(walk, "_found", [walk.MEANT])
 
 
 def optimizer(n: int = 3, cls: Any = optim.AdamW, **options: Any) -> optim.Optimizer:

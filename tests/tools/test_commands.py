@@ -59,7 +59,8 @@ def test_list(width: int) -> None:
 def test_check(width: int) -> None:
     result = run("check", "test", "--quick")
     assert result.exit_code == 0
-    assert_fits("\n".join(result.output.splitlines()[2:]), width, "reference", "stochastic", "ok")
+    assert "Whether a step is like the last is asked in " in result.output.splitlines()[2]
+    assert_fits("\n".join(result.output.splitlines()[3:]), width, "reference", "stochastic", "ok")
 
 
 def test_numerics(width: int, capsys: pytest.CaptureFixture[str]) -> None:

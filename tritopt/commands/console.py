@@ -111,7 +111,8 @@ def with_progress(rows: Iterable[AnyRow], what: str, total: int, shown: bool) ->
 def where(machine: dict[str, Any]) -> str:
     """Say what kernels run on, and versions; `machine` as `tritopt.tools.environment.environment` has it."""
     versions = (
-        f"tritopt {machine['tritopt']}, torch {machine['torch']}, triton {machine['triton']}, {machine['machine']}"
+        f"tritopt {machine['tritopt']}, torch {machine['torch']}, triton {machine['triton']}, {machine['machine']}\n"
+        f"Whether a step is like the last is asked in {machine['walk']}."
     )
     if machine["fused_unavailable"]:
         return f"Reference against truth only: {machine['fused_unavailable']}\n{versions}"

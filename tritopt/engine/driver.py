@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tritopt.engine import private
 from tritopt.engine.group import Group
 from tritopt.engine.launcher import Launcher
 from tritopt.engine.phase import Launch
@@ -68,7 +69,7 @@ class Apply(NamedTuple):
     def source(self, group: Group, launch: Launch, n_earlier: int) -> str:
         """Hash of the driver, of the functions that it is given, and of what the phase reads, writes and sums."""
         functions = (multi_tensor_apply, PREAMBLES[launch.preamble].kernel)
-        sources = [getattr(function, "cache_key", "") for function in functions]
+        sources = [private.source_key(function) for function in functions]
         given = phase_constants(self, launch, group, n_earlier)["SOURCE_HASH"]
         return hashlib.sha256(repr((given, sources, self[1:])).encode()).hexdigest()[:16]
 
@@ -127,8 +128,8 @@ class _Applied:
             self._noise,
             self._n_tensors,
         )
-        if getattr(compiled, "n_spills", 0) and self._variant not in _MORE_REGISTERS:
-            _MORE_REGISTERS[self._variant] = more_registers(compiled.n_regs)
+        if private.n_spills(compiled) and self._variant not in _MORE_REGISTERS:
+            _MORE_REGISTERS[self._variant] = more_registers(private.n_registers(compiled))
             self._apply = self._launcher()
         if totals is None:
             return None
@@ -243,7 +244,7 @@ def source_hash(functions: tuple[Any, ...], scalars: type) -> str:
     """A key to what Triton's disk cache does not see: sources of functions inside tuples, fields of `scalars`."""
     key = (functions, scalars)
     if key not in _HASHES:
-        sources = [getattr(f, "cache_key", "") for f in functions]
+        sources = [private.source_key(f) for f in functions]
         text = repr((sources, getattr(scalars, "_fields", ())))
         _HASHES[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return _HASHES[key]

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 import torch
 
+from tritopt.engine import private
 from tritopt.kernels.language import INTERPRETED
 
 Owner = TypeVar("Owner")
@@ -70,13 +71,13 @@ class Launcher:
                 return self._kernel[self._grid](*args, **self._constants)
         compiled = self._kernel[self._grid](*args, **self._constants)
         if compiled is not None:
-            self._bind(compiled[self._grid], args)
+            self._bind(private.bound(compiled, self._grid), args)
         return compiled
 
     def _bind(self, run: Any, args: tuple[Any, ...]) -> None:
         self._run, self._args, self._kinds = run, args, list(map(_kind, args))
         # Triton's launchers take all arguments by position, the compile-time ones too, whose values they do not read.
-        names = self._kernel.arg_names[len(args) :]
+        names = private.names_of(self._kernel)[len(args) :]
         self._rest = tuple(self._constants[name] for name in names)
 
     def _binds_as_before(self, args: tuple[Any, ...]) -> bool:

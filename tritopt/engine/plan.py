@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.engine import validate
+from tritopt.engine import private, validate
 from tritopt.engine.driver import Apply
 from tritopt.engine.group import Group, Rows, upload_table
 from tritopt.engine.phase import Launch, Recorder, Reduce, run_phases
@@ -70,8 +70,8 @@ class Task(NamedTuple):
 
     def versions(self) -> list[int]:
         """How often autograd was told of writes to them."""
-        parts = [getattr(tensor, "_local_tensor", tensor) for tensor in self.written()]  # of DTensors, what is here
-        return [0 if part.is_inference() else part._version for part in parts]
+        parts = map(private.local_part, self.written())
+        return [0 if part.is_inference() else private.version_of(part) for part in parts]
 
 
 kernel_device = "cpu" if INTERPRETED else "cuda"
@@ -291,7 +291,7 @@ def _as_dense(
 
 def holds_values(tensor: torch.Tensor) -> bool:
     """Whether a tensor's memory holds its values: not where a bit says that they are negated, or that all are 0."""
-    return not (tensor.is_neg() or tensor._is_zerotensor())
+    return not (tensor.is_neg() or private.is_zero_tensor(tensor))
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

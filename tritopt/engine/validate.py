@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tritopt.engine.private import is_zero_tensor
 from tritopt.kernels.formats.format import Format
 from tritopt.kernels.formats.scales import scales_shape
 from tritopt.kernels.memory import lies_like
@@ -143,7 +144,7 @@ def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
 
 def has_memory(index: Hashable, name: str, tensor: torch.Tensor) -> None:
     """ValueError for one of torch's zero tensors, which have no memory that a step could write to."""
-    if tensor._is_zerotensor():
+    if is_zero_tensor(tensor):
         raise ValueError(f"parameter {index!r}: the {name} is a tensor of zeros that has no memory; take its .clone()")
 
 

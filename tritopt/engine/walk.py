@@ -1,19 +1,22 @@
 """What a warm step asks of every tensor of a list: whether it is the one it was, and where it lies.
 
 In Python a step of 400 parameters with their gradients and states takes 1.6 to 3.5 ms for these questions, longer than
-torch's own fused step. tritopt/engine/walk.c asks the same in C, in 2 to 40 ns a tensor, through torch's interfaces for
-compiled code. Triton builds it, as it builds its own launchers, when it is first needed, and keeps it in its cache on
-disk. Where that fails, for want of a C compiler or of one of torch's interfaces, the functions below do the same,
-slower. `TRITOPT_WALK=python` insists on them.
+torch's own fused step. tritopt/engine/walk.c asks the same in C, in 15 to 70 ns a tensor, through torch's interfaces
+for compiled code. It is installed with tritopt where there was a compiler (setup.py). Otherwise Triton builds it, as it
+builds its own launchers, when it is first needed, and keeps it in its cache on disk. Where that fails too, for want of
+a C compiler or of one of torch's interfaces, the functions below do the same, slower, and a warning says so.
+`TRITOPT_WALK=python` insists on them. `tritopt check` says which walk runs.
 """
 
 from __future__ import annotations
 
-import ctypes
+import hashlib
+import importlib
 import operator
 import os
 import sysconfig
 from collections.abc import Hashable
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +25,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from tritopt.engine import private
 from tritopt.engine.group import Array
 from tritopt.engine.plan import holds_values
+from tritopt.engine.warning import warn_once
 from tritopt.kernels.language import HAS_TRITON
-
-_INTERFACES = tuple(f"aoti_torch_get_{name}" for name in ("dtype", "layout", "dim", "sizes", "strides", "data_ptr"))
-_IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"  # at::native::is_neg(at::Tensor const&)
 
 
 class Walk(Protocol):
@@ -56,12 +58,8 @@ class Walk(Protocol):
         """Whether these are lists, and hold these very items, one after the other."""
         ...
 
-    def changed(self, dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
-        """Places of the dicts whose keys and values, in turn, are not the objects that they were before.
-
-        editions: int64 [dicts], zeros at first, and again where `before` is another. It is written: what is known to be
-        unchanged is not compared again.
-        """
+    def changed(self, dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]]) -> list[int]:
+        """Places of the dicts whose keys and values, in turn, are not the objects that they were before."""
         ...
 
     def states_are(self, dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
@@ -102,7 +100,7 @@ def known_states(walk: Walk, dicts: list[dict[str, Any]]) -> tuple[Any, Array]:
 
 def _with_memory(value: Any) -> torch.Tensor | None:
     """The tensor that this process has of a value, if it is strided and has memory."""
-    part = getattr(value, "_local_tensor", value)
+    part = private.local_part(value)
     if not isinstance(part, torch.Tensor) or part.layout is not torch.strided:
         return None
     try:
@@ -124,7 +122,7 @@ def _states_are(dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
             if key != id(name) or identity != id(value):
                 return False
             if address != -1:
-                parts.append(getattr(value, "_local_tensor", value))
+                parts.append(private.local_part(value))
                 addresses.append(address)
     return next(known, None) is None and _are(parts, said, np.array(addresses, np.int64))
 
@@ -158,7 +156,7 @@ def _hold(lists: list[list[Any]], items: list[Any]) -> bool:
     return _same(list(chain.from_iterable(lists)), items)
 
 
-def _changed(dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]], editions: Array) -> list[int]:
+def _changed(dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]]) -> list[int]:
     if len(dicts) != len(before):
         raise ValueError("as many dicts as tuples")
     now = [list(chain.from_iterable(some.items())) for some in dicts]
@@ -174,33 +172,104 @@ IN_PYTHON: Walk = SimpleNamespace(
     hold=_hold,
     changed=_changed,
 )
-_found: list[Walk] = []
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The walk of this process."""
+
+    walk: Walk
+    origin: str
+    """Language, and how it got here, for a reader."""
+    complaint: str = ""
+    """Why it is the slow one though nobody asked for that; "" if it is as it should be."""
+
+
+MEANT = Choice(IN_PYTHON, "Python, as TRITOPT_WALK says")
+_found: list[Choice] = []
 
 
 def walk() -> Walk:
-    """In C if it can be had; asked for once."""
+    """Return the walk of this process, in C if that can be had, which is asked for once."""
+    return chosen().walk
+
+
+def warn_if_slow() -> None:
+    """Warn once of a walk in Python that nobody asked for: why it is that, and what to do."""
+    choice = chosen()
+    if choice.complaint:
+        warn_once(
+            choice,
+            "tritopt asks in Python whether a step is like the last, which takes 1.5 ms for 400 tensors in place of "
+            f"0.1: {choice.complaint}. Install a C compiler and Python's headers, or set TRITOPT_WALK=python to say "
+            "that this is meant.",
+        )
+
+
+def chosen() -> Choice:
+    """Return the walk of this process and where it comes from."""
     if not _found:
-        _found.append(IN_PYTHON if os.environ.get("TRITOPT_WALK") == "python" else in_c() or IN_PYTHON)
+        _found.append(MEANT if os.environ.get("TRITOPT_WALK") == "python" else _choose())
     return _found[0]
 
 
-def in_c() -> Walk | None:
-    """Built, or taken from Triton's cache; None if that fails."""
-    if not (HAS_TRITON and (Path(sysconfig.get_path("include")) / "Python.h").exists()):
-        return None
-    try:
-        from triton.runtime.build import compile_module_from_src
+def description() -> str:
+    """Say for a reader which walk this process has."""
+    choice = chosen()
+    return f"{choice.origin}, slow: {choice.complaint}" if choice.complaint else choice.origin
 
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        functions = [getattr(library, name) for name in (*_INTERFACES, _IS_NEG)]
-        places = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-        made: Any = compile_module_from_src(Path(__file__).with_name("walk.c").read_text(), "tritopt_walk")
-        made.bind(torch.Tensor, torch.nn.Parameter, *places, library.aoti_torch_layout_strided())
-        tensors = [_empty(n).requires_grad_(n > 1) for n in range(4)]
-        made.locate([*tensors, torch.nn.Parameter(_empty(1))])
-        return made if _agrees(made) else None
-    except Exception:  # whatever a compiler, a loader, or another version of torch or Triton comes up with
-        return None
+
+def _choose() -> Choice:
+    try:
+        return in_c()
+    except Exception as error:  # whatever a compiler, a loader, or another version of torch or Triton comes up with
+        reason = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
+        return Choice(IN_PYTHON, "Python", reason.strip().rstrip("."))
+
+
+def in_c() -> Choice:
+    """Return the walk in C: the extension that was installed, if it is of this source, or else built by Triton.
+
+    Raises:
+        RuntimeError: it can be neither found nor built, or is not right with this torch. Compilers and loaders raise
+            errors of their own.
+    """
+    source = Path(__file__).with_name("walk.c").read_bytes()
+    digest = hashlib.sha256(source).hexdigest()
+    try:
+        made: Any = importlib.import_module("tritopt.engine._walk")
+    except ImportError:
+        made = None
+    origin = "C, installed"
+    if getattr(made, "source", None) != digest:
+        origin = "C, built by Triton" + (", since what is installed is of another source" if made else "")
+        made = _built(source.decode(), digest)
+    _bind(made)
+    return Choice(made, origin)
+
+
+def _built(source: str, digest: str) -> Any:
+    """Build it, or take it from Triton's cache."""
+    if not HAS_TRITON:
+        raise RuntimeError("the one in C is not installed, nor is Triton, which would build it")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise RuntimeError(f"the one in C is not installed, and cannot be built without {header}")
+    made: Any = private.build(f'#define TRITOPT_WALK_SOURCE "{digest}"\n{source}', "_walk")
+    if made.source != digest:
+        raise RuntimeError("what was built in C is of another source")
+    return made
+
+
+def _bind(made: Any) -> None:
+    """Give it torch's functions, and see that it is right. RuntimeError if it is not."""
+    functions, strided = private.functions_of_tensors()
+    made.bind(torch.Tensor, torch.nn.Parameter, *functions, strided)
+    tensors = [*(_empty(n).requires_grad_(n > 1) for n in range(4)), torch.nn.Parameter(_empty(1))]
+    if list(map(made.implementation, tensors)) != list(map(private.implementation_of, tensors)):
+        raise RuntimeError(f"torch {torch.__version__} keeps elsewhere what the one in C reads of a tensor")
+    if not _agrees(made):
+        raise RuntimeError(f"the one in C does not describe tensors of torch {torch.__version__} as Python does")
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -217,7 +286,6 @@ def _agrees(made: Walk) -> bool:
     # The dtype stands before each; which number it has is torch's affair.
     starts = np.cumsum([0] + [2 + 2 * t.dim() for t in tensors])[:3]
     kept = [x for i, x in enumerate(numbers) if i not in starts]
-    nowhere = torch._efficientzerotensor((2, 2), dtype=torch.float32, device="cpu")
-    refused = (_empty(2, 2).to_sparse(), torch._neg_view(_empty(2, 2)), nowhere)
+    refused = (_empty(2, 2).to_sparse(), private.negated_view(_empty(2, 2)), private.zero_tensor(2, 2))
     is_right = np.array_equal(found, expected) and kept == words
     return is_right and all(made.describe([tensor], found[:1], 6) is None for tensor in refused)

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 
 import torch
 
+from tritopt.engine import private
 from tritopt.engine.plan import Task, holds_values
 
 
@@ -52,9 +53,9 @@ class StandIn:
 
 def _check_range(index: Hashable, grad: torch.Tensor) -> None:
     """torch checks indices of sparse tensors only if told to, and out of range they reach foreign memory."""
-    if grad.layout != torch.sparse_coo or (grad.is_coalesced() and grad._nnz() == 0):
+    if grad.layout != torch.sparse_coo or (grad.is_coalesced() and private.n_stored(grad) == 0):
         return
-    indices = grad._indices()
+    indices = private.stored_indices(grad)
     sizes = torch.tensor(grad.shape[: grad.sparse_dim()], dtype=torch.int64, device=indices.device)[:, None]
     wrong = indices[(indices < 0) | (indices >= sizes)]
     if wrong.numel():

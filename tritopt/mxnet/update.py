@@ -17,6 +17,7 @@ from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, unavailable
 from tritopt.engine.random_keys import noise_key
 from tritopt.engine.telemetry import Tracked, Tracker, refuse, whole
+from tritopt.engine.walk import warn_if_slow
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.telemetry import measure
 from tritopt.kernels.twins.random import STEPS, Noise
@@ -87,6 +88,8 @@ class Update(States):
             if task.grad.layout != torch.strided
         }
         tasks = [sparse[i].task if i in sparse else task for i, task in enumerate(tasks)]
+        if key is not None and any(on_kernel):  # only such updates are replayed
+            warn_if_slow()
         with self._counts_restored_on_error() as updates:
             self._update_count(list(indices))
             launched = self._apply(indices, tasks, on_kernel, updates)

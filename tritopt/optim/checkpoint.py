@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from tritopt.engine import private
 from tritopt.engine.warning import warn
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.states import STATE_FORMATS
@@ -34,8 +35,6 @@ class Loads(Protocol):
     defaults: dict[str, Any]
     may_lack: ClassVar[frozenset[str]]
     _handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]]
-    _optimizer_load_state_dict_pre_hooks: Any
-    _optimizer_load_state_dict_post_hooks: Any
 
     def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
         """How a parameter of a group is kept."""
@@ -51,7 +50,8 @@ class Loads(Protocol):
 def load(opt: Loads, state_dict: dict[str, Any]) -> None:
     """`Optimizer.load_state_dict`."""
     state_dict = state_dict.copy()
-    for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
+    before, after = private.load_hooks(opt)
+    for pre_hook in before:
         state_dict = pre_hook(opt, state_dict) or state_dict
     groups, saved_groups = opt.param_groups, deepcopy(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
@@ -107,7 +107,7 @@ def load(opt: Loads, state_dict: dict[str, Any]) -> None:
             "the rounded weights"
         )
     opt.__setstate__({"state": state, "param_groups": merged})
-    for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
+    for post_hook in after:
         post_hook(opt)
 
 
@@ -119,7 +119,7 @@ def versions(state: Mapping[Any, Any]) -> dict[int, tuple[torch.Tensor, tuple[in
 
 def _version(tensor: torch.Tensor) -> tuple[int, ...]:
     """Another after each write in place, to the tensor or to its part in this process."""
-    return tuple(0 if part.is_inference() else part._version for part in (tensor, local(tensor)))
+    return tuple(0 if part.is_inference() else private.version_of(part) for part in (tensor, local(tensor)))
 
 
 def _without_stale_companion(opt: Loads, param: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:

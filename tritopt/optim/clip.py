@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from tritopt.engine import validate
+from tritopt.engine import private, validate
 from tritopt.engine.device import current_stream, is_capturing, on_device, share_with_streams
 from tritopt.engine.driver import Apply
 from tritopt.engine.group import Rows
@@ -44,7 +43,7 @@ class _Plans(threading.local):
 
 
 _plans = _Plans()
-_of_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_of_graphs = private.weak_keys()
 """Plans that CUDA graphs captured in `clip_grad_norm_`, by parameter: kept as long as one of its parameters lives."""
 
 
@@ -204,7 +203,7 @@ def _scale(planner: Planner, key: Hashable, tasks: Sequence[Task], factor: torch
     """Multiply all in place; a factor of 1 writes nothing."""
     by_device: dict[torch.device, list[Task]] = {}
     for task in tasks:
-        if not task.grad._is_zerotensor():  # which has no memory, and stays what it is
+        if not private.is_zero_tensor(task.grad):  # which has no memory, and stays what it is
             by_device.setdefault(task.grad.device, []).append(task)
     for device, some in by_device.items():
         here = factor.to(device)
@@ -226,4 +225,4 @@ def _dense(grad: torch.Tensor) -> torch.Tensor:
 
 def _stored(grad: torch.Tensor) -> torch.Tensor:
     """What of a gradient is in memory: scaling it scales the gradient, duplicates of a sparse one included."""
-    return grad.detach() if grad.layout == torch.strided else grad.detach()._values()
+    return grad.detach() if grad.layout == torch.strided else private.stored_values(grad.detach())

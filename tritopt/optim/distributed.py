@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 
+from tritopt.engine import private
 from tritopt.engine.random_keys import noise_key
 
 if TYPE_CHECKING:
@@ -35,14 +36,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     # For a parameter, to_local makes a view through the dispatcher: 1.3 us to the attribute's 0.01 us, several times a
     # step for each parameter. Without autograd the two are the same memory.
-    part: Any = tensor.to_local() if torch.is_grad_enabled() else tensor._local_tensor
-    return part if type(part) is torch.Tensor else _waited(part)
-
-
-def _waited(part: Any) -> torch.Tensor:
-    """The tensor itself, where a collective may still be writing it: its stand-in has no address."""
-    is_pending = type(part).__name__ == "AsyncCollectiveTensor"
-    return part.wait() if is_pending else part  # type: ignore[no-any-return]
+    part: Any = tensor.to_local() if torch.is_grad_enabled() else private.local_tensor(tensor)
+    return part if type(part) is torch.Tensor else private.awaited(part)
 
 
 def aligned(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
@@ -225,12 +220,10 @@ def _place(param: torch.Tensor) -> tuple[int, int, int] | None:
     """First position, width and gap of the local part; None where that does not describe it."""
     if not is_dtensor(param) or not is_sharded(param) or local(param).numel() == 0:
         return 0, 0, 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     split = {dim for placement in param.placements if (dim := _dim_of(placement))}
     if len(split) > 1 or not local(param).is_contiguous():
         return None
-    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    shape, offset = private.shape_and_offset(param)
     first = int(offset[0]) * param.shape[1:].numel()
     if not split:
         return first, 0, 0

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.optim import optimizer as torchs
+
+from tritopt.engine import private
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
@@ -35,23 +36,16 @@ def observed(step: AnyFunction) -> AnyFunction:
 
     torch's wrappers take 10 us of each step also where there is no hook, no profiler and no compiler; this takes 0.5.
     """
-    in_full = torch.optim.Optimizer.profile_hook_step(step)
+    in_full = private.hooked_step(step)
     unseen = uncompiled(in_full)
 
     @functools.wraps(step)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return unseen(self, *args, **kwargs)
-        if (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torchs._global_optimizer_pre_hooks
-            or torchs._global_optimizer_post_hooks
-            or torch.autograd.profiler._is_profiler_enabled
-            or torch._C._autograd._profiler_enabled()
-        ):
+        if private.is_observed(self):
             return in_full(self, *args, **kwargs)
         return step(self, *args, **kwargs)
 
-    wrapper.hooked = True  # type: ignore[attr-defined]  # torch would wrap it once more
+    private.mark_hooked(wrapper)
     return wrapper  # type: ignore[return-value]

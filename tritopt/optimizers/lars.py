@@ -12,6 +12,7 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.engine.plan import Task, compute_dtype
+from tritopt.engine.private import stored_indices
 from tritopt.kernels.lars import lars_momentum_update, lars_norms, lars_update
 from tritopt.kernels.twins.ops import add_decay, norm
 from tritopt.mxnet.optimizer import register
@@ -139,5 +140,5 @@ class LARS(LARSRule, SGD, learning_rate=0.1):
 
 def _squares_of_absent_rows(weight: torch.Tensor, grad: torch.Tensor) -> float:
     rows = torch.arange(len(weight), dtype=torch.int64, device=weight.device)
-    absent = weight[~torch.isin(rows, grad._indices()[0])].to(compute_dtype(weight))
+    absent = weight[~torch.isin(rows, stored_indices(grad)[0])].to(compute_dtype(weight))
     return float((absent * absent).sum(dtype=torch.float64))

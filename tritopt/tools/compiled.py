@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt.engine import driver
+from tritopt.engine import driver, private
 from tritopt.engine.phase import Launch, Recorder
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.tuning.config import AMD, NVIDIA
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.formats.weights import format_of
-from tritopt.kernels.language import INTERPRETED, triton
+from tritopt.kernels.language import INTERPRETED
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
 from tritopt.tools.hot_loop import hot_loops, parse_gcn, parse_sass
@@ -122,33 +122,21 @@ class Recording(Recorder):
 
     def kernel(self, kernel: Any, grid: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
         """Note one launch, which is not made."""
-        named = dict(zip(kernel.arg_names, arguments, strict=False))
-        named |= {name: value for name, value in constants.items() if name in kernel.arg_names}
-        options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
+        names = private.names_of(kernel)
+        named = dict(zip(names, arguments, strict=False))
+        named |= {name: value for name, value in constants.items() if name in names}
+        options = {name: value for name, value in constants.items() if name not in names}
         self.launches.append(Launched(kernel, named, options))
 
 
 def compile_launch(launched: Launched, arch: int | str) -> Any:
     """Triton's compiled kernel. Pointers are taken as 16-byte aligned, as torch allocates."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernel, kinds, constants = launched.kernel, {}, {}
     for name, value in launched.arguments.items():
         kinds[name] = _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        parameter = kernel.params[kernel.arg_names.index(name)]
-        if parameter.is_constexpr or value is None:
+        if value is None or private.is_constant(kernel, name):
             kinds[name], constants[name] = "constexpr", value
-    position = {name: i for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        kernel,
-        {name: kinds[name] for name in kernel.arg_names},
-        constexprs={(position[name],): value for name, value in constants.items()},
-        attrs={(position[name],): [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.startswith("*")},
-    )
-    is_nvidia = isinstance(arch, int)
-    target = GPUTarget("cuda", arch, 32) if is_nvidia else GPUTarget("hip", arch, 64)
-    return triton.compile(source, target=target, options=launched.options)
+    return private.compile_for(arch, kernel, kinds, constants, launched.options)
 
 
 def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
@@ -167,16 +155,17 @@ def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtyp
 def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
     """What runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
+    code_of, metadata = private.assembly(binary), private.metadata(binary)
     if isinstance(arch, int):
-        registers, spilled = _resources(binary.asm["cubin"])
+        registers, spilled = _resources(code_of["cubin"])
         if "FORMATS" in launched.arguments and spilled and "maxnreg" not in launched.options:
             more = driver.more_registers(registers)
             return _describe(launched._replace(options={**launched.options, **more}), arch)
         # Disassembling takes long, and a loop of single words is not hot.
-        has_vectors = _VECTOR.search(binary.asm["ptx"]) is not None
-        code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=binary.asm["cubin"]) if has_vectors else "")
+        has_vectors = _VECTOR.search(code_of["ptx"]) is not None
+        code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=code_of["cubin"]) if has_vectors else "")
     else:
-        assembly = binary.asm["amdgcn"]
+        assembly = code_of["amdgcn"]
         registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
         spilled = 4 * spills
         code = parse_gcn(assembly)
@@ -188,11 +177,11 @@ def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
     expected = _expected_accesses(launched, elements) if is_driver else (None, None)
     masked = _masked_bytes(launched)
     return CompiledLaunch(
-        binary.metadata.name,
+        metadata.name,
         registers,
         spilled,
-        binary.metadata.shared,
-        binary.metadata.num_warps,
+        metadata.shared,
+        metadata.num_warps,
         elements,
         loads,
         stores,
@@ -256,7 +245,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def _tool(name: str, *options: str, cubin: bytes) -> str:
     """What one of the tools that Triton ships says of a binary."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    tool = private.nvidia_tool(name)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)

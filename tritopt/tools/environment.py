@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import tritopt
-from tritopt.engine import plan
+from tritopt.engine import plan, walk
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
 
 
@@ -33,6 +33,7 @@ def environment(compiled_for: str | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__ if HAS_TRITON else None,
         "python": platform.python_version(),
+        "walk": walk.description(),
         "machine": platform.platform(),
         "device": "PTX machine" if compiled_for else torch.cuda.get_device_name() if on_gpu else here,
         "interpreter": INTERPRETED,

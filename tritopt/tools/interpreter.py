@@ -11,8 +11,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-_TRIED = ("3.6.", "3.7.", "3.8.", "3.9.")
-"""Versions of Triton whose functions these stand in for; another one stays as it is."""
 _is_fast = False
 
 
@@ -22,18 +20,13 @@ def speed_up() -> None:
     Does nothing where kernels are compiled, or Triton is of a version that this was not tried with.
     """
     global _is_fast
-    from tritopt.kernels.language import INTERPRETED, triton
+    from tritopt.engine import private
+    from tritopt.kernels.language import INTERPRETED
 
-    if _is_fast or not INTERPRETED or not triton.__version__.startswith(_TRIED):
+    if _is_fast or not INTERPRETED or not private.is_tried_interpreter():
         return
-    from triton.language import core
-    from triton.runtime import interpreter
-
     _is_fast = True
-    interpreter._patch_lang = _once_per_launch(interpreter._patch_lang)
-    interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
-    core._unwrap_if_constexpr = _plain_first(core._unwrap_if_constexpr)
-    core.block_type.__init__, core.tensor.__init__ = _with_shared_shapes(core)
+    private.wrap_interpreter(_once_per_launch, _by_name, _plain_first, _with_shared_shapes)
 
 
 class _Nothing:

@@ -10,6 +10,7 @@ import torch
 
 from tritopt.engine.device import is_capturing
 from tritopt.engine.group import FIRST_STEP, Array
+from tritopt.engine.private import is_zero_tensor
 from tritopt.engine.recent import Recent
 
 CPU = torch.device("cpu")
@@ -242,7 +243,7 @@ def _can_stay(value: Any) -> bool:
     """Whether a tensor can be laid over a vector, or be copied to: whoever holds it sees it count on."""
     if type(value) is not torch.Tensor or value.layout is not torch.strided or value.numel() != 1:
         return False
-    return not (value.requires_grad or value.is_inference() or value.is_neg() or value._is_zerotensor())
+    return not (value.requires_grad or value.is_inference() or value.is_neg() or is_zero_tensor(value))
 
 
 def _counted(counted: Array | Any, shown: Any, where: Callable[..., Any]) -> Any:

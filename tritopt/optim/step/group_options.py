@@ -8,7 +8,6 @@ from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from tritopt.engine import validate
@@ -52,7 +51,6 @@ class Hypers:
         """Likewise, but for those of any rates."""
         self._hypers: list[Hyper] = []
         self._values: list[tuple[Any, ...]] = []
-        self._editions = np.zeros(0, np.int64)
         self._unsettled: list[int] = []
         self._walk = walk()
 
@@ -63,14 +61,13 @@ class Hypers:
             hypers = [_hyper(opt, group) for group in groups]
             self._unsettled = [i for i, group in enumerate(groups) if not _is_settled(group)]
             self._values = [_items(group) for group in groups]
-            self._editions = np.zeros(len(groups), np.int64)
             self.groups = groups
             self._take(hypers)
             # Equal or not: what was derived knows the groups by their identity.
             self.generation += 1
             self.kinds += 1
             return
-        moved = self._walk.changed(groups, self._values, self._editions)
+        moved = self._walk.changed(groups, self._values)
         if not self._unsettled and (not moved or self._takes_rates(moved)):
             return
         hypers, unsettled = list(self._hypers), set(self._unsettled)
@@ -78,7 +75,6 @@ class Hypers:
             hypers[i] = _hyper(opt, groups[i])
         for i in moved:
             self._values[i] = _items(groups[i])
-            self._editions[i] = 0
             (unsettled.discard if _is_settled(groups[i]) else unsettled.add)(i)
         self._unsettled = sorted(unsettled)
         self._take(hypers)

@@ -14,6 +14,7 @@ from tritopt.engine.group import Rows
 from tritopt.engine.plan import Planner
 from tritopt.engine.recent import Recent
 from tritopt.engine.telemetry import Telemetry, Tracker, check_asked, telemetry
+from tritopt.engine.walk import warn_if_slow
 from tritopt.optim import distributed
 from tritopt.optim.clip import Clip
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
@@ -179,6 +180,8 @@ class Stepper:
         create_missing(opt, others, self._numbers, undo.replaced)
         tasks = [task_of(opt, member, is_known) for member, is_known in zip(members, known, strict=True)]
         fused = [runs_fused(opt, member) for member in members]
+        if any(fused):  # only such steps are repeated
+            warn_if_slow()
         if opt.track:
             check_tracked(opt, members, fused)
         check_aliases(self._planner, members, tasks)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
+from tritopt.engine import private
+from tritopt.kernels.language import HAS_TRITON, INTERPRETED
 from tritopt.tools.bench.machine import cpu_name, driver
 from tritopt.tools.replaced import replaced
 
@@ -112,7 +113,7 @@ class Device:
         while len(found) < n:
             start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
             self.synchronize()
-            self._cuda._sleep(int(2 * lead * CYCLES))  # torch's own tests keep a stream busy so
+            private.keep_busy(self._cuda, int(2 * lead * CYCLES))
             start.record()
             step = next(turn)
             step()
@@ -157,7 +158,7 @@ class Device:
         if not HAS_TRITON:
             return None
         made: list[Any] = []
-        hooks = triton.knobs.runtime.launch_enter_hook
+        hooks = private.launch_hooks()
         hooks.add(made.append)
         try:
             step()
@@ -209,14 +210,10 @@ class Rehearsal(Device):
         return None
 
     def launches(self, step: Step) -> int | None:
-        """Counted where the interpreter makes them; None where it is another one than is known here."""
+        """Count them where the interpreter makes them; None where there is none."""
         if not (HAS_TRITON and INTERPRETED):
             return None
-        from triton.runtime import interpreter
-
-        executor = getattr(interpreter, "GridExecutor", None)
-        if executor is None:
-            return None
+        executor = private.launches_of_interpreter()
         made, launch = [], executor.__call__
 
         def count(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -166,7 +166,7 @@ def document(rows: Sequence[HostTime]) -> dict[str, Any]:
             "date": now(),
             "platform": found["machine"],
             "commit": commit(),
-            **{name: found[name] for name in ("device", "python", "torch", "triton", "tritopt")},
+            **{name: found[name] for name in ("device", "python", "torch", "triton", "tritopt", "walk")},
             "peers": peers.versions(),
         },
         "rows": [asdict(row) for row in rows],
