@@ -54,12 +54,14 @@ class Preamble(NamedTuple):
 
 PREAMBLES = {
     "coupled": Preamble(
-        coupled, lambda w, g, rescale, bound, wd: twins.add_decay((rescale * g).clamp(-bound, bound), w, wd)
+        coupled,
+        lambda w, g, rescale, bound, wd: twins.add_decay(twins.clip(twins.scale(rescale, g), bound), w, wd),
     ),
     "coupled_in_clip": Preamble(
-        coupled_in_clip, lambda w, g, rescale, bound, wd: twins.add_decay(rescale * g, w, wd).clamp(-bound, bound)
+        coupled_in_clip,
+        lambda w, g, rescale, bound, wd: twins.clip(twins.add_decay(twins.scale(rescale, g), w, wd), bound),
     ),
-    "decoupled": Preamble(decoupled, lambda w, g, rescale, bound, wd: (rescale * g).clamp(-bound, bound)),
-    "rescaled": Preamble(rescaled, lambda w, g, rescale, bound, wd: rescale * g),
+    "decoupled": Preamble(decoupled, lambda w, g, rescale, bound, wd: twins.clip(twins.scale(rescale, g), bound)),
+    "rescaled": Preamble(rescaled, lambda w, g, rescale, bound, wd: twins.scale(rescale, g)),
     "raw": Preamble(raw, lambda w, g, rescale, bound, wd: g),
 }

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 
 from tritopt.engine import validate
+from tritopt.engine.arrays import arrays_of
 from tritopt.engine.driver import Apply
 from tritopt.engine.phase import Phase
 from tritopt.engine.plan import Task, compute_dtype
+from tritopt.engine.replay import mark_written
 from tritopt.engine.telemetry import Tracked, whole
 from tritopt.kernels.formats.format import Format
 from tritopt.kernels.formats.states import SIGNED, SQUARES
@@ -23,6 +26,7 @@ State: TypeAlias = Any  # None, a tensor or a tuple; under multi_precision (comp
 Values: TypeAlias = tuple[torch.Tensor, ...]
 Stored: TypeAlias = Callable[[Values], Values]
 Encode: TypeAlias = Callable[[Format, Sequence[torch.Tensor], torch.Tensor, Any], None]
+Reference = TypeVar("Reference", bound=Callable[..., Any])
 
 
 class Rule:
@@ -158,8 +162,13 @@ class Rule:
                 tracked.append(whole(place, measure(task.grad)))
             return
         dtype = compute_dtype(task.weight[0])
-        w = task.format.decode([plane.resolve_neg() for plane in task.weight], dtype)
         bound = bound if bound <= torch.finfo(dtype).max else math.inf
+        if noise is None and tracked is None and getattr(self.reference, "takes_arrays", False):
+            arrays = arrays_of(task)
+            if arrays is not None:
+                self._update_arrays(task, arrays, (rescale, bound, wd), s)
+                return
+        w = task.format.decode([plane.resolve_neg() for plane in task.weight], dtype)
         g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
         if noise is not None:
             # A kernel that reads offsets runs on tensors that lie in the usual order.
@@ -185,3 +194,23 @@ class Rule:
         encode(task.format, task.weight, new_weight, noise)
         if before is not None and tracked is not None:
             tracked.append(whole(place, measure(task.grad, (before[0], new_weight), (before[1], task.weight[0]))))
+
+    def _update_arrays(
+        self, task: Task, arrays: list[np.ndarray[Any, Any]], common: tuple[float, float, float], s: Any
+    ) -> None:
+        w, g, *state = arrays
+        s = s._make(map(float, s))  # a number of NumPy's own would widen the arithmetic
+        with np.errstate(all="ignore"):
+            g = PREAMBLES[self.preamble].reference(w, g, *common)  # type: ignore[arg-type, assignment]
+            new_weight, new_state = self.reference(w, g, tuple(state), s)  # type: ignore[arg-type]
+        # Before, since an interrupt may come at any moment: autograd and a failed step ask what was written.
+        mark_written(task.written())
+        for old, new in zip(state, new_state, strict=True):
+            old[...] = new
+        w[...] = new_weight
+
+
+def takes_arrays(reference: Reference) -> Reference:
+    """Mark a `reference` made of operators and kernels/twins/ops.py alone: it may be given NumPy's arrays."""
+    reference.takes_arrays = True  # type: ignore[attr-defined]
+    return reference

@@ -5,6 +5,7 @@ They have the names of the kernels, so that a reference and its update function 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # and not a DTensor, which NumPy cannot look into
 
 
-def sqrt(x: torch.Tensor) -> torch.Tensor:
+def sqrt(x: Any) -> Any:
     """Square root, rounded to nearest, which `torch.sqrt` on CPU is not: it is off by one ulp for 1% of numbers.
 
     NumPy's is, and takes a tenth of the time that fp32 takes through fp64. Where autograd looks on, fp64 is torch's.
     """
+    if _is_array(x):
+        return np.sqrt(x)
     is_numpy = type(x) in _PLAIN and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     if is_numpy and not (x.requires_grad and torch.is_grad_enabled()):
         values = x.numpy(force=True)
@@ -26,13 +29,37 @@ def sqrt(x: torch.Tensor) -> torch.Tensor:
     return x.double().sqrt().to(x.dtype)
 
 
+def maximum(x: Any, y: Any) -> Any:
+    """The larger; NaN where either is NaN."""
+    return np.maximum(x, y) if _is_array(x) else torch.maximum(x, y)
+
+
+def clip(x: Any, bound: float) -> Any:
+    """x within +-bound; NaN stays. x itself where nothing is bounded."""
+    if bound == math.inf:
+        return x
+    return x.clip(-bound, bound) if _is_array(x) else x.clamp(-bound, bound)
+
+
+def scale(factor: float, x: Any) -> Any:
+    """factor x; x itself where the factor is 1."""
+    return x if factor == 1 else factor * x
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray | np.generic)
+
+
 def norm(x: torch.Tensor) -> torch.Tensor:
     """Euclidean norm of the whole tensor, fp64 [], as the kernels form it: squares in x's dtype, summed in fp64."""
     return (x * x).sum(dtype=torch.float64).sqrt()
 
 
-def sign(x: torch.Tensor) -> torch.Tensor:
+def sign(x: Any) -> Any:
     """1, -1, or x itself where it is zero or NaN; `torch.sign` makes NaN zero."""
+    if _is_array(x):
+        one = x.dtype.type(1)
+        return np.where(x > 0, one, np.where(x < 0, -one, x))
     return torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, x))
 
 

@@ -120,14 +120,6 @@ class Repeated(NamedTuple):
     """Tensors of weights and states."""
 
 
-def mark_written(tensors: list[torch.Tensor]) -> None:
-    """Tell autograd of writes that it did not make."""
-    try:
-        torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:  # one was made in inference mode, and has no version
-        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
-
-
 def _settings(opt: Update) -> tuple[Any, ...]:
     """What decides, beside tensors, which launches an update takes, and what they store."""
     return (

@@ -16,12 +16,13 @@ from tritopt.engine.launcher import Updates
 from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, unavailable
 from tritopt.engine.random_keys import noise_key
+from tritopt.engine.replay import mark_written
 from tritopt.engine.telemetry import Tracked, Tracker, refuse, whole
 from tritopt.engine.walk import warn_if_slow
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.telemetry import measure
 from tritopt.kernels.twins.random import STEPS, Noise
-from tritopt.mxnet.replay import Launched, Repeated, Replay, mark_written
+from tritopt.mxnet.replay import Launched, Repeated, Replay
 from tritopt.mxnet.sparse import StandIn
 from tritopt.mxnet.states import States, is_planes, structure
 from tritopt.rule import State, Values

@@ -9,10 +9,11 @@ from typing_extensions import Unpack
 
 from tritopt.engine.driver import Apply
 from tritopt.kernels.adamax import adamax_floored_update
+from tritopt.kernels.twins.ops import maximum
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
 from tritopt.optimizers.adamax import AdamaxRule, AdamaxScalars
-from tritopt.rule import Values
+from tritopt.rule import Values, takes_arrays
 
 
 class TorchAdamax(AdamaxRule):
@@ -20,13 +21,14 @@ class TorchAdamax(AdamaxRule):
 
     phases = (Apply(adamax_floored_update),)
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamaxScalars
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence of `Adamax` below."""
         mean, norm = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
-        norm = torch.maximum(s.beta2 * norm, g.abs() + s.epsilon)
+        norm = maximum(s.beta2 * norm, abs(g) + s.epsilon)
         return w - s.lr * (mean / norm), (mean, norm)
 
 

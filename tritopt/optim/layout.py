@@ -48,10 +48,10 @@ class Layout(NamedTuple):
     shows_numbers: bool
     """Whether the step stands in the state."""
 
-    @property
-    def draws(self) -> bool:
-        """Whether storing takes random bits."""
-        return self.format.draws or any(fmt.draws for fmt in self.formats.values())
+    state_formats: tuple[Format, ...]
+    """The formats alone."""
+    draws: bool
+    """Whether storing takes random bits."""
 
 
 class Layouts:
@@ -137,6 +137,8 @@ class Layouts:
             self.expected(param, group, rule, fmt, formats),
             tuple(key for name, of_state in formats.items() for key in keys_of(name, of_state)),
             self.shows_numbers((fmt, *formats.values())),
+            tuple(formats.values()),
+            any(one.draws for one in (fmt, *formats.values())),
         )
 
     def _format_of(self, param: torch.Tensor, group: dict[str, Any], rule: Rule) -> Format:

@@ -12,7 +12,7 @@ from tritopt.kernels.nadam import nadam_decayed_update
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
 from tritopt.optimizers.nadam import NadamRule
-from tritopt.rule import Values
+from tritopt.rule import Values, takes_arrays
 
 
 class TorchNAdamScalars(NamedTuple):
@@ -73,6 +73,7 @@ class TorchNAdam(NadamRule):
             keep=1 - lr * wd if self.decoupled else 1.0,
         )
 
+    @takes_arrays
     def reference(  # type: ignore[override]
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchNAdamScalars
     ) -> tuple[torch.Tensor, Values]:

@@ -12,7 +12,7 @@ from tritopt.kernels.radam import radam_decayed_update
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
 from tritopt.optimizers.radam import RAdamRule
-from tritopt.rule import Values
+from tritopt.rule import Values, takes_arrays
 
 
 class TorchRAdamScalars(NamedTuple):
@@ -48,6 +48,7 @@ class TorchRAdam(RAdamRule):
         """The paper's, and the decay."""
         return TorchRAdamScalars(*super().scalars(lr, wd, count), 1 - lr * wd if self.decoupled else 1.0)
 
+    @takes_arrays
     def reference(  # type: ignore[override]
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchRAdamScalars
     ) -> tuple[torch.Tensor, Values]:

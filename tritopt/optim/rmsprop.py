@@ -20,7 +20,7 @@ from tritopt.kernels.rmsprop import (
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class TorchRMSpropScalars(NamedTuple):
@@ -76,6 +76,7 @@ class TorchRMSprop(Rule):
         """Constant but for the learning rate."""
         return TorchRMSpropScalars(lr, self.alpha, 1 - self.alpha, self.momentum, self.epsilon, math.inf)
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchRMSpropScalars
     ) -> tuple[torch.Tensor, Values]:

@@ -15,7 +15,7 @@ from tritopt.kernels.sgd import sgd_buffer_update, sgd_nesterov_update, sgd_upda
 from tritopt.optim.defaults import torch_defaults
 from tritopt.optim.layout import Layouts, State
 from tritopt.optim.optimizer import Optimizer, Options, Params
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class TorchSGDScalars(NamedTuple):
@@ -56,6 +56,7 @@ class TorchSGD(Rule):
         """A buffer begins with the gradient, whatever the dampening."""
         return TorchSGDScalars(lr, self.momentum, where(count == 1, 1.0, 1 - self.dampening))
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchSGDScalars
     ) -> tuple[torch.Tensor, Values]:

@@ -12,7 +12,7 @@ from tritopt.kernels.adabelief import adabelief_update
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.optimizers.adam import bias_corrected
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdaBeliefScalars(NamedTuple):
@@ -71,6 +71,7 @@ class AdaBeliefRule(Rule):
             lr = bias_corrected(lr, self.beta1, self.beta2, count)
         return AdaBeliefScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon)
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdaBeliefScalars
     ) -> tuple[torch.Tensor, Values]:

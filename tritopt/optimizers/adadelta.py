@@ -12,7 +12,7 @@ from tritopt.kernels.adadelta import adadelta_update
 from tritopt.kernels.formats.states import SQUARES
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdaDeltaScalars(NamedTuple):
@@ -63,6 +63,7 @@ class AdaDeltaRule(Rule):
         """Constant but for the learning rate."""
         return AdaDeltaScalars(lr, self.rho, 1 - self.rho, self.epsilon)
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdaDeltaScalars
     ) -> tuple[torch.Tensor, Values]:

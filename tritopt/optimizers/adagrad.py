@@ -12,7 +12,7 @@ from tritopt.kernels.adagrad import adagrad_update
 from tritopt.kernels.formats.states import SQUARES
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdaGradScalars(NamedTuple):
@@ -57,6 +57,7 @@ class AdaGradRule(Rule):
         """Constant but for the learning rate."""
         return AdaGradScalars(lr, self.epsilon)
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdaGradScalars
     ) -> tuple[torch.Tensor, Values]:

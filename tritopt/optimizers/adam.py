@@ -12,7 +12,7 @@ from tritopt.engine.scalars import sqrt as root
 from tritopt.kernels.adam import adam_update
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdamScalars(NamedTuple):
@@ -69,6 +69,7 @@ class AdamRule(Rule):
         lr = bias_corrected(lr, self.beta1, self.beta2, count)
         return AdamScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon)
 
+    @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         mean, var = state

@@ -9,8 +9,9 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.kernels.adamax import adamax_update
+from tritopt.kernels.twins.ops import maximum
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdamaxScalars(NamedTuple):
@@ -59,13 +60,14 @@ class AdamaxRule(Rule):
         """The mean's bias correction folded into the learning rate; the norm needs none."""
         return AdamaxScalars(lr / (1 - self.beta1**count), self.beta1, 1 - self.beta1, self.beta2, self.epsilon)
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamaxScalars
     ) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         mean, norm = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
-        norm = torch.maximum(s.beta2 * norm, g.abs())
+        norm = maximum(s.beta2 * norm, abs(g))
         return w - s.lr * mean / (norm + s.epsilon), (mean, norm)
 
 

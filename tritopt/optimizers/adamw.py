@@ -9,10 +9,10 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.kernels.adamw import adamw_amsgrad_update, adamw_update
-from tritopt.kernels.twins.ops import sqrt
+from tritopt.kernels.twins.ops import maximum, sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.optimizers.adam import bias_corrected
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdamWScalars(NamedTuple):
@@ -97,6 +97,7 @@ class AdamWRule(Rule):
             lr = bias_corrected(lr, self.beta1, self.beta2, count)
         return AdamWScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon, 1 - lr * wd)
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamWScalars
     ) -> tuple[torch.Tensor, Values]:
@@ -105,7 +106,7 @@ class AdamWRule(Rule):
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)
         if largest:
-            largest = [torch.maximum(largest[0], var)]
+            largest = [maximum(largest[0], var)]
         root = sqrt(largest[0] if largest else var)
         return s.keep * w - s.lr * (mean / (root + s.epsilon)), (mean, var, *largest)
 

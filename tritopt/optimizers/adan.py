@@ -14,7 +14,7 @@ from tritopt.kernels.adan import adan_update
 from tritopt.kernels.formats.states import SIGNED, SQUARES
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdanScalars(NamedTuple):
@@ -106,6 +106,7 @@ class AdanRule(Rule):
             first=where(count == self.begin_num_update + 1, 1.0, 0.0),
         )
 
+    @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdanScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         mean, diff, var, previous = state

@@ -11,7 +11,7 @@ from tritopt.engine.driver import Apply
 from tritopt.kernels.lion import lion_update
 from tritopt.kernels.twins.ops import sign
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class LionScalars(NamedTuple):
@@ -62,6 +62,7 @@ class LionRule(Rule):
         """Constant but for learning rate and decay."""
         return LionScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, 1 - lr * wd)
 
+    @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LionScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         (momentum,) = state

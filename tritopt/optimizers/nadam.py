@@ -12,7 +12,7 @@ from tritopt.engine.driver import Apply
 from tritopt.kernels.nadam import nadam_update
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 NEGLIGIBLE = 2.0**-54
 """A product of the schedule this small leaves 1 - product at 1."""
@@ -106,6 +106,7 @@ class NadamRule(Rule):
             var_correction=1 / (1 - self.beta2**count),
         )
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: NadamScalars
     ) -> tuple[torch.Tensor, Values]:

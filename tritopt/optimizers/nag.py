@@ -11,7 +11,7 @@ from tritopt.kernels.nag import nag_update
 from tritopt.kernels.sgd import sgd_update
 from tritopt.mxnet.optimizer import register
 from tritopt.optimizers.sgd import SGD, SGDRule, SGDScalars
-from tritopt.rule import Values
+from tritopt.rule import Values, takes_arrays
 
 
 class NAGRule(SGDRule):
@@ -41,6 +41,7 @@ class NAGRule(SGDRule):
         """One launch."""
         return (Apply(nag_update if self.momentum else sgd_update),)
 
+    @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SGDScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         if not self.momentum:

@@ -14,7 +14,7 @@ from tritopt.kernels.radam import radam_update
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.optimizers.adam import bias_corrected
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class RAdamScalars(NamedTuple):
@@ -96,6 +96,7 @@ class RAdamRule(Rule):
         rho = where(is_adaptive, rho, limit)
         return is_adaptive, scalar_sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho))
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: RAdamScalars
     ) -> tuple[torch.Tensor, Values]:

@@ -10,7 +10,7 @@ from tritopt.engine import validate
 from tritopt.engine.driver import Apply
 from tritopt.kernels.sgd import sgd_momentum_update, sgd_update
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class SGDScalars(NamedTuple):
@@ -63,6 +63,7 @@ class SGDRule(Rule):
         """Constant but for the learning rate."""
         return SGDScalars(lr, self.momentum)
 
+    @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SGDScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         if not self.momentum:

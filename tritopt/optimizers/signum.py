@@ -11,7 +11,7 @@ from tritopt.engine.driver import Apply
 from tritopt.kernels.signum import signsgd_update, signum_update
 from tritopt.kernels.twins.ops import sign
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class SignumScalars(NamedTuple):
@@ -75,6 +75,7 @@ class SignumRule(Rule):
         decay = lr * (self.wd_lh if self.momentum else wd + self.wd_lh)
         return SignumScalars(lr, 1 - decay, self.momentum, 1 - self.momentum)
 
+    @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SignumScalars
     ) -> tuple[torch.Tensor, Values]:

@@ -9,7 +9,7 @@ import torch
 from tritopt.engine.driver import Apply
 from tritopt.kernels.test import test_update
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, Values, takes_arrays
 
 
 class TestScalars(NamedTuple):
@@ -37,6 +37,7 @@ class TestRule(Rule):
         """The learning rate."""
         return TestScalars(lr)
 
+    @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TestScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         return w - s.lr * g, state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
@@ -13,14 +12,14 @@ from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, unavailable
 from tritopt.engine.telemetry import refuse
 from tritopt.engine.warning import warn_once
-from tritopt.kernels.twins.random import Noise
 from tritopt.optim import distributed
 from tritopt.optim.clip import squares
-from tritopt.optim.distributed import ShardSums, local
+from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import Hypers
 from tritopt.optim.step.members import Bucket, Member, Number, Only, launch_for, same_group
 from tritopt.optim.step.owner import Owner
+from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.replay import WarmStep
 from tritopt.optim.step.scalar_table import host_rows
 from tritopt.optim.step.undo import Undo
@@ -88,7 +87,7 @@ class ColdStep:
     def _key(self) -> Hashable:
         return tuple(member.position for member in self.members)
 
-    def launch(self, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
+    def launch(self, opt: Owner, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
         """Update the bucket's parameters, by a kernel or by the reference."""
         tasks = [self._tasks[i] for i in bucket.places]
         members = [self.members[i] for i in bucket.places]
@@ -101,16 +100,9 @@ class ColdStep:
             if groups is not None:
                 self._launched.append((bucket, groups))
             return
-        values, end = rows.values.tolist(), launch.n_scalars - launch.draws
-        is_skipped = launch.noop is not None and bool(launch.noop.item())
-        for place, (member, task, i) in enumerate(zip(members, tasks, rows.row_of, strict=True)):
-            common = (math.nan, *values[i][1:3]) if is_skipped else values[i][:3]
-            scalars = launch.scalars(*values[i][3:end])
-            noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
-            undo.updates.begin([member], task.versions)
-            member.rule.apply_reference(
-                task, common, scalars, launch.rescale, distributed.encode, noise, launch.tracked, place
-            )
+        update_by_reference(members, tasks, rows, launch, undo)
+        if all(_is_plain(member, task) for member, task in zip(members, tasks, strict=True)):
+            self._launched.append((bucket, []))
 
     def finish(self) -> None:
         """After the last launch."""
@@ -124,10 +116,17 @@ class ColdStep:
             return None
         if not all(isinstance(state, dict) for state in opt.state.values()):  # torch lets users keep anything there
             return None
-        norm_groups = [] if opt.max_grad_norm is None else self._planner.groups_of_squares(self._key)
+        has_norm = opt.max_grad_norm is not None and any(bucket.is_fused for bucket in self.buckets)
+        norm_groups = self._planner.groups_of_squares(self._key) if has_norm else []
         if norm_groups is None:  # so many plans that this one had to go
             return None
         return WarmStep(self._planner, opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
+
+
+def _is_plain(member: Member, task: Task) -> bool:
+    """Whether the reference may repeat an update without looking at the parameter again."""
+    is_differentiated = bool(member.group.get("differentiable"))
+    return not (is_differentiated or is_dtensor(member.param) or task.grad.layout != torch.strided)
 
 
 def runs_fused(opt: Owner, member: Member) -> bool:

@@ -13,62 +13,33 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.engine.group import Array, Group, Rows, refresh_table, upload_table
+from tritopt.engine.group import Array, Group, Rows
 from tritopt.engine.phase import Launch, run_phases
-from tritopt.engine.plan import Planner
+from tritopt.engine.plan import Planner, Task
+from tritopt.engine.replay import ReplayTable, table_of
 from tritopt.engine.walk import known_states, n_words, walk
-from tritopt.optim.distributed import ShardSums, is_dtensor, local
+from tritopt.optim.clip import squares
+from tritopt.optim.distributed import ShardSums, is_dtensor, local, noise_of
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import Hypers
 from tritopt.optim.step.members import Bucket, Member, Only, groups_of, launch_for, params_of
 from tritopt.optim.step.owner import Owner
+from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.scalar_table import HostRows
 from tritopt.optim.step.undo import Undo
 
+_NO_NOISE = (0, 0, 0, 0)
 _NO_ROW = np.array([[1.0, np.inf, 0.0]])
 
 
-class _Table:
-    """The engine's group, and its table of addresses, but for those of gradients."""
-
-    def __init__(self, group: Group, members: Array, in_bucket: Array, words: Array, columns: slice) -> None:
-        self.group = group
-        self._members = _slice_if_run(members)
-        """Places of the group's members among all."""
-        self._in_bucket = _slice_if_run(in_bucket)
-        self._words = words
-        self._columns = columns
-        """Of what is the gradient's address."""
-        self._grads: Array | None = None
-        self._row_of: Array | None = None
-        self._writer = object()
-
-    def upload(self, grads: Array, row_of: Array, values: Array | torch.Tensor) -> None:
-        """Bring to the device what is new: addresses of the gradients are new where their array is."""
-        group, n_words = self.group, self._words.size
-        n_values = values.numel() if isinstance(values, torch.Tensor) else values.size
-        # Steps with gradients of other parameters may have the group in common.
-        is_another = group.writer is not self._writer
-        if is_another or row_of is not self._row_of or group.host_table.size != n_words + n_values:
-            self._words[:, -1] = row_of[self._in_bucket]
-            self._words[:, self._columns] = grads[self._members, None]
-            upload_table(group, self._words, values)
-        elif grads is not self._grads:
-            words = group.host_table[:n_words].reshape(self._words.shape)
-            words[:, self._columns] = grads[self._members, None]
-            refresh_table(group, n_words, values, is_dirty=True)
-        else:
-            refresh_table(group, n_words, values)
-        self._grads, self._row_of, group.writer = grads, row_of, self._writer
-
-
 class _Update(NamedTuple):
-    """A bucket's."""
+    """What a bucket's update is made with."""
 
-    tables: list[_Table]
+    tables: list[ReplayTable]
+    """Those of its groups; none where the reference updates it."""
     rows: HostRows
     launches: list[Launch]
-    """One, once it was made."""
+    """At most one element; empty until first use."""
 
 
 class WarmStep:
@@ -107,7 +78,9 @@ class WarmStep:
             bucket.runs[:] = [[stripped[id(member)] for member in some] for some in bucket.runs]
         self._updates = {
             id(bucket): _Update(
-                [_table(bucket, g) for g in groups], HostRows(bucket.runs, bucket.draws, self.positions), []
+                [table_of(group, np.array(bucket.places, np.int64)) for group in groups],
+                HostRows(bucket.runs, bucket.draws, self.positions),
+                [],
             )
             for bucket, groups in launched
         }
@@ -164,6 +137,9 @@ class WarmStep:
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
         """Sum of squares of each gradient, fp64 [members, 1]."""
+        if not self._norm_tables:
+            grads: list[Any] = [param.grad for param in self._members_params]
+            return squares(self._planner, ("replayed", *self.positions), self._members_params, grads, reduce)
         for table in self._norm_tables:
             table.upload(self._grads, self._no_rows, _NO_ROW)
         groups = [table.group for table in self._norm_tables]
@@ -182,8 +158,13 @@ class WarmStep:
             launches.append(self._planner.configured(launch_for(bucket, scalars, shard_sums)))
         return launches[0]
 
-    def launch(self, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
+    def launch(self, opt: Owner, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
         """Update the bucket's parameters."""
+        if not bucket.is_fused:
+            members = [member for some in bucket.runs for member in some]
+            tasks = [_task(opt, member) for member in members]
+            update_by_reference(members, tasks, rows, launch, undo)
+            return
         tables = self._updates[id(bucket)].tables
         undo.updates.begin(chain.from_iterable(bucket.runs))
         for table in tables:
@@ -268,26 +249,20 @@ def _names(named: Sequence[dict[str, Any]]) -> list[list[Any]]:
     return [list(group["param_names"]) for group in named]
 
 
-def _slice_if_run(places: Array) -> Array | slice:
-    """An index that needs no copy, where that says the same."""
-    is_run = len(places) > 0 and np.array_equal(places, np.arange(places[0], places[0] + len(places)))
-    return slice(int(places[0]), int(places[0]) + len(places)) if is_run else places
+def _task(opt: Owner, member: Member) -> Task:
+    """A parameter's tensors, which were checked when the step was built."""
+    param, layout = member.param, member.layout
+    state, weight, fmt = opt.state.get(param, {}), param.detach(), layout.format
+    planes = (weight, state[fmt.companion]) if fmt.companion else (weight,)
+    assert param.grad is not None
+    task = Task(planes, fmt, param.grad, opt.layouts.planes(layout, state), None, _NO_NOISE, layout.state_formats)
+    return task._replace(noise=noise_of(opt.rounding_seed, member.name, param)) if layout.draws else task
 
 
-def _table(bucket: Bucket, group: Group) -> _Table:
-    in_bucket = np.array(group.members, dtype=np.int64)
-    members = np.array(bucket.places, dtype=np.int64)[in_bucket]
-    # The addresses that this step has uploaded, and the places of its scalars' rows.
-    n_words = len(group.dtypes) + 1
-    words = group.host_table[: len(members) * n_words].reshape(-1, n_words).copy()
-    column = group.format.n_planes
-    return _Table(group, members, in_bucket, words, slice(column, column + 1))
-
-
-def _norm_table(group: Group) -> _Table:
+def _norm_table(group: Group) -> ReplayTable:
     """A gradient's norm is that of a weight which is the gradient."""
     members = np.array(group.members, dtype=np.int64)
-    return _Table(group, members, members, np.zeros((len(members), 3), np.int64), slice(0, 2))
+    return ReplayTable(group, members, members, np.zeros((len(members), 3), np.int64), slice(0, 2))
 
 
 def _without_gradients(members: Sequence[Member]) -> list[Member]:

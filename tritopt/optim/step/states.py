@@ -116,15 +116,16 @@ def task_of(opt: Owner, member: Member, is_complete: bool = False) -> Task:
             raise RuntimeError(error)
         grad = grad.to_dense()
     weight = part(param) if member.group.get("differentiable") else part(param).detach()
-    fmt, formats = member.layout.format, tuple(member.layout.formats.values())
+    fmt, formats = member.layout.format, member.layout.state_formats
     planes = (weight,) if not fmt.companion else (weight, part(state[fmt.companion]))
     values = tuple(map(part, opt.layouts.planes(member.layout, state)))
     validate.weight_and_grad(member.name, weight, part(grad))
     task = Task(planes, fmt, part(grad), values, state_formats=formats)
     if not is_complete:
         _check_states(member, task)
-    draws = fmt.draws or any(of_state.draws for of_state in formats)
-    return task._replace(noise=distributed.noise_of(opt.rounding_seed, member.name, param)) if draws else task
+    if not member.layout.draws:
+        return task
+    return task._replace(noise=distributed.noise_of(opt.rounding_seed, member.name, param))
 
 
 def _check_states(member: Member, task: Task) -> None:

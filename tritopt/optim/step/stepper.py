@@ -108,7 +108,7 @@ class Stepper:
         for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
             launch = step.launch_of(bucket, scalars, self._shard_sums)
             launch = launch.given(_on(rescale, bucket.device), _on(found_inf, bucket.device), [] if opt.track else None)
-            step.launch(bucket, values, launch, undo)
+            step.launch(opt, bucket, values, launch, undo)
             if launch.tracked is not None:
                 self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
         step.finish()
