@@ -122,7 +122,7 @@ import json
 import sys
 from pathlib import Path
 
-from tritopt import check
+from tritopt.tools import check
 from tritopt.tools.bench import host, plan, plot, run
 
 command, *rest = sys.argv[1:]

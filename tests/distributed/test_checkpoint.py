@@ -14,6 +14,7 @@ from torch import nn
 import tritopt.optim
 from tests.distributed.test_models import full, loss_of, mlp
 from tests.support.layouts import CLOSE, EXACT, assert_same, mesh_of
+from tests.support.training import CLASSES
 from tests.support.world import REASON, World
 from tritopt.kernels.formats.weights import SPLIT16
 from tritopt.optim import distributed
@@ -234,11 +235,7 @@ def flat(value: Any) -> list[Any]:
     return [value.tolist() if isinstance(value, torch.Tensor) else value]
 
 
-NAMES = [
-    name
-    for name, cls in vars(tritopt.optim).items()
-    if isinstance(cls, type) and issubclass(cls, tritopt.optim.Optimizer) and cls is not tritopt.optim.Optimizer
-]
+NAMES = [cls.__name__ for cls in CLASSES]
 
 
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])

@@ -21,19 +21,23 @@ from tests.support.layouts import (
     mesh_of,
     spread,
 )
+from tests.support.training import CLASSES as EVERY_OPTIMIZER
 from tests.support.world import REASON, World
+from tritopt.engine.driver import Apply
 from tritopt.optim import AdamW
 from tritopt.optim.distributed import local, whole
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]
 
-CLASSES = sorted(
-    name
-    for name, value in vars(tritopt.optim).items()
-    if isinstance(value, type) and issubclass(value, tritopt.optim.Optimizer) and value is not tritopt.optim.Optimizer
-)
+PHASES = {cls.__name__: cls.rule().phases for cls in sorted(EVERY_OPTIMIZER, key=lambda cls: cls.__name__)}
+CLASSES = list(PHASES)
 RANDOM = ("SGLD",)
-BY_NORMS = [name for name in ("LAMB", "LANS", "LARS") if name in CLASSES]
+N_SUMS = {name: sum(phase.sums_elements for phase in phases) for name, phases in PHASES.items()}
+"""Number of phases that leave sums."""
+BY_SUMS = [name for name in CLASSES if N_SUMS[name]]
+"""Optimizers that need more of a tensor than the element."""
+BY_NORMS = [name for name in BY_SUMS if all(isinstance(phase, Apply) for phase in PHASES[name])]
+"""Optimizers whose sums are those of whole tensors."""
 MATRICES: list[tuple[int, ...]] = [shape for shape in SHAPES if len(shape) == 2]
 sizes = pytest.mark.parametrize("size", [2, 4])
 paths = pytest.mark.parametrize("fused", [None, False])
@@ -45,10 +49,6 @@ def options_of(name: str) -> dict[str, Any]:
 
 def shapes_of(name: str) -> list[tuple[int, ...]]:
     return list(MATRICES) if name == "GroupAdaGrad" else list(SHAPES)
-
-
-BY_SUMS = [*BY_NORMS, *(name for name in ("Adafactor", "GroupAdaGrad") if name in CLASSES)]
-"""Those that need more of a tensor than the element."""
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name not in (*RANDOM, *BY_SUMS)])
@@ -163,10 +163,6 @@ def check_sends_nothing(fused: bool | None) -> None:
         whole(pair.shared[0])
     assert seen.calls[0] == "allreduce_"
     assert len(seen.calls) > 1
-
-
-N_SUMS = {"AdamW": 0, "LAMB": 1, "LANS": 2, "LARS": 1}
-"""Phases that leave sums."""
 
 
 def test_sends_one_vector_for_all_tensors(worlds: dict[int, World]) -> None:

@@ -584,7 +584,7 @@ from tritopt.kernels.formats.weights import MASTER_FP32
 hits = []
 triton.knobs.compilation.listener = lambda **found: hits.append([found["metadata"]["name"], found["cache_hit"]])
 began = time.monotonic()
-compile_launches(tritopt.optim.AdamW.rule(), torch.bfloat16, torch.bfloat16, MASTER_FP32, 90)
+compile_launches(tritopt.AdamW(), torch.bfloat16, torch.bfloat16, MASTER_FP32, 90)
 compile_norm(torch.bfloat16, 90)
 print(json.dumps([hits, time.monotonic() - began]))
 """

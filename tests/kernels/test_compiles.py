@@ -25,6 +25,7 @@ from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS
 from tritopt.kernels.formats.states import STATE_FORMATS
 from tritopt.engine.driver import Apply
+from tritopt.mxnet.optimizer import with_api
 from tritopt.mxnet.registry import OPTIMIZERS
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 common = [(bf16, bf16, MASTER_FP32), (f32, f32, PLAIN)]
@@ -33,7 +34,8 @@ packed = [(bf16, bf16, fmt) for fmt in MASTERS.values() if fmt is not MASTER_FP3
 is_all = sys.argv[2] == "all"
 rows = [{"case": "norm", **launch._asdict()} for launch in compile_norm(bf16, arch)]
 rules = {found.rule for found in vars(tritopt.optim).values() if hasattr(found, "rule")}
-torchs = {rule.__name__: rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")}
+own = [rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")]
+torchs = {rule.__name__: with_api(rule) for rule in own}
 found = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
 for name, rule in found.items():
     for variant in rule.variants:

@@ -106,7 +106,7 @@ def test_kernel_is_the_reference_in_every_plane(name: str, master: str) -> None:
             Run(opt)
         return
     if sums(opt):
-        return  # in another order; check.py compares these
+        return  # in another order; `tritopt check` compares these
     kernel, reference = Run(opt), Run(create(name, master, use_fused_step=False))
     for seed in range(3):
         kernel.step(seed)

@@ -24,11 +24,11 @@ def is_chosen(case: Case) -> bool:
 
 
 def name_of(case: Case) -> str:
-    return "-".join((case.cls.__name__, case.master or "none", case.state_dtype or "fp32"))
+    return f"{case.cls.__name__}-{case.master or 'none'}-{case.state_dtype or 'fp32'}"
 
 
 NAMES = ("adamw", "lamb", "groupadagrad", "adafactor", "sgld", "lion")
-CASES = [case for case in check.cases(check.registered(NAMES)) if is_chosen(case)]
+CASES = [case for case in check.find_cases(check.registered(NAMES)) if is_chosen(case)]
 
 
 SHORT_CHUNKS = GENERIC._replace(chunk_size=2048)

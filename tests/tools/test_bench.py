@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import inspect
 import json
 import signal
 import time
@@ -18,21 +17,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.support.training import CLASSES
 from tritopt import optim
 from tritopt.__main__ import app
 from tritopt.kernels.formats.weights import SPLIT16
 from tritopt.kernels.language import INTERPRETED
 from tritopt.optim.adam import TorchAdam
 from tritopt.optimizers import AdamW
-from tritopt.tools import numerics
 from tritopt.tools.bench import machine, measure, peers, plot, run, targets
 from tritopt.tools.bench.device import Device, Rehearsal
-from tritopt.tools.bench.measure import Row
+from tritopt.tools.bench.measure import Measurement
 from tritopt.tools.bench.peers import PEERS, Peer
 from tritopt.tools.bench.plan import ELEMENTWISE, MAIN, SUMMING, Item, plan
 from tritopt.tools.bench.run import Bench, find_device
 from tritopt.tools.bench.shapes import MODELS, Model, miniature
 from tritopt.tools.cost import bytes_per_parameter
+from tritopt.tools.storage import FORMATS
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a rehearsal runs in Triton's interpreter")
 FUSED = next(peer for peer in PEERS if peer.name == "torch fused")
@@ -107,12 +107,10 @@ def test_the_most_important_comes_first() -> None:
 
 
 def test_every_optimizer_is_measured() -> None:
-    known = {
-        value.__name__
-        for value in vars(optim).values()
-        if inspect.isclass(value) and issubclass(value, optim.Optimizer) and value is not optim.Optimizer
-    }
+    known = {cls.__name__ for cls in CLASSES}
     assert {"AdamW", *SUMMING, *ELEMENTWISE} == known
+    assert {"LAMB", "Adafactor", "GroupAdaGrad"} <= set(SUMMING)
+    assert {"SGD", "Adam", "Lion"} <= set(ELEMENTWISE)
     assert {item.optimizer for item in plan()} == known
 
 
@@ -142,7 +140,7 @@ def test_unknown_names_are_refused(arguments: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: f"{peer.name}-{peer.optimizer}-{peer.formats[0]}")
 def test_peers_stand_beside_what_there_is(peer: Peer) -> None:
-    assert set(peer.formats) <= set(numerics.FORMATS)
+    assert set(peer.formats) <= set(FORMATS)
     assert hasattr(optim, peer.optimizer)
     assert peers.beside(peer.optimizer, peer.formats[0], [peer.name]) == [peer]
 
@@ -328,9 +326,9 @@ def test_a_number_is_bytes_over_time() -> None:
     assert row.share == pytest.approx(0.4)
 
 
-def row_of(**numbers: Any) -> Row:
+def row_of(**numbers: Any) -> Measurement:
     known = {"shapes": "GPT-2 XL", "elements": 1_557_611_200, "tensors": 580, "optimizer": "AdamW", "format": MAIN}
-    return Row(**{**known, "contestant": "tritopt", "stores": "", **numbers})
+    return Measurement(**{**known, "contestant": "tritopt", "stores": "", **numbers})
 
 
 # A run.
@@ -356,7 +354,7 @@ def test_rows_say_what_must_move_and_what_was_launched(optimizer: str, launches:
 
 
 def test_memory_is_known_before_it_is_taken() -> None:
-    found = {name: measure.resident("AdamW", numerics.FORMATS[name]) for name in ("fp32", MAIN, "split8+int8", "none")}
+    found = {name: measure.resident("AdamW", FORMATS[name]) for name in ("fp32", MAIN, "split8+int8", "none")}
     assert found == {"fp32": 16, MAIN: 14, "split8+int8": 7 + 1 / 16, "none": 8}
 
 
@@ -399,7 +397,7 @@ def test_bytes_of_what_is_stored_otherwise_are_unknown(model: str, is_known: boo
      ("GroupAdaGrad", MAIN), ("RMSprop", "fp16-kahan")],
 )  # fmt: skip
 def test_checks_are_green(optimizer: str, fmt: str) -> None:
-    assert run.gate(optimizer, numerics.FORMATS[fmt]) is None
+    assert run.gate(optimizer, FORMATS[fmt]) is None
 
 
 @interpreted
@@ -501,7 +499,7 @@ def test_json_says_what_the_numbers_belong_to(monkeypatch: pytest.MonkeyPatch) -
 # Targets.
 
 
-def verdicts(*rows: Row) -> dict[str, str]:
+def verdicts(*rows: Measurement) -> dict[str, str]:
     return {found.target.partition(":")[0]: found.verdict for found in targets.judge(rows)}
 
 

@@ -16,8 +16,9 @@ from tritopt import optim
 from tritopt.__main__ import app
 from tritopt.kernels.language import INTERPRETED
 from tritopt.tools.bench import host
-from tritopt.tools.bench.host import CASES, Case, HostRow, case_times, host_times
+from tritopt.tools.bench.host import CASES, Case, HostTime, case_times, host_times
 from tritopt.tools.bench.peers import PEERS
+from tritopt.tools.bench.without_kernels import FOREACH, OF_FUSED
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="there are no launches to leave out"
@@ -95,7 +96,7 @@ def test_no_kernel_runs(name: str, clip: bool, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_was_replaced_is_put_back() -> None:
-    before = {name: getattr(torch, name) for name in (*host._FOREACH, *host._OF_FUSED)}
+    before = {name: getattr(torch, name) for name in (*FOREACH, *OF_FUSED)}
     host_times([SMALL], rounds=1)
     assert all(getattr(torch, name) is value for name, value in before.items())
     param = torch.nn.Parameter(torch.ones(64))
@@ -137,7 +138,7 @@ def test_the_command(as_json: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: A
     assert found.exit_code == 0, found.output
     saved = json.loads(path.read_text())
     assert {"cpu", "date", "torch", "triton", "tritopt", "commit"} <= set(saved["machine"])
-    rows = [HostRow(**row) for row in saved["rows"]]
+    rows = [HostTime(**row) for row in saved["rows"]]
     assert [(row.contestant, row.groups) for row in rows] == [
         ("tritopt", 1), ("torch fused", 1), ("tritopt", 8), ("torch fused", 8),
     ]  # fmt: skip

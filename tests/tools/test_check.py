@@ -26,8 +26,19 @@ from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.formats.states import SIGNED, STATE_FORMATS
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, tl, triton  # noqa: F401
 from tritopt.mxnet import registry
-from tritopt.tools import check, checks
-from tritopt.tools.check import Case, Contender, Row, check_case, load_optimizer, run_checks
+from tritopt.tools.check import (
+    Case,
+    CheckResult,
+    check_case,
+    compare,
+    contender,
+    find_cases,
+    load_optimizer,
+    processes,
+    run,
+    run_checks,
+)
+from tritopt.tools.check.contender import Contender
 
 needs_kernels = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
@@ -83,7 +94,7 @@ def drifting_update(w, g, state, s):  # type: ignore[no-untyped-def]
 class Drifting(tritopt.Test):
     """A hundred-thousandth of a step too fast."""
 
-    driver = (tritopt.Apply(drifting_update, reads_states=False, writes_states=False),)
+    phases = (tritopt.Apply(drifting_update, reads_states=False, writes_states=False),)
 
 
 @triton.jit
@@ -94,7 +105,7 @@ def undefined_update(w, g, state, s):  # type: ignore[no-untyped-def]
 class Undefined(tritopt.Test):
     """NaN everywhere."""
 
-    driver = (tritopt.Apply(undefined_update, reads_states=False, writes_states=False),)
+    phases = (tritopt.Apply(undefined_update, reads_states=False, writes_states=False),)
 
 
 class Ported(tritopt.Optimizer):
@@ -137,16 +148,16 @@ class Coarse(tritopt.Test):
 @pytest.mark.parametrize("cls", [tritopt.Adam, tritopt.LAMB])
 def test_registered_optimizers_pass(cls: type[tritopt.Optimizer]) -> None:
     rows = list(run_checks([cls], quick=True))
-    assert len(rows) == len(check.cases([cls], quick=True)) == 34
+    assert len(rows) == len(find_cases([cls], quick=True)) == 34
     assert not [row for row in rows if not row.passed]
     if HAS_TRITON:
         assert all(row.fused_vs_reference is not None for row in rows)
 
 
 def test_full_check_covers_every_combination() -> None:
-    found = check.cases([tritopt.SGD])
+    found = find_cases([tritopt.SGD])
     assert len(set(map(str, found))) == len(found) == 50
-    assert set(check.cases([tritopt.SGD], quick=True)[0].arguments) == {"learning_rate"}
+    assert set(find_cases([tritopt.SGD], quick=True)[0].arguments) == {"learning_rate"}
     assert all(c.variant for c in found if c.state_dtype), "without momentum there is no state"
     assert {c.state_dtype for c in found} == {None, *STATE_FORMATS}
     assert {c.option for c in found if c.state_dtype} == {"wd, clip, rescale"}
@@ -154,7 +165,7 @@ def test_full_check_covers_every_combination() -> None:
 
 @pytest.mark.parametrize("cls", [tritopt.Ftrl, tritopt.GroupAdaGrad, tritopt.Test, Ported])
 def test_no_state_takes_another_format(cls: type[tritopt.Optimizer]) -> None:
-    assert not [found for found in check.cases([cls]) if found.state_dtype]
+    assert not [found for found in find_cases([cls]) if found.state_dtype]
 
 
 class PortedSign(Ported):
@@ -183,8 +194,8 @@ class LateSign(PortedSign):
 def sizes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel, but the weights that a check on a GPU has."""
     monkeypatch.setattr(plan, "HAS_TRITON", False)
-    monkeypatch.setattr(check, "INTERPRETED", False)
-    monkeypatch.setattr(check, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(run, "INTERPRETED", False)
+    monkeypatch.setattr(run, "device", lambda: torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("sizes_of_a_gpu")
@@ -201,7 +212,7 @@ def test_sums_that_cancel_before_their_sign_is_taken(monkeypatch: pytest.MonkeyP
     assert not [row for row in map(check_case, jumping) if not row.passed]
     wrong = check_case(case(LateSign, torch.bfloat16))
     assert "reference and truth differ by" in wrong.reason
-    monkeypatch.setattr(check, "JUMP", float("inf"))
+    monkeypatch.setattr(run, "JUMP", float("inf"))
     assert all("reference and truth differ by" in check_case(jump).reason for jump in jumping)
 
 
@@ -212,7 +223,7 @@ def test_sums_that_cancel_before_their_sign_is_taken(monkeypatch: pytest.MonkeyP
 def test_gradients_stay_as_drawn_but_for_a_few(
     cls: type[tritopt.Optimizer], jumps: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = check._jumps
+    found = run._jumps
     counted: list[int] = []
 
     def counting(*args: Any) -> list[torch.Tensor]:
@@ -220,7 +231,7 @@ def test_gradients_stay_as_drawn_but_for_a_few(
         counted.extend(int(mask.sum()) for mask in masks)
         return masks
 
-    monkeypatch.setattr(check, "_jumps", counting)
+    monkeypatch.setattr(run, "_jumps", counting)
     assert check_case(case(cls, torch.bfloat16)).passed
     assert len(counted) == 3 * 5, "3 steps of 5 weights"
     assert sum(counted) in jumps
@@ -314,7 +325,7 @@ def test_states_that_sums_round_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.states is not None
     assert row.states >= 1
     assert not check_case(sgd).passed
-    monkeypatch.setattr(check, "_differ", lambda name, ours, expected: torch.zeros_like(ours[name], dtype=torch.bool))
+    monkeypatch.setattr(compare, "_differ", lambda name, ours, expected: torch.zeros_like(ours[name], dtype=torch.bool))
     reason = check_case(lans).reason
     assert reason.startswith("step 0, weight")
     assert "fused and reference differ by" in reason
@@ -342,7 +353,7 @@ def test_neighbours(name: str, kind: str) -> None:
     planes = (codes, scale.to(fmt.dtypes[1])) if fmt.block else (codes,)
     numbers = fmt.decode(planes, torch.float32)
     finite = numbers.isfinite()
-    low, high = (check._neighbour(fmt, planes, places)[finite] for places in (-1, 1))
+    low, high = (contender._neighbour(fmt, planes, places)[finite] for places in (-1, 1))
     spread = scale.repeat_interleave(n // len(scale))[finite]
     numbers = numbers[finite] / spread
     known = numbers.unique().tolist()
@@ -354,7 +365,7 @@ def test_neighbours(name: str, kind: str) -> None:
         given = [-2, -1, 0, 1, 126] if kind == SIGNED else [254, 255, 0, 1, 126]
         higher = [-1, 0, 1, 2, 127] if kind == SIGNED else [255, 255, 1, 2, 127]
         before, after = (torch.tensor(some, dtype=fmt.dtypes[0], device="cpu") for some in (given, higher))
-        found = check._neighbour(fmt, (before, planes[-1][:1]), 1)
+        found = contender._neighbour(fmt, (before, planes[-1][:1]), 1)
         assert torch.equal(found, fmt.decode((after, planes[-1][:1]), torch.float32))
 
 
@@ -375,12 +386,12 @@ def test_neighbours_lie_in_memory_as_the_state_does() -> None:
         assert torch.equal(found, code**3 * code.abs() * scale)
 
 
-@pytest.mark.parametrize(("config", "block"), [(check.SMALL, 0), (check.SMALL_OF_STATES, BLOCK)])
+@pytest.mark.parametrize(("config", "block"), [(run.SMALL, 0), (run.SMALL_OF_STATES, BLOCK)])
 def test_weights_of_a_check(config: Config, block: int) -> None:
     """Several chunks, one of several blocks, and a tail; unaligned; transposed, with more than a block of states."""
     assert not block or not (config.block_size % block or config.chunk_size % block)
     state_dtype = "int8" if block else None
-    weights = check._weights(case(tritopt.SGD, state_dtype=state_dtype), torch.Generator("cpu").manual_seed(0), config)
+    weights = run._weights(case(tritopt.SGD, state_dtype=state_dtype), torch.Generator("cpu").manual_seed(0), config)
     _, _, long, unaligned, transposed = weights
     assert long.numel() > config.chunk_size >= 2 * config.block_size
     assert config.block_size < long.numel() % config.chunk_size < 2 * config.block_size
@@ -534,11 +545,11 @@ Made, Dying = make(lambda: print("a step")), make(lambda: os._exit(3))
 """
 
 
-def shared(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+def shared(name: str, monkeypatch: pytest.MonkeyPatch) -> list[CheckResult]:
     """Rows of an optimizer, by two processes."""
-    monkeypatch.setattr(checks, "MANY", 1)
-    monkeypatch.setattr(checks, "_n_cores", lambda: 2)
-    return list(checks.run_cases([name], quick=True))
+    monkeypatch.setattr(processes, "MANY", 1)
+    monkeypatch.setattr(processes, "_n_cores", lambda: 2)
+    return list(processes.run_cases([name], quick=True))
 
 
 def test_many_checks_are_shared_by_processes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,7 +573,7 @@ def test_json() -> None:
     answer = json.loads(result.stdout, parse_constant=pytest.fail)
     assert (answer["passed"], answer["quick"], answer["torch"]) == (True, True, torch.__version__)
     assert {row["optimizer"] for row in answer["rows"]} == {"test", "sgd"}
-    assert set(answer["rows"][0]) == {field.name for field in fields(Row)}
+    assert set(answer["rows"][0]) == {field.name for field in fields(CheckResult)}
 
 
 def test_unknown_names_are_usage_errors() -> None:

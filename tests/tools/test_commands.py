@@ -26,7 +26,7 @@ from tritopt.tools.bench import host, measure
 from tritopt.tools.inspect import Change, load
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNTS = ROOT / "tests" / "counts_sm_90.json"
+COUNTS = ROOT / "tests" / "data" / "counts_sm_90.json"
 
 
 def run(*arguments: str, **env: str) -> Any:
@@ -66,7 +66,7 @@ def test_check(width: int) -> None:
 def test_numerics(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     numbers: Any = dict.fromkeys(["resident", "moved", "loss", "drift", "kept", "update", "remains"], 100.25)
     rows = [
-        numerics.Row("AdamW", name, {}, "bfloat16", "stress", case, 100, 0.1, **numbers)
+        numerics.FormatResult("AdamW", name, {}, "bfloat16", "stress", case, 100, 0.1, **numbers)
         for name in numerics.FORMATS
         for case in dict.fromkeys(case for column in numerics.COLUMNS for case in column.cases)
     ]
@@ -103,7 +103,7 @@ def test_tune(width: int, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bench(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    row = measure.Row("llama3-8b", 8_000_000_000, 291, "AdamW", "split16+bf16", "TransformerEngine", "bf16")
+    row = measure.Measurement("llama3-8b", 8_000_000_000, 291, "AdamW", "split16+bf16", "TransformerEngine", "bf16")
     row.ms, row.device_ms, row.ratio = 3.25, 3.0, 1.25
 
     class Done:
@@ -118,7 +118,7 @@ def test_bench(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         host,
         "case_times",
         lambda case, *_: [
-            host.HostRow("torch foreach", case.tensors, case.groups, case.clip, case.sets, "nothing", **times)
+            host.HostTime("torch foreach", case.tensors, case.groups, case.clip, case.sets, "nothing", **times)
         ],
     )
     assert_fits(run("bench", "--host").output.partition("replaced,")[0], width, "foreach", "0.500", "0.12")

@@ -11,7 +11,7 @@ import torch
 
 from tritopt.kernels.language import INTERPRETED
 from tritopt.tools.bench import host
-from tritopt.tools.bench.host import Case, HostRow, case_times
+from tritopt.tools.bench.host import Case, HostTime, case_times
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="there are no launches to leave out"
@@ -36,7 +36,7 @@ def torch_of_users() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def best(name: str, rows: list[HostRow]) -> float:
+def best(name: str, rows: list[HostTime]) -> float:
     (found,) = [row.best_ms for row in rows if row.contestant == name]
     assert found is not None
     return found

@@ -20,7 +20,9 @@ from tritopt.mxnet.registry import names
 from tritopt.tools import inspect as report
 from tritopt.tools.gpus import ARCHITECTURES, DEFAULTS, GPUS, find_gpu, resident_programs
 from tritopt.tools.hot_loop import HotLoop, hot_loops, parse_gcn, parse_sass
-from tritopt.tools.inspect import MAIN_FORMATS, NORM, Case, Row, compare, inspect_cases, select, steps_of
+from tritopt.tools.inspect import MAIN_FORMATS, Case, LaunchRecord, compare, inspect_cases, select_cases, steps_of
+from tritopt.tools.inspect import compile as compiling
+from tritopt.tools.inspect.cases import NORM
 
 pytestmark = pytest.mark.xdist_group("compiles")  # with tests/kernels/test_compiles.py: kernels are compiled once
 
@@ -39,13 +41,13 @@ def run(*arguments: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
+def rows() -> list[LaunchRecord]:
     """The committed cases, compiled afresh."""
     pytest.importorskip("triton")
     return [row for found in inspect_cases([step.rows[0].case for step in steps_of(SAVED)], 1) for row in found]
 
 
-def differences(saved: Sequence[Row], now: Sequence[Row]) -> list[str]:
+def differences(saved: Sequence[LaunchRecord], now: Sequence[LaunchRecord]) -> list[str]:
     """What counts as a change: everything if the compiler is the same, else what the kernels ask of it."""
     found = []
     for change in compare(saved, now):
@@ -59,16 +61,16 @@ def differences(saved: Sequence[Row], now: Sequence[Row]) -> list[str]:
     return found
 
 
-def test_the_compiled_code_is_as_committed(rows: list[Row]) -> None:
+def test_the_compiled_code_is_as_committed(rows: list[LaunchRecord]) -> None:
     changed = differences(SAVED, rows)
     assert not changed, "\n".join(["the compiled code has changed;", REFRESH, *changed])
 
 
 def test_the_committed_cases_are_the_default_ones() -> None:
-    assert [step.rows[0].case for step in steps_of(SAVED)] == select().cases, REFRESH
+    assert [step.rows[0].case for step in steps_of(SAVED)] == select_cases().cases, REFRESH
 
 
-def test_nothing_spills_and_every_step_moves_what_it_must(rows: list[Row]) -> None:
+def test_nothing_spills_and_every_step_moves_what_it_must(rows: list[LaunchRecord]) -> None:
     for step in steps_of(rows):
         assert step.moves_what_it_must, step.rows[0].case
         assert step.total("spilled_bytes") == 0, step.rows[0].case
@@ -77,7 +79,7 @@ def test_nothing_spills_and_every_step_moves_what_it_must(rows: list[Row]) -> No
                 assert (row.bytes_loaded, row.bytes_stored) == (row.must_load, row.must_store)
 
 
-def test_counts_by_hand(rows: list[Row]) -> None:
+def test_counts_by_hand(rows: list[LaunchRecord]) -> None:
     """AdamW: g and w of 2 bytes, master, m and v of 4; eight elements a thread."""
     by_name = {(row.optimizer, row.storage): row for row in rows if not row.arguments}
     plain, packed = by_name["adamw", "master"], by_name["adamw", "split8+int8"]
@@ -253,35 +255,35 @@ def test_gpus_issue_what_their_fp32_peaks_say() -> None:
 
 
 def test_defaults_show_every_optimizer() -> None:
-    cases = select().cases
+    cases = select_cases().cases
     assert {case.optimizer for case in cases} == {*names(), NORM}
     assert [case.storage for case in cases if case.optimizer == "adamw" and not case.arguments] == [*MAIN_FORMATS]
     assert {case.gpu for case in cases} == {"H200"}
 
 
 def test_selected_by_name() -> None:
-    selection = select(["Lion", NORM], ["split8+int8", "fp32"], ["sm_80", "gfx942"])
+    selection = select_cases(["Lion", NORM], ["split8+int8", "fp32"], ["sm_80", "gfx942"])
     assert selection.cases == [
         Case(name, {}, storage, None, gpu)
         for gpu in ("A100", "MI300X")
         for name in ("lion", NORM)
         for storage in ("split8+int8", "fp32")
     ]
-    assert select(["torchsgd"], gpu="b200").cases[0].gpu == "B200"
+    assert select_cases(["torchsgd"], gpu="b200").cases[0].gpu == "B200"
     # It has no states, so formats that differ in them do not differ.
-    assert [case.storage for case in select(["sgld"]).cases] == ["fp32", "master", "split16", "split8+fp8"]
-    everyone = select(formats=["kahan"], everything=True).cases
+    assert [case.storage for case in select_cases(["sgld"]).cases] == ["fp32", "master", "split16", "split8+fp8"]
+    everyone = select_cases(formats=["kahan"], everything=True).cases
     assert {"torchadam", "adamw", NORM} <= {case.optimizer for case in everyone}
-    everything = select(["adam"], everything=True).cases
+    everything = select_cases(["adam"], everything=True).cases
     assert {"kahan", "stochastic+int8"} <= {case.storage for case in everything}
 
 
 def test_what_is_refused_says_why() -> None:
-    selection = select(["adafactor"], ["master", "split8"])
+    selection = select_cases(["adafactor"], ["master", "split8"])
     assert [case.storage for case in selection.cases] == ["master"]
     assert "draw no random bits" in selection.refused["adafactor split8"]
     with pytest.raises(ValueError, match=r"nothing to compile: adafactor split8: .* draw no random bits"):
-        select(["adafactor"], ["split8"])
+        select_cases(["adafactor"], ["split8"])
 
 
 # The command.
@@ -292,7 +294,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """The cases that were asked for; what compiles them is what is committed, and the H100 in place of other GPUs."""
     asked: list[Case] = []
 
-    def committed(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[Row]]:
+    def committed(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[LaunchRecord]]:
         asked.extend(cases)
         for case in cases:
             found = [row for row in SAVED if row.case._replace(gpu="") == case._replace(gpu="")]
@@ -404,8 +406,8 @@ def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(*_: Any) -> None:
         raise SyntaxError("at 63:25: no such thing") from AttributeError("'int' object has no attribute 'type'")
 
-    monkeypatch.setattr(report, "INTERPRETED", False)
-    monkeypatch.setattr(report, "compile_launches", broken)
+    monkeypatch.setattr(compiling, "INTERPRETED", False)
+    monkeypatch.setattr(compiling, "compile_launches", broken)
     monkeypatch.setattr(report, "inspect_cases", lambda cases: map(report.inspect_case, cases))
     result = run("--optimizer", "lion", "--format", "split8+int8")
     assert result.exit_code == 1

@@ -1,1 +1,1 @@
-"""What each command of the command line takes and prints; other modules do the work."""
+"""The commands of the command line: their options, and how they print; tritopt.tools does the work."""

@@ -1,4 +1,4 @@
-"""`tritopt bench`."""
+"""The command `tritopt bench`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tritopt.commands.console import (
     with_progress,
 )
 from tritopt.tools.bench import host, plot
-from tritopt.tools.bench.measure import Row
+from tritopt.tools.bench.measure import Measurement
 from tritopt.tools.bench.peers import names
 from tritopt.tools.bench.plan import plan
 from tritopt.tools.bench.run import Bench, check_file, find_device
@@ -91,13 +91,18 @@ def bench(
         run = Bench(find_device(rehearse), plan(shapes, optimizer, storage, peer, quick), seconds)
     except (ImportError, RuntimeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
+    _bench_device(run, save, draw or (), as_json)
+
+
+def _bench_device(run: Bench, save: Path | None, draw: Sequence[Path], as_json: bool) -> None:
+    """Measure, keep and draw what was measured, print it, and exit."""
     if not as_json:
         console().print(_where(run), soft_wrap=True)
     for _ in with_progress(run.rows(), "measuring", len(run), not as_json):
         if save is not None:
             run.save(save)
     if run.copy is not None:
-        for path in draw or ():
+        for path in draw:
             plot.save_plot(run.done, run.copy, _title(run), path)
     if as_json:
         typer.echo(json.dumps(run.document(), indent=1))
@@ -147,7 +152,7 @@ def _print(run: Bench) -> None:
     _print_targets(run)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Measurement) -> list[str]:
     warm = ("" if not row.allocations else f"{row.allocations}a") + ("s" if row.synchronises else "")
     return [
         f"  {row.contestant}",
@@ -164,7 +169,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _launches(row: Row) -> str:
+def _launches(row: Measurement) -> str:
     known = [str(n) for n in (row.launches, row.kernels) if n is not None]
     return "/".join(known) or "-"
 
@@ -173,7 +178,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if value < 100 else f"{value:,.0f}"
 
 
-def _print_refused(rows: Sequence[Row]) -> None:
+def _print_refused(rows: Sequence[Measurement]) -> None:
     terminal = console()
     if missing := dict.fromkeys(row.contestant for row in rows if (row.refused or "").startswith(MISSING)):
         terminal.print(f"{MISSING}: {', '.join(missing)}", soft_wrap=True)
@@ -194,7 +199,7 @@ def _print_targets(run: Bench) -> None:
 
 
 def _bench_host(rounds: int, peer: Sequence[str] | None, save: Path | None, as_json: bool) -> None:
-    rows: list[host.HostRow] = []
+    rows: list[host.HostTime] = []
     for case in with_progress(host.CASES, "measuring", len(host.CASES), not as_json):
         rows += host.case_times(case, rounds, peer)
         document = host.document(rows)

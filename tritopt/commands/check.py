@@ -1,4 +1,4 @@
-"""`tritopt check`."""
+"""The command `tritopt check`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from tritopt.commands.console import (
 )
 from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
-from tritopt.tools.check import Row, cases, environment, find_optimizers, registered
-from tritopt.tools.checks import TARGETS, run_cases
+from tritopt.tools.check import CheckResult, find_cases
+from tritopt.tools.check.processes import TARGETS, run_cases
+from tritopt.tools.environment import environment
+from tritopt.tools.optimizers import find_optimizers, registered
 
 MAX_FAILURES = 20
 
@@ -64,7 +66,7 @@ def check(
     if not as_json:
         terminal.print(where(machine), soft_wrap=True)
     rows = list(
-        with_progress(run_cases(named, quick, compile_for), "checking", len(cases(classes, quick)), not as_json)
+        with_progress(run_cases(named, quick, compile_for), "checking", len(find_cases(classes, quick)), not as_json)
     )
     passed = _all_passed(rows)
     if as_json:
@@ -88,12 +90,12 @@ def _check_compiles(target: str) -> None:
         raise typer.BadParameter("--compiled runs what Triton compiles, but TRITON_INTERPRET=1: unset it")
 
 
-def _print_summary(terminal: Console, rows: Sequence[Row]) -> None:
+def _print_summary(terminal: Console, rows: Sequence[CheckResult]) -> None:
     """The worst of each optimizer and kind of weights."""
     ranks = {"cases": 4, "fused - reference": 0, "fused - truth": 2, "reference - truth": 3, "states": 1}
     columns = [Column(name, rank, "right") for name, rank in ranks.items()]
     lines = []
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[CheckResult]] = {}
     for row in rows:
         groups.setdefault((row.optimizer, _weights(row)), []).append(row)
     for key, members in groups.items():
@@ -109,16 +111,16 @@ def _print_summary(terminal: Console, rows: Sequence[Row]) -> None:
     )
 
 
-def _verdict(rows: Sequence[Row]) -> str:
+def _verdict(rows: Sequence[CheckResult]) -> str:
     return "ok" if _all_passed(rows) else f"{sum(not row.passed for row in rows)} FAILED"
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[CheckResult]) -> list[str]:
     """Why kernels of rows that passed were not compared."""
     return sorted({f"{row.optimizer}: {row.reason}" for row in rows if row.passed and row.reason})
 
 
-def _all_passed(rows: Sequence[Row]) -> bool:
+def _all_passed(rows: Sequence[CheckResult]) -> bool:
     return all(row.passed for row in rows)
 
 
@@ -127,12 +129,12 @@ def _worst(errors: Sequence[float | None]) -> str:
     return f"{max(known):.3g}" if known else "-"
 
 
-def _weights(row: Row) -> str:
+def _weights(row: CheckResult) -> str:
     master = f" + {MASTERS[row.master].name}" if row.master else ""
     return row.weight_dtype + master + (f", {row.state_dtype} states" if row.state_dtype else "")
 
 
-def _print_failures(terminal: Console, failures: Sequence[Row], n_cases: int) -> None:
+def _print_failures(terminal: Console, failures: Sequence[CheckResult], n_cases: int) -> None:
     for row in failures[:MAX_FAILURES]:
         made = call("tritopt.create", {"": row.optimizer, **row.arguments})
         stored = f"weights {_weights(row)}, gradients {row.grad_dtype}"

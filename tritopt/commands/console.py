@@ -1,4 +1,4 @@
-"""What commands share: options, the terminal, tables, progress."""
+"""Parts that commands share: options, the terminal, tables, progress."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def with_progress(rows: Iterable[AnyRow], what: str, total: int, shown: bool) ->
 
 
 def where(machine: dict[str, Any]) -> str:
-    """What kernels run on, and versions; `machine` as `tritopt.tools.check.environment` has it."""
+    """Say what kernels run on, and versions; `machine` as `tritopt.tools.environment.environment` has it."""
     versions = (
         f"tritopt {machine['tritopt']}, torch {machine['torch']}, triton {machine['triton']}, {machine['machine']}\n"
         f"Whether a step is like the last is asked in {machine['walk']}."

@@ -1,4 +1,4 @@
-"""`tritopt inspect`."""
+"""The command `tritopt inspect`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def inspect(
         if saved and not is_chosen:
             selection = report.Selection([step.rows[0].case for step in report.steps_of(saved)], {})
         else:
-            selection = report.select(optimizer, storage, target, gpu, grad_dtype, everything)
+            selection = report.select_cases(optimizer, storage, target, gpu, grad_dtype, everything)
         if saved:
             selection = report.in_both(selection, saved)
     except (TypeError, ValueError) as error:
@@ -88,7 +88,7 @@ def inspect(
     raise typer.Exit(1 if any(change.is_worse for change in changes) else 0)
 
 
-def _print_rows(rows: Sequence[report.Row]) -> None:
+def _print_rows(rows: Sequence[report.LaunchRecord]) -> None:
     terminal = console()
     steps = report.steps_of(rows)
     for gpu in dict.fromkeys(row.gpu for row in rows):
@@ -158,7 +158,7 @@ def _lines(step: report.Step) -> Iterator[Line]:
         yield Line(cells)
 
 
-def _bytes(row: report.Row) -> str:
+def _bytes(row: report.LaunchRecord) -> str:
     if row.bytes_loaded is None or row.bytes_stored is None:
         return ""
     moved = (row.bytes_loaded, row.bytes_stored)

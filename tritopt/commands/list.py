@@ -1,4 +1,4 @@
-"""`tritopt list`."""
+"""The command `tritopt list`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from tritopt.commands.console import AsJson, AsMarkdown, Column, Line, Targets, call, console, print_table
 from tritopt.mxnet import registry
 from tritopt.tools import cost, docs
-from tritopt.tools.check import find_optimizers
+from tritopt.tools.optimizers import find_optimizers
 
 
 def list_optimizers(

@@ -1,4 +1,4 @@
-"""`tritopt numerics`."""
+"""The command `tritopt numerics`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import typer
 
 from tritopt.commands.console import AsJson, AsMarkdown, Column, Line, console, print_table, with_progress
 from tritopt.tools import numerics as report
-from tritopt.tools import numerics_plot
-from tritopt.tools.check import device
+from tritopt.tools.environment import device
+from tritopt.tools.numerics import plot as plotting
 
 
 def numerics(
@@ -43,20 +43,20 @@ def numerics(
             raise ValueError(f"one optimizer at a time: {target} or --optimizer {optimizer}")
         formats, cls = report.find_formats(storage), report.find_optimizer(target or optimizer or "AdamW")
         for path in plot or ():
-            numerics_plot.check_path(path)
+            plotting.check_path(path)
         run = report.Report(cls, formats, steps, lr, with_digits=not no_digits)
     except (ImportError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    rows = list(with_progress(run.rows(), "training", len(run), shown=not (as_json or markdown)))
+    rows = list(with_progress(run.results(), "training", len(run), shown=not (as_json or markdown)))
     for path in plot or ():
-        numerics_plot.save_plot(rows, path)
+        plotting.save_plot(rows, path)
     if as_json:
         typer.echo("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]")
     else:
         _print_summary(rows, markdown)
 
 
-def _print_summary(rows: Sequence[report.Row], markdown: bool) -> None:
+def _print_summary(rows: Sequence[report.FormatResult], markdown: bool) -> None:
     columns = ["format", *(column.title for column in report.COLUMNS)]
     lines = [[name, *cells] for name, cells in report.summary(rows).items()]
     if markdown:

@@ -89,24 +89,25 @@ class ApplyFactored(NamedTuple):
             "num_warps": config.num_warps,
         }
         without = partial(_without, common)
+        once = partial(launch_once, None if launch.record is None else launch.record.kernel)
         flags = (launch.rescale, launch.noop)
         table, n_tensors = group.device_table, len(group.members)
 
         for kind in kinds:
             if kind.factored_tiles:
-                launch_once(
+                once(
                     factored_sums, kind.factored_tiles, table, shape_table, kind.tiles, *flags, parts, n_tensors,
                     SQUARE_FN=self.square, **kind.block(config), **without("LOAD_FN", "STORE_FN"),
                 )  # fmt: skip
         if len(line_table):
-            launch_once(
+            once(
                 factored_moments, len(line_table), table, shape_table, line_table, *flags, parts, n_tensors,
                 MOMENT_FN=self.moment, BLOCK_PARTS=BLOCK_PARTS, BLOCK_LINES=BLOCK_LINES,
                 **without("LOAD_FN", "STORE_FN", "PREAMBLE_FN", "VECTOR"),
             )  # fmt: skip
         for kind in kinds:
             if len(kind.matrices):
-                launch_once(
+                once(
                     factored_means, len(kind.matrices), table, shape_table, kind.matrices, means,
                     BB=kind.shape[0], BLOCK_ROWS=max(1, config.block_size // kind.shape[0]),
                     **{name: constants[name] for name in ("N_PLANES", "DTYPES", "COMPUTE_DTYPE")},
@@ -114,12 +115,12 @@ class ApplyFactored(NamedTuple):
                 )  # fmt: skip
         for is_update in (False, True):
             for kind in kinds:
-                launch_once(
+                once(
                     factored_apply, len(kind.tiles), table, shape_table, kind.tiles, *flags, means, partials, totals,
                     n_tensors, FUNCTIONS=tuple(self), IS_UPDATE=is_update, **kind.block(config), **common,
                 )  # fmt: skip
             if not is_update:
-                launch_once(
+                once(
                     sum_partials, n_tensors, partials, tile_counts, totals, sizes.tiles, n_tensors,
                     N_SUMS=2, BLOCK_SIZE=1024,
                 )  # fmt: skip

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import is_
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from tritopt.engine import private
 from tritopt.kernels.language import INTERPRETED
 
 Owner = TypeVar("Owner")
+Record: TypeAlias = Callable[[Any, int, tuple[Any, ...], Mapping[str, Any]], None]
+"""Takes kernel, number of programs, arguments, and constants of a launch (engine/phase.py: `Recorder.kernel`)."""
 
 
 class Launcher:
@@ -52,6 +54,10 @@ class Launcher:
             launches.n_begun -= 1
             raise
 
+    def noting(self, record: Record) -> Callable[..., None]:
+        """Return what takes the arguments of a launch and tells `record` of it, in place of making it."""
+        return lambda *args: record(self._kernel, self._grid[0], args, self._constants)
+
     def _launch(self, args: tuple[Any, ...]) -> Any:
         if self._run is not None and self._binds_as_before(args):
             self._run(*args, *self._rest)
@@ -84,11 +90,15 @@ class Launcher:
         return True
 
 
-def launch_once(kernel: Any, grid: int, *args: Any, **constants: Any) -> None:
+def launch_once(record: Record | None, kernel: Any, grid: int, *args: Any, **constants: Any) -> None:
     """Launch a kernel that is not bound, since its tables and constants differ from launch to launch.
 
-    Contraction to fma, which changes bits, is forbidden.
+    Contraction to fma, which changes bits, is forbidden. record: told of the launch, which then is not made, unless it
+    is None.
     """
+    if record is not None:
+        record(kernel, grid, args, {**constants, "enable_fp_fusion": False})
+        return
     launches.n_begun += 1
     try:
         if _is_launching:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -68,6 +68,8 @@ class Launch(NamedTuple):
     """Completes sums whose tensors are sharded over processes, between phases."""
     config: Config | None = None
     """Launch configuration of all phases; None: each has what was tuned for it, or the default."""
+    record: Recorder | None = None
+    """Told of the launches, of which none is made; None: they are made."""
 
     @property
     def n_scalars(self) -> int:
@@ -79,6 +81,16 @@ class Launch(NamedTuple):
         if rescale is None and noop is None and tracked is None:
             return self
         return self._replace(rescale=rescale, noop=noop, tracked=tracked)
+
+
+class Recorder:
+    """Told what a step would launch, in place of launching it; tools compile or measure that. Sums are not formed."""
+
+    def phase(self, phase: Phase, group: Group, launch: Launch, n_earlier: int) -> None:
+        """Note a phase of a group, before its launches. n_earlier: number of sums per tensor that it receives."""
+
+    def kernel(self, kernel: Any, grid: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
+        """Note one launch: number of programs, arguments in order, compile-time arguments and options by name."""
 
 
 class Reduce(Protocol):
@@ -97,18 +109,24 @@ def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[to
         with on_device_of(groups[0]):
             found = None
             for phase in launch.phases:
-                found = _joined(found, phase.launch(groups[0], launch, found))
+                found = _joined(found, _launched(phase, groups[0], launch, found))
         return [found]
     sums: list[torch.Tensor | None] = [None] * len(groups)
     for phase in launch.phases:
         emitted = []
         for group, earlier in zip(groups, sums, strict=True):
             with on_device_of(group):
-                emitted.append(phase.launch(group, launch, earlier))
+                emitted.append(_launched(phase, group, launch, earlier))
         if launch.reduce is not None and phase.n_sums:
             _reduce(launch.reduce, groups, emitted, n_tasks, phase.n_sums)
         sums = [_joined(earlier, new) for earlier, new in zip(sums, emitted, strict=True)]
     return sums
+
+
+def _launched(phase: Phase, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+    if launch.record is not None:
+        launch.record.phase(phase, group, launch, 0 if sums is None else sums.shape[1])
+    return phase.launch(group, launch, sums)
 
 
 def _reduce(

@@ -17,7 +17,7 @@ import torch
 from tritopt.engine import private, validate
 from tritopt.engine.driver import Apply
 from tritopt.engine.group import Group, Rows, upload_table
-from tritopt.engine.phase import Launch, Reduce, run_phases
+from tritopt.engine.phase import Launch, Recorder, Reduce, run_phases
 from tritopt.engine.recent import Recent
 from tritopt.engine.tuning.config import Config
 from tritopt.kernels.drivers.multi_tensor_norm import square_update
@@ -108,7 +108,9 @@ class Planner:
     """The plans of one optimizer, and the fused step over a list of tasks."""
 
     config: Config | None = None
-    """`Launch.config` of all its launches; tools and tests set it before the first step."""
+    """`Launch.config` of all its launches; tools and tests set it, and the next, before the first step."""
+    record: Recorder | None = None
+    """`Launch.record` of all its launches."""
 
     def __init__(self) -> None:
         self._plans: Recent[tuple[Hashable, list[Group]]] = Recent()
@@ -127,7 +129,9 @@ class Planner:
 
     def configured(self, launch: Launch) -> Launch:
         """The launch as this planner makes it."""
-        return launch if self.config is None else launch._replace(config=self.config)
+        if self.config is None and self.record is None:
+            return launch
+        return launch._replace(config=self.config, record=self.record)
 
     def apply(
         self, key: Hashable, tasks: Sequence[Task], rows: Rows | Sequence[tuple[float, ...]], launch: Launch

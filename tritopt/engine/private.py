@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.optim import optimizer as optimizers
@@ -225,13 +223,6 @@ def launch_hooks() -> Any:
 
 
 # Triton's compiler, for tools.
-
-
-@contextmanager
-def runs_replaced(record: Callable[..., Any]) -> Iterator[None]:
-    """Within, `kernel[grid](...)` calls `record(kernel, ..., grid=, warmup=False)`: nothing is compiled or launched."""
-    with mock.patch.object(triton.runtime.jit.JITFunction, "run", record):
-        yield
 
 
 def compile_for(

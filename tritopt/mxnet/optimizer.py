@@ -78,11 +78,14 @@ class Optimizer(Update):
     create_optimizer = staticmethod(registry.create)
 
     supports_lazy_update: ClassVar[bool] = False
+    rule: ClassVar[type[Rule]]
+    """What is computed; the class itself where it was written as one."""
 
     def __init_subclass__(cls, learning_rate: float | None = None, **kwargs: Any) -> None:
         """Give a rule this API. learning_rate: the default, where the class's first base is a rule."""
         super().__init_subclass__(**kwargs)
-        rule = cls.__bases__[0]
+        rule: Any = cls.__bases__[0]
+        cls.rule = cls if issubclass(rule, Optimizer) else rule
         if learning_rate is not None and "__init__" not in vars(cls):
             cls.__init__ = _constructor(cls, rule, learning_rate)  # type: ignore[method-assign]
         if cls.__doc__ is None and not issubclass(rule, Optimizer):
@@ -291,12 +294,17 @@ class Optimizer(Update):
 register = Optimizer.register
 
 
+_MADE: dict[type[Rule], type[Optimizer]] = {}
+
+
 def with_api(rule: type[Rule]) -> type[Optimizer]:
-    """The rule with this API, or the rule itself if it has it."""
+    """The rule with this API: the registered class that has it, or one that is made here, once."""
     if issubclass(rule, Optimizer):
         return rule
-    made: type[Optimizer] = type(rule.__name__, (rule, Optimizer), {}, learning_rate=0.01)
-    return made
+    known = next((cls for cls in registry.OPTIMIZERS.values() if cls.rule is rule), None)
+    if known is None and rule not in _MADE:
+        _MADE[rule] = type(rule.__name__, (rule, Optimizer), {}, learning_rate=0.01)
+    return known or _MADE[rule]
 
 
 MULTI_PRECISION = "update_multi_precision"

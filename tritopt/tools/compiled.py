@@ -9,14 +9,14 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from tritopt.engine import driver, private
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import Launch, Recorder
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.tuning.config import AMD, NVIDIA
 from tritopt.kernels.formats.format import PLAIN, Format
@@ -107,26 +107,26 @@ def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunc
 def _compiled(step: Callable[[Planner], Any], arch: int | str) -> list[CompiledLaunch]:
     if INTERPRETED:
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
+    recording = Recording()
     planner = Planner()
-    planner.config = NVIDIA if isinstance(arch, int) else AMD
-    launches = recorded_launches(lambda: step(planner))
-    return [_describe(launched, arch) for launched in launches]
+    planner.config, planner.record = NVIDIA if isinstance(arch, int) else AMD, recording
+    step(planner)
+    return [_describe(launched, arch) for launched in recording.launches]
 
 
-def recorded_launches(step: Callable[[], Any]) -> list[Launched]:
-    """The launches that `step` makes, none of which happens."""
-    launches: list[Launched] = []
+class Recording(Recorder):
+    """The launches of a step, in order."""
 
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def __init__(self) -> None:
+        self.launches: list[Launched] = []
+
+    def kernel(self, kernel: Any, grid: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
+        """Note one launch, which is not made."""
         names = private.names_of(kernel)
-        arguments = dict(zip(names, args, strict=False))
-        options = {name: value for name, value in kwargs.items() if name not in names}
-        arguments |= {name: value for name, value in kwargs.items() if name in names}
-        launches.append(Launched(kernel, arguments, options))
-
-    with private.runs_replaced(record):
-        step()
-    return launches
+        named = dict(zip(names, arguments, strict=False))
+        named |= {name: value for name, value in constants.items() if name in names}
+        options = {name: value for name, value in constants.items() if name not in names}
+        self.launches.append(Launched(kernel, named, options))
 
 
 def compile_launch(launched: Launched, arch: int | str) -> Any:

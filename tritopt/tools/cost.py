@@ -1,4 +1,4 @@
-"""What an optimizer costs: bytes per parameter that a step moves, and that stay in memory."""
+"""Costs of an optimizer: bytes per parameter that a step moves, and that stay in memory."""
 
 from __future__ import annotations
 
@@ -10,32 +10,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt.engine.state_dtype import Choice
+from tritopt import optim
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.scales import BLOCK
-from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS, SPLIT8, SPLIT16
+from tritopt.kernels.formats.weights import MASTERS
 from tritopt.mxnet import registry
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.rule import State
-
-
-class Precision(NamedTuple):
-    """What is stored how. Gradients have the weights' dtype."""
-
-    weight_dtype: torch.dtype
-    fmt: Format = PLAIN
-    state_dtype: Choice = None
-
+from tritopt.tools.storage import FORMATS
 
 PRECISIONS = {
-    "fp32": Precision(torch.float32),
-    "bf16 + fp32 master": Precision(torch.bfloat16, MASTER_FP32),
-    "bf16 + 16-bit remainder": Precision(torch.bfloat16, SPLIT16),
-    "split16, bf16 states": Precision(torch.bfloat16, SPLIT16, "bf16"),
-    "split8, int8 states": Precision(torch.bfloat16, SPLIT8, "int8"),
-    "bf16": Precision(torch.bfloat16),
+    "fp32": FORMATS["fp32"],
+    "bf16 + fp32 master": FORMATS["master"],
+    "bf16 + 16-bit remainder": FORMATS["split16"],
+    "split16, bf16 states": FORMATS["split16+bf16"],
+    "split8, int8 states": FORMATS["split8+int8"],
+    "bf16": FORMATS["none"],
 }
-"""What `tritopt list` shows."""
+"""Storage formats that `tritopt list` shows, by the title of their column."""
 
 
 class Traffic(NamedTuple):
@@ -46,26 +38,27 @@ class Traffic(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Both directions."""
+        """Bytes per parameter in both directions."""
         return self.read + self.written
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A row of `tritopt list`: an optimizer with constructor arguments that change its launches or states."""
+    """Entry of `tritopt list`: an optimizer with constructor arguments that change its launches or states."""
 
     optimizer: str
     arguments: dict[str, Any]
     kernels: tuple[str, ...]
-    """Update functions, one per launch. Empty: no kernel."""
+    """Names of update functions, one per launch. Empty: no kernel."""
     states: tuple[str, ...]
+    """Names of states."""
     moved: dict[str, Traffic]
-    """By name of PRECISIONS, but for those that the optimizer refuses. Empty: no kernel."""
+    """Bytes that a step moves, by name of PRECISIONS, but for those that the optimizer refuses. Empty: no kernel."""
     resident: dict[str, float]
-    """Bytes per parameter in memory, by name likewise, without gradients."""
+    """Bytes per parameter in memory without gradients, by name of PRECISIONS, but for those that it refuses."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Convert to what JSON knows."""
         return {**vars(self), "moved": {name: traffic._asdict() for name, traffic in self.moved.items()}}
 
 
@@ -78,6 +71,7 @@ def bytes_per_parameter(
     gradient norm (max_grad_norm) reads the gradient once more.
 
     >>> import tritopt
+    >>> from tritopt.kernels.formats.weights import MASTER_FP32, SPLIT8
     >>> bytes_per_parameter(tritopt.create("adam"), torch.bfloat16, torch.bfloat16, MASTER_FP32)
     Traffic(read=16, written=14)
     >>> bytes_per_parameter(tritopt.create("adam", state_dtype="int8"), torch.bfloat16, torch.bfloat16, SPLIT8)
@@ -93,7 +87,7 @@ def bytes_per_parameter(
 def phase_traffic(
     opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN
 ) -> list[Traffic]:
-    """Likewise, of each phase."""
+    """Tell `bytes_per_parameter` of each phase."""
     if not opt.phases:
         raise ValueError(f"{type(opt).__name__} declares no phases, so the bytes its step moves are not known")
     planes, states = _stored(opt, weight_dtype, fmt)
@@ -109,19 +103,50 @@ def resident_bytes(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format = PLAI
 
 
 def _shortest(n: float) -> float:
-    """Whole numbers as int, which print without a point. Sums of bytes over 64 are exact."""
+    """Make whole numbers int, which print without a point. Sums of bytes over 64 are exact."""
     return int(n) if n == int(n) else n
 
 
 def fresh_state(opt: Optimizer, index: Hashable, weight: torch.Tensor) -> State:
-    """`create_state_multi_precision` without its warning about accumulating in 16 bits."""
+    """Call `create_state_multi_precision` without its warning about accumulating in 16 bits."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*accumulates in", UserWarning)
         return opt.create_state_multi_precision(index, weight)
 
 
+class Bytes(NamedTuple):
+    """Bytes per parameter, gradients included: in memory, and moved by a step."""
+
+    resident: float
+    moved: float
+
+
+def counted_bytes(opt: optim.Optimizer) -> Bytes:
+    """Count the bytes of the tensors that an optimizer holds after a step: parameters, gradients and states.
+
+    What a step moves is what the phases of its kernel say they load and store of these tensors;
+    tests/kernels/test_traffic.py counts that they do.
+    """
+    resident = moved = 0.0
+    n_elements = 0
+    for group in opt.param_groups:
+        rule = opt.rule_of(group)
+        for param in group["params"]:
+            fmt = opt.layout_of(param, group).format
+            n_elements += param.numel()
+            kept = {key: value for key, value in opt.state[param].items() if getattr(value, "ndim", 0)}
+            planes = [param.nbytes, *[kept[name].nbytes for name in kept if name == fmt.companion]]
+            states = sum(tensor.nbytes for tensor in kept.values()) - sum(planes[1:])
+            grad = param.dtype.itemsize * param.numel()
+            resident += sum(planes) + grad + states
+            loaded = sum(size for size, is_read in zip(planes, fmt.plane_reads, strict=True) if is_read)
+            for phase in rule.phases:
+                moved += sum(phase.traffic((loaded, sum(planes)), grad, states))
+    return Bytes(resident / n_elements, moved / n_elements)
+
+
 def listings(classes: Sequence[type[Optimizer]] | None = None) -> Iterator[Listing]:
-    """A row for each variant of the optimizers (None: all registered) that has launches or states of its own."""
+    """List each variant of the optimizers (None: all registered) that has launches or states of its own."""
     for cls in [registry.find(name) for name in registry.names()] if classes is None else classes:
         seen = set()
         for arguments in cls.variants:
@@ -134,10 +159,10 @@ def listings(classes: Sequence[type[Optimizer]] | None = None) -> Iterator[Listi
 def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
     opt = cls(**arguments)
     moved, resident = {}, {}
-    for name, (dtype, fmt, state_dtype) in PRECISIONS.items():
-        master: dict[str, Any] = {} if fmt is PLAIN else {"multi_precision": True, "master": _name_of(fmt)}
+    for name, storage in PRECISIONS.items():
+        dtype, fmt = storage.dtype, storage.weight_format
         try:
-            stores = cls(**arguments, **master, state_dtype=state_dtype)
+            stores = cls(**arguments, **storage.rule_arguments)
             resident[name] = resident_bytes(stores, dtype, fmt)
         except ValueError:
             continue  # a format that this optimizer refuses
@@ -154,7 +179,7 @@ def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
 
 
 def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], float]:
-    """Bytes per parameter of each plane of the weight, and of the states; as they are allocated for a matrix."""
+    """Tell the bytes per parameter of each plane of the weight, and of the states, as allocated for a matrix."""
     if weight_dtype not in fmt.weight_dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in fmt.weight_dtypes)
         raise ValueError(f"format {fmt.name!r} stores {names} weights, not {weight_dtype}; pass PLAIN")
@@ -178,7 +203,7 @@ def _name_of(fmt: Format) -> str:
 
 
 def tensors_of(state: Any) -> list[torch.Tensor]:
-    """The tensors of a state in order; TypeError if it holds anything else."""
+    """Collect the tensors of a state in order; TypeError if it holds anything else."""
     if state is None:
         return []
     if isinstance(state, torch.Tensor):

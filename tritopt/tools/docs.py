@@ -1,4 +1,4 @@
-"""What the docstrings of optimizers say, for tables."""
+"""Parts of the optimizers' docstrings, for tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DIFFERS = "Differs from MXNet's:"
 
 
 def source(cls: type[Optimizer]) -> str:
-    """Where the formula is from: what stands in parentheses in the docstring's first paragraph.
+    """Cite the source of the formula: what stands in parentheses in the docstring's first paragraph.
 
     >>> import tritopt
     >>> source(tritopt.LAMB)
@@ -22,7 +22,7 @@ def source(cls: type[Optimizer]) -> str:
 
 
 def differences(cls: type[Optimizer]) -> str:
-    """In what it departs from MXNet's: the docstring's paragraph that says so."""
+    """Say how it departs from MXNet's: the docstring's paragraph that says so."""
     found = (text for text in _paragraphs(cls) if text.startswith((_DIFFERS, "Not in MXNet")))
     return next(found, "").removeprefix(_DIFFERS).strip().rstrip(".")
 

@@ -9,18 +9,19 @@ from tritopt.engine.validate import did_you_mean
 
 
 class Architecture(NamedTuple):
-    """What a multiprocessor holds (AMD: a compute unit)."""
+    """Limits of a multiprocessor (AMD: a compute unit)."""
 
     arch: int | str
-    """As `tritopt.tools.compiled` takes it."""
+    """Compute capability or name, as `tritopt.tools.compiled` takes it."""
     warp_size: int
     registers: int
-    """Per lane of a scheduler (AMD: a SIMD), 32 bits each."""
+    """Number of registers per lane of a scheduler (AMD: a SIMD), 32 bits each."""
     register_unit: int
-    """A warp's registers are rounded up to a multiple of it."""
+    """Number whose multiple a warp's registers are rounded up to."""
     warps: int
-    """Per scheduler."""
+    """Number of warps per scheduler."""
     programs: int
+    """Number of programs."""
     shared: int
     """Bytes of shared memory."""
     shared_per_program: int
@@ -44,20 +45,20 @@ ARCHITECTURES = {
     "sm_100": Architecture(100, 32, 512, 8, 16, 32, 228 * 1024, 1024, True, 128),
     "gfx942": Architecture("gfx942", 64, 512, 8, 8, 32, 64 * 1024, 0, False, 64),
 }
-"""By the name of a target."""
+"""Architectures by the name of a target."""
 
 
 class Gpu(NamedTuple):
-    """What a vendor publishes: peaks, which no kernel quite reaches."""
+    """A GPU by what its vendor publishes: peaks, which no kernel quite reaches."""
 
     name: str
     target: str
-    """A key of ARCHITECTURES."""
+    """Key of ARCHITECTURES."""
     bandwidth: float
-    """Of its memory, bytes per second."""
+    """Bandwidth of its memory, bytes per second."""
     multiprocessors: int
     clock: float
-    """Highest, in Hz."""
+    """Highest clock, in Hz."""
 
     @property
     def issue_rate(self) -> float:
@@ -82,13 +83,13 @@ GPUS = {
         Gpu("MI300X", "gfx942", 5.3e12, 304, 2.1e9),
     )
 }
-"""By name."""
+"""GPUs by name."""
 DEFAULTS = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
-"""The GPU for a target, unless told otherwise."""
+"""GPU for a target, unless told otherwise."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of this name, whatever the case; ValueError if it is not known.
+    """Find the GPU of this name, whatever the case; ValueError if it is not known.
 
     >>> find_gpu("h200").bandwidth
     4800000000000.0
@@ -97,7 +98,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def find_target(name: str) -> str:
-    """The target of this name; ValueError if it is not known."""
+    """Find the target of this name, whatever the case; ValueError if it is not known."""
     return _find("target", name, ARCHITECTURES)
 
 
@@ -109,7 +110,7 @@ def _find(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def resident_programs(target: str, registers: int, num_warps: int, shared_bytes: int) -> int:
-    """How many programs of so many registers a thread, warps and bytes of shared memory a multiprocessor holds at once.
+    """Count the programs of so many registers a thread, warps and bytes of shared memory that a multiprocessor holds.
 
     >>> resident_programs("sm_90", registers=91, num_warps=4, shared_bytes=4096)
     5

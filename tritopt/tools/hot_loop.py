@@ -25,24 +25,24 @@ class Instruction(NamedTuple):
     """One line of assembly."""
 
     name: str
-    """With its modifiers, such as LDG.E.128."""
+    """Mnemonic with its modifiers, such as LDG.E.128."""
     label: str = ""
-    """Where it may branch to."""
+    """Label that it may branch to; empty: it does not branch."""
     falls_through: bool = True
-    """Whether the next one may follow."""
+    """Whether the next instruction may follow."""
     calls: bool = False
     is_arithmetic: bool = True
-    """Neither access to memory nor control."""
+    """Whether it neither accesses memory nor branches."""
     access: tuple[str, int] | None = None
-    """("load" or "store", bits a thread) in global memory."""
+    """Access to global memory: "load" or "store", and bits a thread; None: it makes none."""
 
 
 class Code(NamedTuple):
-    """A kernel's assembly."""
+    """Assembly of a kernel."""
 
     instructions: Sequence[Instruction]
     labels: dict[str, int]
-    """Position of the instruction behind each."""
+    """Position of the instruction behind each label."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class HotLoop:
     """One iteration, as written in the source: of an unrolled loop, the share of one."""
 
     instructions: float
-    """That a thread executes."""
+    """Number of instructions that a thread executes."""
     arithmetic: float
-    """Those among them that neither access memory nor branch. On AMD, which issues the others beside them: vector ones.
-    """
+    """Number of those that neither access memory nor branch; on AMD, which issues others beside, of vector ones."""
     loads: Counter[int]
-    """Number of accesses to global memory by their width in bits."""
+    """Number of loads from global memory by their width in bits."""
     stores: Counter[int]
+    """Number of stores to global memory by their width in bits."""
 
 
 # NVIDIA
@@ -72,7 +72,7 @@ _SASS_OTHER = re.compile(
 
 
 def parse_sass(text: str) -> Code:
-    """What `nvdisasm -c` prints."""
+    """Parse what `nvdisasm -c` prints."""
     instructions: list[Instruction] = []
     labels = {}
     for line in text.splitlines():
@@ -109,7 +109,7 @@ _GCN_WIDTHS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "ss
 
 
 def parse_gcn(text: str) -> Code:
-    """Triton's "amdgcn"."""
+    """Parse Triton's "amdgcn"."""
     instructions: list[Instruction] = []
     labels = {}
     for line in text.splitlines():
@@ -159,7 +159,7 @@ class _Loop:
 
     @cached_property
     def path(self) -> list[Instruction]:
-        """The shortest way from the first instruction to a branch back; empty: that is no loop, only a jump back."""
+        """Find the shortest way from the first instruction to a branch back; empty: it is no loop, only a jump back."""
         code = self.code.instructions
         came_from: dict[int, int] = {}
         queue = [(0, self.first, -1)]
@@ -188,7 +188,7 @@ class _Loop:
 
 
 def hot_loops(code: Code) -> list[HotLoop]:
-    """In the order of the code; none if the kernel has no 128-bit accesses in a loop."""
+    """Find the hot loops, in the order of the code; none if the kernel has no 128-bit accesses in a loop."""
     ends: dict[int, int] = {}
     for at, instruction in enumerate(code.instructions):
         target = code.labels.get(instruction.label, len(code.instructions))
@@ -205,7 +205,7 @@ def hot_loops(code: Code) -> list[HotLoop]:
 
 
 def _blocks(code: Code, loops: Sequence[_Loop]) -> Iterator[Sequence[Instruction]]:
-    """Runs of instructions outside of the loops, up to the next branch or label."""
+    """Yield runs of instructions outside of the loops, up to the next branch or label."""
     ends = {at + 1 for at, found in enumerate(code.instructions) if found.label or not found.falls_through}
     cuts = sorted({0, len(code.instructions), *code.labels.values(), *ends})
     for first, end in pairwise(cuts):
@@ -232,7 +232,7 @@ def _is_wide(accesses: Counter[tuple[str, int]]) -> bool:
 
 
 def _ratio(many: Counter[tuple[str, int]], few: Counter[tuple[str, int]]) -> int:
-    """How many times the one contains the other; 0: it does not, or not everything as often."""
+    """Count how many times the one contains the other; 0: it does not, or not everything as often."""
     ratios = {many[key] / count for key, count in few.items()}
     ratio = min(ratios)
     return int(ratio) if len(ratios) == 1 and many.keys() == few.keys() and ratio == int(ratio) else 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
 from tritopt import optim
+from tritopt.engine.driver import Apply
 from tritopt.engine.group import Group
-from tritopt.engine.phase import Launch, Tunable
+from tritopt.engine.phase import Launch, Phase, Recorder
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Timer, Variant
 from tritopt.engine.tuning.cache import TuningCache
@@ -168,24 +168,30 @@ def _jobs(
                         yield Job(cls.__name__, storage.name, variant, size)
 
 
+class _Variants(Recorder):
+    """The phases of a step that have a choice."""
+
+    def __init__(self) -> None:
+        self.found: list[Variant] = []
+
+    def phase(self, phase: Phase, group: Group, launch: Launch, n_earlier: int) -> None:
+        """Keep it, if it has a choice."""
+        if isinstance(phase, Apply) and autotune.has_choice(phase, group, launch):
+            self.found.append(autotune.variant_of(phase, group, launch, n_earlier))
+
+
 def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torch.device) -> list[Variant]:
-    """The phases of a step that have a choice, found by making one step over a small parameter.
+    """The phases of a step that have a choice, found by a step over a small parameter that launches nothing.
 
     Raises ValueError where the optimizer refuses the format.
     """
-    found: list[Variant] = []
-
-    def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Config:
-        if autotune.has_choice(phase, group, launch):
-            found.append(autotune.variant_of(phase, group, launch, n_earlier))
-        return config.GENERIC
-
     param = torch.zeros(2, 64, dtype=storage.dtype, device=device, requires_grad=True)
     param.grad = torch.zeros_like(param)
     opt = cls([param], **storage.arguments)
-    with mock.patch.object(autotune, "choose", choose):
-        opt.step()
-    return found
+    planner, recording = opt._stepper._planner, _Variants()
+    planner.config, planner.record = config.GENERIC, recording
+    opt.step()
+    return recording.found
 
 
 def shipped_rows() -> list[dict[str, Any]]:

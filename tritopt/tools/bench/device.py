@@ -1,4 +1,4 @@
-"""What is timed, and how: on a GPU by its own events, in a rehearsal by a clock that means nothing."""
+"""Timing of steps: on a GPU by its own events, in a rehearsal by a clock that means nothing."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice, pairwise
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
 from tritopt.engine import private
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED
 from tritopt.tools.bench.machine import cpu_name, driver
+from tritopt.tools.replaced import replaced
 
 Step = Callable[[], Any]
 CYCLES = 2e9
-"""Of a GPU's clock in a second, at least: how long `_sleep` is asked to take."""
+"""Cycles of a GPU's clock in a second, at least; they tell how long `_sleep` is asked to take."""
 ENOUGH = 5
 """Times that make a median."""
 LONGEST_LEAD = 0.1
@@ -26,11 +26,12 @@ LONGEST_LEAD = 0.1
 
 
 class Memory(NamedTuple):
-    """What one warm step asks of the allocator."""
+    """Memory that one warm step asks the allocator for."""
 
     extra: int
     """Bytes beyond what was allocated before, at the most."""
     allocations: int
+    """Number of allocations."""
 
 
 class Device:
@@ -38,8 +39,8 @@ class Device:
 
     Args:
         cuda: torch.cuda, or what pretends to be it.
-        where: of the tensors.
-        clock: seconds, on the host.
+        where: device of the tensors.
+        clock: tells the time of the host, in seconds.
     """
 
     is_rehearsal = False
@@ -52,12 +53,12 @@ class Device:
 
     @property
     def l2_bytes(self) -> int:
-        """Of the cache that a buffer must not fit in."""
+        """Bytes of the cache that a buffer must not fit in."""
         return int(self._cuda.get_device_properties().L2_cache_size)
 
     @property
     def free_bytes(self) -> int:
-        """Of memory that nobody uses."""
+        """Bytes of memory that nobody uses."""
         self._cuda.empty_cache()
         return int(self._cuda.mem_get_info()[0])
 
@@ -104,7 +105,7 @@ class Device:
 
         Args:
             steps: taken in turn.
-            n: how many.
+            n: number of times.
             lead: seconds that the host needs for a step, about; more is given where that is too little.
         """
         found: list[float] = []
@@ -126,7 +127,7 @@ class Device:
         return found
 
     def memory(self, step: Step) -> Memory:
-        """What one more step takes."""
+        """Measure the memory that one more step takes."""
         self.synchronize()
         before, count = self._cuda.memory_allocated(), self._allocations()
         self._cuda.reset_peak_memory_stats()
@@ -219,7 +220,7 @@ class Rehearsal(Device):
             made.append(self)
             return launch(self, *args, **kwargs)
 
-        with mock.patch.object(executor, "__call__", count):
+        with replaced(executor, "__call__", count):
             step()
         return len(made)
 
@@ -249,7 +250,7 @@ class _PretendedProperties(NamedTuple):
 
 
 class _Pretended:
-    """What of torch.cuda `Device` needs, on a CPU."""
+    """Stand-in on a CPU for what `Device` needs of torch.cuda."""
 
     Event = _PretendedEvent
 

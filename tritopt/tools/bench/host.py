@@ -1,4 +1,4 @@
-"""What a step takes of the host: `tritopt bench --host`, which needs no GPU.
+"""Time that a step takes of the host: `tritopt bench --host`, which needs no GPU.
 
 Kernels are replaced by nothing, so what is left is Python, dispatch and the tables. Contestants take turns, so that a
 busy machine is as busy for each, and a time is the median of theirs. In a turn's first step the processor's caches hold
@@ -12,12 +12,11 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
@@ -26,10 +25,11 @@ from tritopt.engine.launcher import no_launches
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
 from tritopt.tools.bench import peers
 from tritopt.tools.bench.machine import commit, cpu_name, now
-from tritopt.tools.check import device, environment, fused_unavailable
+from tritopt.tools.bench.without_kernels import OF_FUSED, no_foreach, no_fused
+from tritopt.tools.environment import device, environment, fused_unavailable
 
 ELEMENTS = 4
-"""Of each tensor: what work there is beside kernels must not be arithmetic."""
+"""Number of elements of each tensor: what work there is beside kernels must not be arithmetic."""
 MAX_NORM = 1.0
 ABSENT = 10
 """One parameter in so many is without a gradient in one of several sets; all others have one in every set."""
@@ -40,7 +40,7 @@ ROUNDS = 15
 SETTLING = 10
 """Steps of a turn until the caches are the contestant's own."""
 TURN = 20
-"""Those after them."""
+"""Steps of a turn that are timed, after those."""
 
 
 class Case(NamedTuple):
@@ -61,8 +61,8 @@ CASES = (
 
 
 @dataclass
-class HostRow:
-    """What a step of one contestant takes of the host. None: not measured."""
+class HostTime:
+    """Time that a step of one contestant takes of the host. None: not measured."""
 
     contestant: str
     tensors: int
@@ -70,16 +70,17 @@ class HostRow:
     clip: bool
     sets: int
     replaced: str
-    """What was replaced by nothing."""
+    """Functions that were replaced by nothing, in words."""
     ms: float | None = None
-    """Median of all rounds."""
+    """Median of the steps of all rounds, milliseconds."""
     best_ms: float | None = None
+    """Shortest of these steps, milliseconds."""
     cold_ms: float | None = None
-    """Median of the turns' first steps."""
+    """Median of the turns' first steps, milliseconds."""
     ratio: float | None = None
-    """Its `ms` in units of torch fused's for the same list."""
+    """Multiple that `ms` is of torch fused's for the same list; None also where that was not measured."""
     refused: str | None = None
-    """Why it was not measured."""
+    """Reason why it was not measured; None: it was."""
 
 
 class Contestant(NamedTuple):
@@ -97,14 +98,14 @@ def host_times(
     rounds: int = ROUNDS,
     chosen_peers: Sequence[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[HostRow]:
+) -> list[HostTime]:
     """Host time of a warm step of AdamW in fp32, of ours, torch's and whichever peers are installed.
 
     Args:
         cases: the lists.
         rounds: turns of each contestant; fewer for lists of thousands.
-        chosen_peers: as `bench --peer` has it; None: all.
-        clock: seconds.
+        chosen_peers: names as `bench --peer` has them; None: all.
+        clock: tells the time in seconds.
 
     Raises:
         ValueError: an unknown peer, or no rounds. RuntimeError: no kernels of ours that could be left out.
@@ -117,8 +118,8 @@ def case_times(
     rounds: int = ROUNDS,
     chosen_peers: Sequence[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[HostRow]:
-    """`host_times` of one list."""
+) -> list[HostTime]:
+    """Take `host_times` of one list."""
     if rounds < 1:
         raise ValueError(f"rounds={rounds!r} must be at least 1")
     if not HAS_TRITON:
@@ -128,7 +129,7 @@ def case_times(
     rivals = peers.find_peers(chosen_peers)
     rows, running = [], []
     for contestant in [_ours(), *_torch(rivals), *_others(rivals)]:
-        row = HostRow(contestant.name, *case, contestant.replaced)
+        row = HostTime(contestant.name, *case, contestant.replaced)
         rows.append(row)
         try:
             with contestant.without_kernels():
@@ -156,8 +157,8 @@ def case_times(
     return rows
 
 
-def document(rows: Sequence[HostRow]) -> dict[str, Any]:
-    """As JSON has it: what the numbers belong to, and the rows."""
+def document(rows: Sequence[HostTime]) -> dict[str, Any]:
+    """Collect for JSON what the numbers belong to, and the rows."""
     found = environment()
     return {
         "machine": {
@@ -173,7 +174,7 @@ def document(rows: Sequence[HostRow]) -> dict[str, Any]:
 
 
 class Times(NamedTuple):
-    """Seconds."""
+    """Times of single steps, in seconds."""
 
     cold: list[float]
     """First steps of turns."""
@@ -185,7 +186,7 @@ def interleaved(
     rounds: int,
     clock: Callable[[], float],
 ) -> list[Times]:
-    """Of each step and its context, in turns."""
+    """Time each step in its context, in turns."""
     times = [Times([], []) for _ in steps]
     gc.collect()
     was_enabled = gc.isenabled()
@@ -252,11 +253,11 @@ def _ours() -> Contestant:
 
 def _torch(rivals: Sequence[str]) -> Iterator[Contestant]:
     ways = (
-        (BASELINE, {"fused": True}, _no_fused, f"torch.{', torch.'.join(_OF_FUSED)}; the norm of norms stays"),
+        (BASELINE, {"fused": True}, no_fused, f"torch.{', torch.'.join(OF_FUSED)}; the norm of norms stays"),
         (
             "torch foreach",
             {"foreach": True},
-            _no_foreach,
+            no_foreach,
             "torch._foreach_*, but for those of step counters, which the host computes with",
         ),
     )
@@ -278,61 +279,6 @@ def _with_clip(case: Case, cls: Any, arguments: dict[str, Any]) -> Callable[[], 
         opt.step()
 
     return _in_turn(step, groups, case)
-
-
-_OF_FUSED = ("_fused_adamw_", "_foreach_add_", "_foreach_norm", "_foreach_mul_")
-"""What the fused step launches, and the clip."""
-_FOREACH = tuple(name for name in dir(torch) if name.startswith("_foreach_"))
-
-
-@contextmanager
-def _no_fused() -> Iterator[None]:
-    with ExitStack() as stack:
-        for name in _OF_FUSED:
-            stack.enter_context(mock.patch.object(torch, name, _fake_of(name)))
-        yield
-
-
-@contextmanager
-def _no_foreach() -> Iterator[None]:
-    with ExitStack() as stack:
-        for name in _FOREACH:
-            fake = _unless_counters(getattr(torch, name), _fake_of(name))
-            stack.enter_context(mock.patch.object(torch, name, fake))
-        yield
-
-
-def _fake_of(name: str) -> Callable[..., Any]:
-    return _norms if name == "_foreach_norm" else _nothing if name.endswith("_") else _first
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """In place of a kernel that writes."""
-
-
-def _first(tensors: Sequence[torch.Tensor], *_: Any, **__: Any) -> Sequence[torch.Tensor]:
-    """In place of one that returns as many tensors as it takes."""
-    return tensors
-
-
-_ZEROS: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
-
-
-def _norms(tensors: Sequence[torch.Tensor], *_: Any, **__: Any) -> list[torch.Tensor]:
-    key = len(tensors), tensors[0].device
-    if key not in _ZEROS:
-        _ZEROS[key] = list(torch.zeros(len(tensors), dtype=torch.float32, device=tensors[0].device).unbind())
-    return _ZEROS[key]
-
-
-def _unless_counters(real: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Counters of steps, [] each and on the host, are counted: foreach derives its rates from them, there."""
-
-    def call(tensors: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        counts = isinstance(tensors, list | tuple) and tensors and tensors[0].dim() == 0
-        return (real if counts else fake)(tensors, *args, **kwargs)
-
-    return call
 
 
 def _others(rivals: Sequence[str]) -> Iterator[Contestant]:

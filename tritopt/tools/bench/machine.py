@@ -1,4 +1,4 @@
-"""What numbers belong to: the time, the processor, the driver, the commit."""
+"""The circumstances that numbers belong to: the time, the processor, the driver, the commit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import tritopt
 
 
 def now() -> str:
-    """The time, UTC, in seconds."""
+    """Tell the time, UTC, in seconds."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def cpu_name() -> str:
-    """Of the processor, as the system calls it."""
+    """Name the processor, as the system calls it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -26,12 +26,12 @@ def cpu_name() -> str:
 
 
 def driver() -> str | None:
-    """Version of NVIDIA's driver; None if its tool does not say."""
+    """Tell the version of NVIDIA's driver; None if its tool does not say."""
     return _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
 
 
 def commit() -> str | None:
-    """Of the checkout that the package lies in, with a plus if it was changed; None if it is installed."""
+    """Name the commit of the package's checkout, with a plus if that was changed; None if the package is installed."""
     root = Path(tritopt.__file__).resolve().parent.parent
     if not (root / ".git").exists() or (found := _said(["git", "rev-parse", "HEAD"], root)) is None:
         return None

@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 import torch
 
 from tritopt import optim
-from tritopt.tools import numerics
 from tritopt.tools.bench.device import Device, Step
 from tritopt.tools.bench.peers import Peer
 from tritopt.tools.bench.plan import ARGUMENTS
 from tritopt.tools.bench.shapes import Shape, Shapes
-from tritopt.tools.numerics import StorageFormat
+from tritopt.tools.cost import counted_bytes
+from tritopt.tools.optimizers import find_optimizer
+from tritopt.tools.storage import StorageFormat
 
 OURS = "tritopt"
 WARM = 3
@@ -34,57 +35,57 @@ GRADIENT = 1e-3
 
 
 @dataclass
-class Row:
-    """What one contestant took for one case. None: not measured."""
+class Measurement:
+    """Numbers of one contestant for one case. None: not measured."""
 
     shapes: str
     elements: int
     tensors: int
     optimizer: str
     format: str
-    """Of ours, which a peer stands beside."""
+    """Name of our storage format, which a peer stands beside."""
     contestant: str
     stores: str
-    """Weights, then states; of a peer in its own way."""
+    """How weights, then states are stored, in words; by a peer in its own way."""
     ms: float | None = None
-    """Of a step among others, on end: GPU or host, the slower. Median, as all times."""
+    """Milliseconds of a step among others, on end: of GPU or host, the slower. A median, as all times are."""
     device_ms: float | None = None
-    """Of the GPU alone, all launches waiting in its queue. None where the host cannot be so far ahead."""
+    """Milliseconds of the GPU alone, all launches waiting in its queue. None: the host cannot be so far ahead."""
     host_ms: float | None = None
-    """Until the call returns."""
+    """Milliseconds until the call returns."""
     first_ms: float | None = None
-    """Of the first step. Some of its kernels were compiled for its check."""
+    """Milliseconds of the first step. Some of its kernels were compiled for its check."""
     moved: float | None = None
-    """Bytes that must move: read and written, by its own way of storing."""
+    """Bytes that must move in a step: read and written, by its own way of storing. None: not known."""
     gb_per_s: float | None = None
-    """These, in 10^9 bytes per second of `device_ms`, or of `ms` where that is None."""
+    """Rate at which they move, in 10^9 bytes per second of `device_ms`, or of `ms` where that is None."""
     share: float | None = None
-    """Of the bandwidth of a copy."""
+    """Share that this rate is of the bandwidth of a copy."""
     launches: int | None = None
-    """Of Triton kernels, of ours."""
+    """Number of Triton kernels that a step of ours launches. None: a peer, or Triton does not say."""
     kernels: int | None = None
-    """Launches of any kind, of some rows: a profiler counts them when all times are known."""
+    """Launches of any kind. A profiler counts them when all times are known, for some models. None: not counted."""
     extra_bytes: int | None = None
-    """Of memory that a warm step takes beyond what it found, at the most."""
+    """Bytes of memory that a warm step takes beyond what it found, at the most."""
     allocations: int | None = None
-    """Of a warm step."""
+    """Number of allocations of a warm step."""
     synchronises: bool | None = None
     """Whether a warm step waits for the GPU."""
     ratio: float | None = None
-    """Of a peer: its `ms` in units of ours. Above 1 it is slower."""
+    """Multiple that a peer's `ms` is of ours: above 1 it is slower. None: ours, or one of the two is unknown."""
     device_ratio: float | None = None
-    """Likewise of `device_ms`, where both are known."""
+    """Multiple that a peer's `device_ms` is of ours. None: ours, or one of the two is unknown."""
     refused: str | None = None
-    """Why there are no numbers: a red check, a library that is missing or failed, no memory, no time."""
+    """Reason why there are no numbers: a red check, a library that is missing or failed, no memory, no time."""
 
     def take(self, **numbers: Any) -> None:
-        """Set these."""
+        """Set numbers by name."""
         for name, value in numbers.items():
             setattr(self, name, value)
 
 
 def params_of(optimizer: str, shapes: Sequence[Shape], dtype: torch.dtype, where: torch.device) -> list[Any]:
-    """Parameters with gradients. What has numbers per row takes a vector as a matrix of one row."""
+    """Make parameters with gradients. What has numbers per row takes a vector as a matrix of one row."""
     found = []
     for shape in shapes:
         size = (1, *shape) if optimizer == "GroupAdaGrad" and len(shape) < 2 else shape
@@ -95,13 +96,13 @@ def params_of(optimizer: str, shapes: Sequence[Shape], dtype: torch.dtype, where
 
 
 def make(optimizer: str, fmt: StorageFormat, params: Sequence[Any]) -> optim.Optimizer:
-    """One of ours, as it is measured."""
-    cls: Callable[..., optim.Optimizer] = numerics.find_optimizer(optimizer)
+    """Make one of ours, as it is measured."""
+    cls: Callable[..., optim.Optimizer] = find_optimizer(optimizer)
     return cls(params, lr=RATE, **ARGUMENTS.get(optimizer, {}), **fmt.arguments)
 
 
 def resident(optimizer: str, fmt: StorageFormat) -> float:
-    """Bytes per parameter of a large matrix, gradient included, before there are any states."""
+    """Tell the bytes per parameter of a large matrix, gradient included, before there are any states."""
     weight = torch.nn.Parameter(torch.zeros(128, 128, dtype=fmt.dtype, device="cpu"))
     opt = make(optimizer, fmt, [weight])
     states = opt.layout_of(weight, opt.param_groups[0]).expected.values()
@@ -114,21 +115,21 @@ MakeSet: TypeAlias = Callable[[], tuple[Step, Callable[[], float | None]]]
 
 def measure(
     device: Device,
-    row: Row,
+    row: Measurement,
     make_set: MakeSet,
     n_bytes: float,
     copy: float,
     seconds: float,
-) -> Row:
+) -> Measurement:
     """Fill in the numbers.
 
     Args:
-        device: where.
-        row: whose.
+        device: device that the tensors are on.
+        row: measurement that gets the numbers.
         make_set: makes a set of tensors.
-        n_bytes: of its tensors, about.
+        n_bytes: bytes of the tensors of a set, about.
         copy: bytes per second of a copy.
-        seconds: to spend on each of the three kinds of times, about.
+        seconds: time to spend on each of the three kinds of times, about.
     """
     least = 1 if n_bytes > ONE_SET else 2
     n_sets = min(MAX_SETS, max(least, -(-CACHES * device.l2_bytes // max(int(n_bytes), 1))))
@@ -160,7 +161,7 @@ def measure(
     return row
 
 
-def _derive(row: Row, copy: float) -> None:
+def _derive(row: Measurement, copy: float) -> None:
     ms = row.device_ms or row.ms
     if ms and row.moved:
         per_second = row.moved / ms * 1e3
@@ -168,18 +169,18 @@ def _derive(row: Row, copy: float) -> None:
 
 
 def set_of_ours(device: Device, shapes: Shapes, optimizer: str, fmt: StorageFormat) -> MakeSet:
-    """For one of ours."""
+    """Make sets for one of ours."""
 
     def make_set() -> tuple[Step, Callable[[], float]]:
         params = params_of(optimizer, shapes.tensors, fmt.dtype, device.where)
         opt = make(optimizer, fmt, params)
-        return opt.step, lambda: numerics.counted_bytes(opt).moved * shapes.elements
+        return opt.step, lambda: counted_bytes(opt).moved * shapes.elements
 
     return make_set
 
 
 def set_of_theirs(device: Device, shapes: Shapes, peer: Peer) -> MakeSet:
-    """For a peer. Whatever its library raises is raised when a set is made.
+    """Make sets for a peer. Whatever its library raises is raised when a set is made.
 
     What it stores otherwise, because it is small, has no known bytes.
     """
@@ -196,7 +197,7 @@ def set_of_theirs(device: Device, shapes: Shapes, peer: Peer) -> MakeSet:
 
 
 def count_kernels(device: Device, make_set: MakeSet) -> int | None:
-    """Launches of any kind of a warm step."""
+    """Count the launches of any kind of a warm step; None where no profiler can tell."""
     step, _ = make_set()
     for _ in range(WARM):
         step()

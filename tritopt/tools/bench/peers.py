@@ -28,16 +28,16 @@ class Peer:
     path: str
     """Module and class, "package.module:Class"."""
     formats: tuple[str, ...]
-    """Of ours (`tritopt numerics`) that it stands beside."""
+    """Our storage formats that it stands beside, by name."""
     moved: float
     """Bytes per parameter that its step must move as it stores things, gradient included, without a clip."""
     stores: str
-    """In words: weights, then states. Gradients have the weights' dtype."""
+    """How weights, then states are stored, in words. Gradients have the weights' dtype."""
     dtype: torch.dtype = FP32
-    """Of weights and gradients."""
+    """Dtype of weights and gradients."""
     arguments: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "AdamW"
-    """Ours that it is compared with, a class of tritopt.optim."""
+    """Name of ours that it is compared with, a class of tritopt.optim."""
     compiled: bool = False
     """Whether torch.compile compiles the step, as its documentation recommends."""
     slow_start: bool = False
@@ -49,25 +49,25 @@ class Peer:
 
     @property
     def module(self) -> str:
-        """Where the class is."""
+        """Module that has the class."""
         return self.path.partition(":")[0]
 
     @property
     def package(self) -> str:
-        """What has to be installed."""
+        """Package that has to be installed."""
         return self.module.partition(".")[0]
 
     def missing(self) -> str | None:
-        """Why it cannot be measured here, or None. Says nothing of what importing it would raise."""
+        """Say why it cannot be measured here, or None. Says nothing of what importing it would raise."""
         return None if find_spec(self.package) else f"not installed: no module {self.package!r}"
 
     def cls(self) -> Any:
-        """The class. Raises whatever importing it raises."""
+        """Import the class. Raises whatever that raises."""
         module, _, name = self.path.partition(":")
         return attrgetter(name)(importlib.import_module(module))
 
     def make(self, params: Sequence[torch.nn.Parameter], lr: float) -> tuple[torch.optim.Optimizer, Callable[[], Any]]:
-        """The optimizer and its step. Raises whatever the library raises."""
+        """Make the optimizer and its step. Raises whatever the library raises."""
         opt: torch.optim.Optimizer = self.cls()(list(params), lr=lr, **self.arguments)
         if not self.compiled:
             return opt, opt.step
@@ -78,7 +78,7 @@ class Peer:
 
 
 def _torch(name: str, moved: float, formats: tuple[str, ...], **more: Any) -> list[Peer]:
-    """A class of torch.optim with fp32 weights, in place of bf16 ones with a master, by torch's three ways."""
+    """List a class of torch.optim with fp32 weights, in place of bf16 ones with a master, by torch's three ways."""
     ways = [
         ("torch foreach", {"foreach": True}, False),
         ("torch compiled", {"foreach": True, "capturable": True}, True),
@@ -172,16 +172,16 @@ PEERS: tuple[Peer, ...] = (
     ),
     Peer("HeavyBall", "heavyball:AdamW", BESIDE_FP32, 28, "fp32; fp32", slow_start=True),
 )  # fmt: skip
-"""In the order in which they are measured. Signatures are those of the libraries' documentation."""
+"""Peers in the order in which they are measured. Signatures are those of the libraries' documentation."""
 
 
 def names() -> list[str]:
-    """Of all peers, in order."""
+    """Name all peers, in order."""
     return list(dict.fromkeys(peer.name for peer in PEERS))
 
 
 def find_peers(chosen: Sequence[str] | None = None) -> list[str]:
-    """These names, each once (None: all), "none" for no peer at all; ValueError for an unknown one."""
+    """Check names of peers, and take each once (None: all; "none": no peer); ValueError for an unknown one."""
     known = names()
     for name in chosen or ():
         if name not in known and name != "none":
@@ -190,13 +190,13 @@ def find_peers(chosen: Sequence[str] | None = None) -> list[str]:
 
 
 def beside(optimizer: str, fmt: str, chosen: Sequence[str] | None = None) -> list[Peer]:
-    """The peers that stand beside an optimizer of ours in a format."""
+    """List the peers that stand beside an optimizer of ours in a format."""
     wanted = names() if chosen is None else chosen
     return [p for p in PEERS if p.name in wanted and p.optimizer == optimizer and fmt in p.formats]
 
 
 def versions() -> dict[str, str | None]:
-    """Of every peer's package; None where it is not installed, "unknown" where it does not say."""
+    """Tell the version of every peer's package; None where it is not installed, "unknown" where it does not say."""
     found: dict[str, str | None] = {}
     distributions = metadata.packages_distributions()
     for package in dict.fromkeys(peer.package for peer in PEERS):

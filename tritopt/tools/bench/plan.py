@@ -1,26 +1,40 @@
-"""What is measured, the most important first: a run that ends early has spent its time well."""
+"""The plan of a run, the most important first: one that ends early has spent its time well."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from tritopt.tools import numerics
 from tritopt.tools.bench import peers
 from tritopt.tools.bench.peers import Peer
 from tritopt.tools.bench.shapes import find_models
+from tritopt.tools.optimizers import find_optimizer, torch_classes
+from tritopt.tools.storage import find_formats
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9},
     "DCASGD": {"momentum": 0.9},
 }
-"""By optimizer, beside the learning rate: what it is used with, where that is not its default."""
-SUMMING = ("LAMB", "LANS", "LARS", "Adafactor")
-"""Optimizers whose update needs sums over a whole tensor."""
-ELEMENTWISE = (
-    "SGD", "Adam", "Lion", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "AdaBelief", "Adan", "NAG",
-    "Signum", "Ftrl", "FTML", "DCASGD", "SGLD", "GroupAdaGrad",
+"""Arguments that an optimizer is used with, where these are not its defaults; beside the learning rate."""
+MOST_WANTED = (
+    "SGD", "Adam", "Lion", "LAMB", "LANS", "LARS", "Adafactor", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax",
+    "Adadelta", "AdaBelief", "Adan", "NAG", "Signum", "Ftrl", "FTML",
 )  # fmt: skip
+"""Optimizers in the order in which they are measured; those that are not here follow."""
+
+
+def _by_sums(sums: bool) -> tuple[str, ...]:
+    """Name the optimizers some of whose phases sum over the elements of a tensor, or of its rows; or those without."""
+    ranks = {name: rank for rank, name in enumerate(MOST_WANTED)}
+    classes = torch_classes()
+    in_order = sorted(classes, key=lambda name: ranks.get(name, len(ranks)))
+    return tuple(n for n in in_order if any(phase.sums_elements for phase in classes[n].rule().phases) == sums)
+
+
+SUMMING = _by_sums(True)
+"""Optimizers whose update needs sums."""
+ELEMENTWISE = tuple(name for name in _by_sums(False) if name != "AdamW")
+"""Optimizers whose update of an element needs nothing of the others; AdamW is measured by itself."""
 MAIN = "split16"
 """Storage format of bf16 weights in tritopt.optim by default."""
 FORMATS = ("master", "split16+bf16", "split8+int8", "split8+fp8")
@@ -38,18 +52,18 @@ class Item(NamedTuple):
     optimizer: str
     """A class of tritopt.optim."""
     format: str
-    """A key of tritopt.tools.numerics.FORMATS."""
+    """A key of tritopt.tools.storage.FORMATS."""
     peer: Peer | None = None
-    """None: ours."""
+    """Peer that is measured; None: ours is."""
 
     @property
     def case(self) -> tuple[str, str, str]:
-        """What it is compared within."""
+        """Model, optimizer and format, within which contestants are compared."""
         return self.model, self.optimizer, self.format
 
     @property
     def contestant(self) -> str:
-        """Who is measured."""
+        """Name of who is measured."""
         return self.peer.name if self.peer else "tritopt"
 
 
@@ -60,7 +74,7 @@ def plan(
     chosen_peers: Sequence[str] | None = None,
     quick: bool = False,
 ) -> list[Item]:
-    """All that is to be measured, in order.
+    """List all that is to be measured, in order.
 
     What is chosen (None: all) is crossed with what else is chosen: `formats` alone is AdamW in these, `optimizers`
     alone in MAIN, `models` alone is AdamW on these. Nothing chosen is the list that README's targets need.
@@ -68,8 +82,8 @@ def plan(
     Raises:
         ValueError: an unknown name.
     """
-    classes = None if optimizers is None else [numerics.find_optimizer(name).__name__ for name in optimizers]
-    stored = None if formats is None else [fmt.name for fmt in numerics.find_formats(formats)]
+    classes = None if optimizers is None else [find_optimizer(name).__name__ for name in optimizers]
+    stored = None if formats is None else [fmt.name for fmt in find_formats(formats)]
     names, rivals = find_models(models), peers.find_peers(chosen_peers)
     if optimizers or formats or models:
         cases: Iterable[tuple[str, str, str]] = (

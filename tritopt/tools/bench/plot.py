@@ -7,29 +7,29 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tritopt.tools.bench.measure import OURS, Row
+from tritopt.tools.bench.measure import OURS, Measurement
 
 SUFFIXES = (".png", ".svg")
 COLUMNS = 5
-"""Of the legend."""
+"""Number of columns of the legend."""
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
 
 
 def check_path(path: Path) -> None:
-    """ValueError for a path that no plot can be written to, ImportError without matplotlib: before time is spent."""
+    """Raise ValueError for a path that no plot goes to, ImportError without matplotlib: before time is spent."""
     if path.suffix not in SUFFIXES or not path.parent.is_dir():
         raise ValueError(f"{path} must be a {' or '.join(SUFFIXES)} file in a folder that exists")
     if find_spec("matplotlib") is None:
         raise ImportError("the plot needs matplotlib: pip install matplotlib")
 
 
-def save_plot(rows: Sequence[Row], copy: float, title: str, path: Path) -> None:
-    """Milliseconds and GB/s against bytes, a point for each row that has numbers; PNG or SVG.
+def save_plot(rows: Sequence[Measurement], copy: float, title: str, path: Path) -> None:
+    """Draw milliseconds and GB/s against bytes, a point for each row that has numbers; PNG or SVG.
 
     Args:
-        rows: of a run.
+        rows: measurements of a run.
         copy: bytes per second of a copy, the roof.
-        title: of the picture: the GPU, and whether it is a rehearsal.
+        title: title of the picture: the GPU, and whether it is a rehearsal.
         path: file to write.
 
     Raises:
@@ -69,7 +69,7 @@ def save_plot(rows: Sequence[Row], copy: float, title: str, path: Path) -> None:
         figure.savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _label(row: Row) -> str:
+def _label(row: Measurement) -> str:
     if row.contestant != OURS:
         return f"{row.contestant}, {row.optimizer}"
     return f"{row.contestant}, {row.optimizer}, {row.format}"

@@ -20,25 +20,26 @@ import torch
 import tritopt
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED, triton
 from tritopt.mxnet.optimizer import with_api
-from tritopt.tools import check, numerics
+from tritopt.tools import check
 from tritopt.tools.bench import measure, peers
 from tritopt.tools.bench.device import Device, Rehearsal
 from tritopt.tools.bench.machine import commit, now
-from tritopt.tools.bench.measure import OURS, Row
+from tritopt.tools.bench.measure import OURS, Measurement
 from tritopt.tools.bench.plan import Item
 from tritopt.tools.bench.shapes import MODELS, Shapes, miniature
 from tritopt.tools.bench.targets import judge
+from tritopt.tools.storage import FORMATS, StorageFormat
 
 MEMORY = 0.92
 """Share of the free memory that one set of tensors may take."""
 PEER_RESIDENT = 16.0
 """Bytes per parameter that a peer needs, gradient included, unless ours beside it needs more."""
 COPY_BYTES = 2**32
-"""Of the copy that tells the bandwidth, where memory allows."""
+"""Bytes of the copy that tells the bandwidth, where memory allows."""
 QUICKLY_MADE = ("resnet50", "tiny")
 """Models whose launches are counted once more, by a profiler, when all times are known."""
 SECONDS = 0.2
-"""For each kind of times, of each row."""
+"""Seconds to spend on each kind of times, for each item."""
 FOR_COUNTS = 0.05
 """Share of the time given that is left for counting launches."""
 AGAIN = 2.0
@@ -50,7 +51,7 @@ NO_GPU = (
 
 
 def find_device(rehearse: bool) -> Device:
-    """The GPU, or what pretends to be one. RuntimeError that says what to do where neither will do."""
+    """Find the GPU, or what pretends to be one. RuntimeError that says what to do where neither will do."""
     if not HAS_TRITON:
         raise RuntimeError(f"the bench needs {INSTALL_TRITON}")
     if rehearse:
@@ -65,7 +66,7 @@ def find_device(rehearse: bool) -> Device:
 
 
 def machine(device: Device) -> dict[str, Any]:
-    """What the numbers belong to."""
+    """Describe the machine and the versions that the numbers belong to."""
     return {
         **device.describe(),
         "date": now(),
@@ -80,7 +81,7 @@ def machine(device: Device) -> dict[str, Any]:
 
 
 def check_file(path: Path) -> None:
-    """ValueError for a path that nothing can be written to: before time is spent."""
+    """Raise ValueError for a path that nothing can be written to: before time is spent."""
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path} must be a file in a folder that exists")
 
@@ -90,11 +91,11 @@ class Bench:
     """Everything that is measured, in order; a red check leaves its optimizer and format without numbers.
 
     Args:
-        device: where.
-        items: what, as `plan` has it.
-        seconds: to spend altogether; what is left then is refused. None: no limit.
-        clock: seconds.
-        seconds_each: for each kind of times, of each row.
+        device: device that the tensors are on.
+        items: what is measured, as `plan` has it.
+        seconds: time to spend altogether; what is left then is refused. None: no limit.
+        clock: tells the time in seconds.
+        seconds_each: time to spend on each kind of times, for each item, in seconds.
     """
 
     device: Device
@@ -103,8 +104,8 @@ class Bench:
     clock: Callable[[], float] = time.monotonic
     seconds_each: float = SECONDS
     copy: float | None = None
-    """Bytes per second, read and written, of torch's copy here."""
-    done: list[Row] = field(default_factory=list)
+    """Bytes per second, read and written, of torch's copy here; None until it was measured."""
+    done: list[Measurement] = field(default_factory=list)
     _checked: dict[tuple[str, str], str | None] = field(default_factory=dict)
     _fitting: dict[tuple[str, str, str], tuple[Shapes | None, str | None]] = field(default_factory=dict)
     _started: float = 0.0
@@ -117,8 +118,8 @@ class Bench:
     def __len__(self) -> int:
         return len(self.items)
 
-    def rows(self) -> Iterator[Row]:
-        """A row for each item, as soon as it is known."""
+    def rows(self) -> Iterator[Measurement]:
+        """Measure, and yield a row for each item as soon as it is known."""
         self._started = self.clock()
         for item in self.items:
             row = self._row(item)
@@ -132,7 +133,7 @@ class Bench:
         return not any(reason for reason in self._checked.values())
 
     def document(self) -> dict[str, Any]:
-        """All that is known so far, as JSON has it."""
+        """Collect for JSON all that is known so far."""
         note = {"warning": "a rehearsal: sizes are miniatures, and times mean nothing"} if self._pretends else {}
         return {
             "rehearsal": self._pretends,
@@ -155,10 +156,10 @@ class Bench:
     def _pretends(self) -> bool:
         return self.device.is_rehearsal
 
-    def _row(self, item: Item) -> Row:
-        fmt = numerics.FORMATS[item.format]
+    def _row(self, item: Item) -> Measurement:
+        fmt = FORMATS[item.format]
         stores = item.peer.stores if item.peer else _in_words(fmt)
-        row = Row(MODELS[item.model].name, 0, 0, item.optimizer, item.format, item.contestant, stores)
+        row = Measurement(MODELS[item.model].name, 0, 0, item.optimizer, item.format, item.contestant, stores)
         shapes, row.refused = self._shapes(item, fmt)
         if shapes is not None:
             row.take(shapes=shapes.name, elements=shapes.elements, tensors=len(shapes.tensors))
@@ -170,7 +171,7 @@ class Bench:
                 self._measure(item, shapes, fmt, row)
         except Exception as error:  # of a library, a compiler or the allocator: the others can still be measured
             reason = str(error).strip().partition("\n")[0]
-            row = Row(row.shapes, row.elements, row.tensors, *item.case[1:], item.contestant, stores)
+            row = Measurement(row.shapes, row.elements, row.tensors, *item.case[1:], item.contestant, stores)
             row.refused = f"failed: {type(error).__name__}: {reason}"
         finally:
             gc.collect()
@@ -178,13 +179,13 @@ class Bench:
                 torch.compiler.reset()
         return row
 
-    def _shapes(self, item: Item, fmt: numerics.StorageFormat) -> tuple[Shapes | None, str | None]:
-        """As much of the model as there is memory for, the same for all of a case; or why nothing of it."""
+    def _shapes(self, item: Item, fmt: StorageFormat) -> tuple[Shapes | None, str | None]:
+        """Take as much of the model as there is memory for, the same for all of a case; or say why nothing of it."""
         if item.case not in self._fitting:
             self._fitting[item.case] = self._fit(item, fmt)
         return self._fitting[item.case]
 
-    def _fit(self, item: Item, fmt: numerics.StorageFormat) -> tuple[Shapes | None, str | None]:
+    def _fit(self, item: Item, fmt: StorageFormat) -> tuple[Shapes | None, str | None]:
         model = MODELS[item.model]
         try:
             need = max(measure.resident(item.optimizer, fmt), PEER_RESIDENT)
@@ -202,14 +203,14 @@ class Bench:
             return f"not measured: the time given ({self.seconds:g} s) was spent"
         return None
 
-    def _gate(self, item: Item, fmt: numerics.StorageFormat) -> str | None:
-        """Why a red check forbids numbers of this optimizer and format, ours and any peer's beside it."""
+    def _gate(self, item: Item, fmt: StorageFormat) -> str | None:
+        """Say why a red check forbids numbers of this optimizer and format, ours and any peer's beside it."""
         key = (item.optimizer, item.format)
         if key not in self._checked:
             self._checked[key] = gate(item.optimizer, fmt)
         return self._checked[key]
 
-    def _measure(self, item: Item, shapes: Shapes, fmt: numerics.StorageFormat, row: Row) -> None:
+    def _measure(self, item: Item, shapes: Shapes, fmt: StorageFormat, row: Measurement) -> None:
         if self.copy is None:
             n_copied = min(COPY_BYTES, int(self.device.free_bytes * 0.25))
             self.copy = self.device.copy_bandwidth(2**20 if self._pretends else n_copied)
@@ -226,10 +227,10 @@ class Bench:
     def _make_set(self, item: Item, shapes: Shapes) -> measure.MakeSet:
         if item.peer is not None:
             return measure.set_of_theirs(self.device, shapes, item.peer)
-        return measure.set_of_ours(self.device, shapes, item.optimizer, numerics.FORMATS[item.format])
+        return measure.set_of_ours(self.device, shapes, item.optimizer, FORMATS[item.format])
 
     def _count_kernels(self) -> None:
-        """Of what is soon made again; a library that fails now has its times all the same."""
+        """Count launches of what is soon made again; a library that fails now has its times all the same."""
         for item, row in zip(self.items, self.done, strict=True):
             if item.model in QUICKLY_MADE and row.ms is not None and self._out_of_time(1.0) is None:
                 shapes = self._fitting[item.case][0]
@@ -238,13 +239,13 @@ class Bench:
                     row.take(kernels=measure.count_kernels(self.device, self._make_set(item, shapes)))
 
     def _limited(self) -> contextlib.AbstractContextManager[None]:
-        """No longer than the time given."""
+        """Limit what is inside to the time given."""
         return _at_most(None if self.seconds is None else self._started + self.seconds - self.clock())
 
 
 @contextlib.contextmanager
 def _at_most(seconds: float | None) -> Iterator[None]:
-    """TimeoutError after so many seconds, where Python is asked in time: a library may compile for minutes."""
+    """Raise TimeoutError after so many seconds, where Python is asked in time: a library may compile for minutes."""
     if seconds is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -266,8 +267,8 @@ def _ratio(theirs: float | None, ours: float | None) -> float | None:
     return theirs / ours if theirs and ours else None
 
 
-def gate(optimizer: str, fmt: numerics.StorageFormat) -> str | None:
-    """Why the check of an optimizer in a format is red; None if it is green."""
+def gate(optimizer: str, fmt: StorageFormat) -> str | None:
+    """Check an optimizer in a format, and say why that is red; None if it is green."""
     weight = torch.nn.Parameter(torch.zeros(2, 64, dtype=fmt.dtype, device="cpu"))
     opt = measure.make(optimizer, fmt, [weight])
     group = opt.param_groups[0]
@@ -286,7 +287,7 @@ def gate(optimizer: str, fmt: numerics.StorageFormat) -> str | None:
 
 
 def _variant(opt: Any, group: dict[str, Any]) -> dict[str, Any]:
-    """What the rule is constructed with, as `opt` does."""
+    """Tell the arguments that `opt` constructs its rule with."""
     found: dict[str, Any] = {}
     for name, target in opt.arguments.items():
         found.update([(target, group[name])] if isinstance(target, str) else zip(target, group[name], strict=True))
@@ -294,11 +295,11 @@ def _variant(opt: Any, group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _states(opt: Any, choice: Any) -> Any:
-    """By the rule's names of states, where some are chosen by torch's."""
+    """Name states as the rule does, where some are chosen by torch's names."""
     rule_name = {torch_name: name for name, torch_name in opt.state_keys.items()}
     return {rule_name.get(name, name): fmt for name, fmt in choice.items()} if isinstance(choice, dict) else choice
 
 
-def _in_words(fmt: numerics.StorageFormat) -> str:
+def _in_words(fmt: StorageFormat) -> str:
     weights, _, states = fmt.name.partition("+")
     return f"{weights}; {states or 'by default'}"

@@ -15,12 +15,12 @@ class Shapes(NamedTuple):
     """The parameters of a model, or of a part of one that says so."""
 
     name: str
-    """As the table has it, such as "Llama-3-8B, 8 of 32 layers"."""
+    """Name that the table shows, such as "Llama-3-8B, 8 of 32 layers"."""
     tensors: tuple[Shape, ...]
 
     @property
     def elements(self) -> int:
-        """Of all parameters together."""
+        """Number of elements of all parameters together."""
         return sum(map(prod, self.tensors))
 
 
@@ -30,10 +30,10 @@ class Model(NamedTuple):
     name: str
     layers: int
     build: Callable[[int], list[Shape]]
-    """Of so many layers. A model of one layer knows no part."""
+    """Makes the shapes of so many layers. A model of one layer knows no part."""
 
     def shapes(self, layers: int | None = None) -> Shapes:
-        """The parameters with so many of the layers; None: all."""
+        """List the parameters with so many of the layers; None: all."""
         n = self.layers if layers is None else layers
         if not 1 <= n <= self.layers:
             raise ValueError(f"{self.name} has 1 to {self.layers} layers, not {n}")
@@ -41,7 +41,7 @@ class Model(NamedTuple):
         return Shapes(self.name + part, tuple(self.build(n)))
 
     def fitting(self, available: float, per_parameter: float) -> Shapes | None:
-        """With as many layers as `available` bytes hold at so many bytes per parameter; None if not even one."""
+        """Take as many layers as `available` bytes hold at so many bytes per parameter; None if not even one."""
         for layers in range(self.layers, 0, -1):
             found = self.shapes(layers)
             if found.elements * per_parameter <= available:
@@ -100,11 +100,11 @@ MODELS = {
     "tiny": Model(f"{TINY:,} tensors of {TINY_SIZE:,}", 1, lambda _: [(TINY_SIZE,)] * TINY),
     "huge": Model("one tensor of 2^31 + 4096", 1, lambda _: [(HUGE,)]),
 }
-"""By the name that `--shapes` takes."""
+"""Models by the name that `--shapes` takes."""
 
 
 def find_models(names: Sequence[str] | None = None) -> list[str]:
-    """These names, each once (None: all); ValueError for an unknown one."""
+    """Check names of models, and take each once (None: all); ValueError for an unknown one."""
     for name in names or ():
         if name not in MODELS:
             raise ValueError(f"unknown shapes {name!r}{did_you_mean(name, list(MODELS))} known: {', '.join(MODELS)}")
@@ -112,7 +112,7 @@ def find_models(names: Sequence[str] | None = None) -> list[str]:
 
 
 def miniature(model: Model) -> Shapes:
-    """A few of a model's tensors, none with more than 256 elements: for a rehearsal, where times mean nothing."""
+    """Take a few of a model's tensors, none with more than 256 elements: for a rehearsal, where times mean nothing."""
     tensors = model.build(1)[:4]
     return Shapes(f"miniature of {model.name}", tuple(_smaller(tensor) for tensor in tensors))
 

@@ -1,16 +1,18 @@
-"""What a step is meant to take, and whether it does."""
+"""Targets for a step, and whether they are met."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-from tritopt.tools.bench.measure import OURS, Row
+from tritopt.tools.bench.measure import OURS, Measurement
 from tritopt.tools.bench.peers import PEERS
 from tritopt.tools.bench.plan import ELEMENTWISE, MAIN
 from tritopt.tools.bench.shapes import MODELS
 
 Verdict = Literal["met", "missed", "not measured"]
+Numbers: TypeAlias = Callable[[Sequence[Measurement]], list[float]]
+"""Selects the numbers that a target is about."""
 
 
 class Target(NamedTuple):
@@ -20,22 +22,22 @@ class Target(NamedTuple):
     required: float
     worst: Callable[[Sequence[float]], float]
     """min where more is better, max where less is."""
-    found: Callable[[Sequence[Row]], list[float]]
+    found: Numbers
     """The numbers that it is about."""
     percent: bool = False
     unit: str = ""
 
     def is_met_by(self, value: float) -> bool:
-        """Whether it is reached."""
+        """Tell whether the number reaches it."""
         return value >= self.required if self.worst is min else value <= self.required
 
     def shown(self, value: float) -> str:
-        """As the table has it."""
+        """Write a number as the table has it."""
         return f"{100 * value:.1f}%" if self.percent else f"{value:.3g}{self.unit}"
 
 
 class Judged(NamedTuple):
-    """A target, and what came of it."""
+    """Verdict on a target."""
 
     target: str
     required: str
@@ -43,13 +45,13 @@ class Judged(NamedTuple):
     """The worst of the numbers; None: there is none."""
     verdict: Verdict
     of: int
-    """How many numbers there were."""
+    """Number of numbers that there were."""
 
 
-def _shares(model: tuple[str, ...] | None, optimizers: tuple[str, ...]) -> Callable[[Sequence[Row]], list[float]]:
+def _shares(model: tuple[str, ...] | None, optimizers: tuple[str, ...]) -> Numbers:
     names = None if model is None else tuple(MODELS[key].name for key in model)
 
-    def found(rows: Sequence[Row]) -> list[float]:
+    def found(rows: Sequence[Measurement]) -> list[float]:
         return [
             row.share
             for row in rows
@@ -64,8 +66,8 @@ def _shares(model: tuple[str, ...] | None, optimizers: tuple[str, ...]) -> Calla
 
 def _ratios(
     peers: tuple[str, ...], name: str, formats: tuple[str, ...] | None = None, model: str | None = None
-) -> Callable[[Sequence[Row]], list[float]]:
-    def found(rows: Sequence[Row]) -> list[float]:
+) -> Numbers:
+    def found(rows: Sequence[Measurement]) -> list[float]:
         values = [
             getattr(row, name)
             for row in rows
@@ -78,8 +80,8 @@ def _ratios(
     return found
 
 
-def _warm(name: str) -> Callable[[Sequence[Row]], list[float]]:
-    def found(rows: Sequence[Row]) -> list[float]:
+def _warm(name: str) -> Numbers:
+    def found(rows: Sequence[Measurement]) -> list[float]:
         values = [getattr(row, name) for row in rows if row.contestant == OURS]
         return [float(value) for value in values if value is not None]
 
@@ -108,11 +110,11 @@ TARGETS = (
     Target("allocations of a warm step", 0, max, _warm("allocations")),
     Target("synchronisations of a warm step", 0, max, _warm("synchronises")),
 )  # fmt: skip
-"""For an H200."""
+"""Targets for an H200."""
 
 
-def judge(rows: Sequence[Row], is_rehearsal: bool = False) -> list[Judged]:
-    """Of each target, whether it is met by all that was measured. A rehearsal measures nothing."""
+def judge(rows: Sequence[Measurement], is_rehearsal: bool = False) -> list[Judged]:
+    """Judge for each target whether all that was measured meets it. A rehearsal measures nothing."""
     verdicts = []
     for target in TARGETS:
         required = f"{'>=' if target.worst is min else '<='} {target.shown(target.required)}"

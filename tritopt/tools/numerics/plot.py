@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritopt.tools.numerics import ANY_OUTLIERS, GRADIENTS, RATES, SAME_OUTLIERS, TRUTH, Row
+from tritopt.tools.numerics.record import FormatResult
+from tritopt.tools.numerics.stress import ANY_OUTLIERS, GRADIENTS, RATES, SAME_OUTLIERS
+from tritopt.tools.storage import TRUTH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,24 +20,24 @@ OUTLIERS = (SAME_OUTLIERS, ANY_OUTLIERS)
 
 
 def check_path(path: Path) -> None:
-    """ValueError for a path that no plot can be written to, ImportError without matplotlib: before time is spent."""
+    """Raise ValueError for a path that no plot goes to, ImportError without matplotlib: before time is spent."""
     if path.suffix not in SUFFIXES or not path.parent.is_dir():
         raise ValueError(f"{path} must be a {' or '.join(SUFFIXES)} file in a folder that exists")
     if find_spec("matplotlib") is None:
         raise ImportError("the plot needs matplotlib: pip install 'tritopt[numerics]'")
 
 
-def save_plot(rows: Sequence[Row], path: Path) -> None:
-    """Drift by learning rate, size of updates by size of gradients, drift by bytes moved; PNG or SVG."""
+def save_plot(results: Sequence[FormatResult], path: Path) -> None:
+    """Draw drift by learning rate, size of updates by size of gradients, drift by bytes moved; PNG or SVG."""
     check_path(path)
     import matplotlib
     from matplotlib.figure import Figure
 
-    formats = [name for name in dict.fromkeys(row.format for row in rows) if name != TRUTH.name]
+    formats = [name for name in dict.fromkeys(result.format for result in results) if name != TRUTH.name]
     figure = Figure(figsize=(15, 6), layout="constrained")  # without pyplot no display is needed
     drift, update, price = figure.subplots(1, 3)
     for i, name in enumerate(formats):
-        own = {row.case: row for row in rows if row.format == name}
+        own = {result.case: result for result in results if result.format == name}
         color, turn = f"C{i % 10}", i // 10 % len(DASHES)
         marker = {"color": color, "marker": MARKERS[turn], "markersize": 5}
         style = {**marker, "linestyle": DASHES[turn]}
@@ -56,7 +58,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
         axes.grid(which="major", alpha=0.3)
     columns = min(len(formats), 7)
     figure.legend(*drift.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
-    figure.suptitle(f"{rows[0].optimizer}: storage formats, {max(row.steps for row in rows)} steps")
+    figure.suptitle(f"{results[0].optimizer}: storage formats, {max(result.steps for result in results)} steps")
     with matplotlib.rc_context({"svg.hashsalt": "tritopt", "svg.fonttype": "none"}):  # same bytes each time
         figure.savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
 

@@ -12,8 +12,11 @@ from typing import IO, NamedTuple
 
 import torch
 
-from tritopt.tools.check import N_STEPS, Case, Row, case_row, cases, check_case, device, find_optimizers, registered
+from tritopt.tools.check.cases import Case, CheckResult, find_cases, unchecked
+from tritopt.tools.check.run import N_STEPS, check_case
+from tritopt.tools.environment import device
 from tritopt.tools.interpreter import speed_up
+from tritopt.tools.optimizers import find_optimizers, registered
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 """Compute capabilities of the GPUs that the PTX machine stands in for, by the compiler's names."""
@@ -30,25 +33,26 @@ class Part(NamedTuple):
     """Optimizers as users name them, which each process looks up for itself; none: all that are registered."""
     quick: bool
     target: str | None
+    """Key of TARGETS, if kernels run in the PTX machine; None: as they are here."""
     first: int
     n: int
 
     def cases(self) -> list[Case]:
         """Return all cases, those of other processes too."""
-        return cases(find_optimizers(self.names) if self.names else registered(), self.quick)
+        return find_cases(find_optimizers(self.names) if self.names else registered(), self.quick)
 
-    def rows(self) -> Iterator[Row]:
-        """Check this share."""
+    def results(self) -> Iterator[CheckResult]:
+        """Check this share of the cases."""
         speed_up()
         for case in self.cases()[self.first :: self.n]:
             yield check_case(case, N_STEPS[self.quick])
 
 
-def run_cases(names: Sequence[str], quick: bool, target: str | None = None) -> Iterator[Row]:
-    """A row for each case, in order, as soon as it is known; on the CPU by a process for each core, if there are many.
+def run_cases(names: Sequence[str], quick: bool, target: str | None = None) -> Iterator[CheckResult]:
+    """Check the cases, and yield each result in order; processes share many of them, if kernels run on the CPU.
 
     Args:
-        names: optimizers, as `tritopt.tools.check.find_optimizers` takes them; none: all that are registered.
+        names: optimizers as `tritopt.tools.optimizers.find_optimizers` takes them; none: all that are registered.
         quick: whether there are fewer cases of fewer steps.
         target: a key of TARGETS, to compile kernels for it and run them in the PTX machine; None: as they are here.
     """
@@ -57,12 +61,12 @@ def run_cases(names: Sequence[str], quick: bool, target: str | None = None) -> I
     is_shared = len(chosen) >= MANY and (target is not None or device().type == "cpu")
     n = min(_n_cores(), MAX_PROCESSES) if is_shared else 1
     if target is None and n == 1:
-        yield from whole.rows()
+        yield from whole.results()
         return
     processes = [_start(whole._replace(first=i, n=n)) for i in range(n)]
     try:
         for i, case in enumerate(chosen):
-            yield _next_row(processes[i % n], case)
+            yield _next_result(processes[i % n], case)
     finally:
         for process in processes:
             process.kill()
@@ -70,43 +74,43 @@ def run_cases(names: Sequence[str], quick: bool, target: str | None = None) -> I
 
 
 def _n_cores() -> int:
-    """Number of cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start(part: Part) -> subprocess.Popen[str]:
-    """Start a process that writes a line of JSON for each row; when nobody reads any more, it ends."""
-    command = [sys.executable, "-m", "tritopt.tools.checks", json.dumps(part)]
+    """Start a process that writes a line of JSON for each result; when nobody reads any more, it ends."""
+    command = [sys.executable, "-m", "tritopt.tools.check.processes", json.dumps(part)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def _next_row(process: subprocess.Popen[str], case: Case) -> Row:
+def _next_result(process: subprocess.Popen[str], case: Case) -> CheckResult:
     assert process.stdout is not None
-    row, line = case_row(case), process.stdout.readline()
+    result, line = unchecked(case), process.stdout.readline()
     if not line:
-        row.fail(f"the process that was to check it ended with exit code {process.wait()}")
-        return row
+        result.fail(f"the process that was to check it ended with exit code {process.wait()}")
+        return result
     found = json.loads(line)
     # Only this process has them as they were given: JSON has no tuples.
-    kept = {"arguments": row.arguments, "variant": row.variant}
-    return Row(**{field.name: found[field.name] for field in fields(Row)} | kept)
+    kept = {"arguments": result.arguments, "variant": result.variant}
+    return CheckResult(**{field.name: found[field.name] for field in fields(CheckResult)} | kept)
 
 
-def _write_rows(part: Part, out: IO[str]) -> None:
+def _write_results(part: Part, out: IO[str]) -> None:
     torch.set_num_threads(1)
     if part.target is not None:
         from tritopt.tools.ptx.driver import switch_on
 
         switch_on(TARGETS[part.target])
-    for row in part.rows():
-        out.write(json.dumps(asdict(row), default=str) + "\n")
+    for result in part.results():
+        out.write(json.dumps(asdict(result), default=str) + "\n")
         out.flush()
 
 
 if __name__ == "__main__":
-    # What an optimizer prints must not stand between rows.
-    rows, sys.stdout = sys.stdout, sys.stderr
+    # What an optimizer prints must not stand between results.
+    results, sys.stdout = sys.stdout, sys.stderr
     try:
-        _write_rows(Part(*json.loads(sys.argv[1])), rows)
+        _write_results(Part(*json.loads(sys.argv[1])), results)
     except (BrokenPipeError, KeyboardInterrupt):
         os._exit(1)

@@ -1,0 +1,142 @@
+"""Compile cases, in processes of their own where kernels are interpreted here."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+
+import torch
+
+from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
+from tritopt.tools.compiled import CompiledLaunch, compile_launches, compile_norm
+from tritopt.tools.cost import Traffic, phase_traffic
+from tritopt.tools.gpus import ARCHITECTURES, Gpu, find_gpu, resident_programs
+from tritopt.tools.inspect.cases import NORM, class_of, grad_dtype_of, known_optimizers, make, traffic_of
+from tritopt.tools.inspect.record import Case, LaunchRecord
+from tritopt.tools.storage import FORMATS
+
+N_PARAMETERS = 1e9
+"""Number of parameters that a time is for."""
+
+
+def inspect_case(case: Case) -> list[LaunchRecord]:
+    """Compile a step and describe its launches. RuntimeError if kernels are interpreted or do not compile."""
+    if INTERPRETED:
+        raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
+    gpu = find_gpu(case.gpu)
+    try:
+        return _compiled_case(case, gpu)
+    except Exception as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        message = f"{case.label}, {gpu.target}: Triton {version('triton')} does not compile it: {error}{cause}"
+        raise RuntimeError(message) from error
+
+
+def _compiled_case(case: Case, gpu: Gpu) -> list[LaunchRecord]:
+    arch = ARCHITECTURES[gpu.target].arch
+    grad_dtype = grad_dtype_of(case)
+    if case.optimizer == NORM:
+        launches = compile_norm(grad_dtype, arch)
+        step, phases = Traffic(grad_dtype.itemsize, 0), [Traffic(grad_dtype.itemsize, 0)]
+    else:
+        storage = FORMATS[case.storage]
+        opt = make(class_of(case.optimizer, known_optimizers()), case)
+        fmt = storage.weight_format
+        step, phases = traffic_of(opt, case), phase_traffic(opt, storage.dtype, grad_dtype, fmt)
+        launches = compile_launches(opt, storage.dtype, grad_dtype, fmt, arch)
+    hot = [i for i, launch in enumerate(launches) if launch.elements]
+    must = dict(zip(hot, phases, strict=True)) if len(hot) == len(phases) else {}
+    return [_row(case, gpu, step, i, launch, must.get(i)) for i, launch in enumerate(launches)]
+
+
+def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, must: Traffic | None) -> LaunchRecord:
+    milliseconds = bound = None
+    if launch.instructions is not None and launch.bytes_loaded is not None and launch.bytes_stored is not None:
+        issued = launch.instructions if ARCHITECTURES[gpu.target].issues_all else launch.arithmetic
+        assert issued is not None
+        seconds = {
+            "memory": (launch.bytes_loaded + launch.bytes_stored) / gpu.bandwidth,
+            "issue": issued / gpu.issue_rate,
+        }
+        bound = max(seconds, key=lambda name: seconds[name])
+        milliseconds = round(1000 * N_PARAMETERS * seconds[bound], 4)
+    return LaunchRecord(
+        optimizer=case.optimizer,
+        arguments=case.arguments,
+        storage=case.storage,
+        grad_dtype=case.grad_dtype,
+        target=gpu.target,
+        gpu=gpu.name,
+        triton=version("triton"),
+        step_read=step.read,
+        step_written=step.written,
+        launch=i,
+        kernel=launch.kernel,
+        registers=launch.registers,
+        spilled_bytes=launch.spilled_bytes,
+        shared_bytes=launch.shared_bytes,
+        num_warps=launch.num_warps,
+        programs=resident_programs(gpu.target, launch.registers, launch.num_warps, launch.shared_bytes),
+        elements=launch.elements or None,
+        loads=_by_width(launch.loads) if launch.elements else None,
+        stores=_by_width(launch.stores) if launch.elements else None,
+        bytes_loaded=launch.bytes_loaded,
+        bytes_stored=launch.bytes_stored,
+        must_load=must and must.read,
+        must_store=must and must.written,
+        instructions=launch.instructions,
+        arithmetic=launch.arithmetic,
+        milliseconds=milliseconds,
+        bound=bound,
+    )
+
+
+def _by_width(accesses: Mapping[int, int]) -> dict[str, int]:
+    return {str(bits): accesses[bits] for bits in sorted(accesses, reverse=True)}
+
+
+def inspect_cases(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[LaunchRecord]]:
+    """Compile the cases, and yield the launches of each in order, as they come.
+
+    Args:
+        cases: cases as `select_cases` has them.
+        processes: number of processes; 0: this one compiles, where kernels are not interpreted. None: as many as pay.
+
+    Raises RuntimeError where Triton is missing. A script that calls this needs `if __name__ == "__main__":`, since the
+    processes import it.
+    """
+    if not HAS_TRITON:
+        raise RuntimeError(f"to compile kernels takes {INSTALL_TRITON}")
+    if processes is None:
+        # Starting one takes as long as some compilations.
+        n = math.ceil(len(cases) / 4)
+        processes = 0 if n <= 1 and not INTERPRETED else max(1, min(len(os.sched_getaffinity(0)), n))
+    if processes == 0:
+        yield from map(inspect_case, cases)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=partial(torch.set_num_threads, 1)) as pool:
+        with _no_interpreter():
+            futures = [pool.submit(inspect_case, case) for case in cases]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _no_interpreter() -> Iterator[None]:
+    """Let processes that start inside compile kernels: Triton looks at the environment when they import it."""
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
