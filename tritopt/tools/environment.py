@@ -33,10 +33,10 @@ def environment(compiled_for: str | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__ if HAS_TRITON else None,
         "python": platform.python_version(),
+        "walk": walk.description(),
         "machine": platform.platform(),
         "device": "PTX machine" if compiled_for else torch.cuda.get_device_name() if on_gpu else here,
         "interpreter": INTERPRETED,
         "compiled_for": compiled_for,
         "fused_unavailable": None if compiled_for else fused_unavailable(),
-        "walk": walk.description(),
     }
