@@ -107,7 +107,7 @@ def test_rates_in_a_vector_give_the_rows_that_one_by_one_give(cls: Any) -> None:
             group["params"][0].grad = torch.full((2, 2), 0.5)
         opt.step()
     stepper = opt._stepper
-    warm = stepper._warm
+    warm = stepper._last
     if warm is None:
         pytest.skip("no kernel for these")
     (bucket,) = warm.buckets

@@ -240,10 +240,10 @@ def test_a_weight_that_is_written_in_any_way_is_the_truth(
     for step in range(6):
         values = written(writes, params, WRITTEN[step]) if step in WRITTEN else []
         set_grads(params, step)
-        warm = opt._stepper._warm
+        warm = opt._stepper._last
         opt.step()
         if fused and step > 1:
-            assert (opt._stepper._warm is warm) == (writes != MOVES or step not in WRITTEN)
+            assert (opt._stepper._last is warm) == (writes != MOVES or step not in WRITTEN)
         for write, value, p, found in zip(writes, values, params, opt.master_weights(), strict=False):
             assert p.grad is not None
             assert is_written(master, value, 2.0**-10 * p.grad.float(), found), write.__name__

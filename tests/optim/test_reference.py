@@ -123,16 +123,16 @@ def test_autograd_learns_of_what_arrays_wrote(fused: bool | None) -> None:
 
 
 def test_the_reference_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tritopt.optim.step import stepper
+    from tritopt.optim.step import build, stepper
 
     built: list[int] = []
-    original = stepper.ColdStep
+    original = build.Build
 
     def building(*arguments: Any, **named: Any) -> Any:
         built.append(1)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(stepper, "ColdStep", building)
+    monkeypatch.setattr(stepper, "Build", building)
     params = parameters(torch.float32)[:3] + parameters(torch.bfloat16)[:3]
     opt = optim.AdamW(params, fused=False, max_grad_norm=1.0)
     for _ in range(4):
@@ -163,7 +163,7 @@ def test_a_replayed_reference_follows_what_a_built_one_does(monkeypatch: pytest.
         return [tensor.detach().clone() for tensor in (*params, *states)]
 
     ours = run()
-    monkeypatch.setattr("tritopt.optim.step.build.ColdStep.next", lambda *arguments: None)
+    monkeypatch.setattr("tritopt.optim.step.build.Build.next", lambda *arguments: None)
     theirs = run()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))

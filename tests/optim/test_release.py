@@ -29,7 +29,7 @@ from tests.support.training import (
 from tests.support.world import REASON, World
 from tritopt import optim
 from tritopt.optim import AdamW, release_gradients
-from tritopt.optim.step.build import ColdStep
+from tritopt.optim.step.build import Build
 
 Class: TypeAlias = Any  # a class of tritopt.optim, with a signature of its own
 Parameters = Sequence[torch.Tensor]
@@ -434,7 +434,7 @@ def test_steps_that_are_alike_look_at_nothing_again(monkeypatch: pytest.MonkeyPa
     opt = in_groups(AdamW, params)
     release_gradients(params, opt)
     train(opt, params, range(1))
-    monkeypatch.setattr(ColdStep, "__init__", None)
+    monkeypatch.setattr(Build, "__init__", None)
     for step in range(1, 4):
         opt.param_groups[1]["lr"] *= 0.5
         train(opt, params, range(step, step + 1))

@@ -23,7 +23,7 @@ def arrays_of(task: Task) -> list[np.ndarray[Any, Any]] | None:
     dtype = weight.dtype
     if dtype not in _DTYPES or not _HAS_WEAK_SCALARS or weight.is_cuda or weight.numel() > MAX_ELEMENTS:
         return None
-    if task.format is not PLAIN or any([fmt is not PLAIN for fmt in task.state_formats]):
+    if task.format is not PLAIN or any(fmt is not PLAIN for fmt in task.state_formats):
         return None
     found = []
     for tensor in (weight, task.grad, *task.state):

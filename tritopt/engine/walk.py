@@ -1,4 +1,4 @@
-"""What a warm step asks of every tensor of a list: whether it is the one it was, and where it lies.
+"""What a replayed step asks of every tensor of a list: whether it is the one it was, and where it lies.
 
 In Python a step of 400 parameters with their gradients and states takes 1.6 to 3.5 ms for these questions, longer than
 torch's own fused step. tritopt/engine/walk.c asks the same in C, in 15 to 70 ns a tensor, through torch's interfaces

@@ -20,13 +20,13 @@ from tritopt.optim.step.group_options import Hypers
 from tritopt.optim.step.members import Bucket, Member, Number, Only, launch_for, same_group
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.reference import update_by_reference
-from tritopt.optim.step.replay import WarmStep
+from tritopt.optim.step.replay import Replay
 from tritopt.optim.step.scalar_table import host_rows
 from tritopt.optim.step.undo import Undo
 
 
-class ColdStep:
-    """See the module; `WarmStep` is the same for the steps that follow.
+class Build:
+    """See the module; `Replay` is the same for the steps that follow.
 
     Args:
         planner: of the optimizer.
@@ -46,7 +46,7 @@ class ColdStep:
         rates: Mapping[int, Number],
         fused: Sequence[bool],
         only: Only | None = None,
-        like: WarmStep | None = None,
+        like: Replay | None = None,
     ) -> None:
         self._planner = planner
         self._only = only
@@ -108,7 +108,7 @@ class ColdStep:
         """After the last launch."""
         distributed.mark_written(member.param for member in self.members)
 
-    def next(self, opt: Owner, hypers: Hypers) -> WarmStep | None:
+    def next(self, opt: Owner, hypers: Hypers) -> Replay | None:
         """The next step, if it can be like this one."""
         if sum(len(bucket.places) for bucket, _ in self._launched) != len(self.members):
             return None
@@ -120,7 +120,7 @@ class ColdStep:
         norm_groups = self._planner.groups_of_squares(self._key) if has_norm else []
         if norm_groups is None:  # so many plans that this one had to go
             return None
-        return WarmStep(self._planner, opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
+        return Replay(self._planner, opt, hypers, self.members, self._launched, norm_groups, self._only, self._like)
 
 
 def _is_plain(member: Member, task: Task) -> bool:
@@ -161,10 +161,14 @@ def _by_launch(
 ) -> dict[tuple[object, object, torch.device, bool, bool], list[int]]:
     """Members by launch; those that a learning rate of 0 leaves alone are in none."""
     found: dict[tuple[object, object, torch.device, bool, bool], list[int]] = {}
+    known: dict[Hashable, list[int]] = {}
     for i, (member, task) in enumerate(zip(members, tasks, strict=True)):
-        lr = rates[id(member.group)]
-        if member.rule.skips_zero_lr and not isinstance(lr, torch.Tensor) and lr == 0:
-            continue
-        key = (member.rule.phases, member.rule.preamble, task.weight[0].device, fused[i], task.draws)
-        found.setdefault(key, []).append(i)
+        # What the key is made of takes long to make and to hash, and is the same for most.
+        kind = (id(member.group), id(member.layout), task.weight[0].device, fused[i])
+        if kind not in known:
+            lr, rule = rates[id(member.group)], member.rule
+            is_left_alone = rule.skips_zero_lr and not isinstance(lr, torch.Tensor) and lr == 0
+            key = (rule.phases, rule.preamble, *kind[2:], member.layout.draws)
+            known[kind] = [] if is_left_alone else found.setdefault(key, [])
+        known[kind].append(i)
     return found

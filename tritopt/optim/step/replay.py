@@ -1,7 +1,7 @@
 """A step like an earlier one with gradients of the same parameters: only their addresses and scalars are looked at.
 
 What a step checks and derives holds as long as parameters, states and their memory are the same ones, and gradients
-look the same. A `WarmStep` asks whether they are (tritopt/engine/walk.py).
+look the same. A `Replay` asks whether they are (tritopt/engine/walk.py).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import torch
 
 from tritopt.engine.group import Array, Group, Rows
 from tritopt.engine.phase import Launch, run_phases
-from tritopt.engine.plan import Planner, Task
+from tritopt.engine.plan import Planner
 from tritopt.engine.replay import ReplayTable, table_of
 from tritopt.engine.walk import known_states, n_words, walk
 from tritopt.optim.clip import squares
-from tritopt.optim.distributed import ShardSums, is_dtensor, local, noise_of
+from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import Hypers
 from tritopt.optim.step.members import Bucket, Member, Only, groups_of, launch_for, params_of
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.scalar_table import HostRows
+from tritopt.optim.step.states import complete_task
 from tritopt.optim.step.undo import Undo
 
-_NO_NOISE = (0, 0, 0, 0)
 _NO_ROW = np.array([[1.0, np.inf, 0.0]])
 
 
@@ -42,7 +42,7 @@ class _Update(NamedTuple):
     """At most one element; empty until first use."""
 
 
-class WarmStep:
+class Replay:
     """Built after a step that was launched without copies. See the module.
 
     Args:
@@ -65,7 +65,7 @@ class WarmStep:
         launched: Sequence[tuple[Bucket, list[Group]]],
         norm_groups: list[Group],
         only: Only | None,
-        like: WarmStep | None,
+        like: Replay | None,
     ) -> None:
         self._planner = planner
         self.members = _without_gradients(members)
@@ -162,7 +162,11 @@ class WarmStep:
         """Update the bucket's parameters."""
         if not bucket.is_fused:
             members = [member for some in bucket.runs for member in some]
-            tasks = [_task(opt, member) for member in members]
+            tasks = [
+                complete_task(opt, member, member.param.detach(), member.param.grad, opt.state.get(member.param, {}))
+                for member in members
+                if member.param.grad is not None
+            ]
             update_by_reference(members, tasks, rows, launch, undo)
             return
         tables = self._updates[id(bucket)].tables
@@ -175,7 +179,7 @@ class WarmStep:
         """Autograd must learn of writes that it did not make."""
         torch.autograd.graph.increment_version(self._members_params)
 
-    def next(self, opt: Owner, hypers: Hypers) -> WarmStep:
+    def next(self, opt: Owner, hypers: Hypers) -> Replay:
         """The next step may be like this one."""
         return self
 
@@ -247,16 +251,6 @@ def _named(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _names(named: Sequence[dict[str, Any]]) -> list[list[Any]]:
     """Names of the parameters of groups that have some: random bits depend on them."""
     return [list(group["param_names"]) for group in named]
-
-
-def _task(opt: Owner, member: Member) -> Task:
-    """A parameter's tensors, which were checked when the step was built."""
-    param, layout = member.param, member.layout
-    state, weight, fmt = opt.state.get(param, {}), param.detach(), layout.format
-    planes = (weight, state[fmt.companion]) if fmt.companion else (weight,)
-    assert param.grad is not None
-    task = Task(planes, fmt, param.grad, opt.layouts.planes(layout, state), None, _NO_NOISE, layout.state_formats)
-    return task._replace(noise=noise_of(opt.rounding_seed, member.name, param)) if layout.draws else task
 
 
 def _norm_table(group: Group) -> ReplayTable:

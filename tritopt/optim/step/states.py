@@ -19,6 +19,7 @@ from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.members import Member
 from tritopt.optim.step.owner import Owner
 
+_NO_NOISE = (0, 0, 0, 0)
 Replaced: TypeAlias = list[tuple[torch.Tensor, dict[str, Any]]]
 """Parameters, and the states they had; empty ones where they had none."""
 
@@ -31,6 +32,8 @@ class Complete:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Layout, tuple[int, ...], torch.device]] = {}
+        self._together: set[int] = set()
+        """Positions of parameters that were found to share no memory with one another."""
 
     def has(self, member: Member) -> bool:
         """Whether nothing of the member's states is to be looked at again."""
@@ -43,10 +46,16 @@ class Complete:
             and not is_dtensor(param)
         )
 
-    def add(self, members: Sequence[Member]) -> None:
-        """Note members that were checked."""
-        for member in members:
+    def has_all(self, members: Sequence[Member], others: Sequence[Member]) -> bool:
+        """Whether the members, but for `others`, which are new, were checked together."""
+        return not others and self._together.issuperset([member.position for member in members])
+
+    def add(self, members: Sequence[Member], others: Sequence[Member]) -> None:
+        """Note members that were checked; `others` of them are new."""
+        for member in others:
             self._known[member.position] = member.layout, member.param.stride(), member.param.device
+        if len(members) >= len(self._together):
+            self._together = {member.position for member in members}
 
 
 def create_missing(opt: Owner, members: Sequence[Member], numbers: ScalarStates, replaced: Replaced) -> None:
@@ -110,6 +119,10 @@ def task_of(opt: Owner, member: Member, is_complete: bool = False) -> Task:
     """
     param, state, part = member.param, opt.state.get(member.param, {}), member.part
     grad = member.grad
+    if is_complete and grad.layout is torch.strided and not member.group.get("differentiable"):
+        weight = param.detach()
+        validate.weight_and_grad(member.name, weight, grad)
+        return complete_task(opt, member, weight, grad, state)
     if grad.layout != torch.strided:
         error = opt.sparse_error_of(member.group)
         if error is not None:
@@ -126,6 +139,14 @@ def task_of(opt: Owner, member: Member, is_complete: bool = False) -> Task:
     if not member.layout.draws:
         return task
     return task._replace(noise=distributed.noise_of(opt.rounding_seed, member.name, param))
+
+
+def complete_task(opt: Owner, member: Member, weight: torch.Tensor, grad: torch.Tensor, state: dict[str, Any]) -> Task:
+    """The tensors of a parameter that is no DTensor, whose states are known to be right."""
+    layout, fmt = member.layout, member.layout.format
+    planes = (weight, state[fmt.companion]) if fmt.companion else (weight,)
+    noise = distributed.noise_of(opt.rounding_seed, member.name, member.param) if layout.draws else _NO_NOISE
+    return Task(planes, fmt, grad, opt.layouts.planes(layout, state), None, noise, layout.state_formats)
 
 
 def _check_states(member: Member, task: Task) -> None:

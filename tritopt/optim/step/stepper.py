@@ -18,7 +18,7 @@ from tritopt.engine.walk import warn_if_slow
 from tritopt.optim import distributed
 from tritopt.optim.clip import Clip
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
-from tritopt.optim.step.build import ColdStep, check_tracked, runs_fused
+from tritopt.optim.step.build import Build, check_tracked, runs_fused
 from tritopt.optim.step.counts import CPU, ScalarStates
 from tritopt.optim.step.group_options import Hypers
 from tritopt.optim.step.members import (
@@ -33,7 +33,7 @@ from tritopt.optim.step.members import (
     same_group,
 )
 from tritopt.optim.step.owner import Owner
-from tritopt.optim.step.replay import WarmStep
+from tritopt.optim.step.replay import Replay
 from tritopt.optim.step.scalar_table import RowTable
 from tritopt.optim.step.states import Complete, check_aliases, create_missing, task_of
 from tritopt.optim.step.undo import Undo
@@ -56,16 +56,16 @@ class Stepper:
         """Norm of the last step's gradients, None if it had none or clipped none; its memory is the next one's too."""
         self.tracker = Tracker()
         self._hypers = Hypers()
-        self._warm: WarmStep | None = None
+        self._last: Replay | None = None
         """The last step; None after one that cannot be repeated."""
-        self._warm_by_gradients: Recent[WarmStep] = Recent()
+        self._replays: Recent[Replay] = Recent()
         """Steps by which parameters had gradients: two heads that take turns, or experts without tokens, come again."""
         self._params: list[torch.Tensor] = []
         """All parameters of these steps."""
         self._complete = Complete()
         self._hypers_of: dict[int, Hypers] = {}
         """Of steps for one parameter, by its position; likewise the next."""
-        self._warm_of: dict[int, WarmStep] = {}
+        self._replay_of: dict[int, Replay] = {}
         self.of_graphs: list[Any] = []
         """Steps, tables and scalars that CUDA graphs have captured, and read with each replay."""
         self._streams: dict[torch.device, int] = {}
@@ -115,13 +115,13 @@ class Stepper:
         if is_captured:
             self.of_graphs.append((step, self._planner.held(), self._clip.held(), self._tensors()))
         following = None if self._numbers.is_shared else step.next(opt, hypers)
-        self._keep_warm(opt, only, following, following is not step)
+        self._keep(opt, only, following, following is not step)
 
     def _tensors(self) -> list[torch.Tensor]:
         """Return the tensors on the device that one step after the other reads."""
         return [*self._numbers.tensors(), *(table.values for table in self._tables.values())]
 
-    def _follow_streams(self, step: ColdStep | WarmStep) -> None:
+    def _follow_streams(self, step: Build | Replay) -> None:
         """Keep for the current streams what was made on others."""
         streams = {bucket.device: current_stream(bucket.device) for bucket in step.buckets}
         if streams != self._streams:
@@ -130,9 +130,9 @@ class Stepper:
 
     def _forget_plans(self) -> None:
         self._planner.forget()
-        self._clip, self._hypers, self._warm = Clip(), Hypers(), None
-        self._hypers_of, self._warm_of, self._tables = {}, {}, {}
-        self._params, self._warm_by_gradients, self._complete = [], Recent(), Complete()
+        self._clip, self._hypers, self._last = Clip(), Hypers(), None
+        self._hypers_of, self._replay_of, self._tables = {}, {}, {}
+        self._params, self._replays, self._complete = [], Recent(), Complete()
 
     def create_states(self, opt: Owner) -> None:
         """Make the states of all parameters, as they are otherwise made with a first gradient."""
@@ -154,23 +154,24 @@ class Stepper:
 
     def _step(
         self, opt: Owner, hypers: Hypers, on_device: bool, undo: Undo, only: Only | None
-    ) -> ColdStep | WarmStep | None:
+    ) -> Build | Replay | None:
         """What is to be done, checked."""
         like = None
-        for warm in self._warm_steps(opt, only):
-            is_there = self._numbers.device == (warm.device if on_device else CPU)
-            if is_there and warm.holds(opt, hypers):
-                undo.remember(warm.positions, not on_device)
-                return warm
-            if is_there and only is None and warm.has_other_gradients:
-                like = warm
+        for earlier in self._candidates(opt, only):
+            is_there = self._numbers.device == (earlier.device if on_device else CPU)
+            if is_there and earlier.holds(opt, hypers):
+                undo.remember(earlier.positions, not on_device)
+                return earlier
+            if is_there and only is None and earlier.has_other_gradients:
+                like = earlier
         members = members_of(opt, only)
         if only is None:
             self._forget_steps_of_others(params_of(opt, None))
         if not members:
             return None
         device = local(members[0].param).device if on_device else CPU
-        self._bind(opt, device)
+        if like is None:  # which was found to have the same states
+            self._bind(opt, device)
         undo.remember([member.position for member in members], not on_device)
         if like is None and only is None:
             self._complete = Complete()
@@ -184,9 +185,10 @@ class Stepper:
             warn_if_slow()
         if opt.track:
             check_tracked(opt, members, fused)
-        check_aliases(self._planner, members, tasks)
-        complete.add(others)
-        return ColdStep(self._planner, members, tasks, hypers.rates, fused, only, None if undo.replaced else like)
+        if not complete.has_all(members, others):
+            check_aliases(self._planner, members, tasks)
+            complete.add(members, others)
+        return Build(self._planner, members, tasks, hypers.rates, fused, only, None if undo.replaced else like)
 
     def telemetry(self, opt: Owner) -> Telemetry:
         """`Optimizer.telemetry`."""
@@ -200,38 +202,36 @@ class Stepper:
             sums = on_device.cpu()
         return telemetry(names_of(opt), [param.numel() for param in params], sums)
 
-    def _warm_steps(self, opt: Owner, only: Only | None) -> Iterator[WarmStep]:
+    def _candidates(self, opt: Owner, only: Only | None) -> Iterator[Replay]:
         """Yield steps that this one may repeat: the last, and the last with gradients of the same parameters."""
         if only is not None:
-            found = self._warm_of.pop(only.position, None)
+            found = self._replay_of.pop(only.position, None)
             if found is not None and found.members[0].group is only.group and found.members[0].param is only.param:
                 yield found
             return
-        last, self._warm = self._warm, None
+        last, self._last = self._last, None
         if last is not None:
             yield last
         if last is None or last.has_other_gradients:
-            found = self._warm_by_gradients.get(_with_gradients(params_of(opt, None)))
+            found = self._replays.get(_with_gradients(params_of(opt, None)))
             if found is not None and found is not last:
                 yield found
 
     def _forget_steps_of_others(self, params: list[torch.Tensor]) -> None:
         """Let go of parameters that the optimizer no longer has."""
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
-            self._params, self._warm_by_gradients = params, Recent()
+            self._params, self._replays = params, Recent()
 
-    def _keep_warm(self, opt: Owner, only: Only | None, step: WarmStep | None, is_new: bool) -> None:
+    def _keep(self, opt: Owner, only: Only | None, step: Replay | None, is_new: bool) -> None:
         if only is not None:
             if step is not None:
-                self._warm_of[only.position] = step
+                self._replay_of[only.position] = step
             return
-        self._warm = step
+        self._last = step
         if step is not None and is_new:
-            self._warm_by_gradients.put(_with_gradients(params_of(opt, None)), step, len(step.members))
+            self._replays.put(_with_gradients(params_of(opt, None)), step, len(step.members))
 
-    def _gradient_scale(
-        self, opt: Owner, step: ColdStep | WarmStep, grad_scale: torch.Tensor | None
-    ) -> torch.Tensor | None:
+    def _gradient_scale(self, opt: Owner, step: Build | Replay, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
         """What gradients are multiplied by, fp64 [] on the device: loss scale and clip. NaN: skip."""
         inverse = None if grad_scale is None else 1.0 / grad_scale.double()
         if opt.max_grad_norm is None:
@@ -243,7 +243,7 @@ class Stepper:
         self.grad_norm = self._clip.norm
         return factor
 
-    def _advance(self, step: ColdStep | WarmStep, skip: torch.Tensor | None, on_host: bool) -> None:
+    def _advance(self, step: Build | Replay, skip: torch.Tensor | None, on_host: bool) -> None:
         members = step.members
         self._numbers.advance(step.positions, skip, on_host)
         for name in members[0].rule.scalar_states:
@@ -253,7 +253,7 @@ class Stepper:
                 self._numbers.multiply(name, positions, factors, skip)
 
     def _rows(
-        self, step: ColdStep | WarmStep, bucket: Bucket, hypers: Hypers, on_device: bool, only: Only | None
+        self, step: Build | Replay, bucket: Bucket, hypers: Hypers, on_device: bool, only: Only | None
     ) -> tuple[type, Rows]:
         if on_device:
             key = (bucket.key, None if only is None else only.position)

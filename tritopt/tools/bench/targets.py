@@ -80,7 +80,7 @@ def _ratios(
     return found
 
 
-def _warm(name: str) -> Numbers:
+def _replayed(name: str) -> Numbers:
     def found(rows: Sequence[Measurement]) -> list[float]:
         values = [getattr(row, name) for row in rows if row.contestant == OURS]
         return [float(value) for value in values if value is not None]
@@ -107,8 +107,8 @@ TARGETS = (
         "libraries with a launch per tensor, 10,000 tensors: their time in units of ours", 10.0, min,
         _ratios(PER_TENSOR, "ratio", None, "tiny"),
     ),
-    Target("allocations of a warm step", 0, max, _warm("allocations")),
-    Target("synchronisations of a warm step", 0, max, _warm("synchronises")),
+    Target("allocations of a warm step", 0, max, _replayed("allocations")),
+    Target("synchronisations of a warm step", 0, max, _replayed("synchronises")),
 )  # fmt: skip
 """Targets for an H200."""
 

@@ -15,8 +15,8 @@ import torch
 from tritopt import optim
 from tritopt.engine import walk
 from tritopt.engine.recent import Recent
-from tritopt.optim.step.build import ColdStep
-from tritopt.optim.step.replay import WarmStep
+from tritopt.optim.step.build import Build
+from tritopt.optim.step.replay import Replay
 
 Change = Callable[[optim.Optimizer, list[torch.Tensor]], None]
 
@@ -317,8 +317,8 @@ def drop_gradients(params: list[torch.Tensor], step: int) -> None:
 def forget(opt: optim.Optimizer) -> None:
     """Let the next step be one from scratch."""
     stepper = opt._stepper
-    stepper._warm, stepper._warm_by_gradients = None, Recent()
-    stepper._warm_of.clear()
+    stepper._last, stepper._replays = None, Recent()
+    stepper._replay_of.clear()
 
 
 def after(change: str, is_warm: bool, in_turn: bool = False) -> list[torch.Tensor]:
@@ -366,13 +366,13 @@ def test_a_change_is_noticed_by_steps_in_turn(change: str) -> None:
 def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets the number of parameters of each step that is built."""
     built = []
-    build = ColdStep.__init__
+    build = Build.__init__
 
-    def count(self: ColdStep, planner: Any, members: Any, *arguments: Any) -> None:
+    def count(self: Build, planner: Any, members: Any, *arguments: Any) -> None:
         built.append(len(members))
         build(self, planner, members, *arguments)
 
-    monkeypatch.setattr(ColdStep, "__init__", count)
+    monkeypatch.setattr(Build, "__init__", count)
     return built
 
 
@@ -470,7 +470,7 @@ def test_steps_that_are_alike_look_at_nothing_again(
         set_grads(params, step)
         opt.step()
     assert len(built) == 1
-    assert isinstance(opt._stepper._warm, WarmStep)
+    assert isinstance(opt._stepper._last, Replay)
 
 
 def test_hyperparameters_that_cycle_stay_warm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,7 +478,7 @@ def test_hyperparameters_that_cycle_stay_warm(monkeypatch: pytest.MonkeyPatch) -
     opt = options(params, optim.AdamW)
     set_grads(params, 0)
     opt.step()
-    monkeypatch.setattr(ColdStep, "__init__", None)
+    monkeypatch.setattr(Build, "__init__", None)
     for step in range(1, 4):
         for group in opt.param_groups:
             group["betas"] = (0.9 - 0.1 * step, 0.99)
@@ -532,7 +532,7 @@ def test_states_that_are_moved_to_shared_memory_stay_warm(monkeypatch: pytest.Mo
         opt.step()
         for state in opt.state.values():
             state["step"].share_memory_()
-    monkeypatch.setattr(ColdStep, "__init__", None)
+    monkeypatch.setattr(Build, "__init__", None)
     opt.step()
     assert float(opt.state[params[0]]["step"]) == 4
 
