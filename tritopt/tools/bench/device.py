@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice, pairwise
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
+from tritopt.engine.launcher import n_launches
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, triton
 from tritopt.tools.bench.machine import cpu_name, driver
 
@@ -208,23 +208,12 @@ class Rehearsal(Device):
         return None
 
     def launches(self, step: Step) -> int | None:
-        """Counted where the interpreter makes them; None where it is another one than is known here."""
+        """Count the launches that this package makes; None where no kernel is interpreted."""
         if not (HAS_TRITON and INTERPRETED):
             return None
-        from triton.runtime import interpreter
-
-        executor = getattr(interpreter, "GridExecutor", None)
-        if executor is None:
-            return None
-        made, launch = [], executor.__call__
-
-        def count(self: Any, *args: Any, **kwargs: Any) -> Any:
-            made.append(self)
-            return launch(self, *args, **kwargs)
-
-        with mock.patch.object(executor, "__call__", count):
-            step()
-        return len(made)
+        before = n_launches()
+        step()
+        return n_launches() - before
 
     def describe(self) -> dict[str, Any]:
         """The CPU's name, as a rehearsal."""
