@@ -11,9 +11,8 @@ import torch
 from tests.support.fake_cuda.runtime import FakeCuda
 from tests.support.fake_cuda.training import Training, assert_same, on_cpu
 from tritopt import optim
-from tritopt.engine.tuning import autotune, cache, config
-from tritopt.engine.tuning.cache import TuningCache
-from tritopt.engine.tuning.config import Config, SizeClass
+from tritopt.engine.tuning import autotune, cache
+from tritopt.engine.tuning.config import Config
 from tritopt.kernels.language import INTERPRETED
 from tritopt.tools.bench.device import Device
 
@@ -27,10 +26,9 @@ def nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITOPT_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITOPT_AUTOTUNE", "1")
     monkeypatch.setattr(autotune, "_CHOSEN", {})
-    monkeypatch.setattr(autotune, "_spent", 0.0)
-    monkeypatch.setattr(autotune, "MEASURE_SECONDS", 0.01)
-    monkeypatch.setattr(autotune, "candidates", lambda variant, size, best: iter([best[0], *CANDIDATES]))
-    monkeypatch.setattr(config, "SIZES", dict.fromkeys(config.SIZES, SizeClass("small", 100, 50)))
+    monkeypatch.setattr(autotune, "MEASURE_SECONDS", 0.001)
+    monkeypatch.setattr(autotune, "candidates", lambda variant, best: iter([best[0], *CANDIDATES]))
+    monkeypatch.setattr(autotune, "size_of", lambda n_elements: 100)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +46,7 @@ def test_the_users_tensors_are_not_touched(device: str, dtype: torch.dtype, opti
         assert cuda.log.count("adamw_update") - measured <= 2  # later steps measure nothing
         assert_same(training.results(), expected)
     assert measured > 3 * len(CANDIDATES)
-    (entry,) = TuningCache("Fake").entries().values()
+    (entry,) = cache.read("Fake").values()
     assert entry.config in (entry.default, *CANDIDATES)
 
 
@@ -66,19 +64,19 @@ def test_the_scratch_is_given_back() -> None:
 
 
 @pytest.mark.parametrize("capacity", [3000, 2**16])
-def test_without_memory_it_is_what_is_shipped(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_it_is_the_default(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """None for the scratch, or none for what is written between launches to clear the cache."""
     expected = on_cpu(optim.AdamW, [None] * 3, torch.float32)
-    shipped = Config(64, 256, 64, 1)
-    monkeypatch.setattr(autotune.Gpu, "shipped", lambda *args: shipped)
+    default = Config(64, 256, 64, 1)
+    monkeypatch.setattr(autotune, "default_of", lambda n_elements: default)
     with FakeCuda(capacity=capacity).running():
         training = Training(optim.AdamW, ["cuda:0"])
-        with pytest.warns(UserWarning, match="adamw_update: launched as shipped, .* OutOfMemoryError"):
+        with pytest.warns(UserWarning, match="adamw_update: launched with the default, .* OutOfMemoryError"):
             training.step(0)
         training.step(1)
         training.step(2)
         assert_same(training.results(), expected)
-    assert list(autotune._CHOSEN.values()) == [shipped]
+    assert list(autotune._CHOSEN.values()) == [default]
     assert cache.files() == []
 
 
@@ -97,7 +95,7 @@ def test_the_bench_times_what_the_stream_runs(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_capture_measures_nothing() -> None:
-    """Where the plan is new, which is then launched as shipped."""
+    """Where the plan is new, which is then launched with the default."""
     with FakeCuda().running() as cuda:
         training = Training(optim.AdamW, ["cuda:0"], capturable=True)
         training.step(0)
@@ -107,7 +105,7 @@ def test_a_capture_measures_nothing() -> None:
         for file in cache.files():
             file.unlink()
         for group in training.opt._stepper._planner._plans.values()[0][1]:
-            group._tables = {name: made for name, made in group._tables.items() if name == ("chunks", 2048)}
+            group.configs.clear()
         training.set_grads(1)
         with cuda.capture() as graph:
             training.opt.step()

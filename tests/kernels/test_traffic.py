@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import NVIDIA
 from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.language import INTERPRETED
+from tritopt.mxnet.optimizer import optimizer_of
 from tritopt.tools import cost
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
@@ -123,7 +123,7 @@ class Step:
     def by_formula(self) -> tuple[float, float, float]:
         """Likewise, what tritopt.tools.cost says."""
         (group,) = self.opt.param_groups
-        rule, fmt = copy.copy(self.opt.rule_of(group)), self.opt.layout_of(self.weight, group).format
+        rule, fmt = optimizer_of(self.opt.rule_of(group)), self.opt.layout_of(self.weight, group).format
         rule.state_dtype = group["state_dtype"]
         moved = cost.bytes_per_parameter(rule, self.dtype, self.dtype, fmt)
         return cost.resident_bytes(rule, self.dtype, fmt) + self.dtype.itemsize, moved.read, moved.written

@@ -35,7 +35,7 @@ def test_is_an_fp32_run_with_rounded_weights(cls: Any, dtype: torch.dtype) -> No
             opt.step()
         for p, q in zip(low, full, strict=True):
             kept, expected = dict(opts[0].state[p]), opts[1].state[q]
-            kept.pop(opts[0].format_of(p, opts[0].param_groups[0]).companion)
+            kept.pop(opts[0].layout_of(p, opts[0].param_groups[0]).format.companion)
             (master,) = [m for other, m in zip(low, opts[0].master_weights(), strict=True) if other is p]
             assert_same([master, *kept.values()], [q.detach(), *expected.values()])
             assert kept.keys() == expected.keys()

@@ -30,10 +30,10 @@ def tune(
         list[str] | None,
         typer.Option(
             metavar="SIZE",
-            help="small, medium, large; +tiny: of tiny tensors; or a number of elements; may be repeated.",
+            help="small, medium, large, or a number of elements; may be repeated.",
         ),
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the cache and what is shipped; measure nothing.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the cache and the defaults; measure nothing.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Delete the cache, of all GPUs; measure nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -86,12 +86,12 @@ def print_rows(rows: Sequence[tuning.Row]) -> None:
             continue
         best_us, default_us, best_gb, default_gb = (f"{number:.4g}" for number in times)
         best = "as it is" if row.best == row.default else _written(row.best)
-        names = (row.optimizer, row.format, row.kernel, row.size, _written(row.default), best)
+        names = (row.optimizer, row.format, row.kernel, f"{row.size:,}", _written(row.default), best)
         lines.append(Line([*names, default_us, best_us, default_gb, best_gb]))
     print_table(console(), columns, lines, caption=_EXPLANATION)
     for row in rows:
         if row.reason:
-            of = ", ".join(filter(None, (row.optimizer, row.format, row.kernel, row.size)))
+            of = ", ".join(filter(None, (row.optimizer, row.format, row.kernel, str(row.size or ""))))
             console().print(f"{of}: {row.reason}", soft_wrap=True)
 
 
@@ -99,11 +99,9 @@ _EXPLANATION = "block x elements of a chunk, tail, warps; medians of a launch on
 
 
 def _written(config: Config | dict[str, Any]) -> str:
-    """As tables have it; fields that later versions add stand behind by name."""
-    fields = dict(config) if isinstance(config, dict) else config._asdict()
-    first = [fields.pop(name) for name in ("block_size", "chunk_size", "tail_size", "num_warps")]
-    text = "{} x {}, {}, {}".format(*first)
-    return text + "".join(f", {name} {value}" for name, value in fields.items() if value)
+    """The configuration in a table."""
+    fields = config if isinstance(config, dict) else config._asdict()
+    return "{block_size} x {chunk_size}, {tail_size}, {num_warps}".format(**fields)
 
 
 def _clear(as_json: bool) -> None:
@@ -125,10 +123,10 @@ def _show(as_json: bool) -> None:
         typer.echo(json.dumps(contents, indent=2))
         return
     terminal = console()
-    columns = ("gpu", "phases", "size", "block_size", "chunk_size", "tail_size", "num_warps", "mark")
+    columns = ("gpu", "block_size", "chunk_size", "tail_size", "num_warps")
     lines = [Line([str(row[name]) for name in columns]) for row in shipped]
     shown = [Column(name.replace("_", " ")) for name in columns]
-    print_table(terminal, shown, lines, title="shipped", caption=_SHIPPED)
+    print_table(terminal, shown, lines, title="defaults", caption=_DEFAULTS)
     if not cached:
         terminal.print(f"nothing tuned yet in {folder}" if folder else "no home directory, so there is no cache")
         return
@@ -138,14 +136,11 @@ def _show(as_json: bool) -> None:
     for row in cached:
         configs = [_written(row[name]) for name in ("default", "config")]
         times = [f"{row[name]:.4g}" for name in ("default_microseconds", "microseconds")]
-        lines.append(Line([row["gpu"], row["kernel"], _stored(row), row["size"], *configs, *times]))
+        lines.append(Line([row["gpu"], row["kernel"], _stored(row), f"{row['size']:,}", *configs, *times]))
     print_table(terminal, shown, lines, title=f"tuned, in {folder}")
 
 
-_SHIPPED = (
-    "wide phases load more than 8 bytes an element; small: below 8 million elements, medium: below 128 million; "
-    "assumed: by reasons, not measured"
-)
+_DEFAULTS = "by reasons, not measured; lists of less than 32 million elements have smaller chunks"
 
 
 def _stored(row: dict[str, Any]) -> str:

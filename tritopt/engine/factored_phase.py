@@ -154,6 +154,7 @@ def block_of(n_rows: int, n_columns: int, config: Config) -> tuple[int, int, int
 
     One block of a large matrix, or small matrices side by side, 512 elements at most: they need more registers.
 
+    >>> from tritopt.engine.tuning.config import NVIDIA
     >>> block_of(4096, 14336, NVIDIA), block_of(3, 3, NVIDIA)
     ((1, 8, 128), (32, 4, 4))
     """

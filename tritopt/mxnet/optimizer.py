@@ -310,6 +310,13 @@ def with_api(rule: type[Rule]) -> type[Optimizer]:
 MULTI_PRECISION = "update_multi_precision"
 
 
+def optimizer_of(rule: Rule) -> Optimizer:
+    """An optimizer with this API that computes what the rule computes."""
+    made = with_api(type(rule))()
+    vars(made).update(vars(rule))
+    return made
+
+
 def _constructor(cls: type[Optimizer], rule: type, default: float) -> Any:
     """`__init__` with the learning rate first, then what the rule's takes."""
 

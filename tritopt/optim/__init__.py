@@ -19,7 +19,7 @@ from tritopt.optim.lion import Lion as Lion
 from tritopt.optim.nadam import NAdam as NAdam
 from tritopt.optim.nag import NAG as NAG
 from tritopt.optim.optimizer import Optimizer as Optimizer
-from tritopt.optim.optimizer import Options as Options
+from tritopt.optim.options import Options as Options
 from tritopt.optim.radam import RAdam as RAdam
 from tritopt.optim.release import GradientRelease as GradientRelease
 from tritopt.optim.release import release_gradients as release_gradients

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from typing_extensions import Unpack
 
-from tritopt.optim.beyond_torch import Betas, BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import Betas, BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import adabelief
 
 
@@ -36,7 +36,7 @@ class AdaBelief(BeyondTorch):
         eps: added to the variance at each step, and to its root.
         weight_decay: coupled (L2).
         correct_bias: whether to correct the moments for their zero start.
-        maximize to options: see `Optimizer` and `Options`.
+        options: see `Keywords`.
     """
 
     rule = TorchAdaBelief
@@ -51,13 +51,6 @@ class AdaBelief(BeyondTorch):
         eps: float = 1e-16,
         weight_decay: float = 0.0,
         correct_bias: bool = True,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, betas=betas, eps=eps, correct_bias=correct_bias)
+        super().__init__(params, options, lr, weight_decay, betas=betas, eps=eps, correct_bias=correct_bias)

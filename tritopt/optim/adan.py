@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from typing_extensions import Unpack
 
-from tritopt.optim.beyond_torch import BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import adan
 
 
@@ -31,7 +31,7 @@ class Adan(BeyondTorch):
         betas: decay rates of the means of gradients, of their differences and of their squares, in [0, 1).
         eps: added to the corrected root.
         weight_decay: proximal, as above.
-        maximize to options: see `Optimizer` and `Options`.
+        options: see `Keywords`.
     """
 
     rule = adan.AdanRule
@@ -45,13 +45,6 @@ class Adan(BeyondTorch):
         betas: tuple[Rate, Rate, Rate] = (0.98, 0.92, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.02,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, betas=betas, eps=eps)
+        super().__init__(params, options, lr, weight_decay, betas=betas, eps=eps)

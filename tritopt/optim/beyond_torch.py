@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
@@ -15,8 +15,8 @@ Betas: TypeAlias = tuple[float | torch.Tensor, float | torch.Tensor]
 _ADAMW, _SGD = torch.optim.AdamW, torch.optim.SGD
 
 
-class How(NamedTuple):
-    """Keyword arguments of every optimizer, as torch's have them."""
+class Keywords(Options, total=False):
+    """Keyword arguments of optimizers that torch lacks: torch's own, as its AdamW has them, and `Options`."""
 
     maximize: bool
     foreach: bool | None
@@ -29,20 +29,31 @@ class BeyondTorch(Optimizer):
     """Base of optimizers that torch lacks.
 
     Args:
-        params, how, options: as torch's; `Options`.
+        params: as torch's.
+        options: the keyword arguments that all have.
         lr, weight_decay: defaults of a param_group.
         own: its other defaults. lr, weight_decay, betas, eps and momentum are checked as torch checks them, the rest
             by the rule.
     """
 
-    def __init__(self, params: Params, how: How, options: Options, lr: Rate, weight_decay: float, **own: Any) -> None:
-        values = {"lr": lr, "weight_decay": weight_decay, **own}
-        self.check_values({**values, **how._asdict()})
-        super().__init__(params, {**values, **how._asdict()}, options)
+    keywords: ClassVar[Mapping[str, bool | None]] = {
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+    }
+
+    def __init__(self, params: Params, options: Keywords, lr: Rate, weight_decay: float, **own: Any) -> None:
+        given: dict[str, Any] = dict(options)
+        of_torch = {name: given.pop(name, default) for name, default in self.keywords.items()}
+        values = {"lr": lr, "weight_decay": weight_decay, **own, **of_torch}
+        self.check_values(values)
+        super().__init__(params, values, given)  # type: ignore[arg-type]
 
     def check_values(self, values: Mapping[str, Any]) -> None:
         """In the words of torch's AdamW and SGD, which take them."""
-        known = {name: values[name] for name in ("lr", "eps", "weight_decay", *How._fields) if name in values}
+        known = {name: values[name] for name in ("lr", "eps", "weight_decay", *self.keywords) if name in values}
         if "betas" in values:
             betas = values["betas"]
             check_kind("betas", betas, (0.0,) * len(self.arguments["betas"]))

@@ -54,51 +54,22 @@ def load(opt: Loads, state_dict: dict[str, Any]) -> None:
     for pre_hook in before:
         state_dict = pre_hook(opt, state_dict) or state_dict
     groups, saved_groups = opt.param_groups, deepcopy(state_dict["param_groups"])
-    if len(groups) != len(saved_groups):
-        raise ValueError("loaded state dict has a different number of parameter groups")
-    if any(len(group["params"]) != len(saved["params"]) for group, saved in zip(groups, saved_groups, strict=True)):
-        raise ValueError(
-            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
-        )
-    merged = [_merged(group, saved, opt) for group, saved in zip(groups, saved_groups, strict=True)]
     state_of = {key: _given(values) for key, values in state_dict["state"].items()}
     found = {_name_of_state(name) for values in state_of.values() if isinstance(values, dict) for name in values}
+    _check_sizes(groups, saved_groups)
+    merged = [_merged(group, saved, opt) for group, saved in zip(groups, saved_groups, strict=True)]
     warning = stranger(opt, saved_groups, found - COMPANIONS)
-    for group in merged:
-        try:
-            opt.check_group(group)
-        except ValueError as error:
-            whose = warning[0] if warning else ""
-            if not whose and isinstance(error, WrongKindError):
-                whose = f"{', '.join(same_keys(type(opt)))} have hyperparameters of the same names: whose are these?"
-            raise ValueError(f"loaded state dict: {error}" + (whose and f"; {whose}")) from error
+    _check_groups(opt, merged, warning[0] if warning else "")
     saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     owners = ((param, group) for group in merged for param in group["params"])
     owner_of = dict(zip(saved_ids, owners, strict=True))
     state: defaultdict[Any, Any] = defaultdict(dict)
-    without_master = []
+    without_master: list[Any] = []
     for key, values in state_of.items():
         if key not in owner_of:
             state[key] = values
-            continue
-        param, group = owner_of[key]
-        layout = opt.layout_of(param, group)
-        expected, fmt = layout.expected, layout.format
-        for name in ("step", *opt.rule.scalar_states):
-            _check_number(key, name, values.get(name, 0.0))
-        _check_states(key, values, expected, opt)
-        values = received(_without_stale_companion(opt, param, values))
-        known = {**_other_forms(param, layout.kinds), **expected}
-        loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
-        if not loaded:  # and filled at the first gradient
-            continue
-        state[param] = loaded
-        # A master in another format waits for the next step: the model's weights may be loaded after its optimizer.
-        is_waiting = fmt.companion not in ("", *loaded) and not COMPANIONS.isdisjoint(loaded)
-        if not is_waiting and not take_companion(param, loaded, fmt):
-            without_master.append(key)
-        take_states(param, loaded, layout.formats, layout.kinds, expected)
-        opt.layouts.complete_loaded(loaded)
+        elif loaded := _loaded_state(opt, key, values, owner_of[key], without_master):  # others at their first gradient
+            state[owner_of[key][0]] = loaded
     if warning:
         warn(": ".join(warning))
     if without_master:
@@ -109,6 +80,50 @@ def load(opt: Loads, state_dict: dict[str, Any]) -> None:
     opt.__setstate__({"state": state, "param_groups": merged})
     for post_hook in after:
         post_hook(opt)
+
+
+def _check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
+    if len(groups) != len(saved_groups):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    if any(len(group["params"]) != len(saved["params"]) for group, saved in zip(groups, saved_groups, strict=True)):
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+        )
+
+
+def _check_groups(opt: Loads, groups: list[dict[str, Any]], whose: str) -> None:
+    """ValueError for hyperparameters out of range. whose: what is known of another class that saved them."""
+    for group in groups:
+        try:
+            opt.check_group(group)
+        except ValueError as error:
+            if not whose and isinstance(error, WrongKindError):
+                whose = f"{', '.join(same_keys(type(opt)))} have hyperparameters of the same names: whose are these?"
+            raise ValueError(f"loaded state dict: {error}" + (whose and f"; {whose}")) from error
+
+
+def _loaded_state(
+    opt: Loads, key: Any, values: dict[str, Any], owner: tuple[torch.Tensor, dict[str, Any]], without_master: list[Any]
+) -> dict[str, Any]:
+    """A parameter's state out of a checkpoint, checked. `without_master` gets its key where the master starts anew."""
+    param, group = owner
+    layout = opt.layout_of(param, group)
+    expected, fmt = layout.expected, layout.format
+    for name in ("step", *opt.rule.scalar_states):
+        _check_number(key, name, values.get(name, 0.0))
+    _check_states(key, values, expected, opt)
+    values = received(_without_stale_companion(opt, param, values))
+    known = {**_other_forms(param, layout.kinds), **expected}
+    loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
+    if not loaded:
+        return loaded
+    # A master in another format waits for the next step: the model's weights may be loaded after its optimizer.
+    is_waiting = fmt.companion not in ("", *loaded) and not COMPANIONS.isdisjoint(loaded)
+    if not is_waiting and not take_companion(param, loaded, fmt):
+        without_master.append(key)
+    take_states(param, loaded, layout.formats, layout.kinds, expected)
+    opt.layouts.complete_loaded(loaded)
+    return loaded
 
 
 def versions(state: Mapping[Any, Any]) -> dict[int, tuple[torch.Tensor, tuple[int, ...]]]:

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from typing_extensions import Unpack
 
-from tritopt.optim.beyond_torch import BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import dcasgd
 
 
@@ -29,7 +29,7 @@ class DCASGD(BeyondTorch):
         momentum: share of the last update that is kept, >= 0.
         lambd: strength of the compensation.
         weight_decay: coupled (L2).
-        maximize to options: see `Optimizer` and `Options`.
+        options: see `Keywords`.
     """
 
     rule = dcasgd.DCASGDRule
@@ -42,13 +42,6 @@ class DCASGD(BeyondTorch):
         momentum: float = 0.0,
         lambd: float = 0.04,
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, momentum=momentum, lambd=lambd)
+        super().__init__(params, options, lr, weight_decay, momentum=momentum, lambd=lambd)

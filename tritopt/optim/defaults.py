@@ -57,6 +57,7 @@ def arguments_of(cls: Any) -> Mapping[str, Any]:
 def _arguments_of(cls: Any) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     for base in cls.__mro__:
+        found.update(vars(base).get("keywords", {}))
         init = vars(base).get("__init__")
         parameters = inspect.signature(init).parameters if inspect.isfunction(init) else {}
         for name, parameter in parameters.items():
@@ -89,3 +90,17 @@ def _check_number(name: str, value: Any, one: Any) -> None:
     is_scalar = isinstance(one, torch.Tensor) and not one.is_complex() and (one.numel() == 1 or name in ("lr", "betas"))
     if not isinstance(one, Real) and not is_scalar:  # torch has words of its own for these with more elements
         raise WrongKindError(f"{name}={value!r} must be a number" + ("" if one is value else f", and not {one!r}"))
+
+
+def floats(value: Any) -> Any:
+    """The numbers of a tuple as floats."""
+    return tuple(float(x) if isinstance(x, Real) else x for x in value) if isinstance(value, tuple) else value
+
+
+def plain(value: Any) -> Any:
+    """Hashable, and without tensors: a hyperparameter as the rule takes it."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"a hyperparameter of shape {tuple(value.shape)} must be a tensor of one element")
+        return value.item()
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value

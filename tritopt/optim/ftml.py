@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing_extensions import Unpack
 
-from tritopt.optim.beyond_torch import Betas, BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import Betas, BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import ftml
 
 
@@ -27,7 +27,7 @@ class FTML(BeyondTorch):
         betas: decay rates of the samples' influence and of the second moment, in [0, 1).
         eps: added to the root.
         weight_decay: coupled (L2).
-        maximize to options: see `Optimizer` and `Options`.
+        options: see `Keywords`.
     """
 
     rule = ftml.FTMLRule
@@ -39,13 +39,6 @@ class FTML(BeyondTorch):
         betas: Betas = (0.6, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, betas=betas, eps=eps)
+        super().__init__(params, options, lr, weight_decay, betas=betas, eps=eps)

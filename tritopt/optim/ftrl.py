@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from typing_extensions import Unpack
 
-from tritopt.optim.beyond_torch import BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import ftrl
 
 
@@ -28,7 +28,7 @@ class Ftrl(BeyondTorch):
         lambda1: strength of the L1 penalty, >= 0.
         beta: added to the root, >= 0. The larger, the shorter are the first steps.
         weight_decay: strength of the L2 penalty.
-        maximize to options: see `Optimizer` and `Options`.
+        options: see `Keywords`.
     """
 
     rule = ftrl.FtrlRule
@@ -41,13 +41,6 @@ class Ftrl(BeyondTorch):
         lambda1: float = 0.01,
         beta: float = 1.0,
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, lambda1=lambda1, beta=beta)
+        super().__init__(params, options, lr, weight_decay, lambda1=lambda1, beta=beta)

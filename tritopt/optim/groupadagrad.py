@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from typing_extensions import Unpack
 
-from tritopt.optim.beyond_torch import BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import groupadagrad
 
 
@@ -24,7 +24,7 @@ class GroupAdaGrad(BeyondTorch):
         lr: length of the first step of a row whose gradients are equal; later ones shrink.
         eps: added to the root.
         weight_decay: must be 0.
-        maximize to options: see `Optimizer` and `Options`.
+        options: see `Keywords`.
 
     Raises:
         ValueError: weight_decay, and at the first step a parameter that is not 2-D.
@@ -39,13 +39,6 @@ class GroupAdaGrad(BeyondTorch):
         lr: Rate = 0.01,
         eps: float = 1e-6,
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, eps=eps)
+        super().__init__(params, options, lr, weight_decay, eps=eps)

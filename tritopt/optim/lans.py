@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from typing_extensions import Unpack
 
-from tritopt.optim.beyond_torch import Betas, BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import Betas, BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import lans
 
 
@@ -34,7 +34,7 @@ class LANS(BeyondTorch):
         eps: added to the root.
         weight_decay: share of the weight in both directions.
         lower_bound, upper_bound: of the weight's norm. None or <= 0: unbounded.
-        maximize to options: see `Optimizer` and `Options`.
+        options: see `Keywords`.
     """
 
     rule = lans.LANSRule
@@ -54,14 +54,7 @@ class LANS(BeyondTorch):
         weight_decay: float = 0.01,
         lower_bound: float | None = None,
         upper_bound: float | None = None,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
         own = {"lower_bound": lower_bound, "upper_bound": upper_bound}
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, betas=betas, eps=eps, **own)
+        super().__init__(params, options, lr, weight_decay, betas=betas, eps=eps, **own)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from typing_extensions import Unpack
 
 from tritopt.engine import validate
-from tritopt.optim.beyond_torch import BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import lars
 
 
@@ -44,7 +44,7 @@ class LARS(BeyondTorch):
         trust_coefficient: how far a layer moves, relative to its norm, >= 0.
         eps: added to the norms.
         layer_wise: False for plain SGD.
-        maximize to options: see `Optimizer` and `Options`.
+        options: see `Keywords`.
     """
 
     rule = TorchLARS
@@ -64,14 +64,7 @@ class LARS(BeyondTorch):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         layer_wise: bool = True,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
         own = {"trust_coefficient": trust_coefficient, "eps": eps, "layer_wise": layer_wise}
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, momentum=momentum, **own)
+        super().__init__(params, options, lr, weight_decay, momentum=momentum, **own)

@@ -198,3 +198,11 @@ def expected_planes(name: str, fmt: Format, shape: tuple[int, ...], plain: torch
     shapes = (shape, scales_shape(shape, fmt.block)) if fmt.block else (shape,)
     found = zip(keys_of(name, fmt), shapes, fmt.dtypes or (plain,), (False, True), strict=False)
     return {key: Expected(shape, dtype, per_block) for key, shape, dtype, per_block in found}
+
+
+def checked_master(value: Any) -> str | None:
+    """A `master` as it is; ValueError for any other."""
+    known = (AUTO, *MASTERS)
+    if value is not None and (not isinstance(value, str) or value not in known):
+        raise ValueError(f"master={value!r} must be one of {', '.join(map(repr, known))}, or None")
+    return value

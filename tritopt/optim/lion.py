@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from typing_extensions import Unpack
 
-from tritopt.optim.beyond_torch import Betas, BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import Betas, BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import lion
 
 
@@ -26,7 +26,7 @@ class Lion(BeyondTorch):
         lr: per step; also what an element moves by.
         betas: share of the past in the direction, and decay rate of the momentum; in [0, 1).
         weight_decay: decoupled.
-        maximize to options: see `Optimizer` and `Options`.
+        options: see `Keywords`.
     """
 
     rule = lion.LionRule
@@ -39,13 +39,6 @@ class Lion(BeyondTorch):
         lr: Rate = 1e-4,
         betas: Betas = (0.9, 0.99),
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, betas=betas)
+        super().__init__(params, options, lr, weight_decay, betas=betas)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from numbers import Real
 from operator import is_
-from typing import Any, ClassVar, TypeAlias, TypedDict
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
@@ -19,11 +19,13 @@ from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTERS
 from tritopt.optim import checkpoint
 from tritopt.optim.convert import sendable
-from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, check_flag, torch_defaults
+from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, check_flag, floats, plain, torch_defaults
 from tritopt.optim.distributed import like, local
-from tritopt.optim.layout import AUTO, Layout, Layouts
+from tritopt.optim.layout import AUTO, Layout, Layouts, checked_master
 from tritopt.optim.observed import observed, uncompiled
+from tritopt.optim.options import Options as Options
 from tritopt.optim.origin import CLASSES
+from tritopt.optim.param_group import ParamGroup, saved
 from tritopt.optim.step.members import Only, lives_on_device
 from tritopt.optim.step.stepper import Stepper
 from tritopt.rule import Rule
@@ -31,44 +33,6 @@ from tritopt.rule import Rule
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 MAX_RULES = 4096
 HOW_BY_DEFAULT = {"capturable": False, "fused": None}
-
-
-class Options(TypedDict, total=False):
-    """Keyword arguments of every optimizer, beside torch's.
-
-    multi_precision: keep a master and fp32 states for fp16 and bf16 parameters; default True.
-    master: how it is kept. "auto", the default: "split16" for bf16 parameters, "fp32" for fp16 ones and under
-        differentiable=True. "fp32": a copy, 4 bytes. "split16": 16 bits that complete a bf16 parameter to exactly the
-        fp32 master; 2 bytes less to keep and 4 to move, and the same trajectory. Such a parameter is the master rounded
-        to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in all, rounded stochastically.
-        "kahan": what the parameter lacks, in its own dtype; updates below 2^-17 of a bf16 weight can be lost.
-        "stochastic": nothing beside a bf16 parameter, which is rounded stochastically. None is multi_precision=False.
-    state_dtype: how states are stored: "fp32", "bf16", "fp16", "int8" or "fp8" (torch's dtypes do as well), or a dict
-        of these by name of the state, such as {"exp_avg": "int8", "exp_avg_sq": "bf16"}, the others fp32. All but fp32
-        round stochastically. "fp16", "int8" and "fp8" share a scale among 64 neighbours in memory; `state` then holds,
-        in place of "exp_avg", "exp_avg_int8" and "exp_avg_int8_scale", or likewise. A state that would not bear it
-        stays fp32: a largest value so far, factors, what weights are computed from. So does one with scales unless the
-        parameter's rows (what has one index along the first dimension) are multiples of 64 elements, so that they may
-        be split over any number of processes, or it has 32768 elements and is not split. None, the default: fp32 where
-        there is a master, otherwise the parameter's dtype.
-    rounding_seed: of the random bits of stochastic rounding, an int >= 0; default 0. They are a function of the seed,
-        the parameter (its name where parameters are named, else its position), the step and the element.
-    max_grad_norm: clip the gradients' global norm to this in the step, on the device; `opt.grad_norm` holds the norm.
-        Gradients are not rewritten. A norm that is not finite skips the update. None: off.
-        The norm is that of this optimizer's parameters, over all processes that share one of them. ZeRO's
-        ZeroRedundancyOptimizer gives each process parameters of its own, and cannot be told from a caller that wants
-        this: there call `tritopt.clip_grad_norm_` before the step instead.
-    clip_value: bound on each element of the gradient, after the norm is clipped. None: off.
-    track: sum up in each step, from registers, what `telemetry` shows; default False.
-    """
-
-    multi_precision: bool
-    master: str | None
-    state_dtype: Any
-    rounding_seed: int
-    max_grad_norm: float | None
-    clip_value: float | None
-    track: bool
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -224,7 +188,7 @@ class Optimizer(torch.optim.Optimizer):
             state_dict["state"] = sendable(state_dict["state"])
             self._handed_out = checkpoint.versions(state_dict["state"])
         if "param_groups" in state_dict:  # a hook may have made another dict of it
-            state_dict["param_groups"] = [_saved(group, self.unsaved) for group in state_dict["param_groups"]]
+            state_dict["param_groups"] = [saved(group, self.unsaved) for group in state_dict["param_groups"]]
         return state_dict
 
     @uncompiled
@@ -372,67 +336,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def rule_of(self, group: dict[str, Any]) -> Rule:
         """The rule with a group's hyperparameters, but for the learning rate and the decay."""
-        values = {name: _plain(group[name]) for name in self.arguments}
+        values = {name: plain(group[name]) for name in self.arguments}
         key = (*values.values(), group["clip_value"])
         if key not in self._rules:
             if len(self._rules) > MAX_RULES:
                 self._rules.clear()
             # Without flags: torch's constructor refuses combinations, such as nesterov without momentum, that its step
             # takes from a scheduler. It wants betas to be floats.
-            self.check_values({name: _floats(value) for name, value in values.items() if not isinstance(value, bool)})
+            self.check_values({name: floats(value) for name, value in values.items() if not isinstance(value, bool)})
             arguments: dict[str, Any] = {"clip_gradient": group["clip_value"]}
             for name, target in self.arguments.items():
                 pairs = ((target, values[name]),) if isinstance(target, str) else zip(target, values[name], strict=True)
                 arguments.update(pairs)
             self._rules[key] = self.rule(**arguments)
         return self._rules[key]
-
-
-class ParamGroup(dict[str, Any]):
-    """A param_group that has everything for who asks, and for who iterates over it what a checkpoint holds.
-
-    By `for key in param_group`, torch.distributed.checkpoint finds out which keys a flattened checkpoint must have.
-
-    Args:
-        group: its keys and values.
-        unsaved: keys that checkpoints do not hold.
-    """
-
-    def __init__(self, group: Mapping[str, Any], unsaved: Collection[str]) -> None:
-        super().__init__(group)
-        self.unsaved = unsaved
-
-    def __iter__(self) -> Iterator[str]:
-        """The keys that `state_dict` has."""
-        return iter(_saved(self, self.unsaved))
-
-
-def _saved(group: Mapping[str, Any], unsaved: Collection[str]) -> dict[str, Any]:
-    """What a checkpoint holds of a group: what torch's does, and a bound if there is one."""
-    return {
-        name: value
-        for name, value in group.items()
-        if name not in unsaved and not (name == "clip_value" and value is None)
-    }
-
-
-def _floats(value: Any) -> Any:
-    """The numbers of a tuple as floats."""
-    return tuple(float(x) if isinstance(x, Real) else x for x in value) if isinstance(value, tuple) else value
-
-
-def checked_master(value: Any) -> str | None:
-    """A `master` as it is; ValueError for any other."""
-    known = (AUTO, *MASTERS)
-    if value is not None and (not isinstance(value, str) or value not in known):
-        raise ValueError(f"master={value!r} must be one of {', '.join(map(repr, known))}, or None")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Hashable, and without tensors: a hyperparameter as the rule takes it."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"a hyperparameter of shape {tuple(value.shape)} must be a tensor of one element")
-        return value.item()
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

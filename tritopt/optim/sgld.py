@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from typing_extensions import Unpack
 
-from tritopt.optim.beyond_torch import BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import sgld
 
 
@@ -26,7 +26,7 @@ class SGLD(BeyondTorch):
         lr: per step; also the variance of the noise.
         weight_decay: coupled (L2): a normal prior.
         seed: of the noise, an int >= 0.
-        maximize to options: see `Optimizer` and `Options`. The noise is neither scaled nor clipped.
+        options: see `Keywords`. The noise is neither scaled nor clipped.
     """
 
     rule = sgld.SGLDRule
@@ -38,13 +38,6 @@ class SGLD(BeyondTorch):
         lr: Rate = 0.1,
         weight_decay: float = 0.0,
         seed: int = 0,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, seed=seed)
+        super().__init__(params, options, lr, weight_decay, seed=seed)

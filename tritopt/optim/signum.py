@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from typing_extensions import Unpack
 
-from tritopt.optim.beyond_torch import BeyondTorch, How, Rate
-from tritopt.optim.optimizer import Options, Params
+from tritopt.optim.beyond_torch import BeyondTorch, Keywords, Rate
+from tritopt.optim.optimizer import Params
 from tritopt.optimizers import signum
 
 
@@ -35,7 +35,7 @@ class Signum(BeyondTorch):
         momentum: share of the average that is kept, in [0, 1).
         weight_decay: coupled (L2) with momentum, otherwise decoupled.
         wd_lh: decoupled decay (Loshchilov & Hutter 2017, arXiv:1711.05101) in both cases.
-        maximize to options: see `Optimizer` and `Options`.
+        options: see `Keywords`.
     """
 
     rule = TorchSignum
@@ -48,13 +48,6 @@ class Signum(BeyondTorch):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         wd_lh: float = 0.0,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[Keywords],
     ) -> None:
-        how = How(maximize, foreach, capturable, differentiable, fused)
-        super().__init__(params, how, options, lr, weight_decay, momentum=momentum, wd_lh=wd_lh)
+        super().__init__(params, options, lr, weight_decay, momentum=momentum, wd_lh=wd_lh)

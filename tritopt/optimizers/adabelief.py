@@ -84,5 +84,4 @@ class AdaBeliefRule(Rule):
 
 
 @register
-class AdaBelief(AdaBeliefRule, Optimizer, learning_rate=0.001):
-    pass
+class AdaBelief(AdaBeliefRule, Optimizer, learning_rate=0.001): ...

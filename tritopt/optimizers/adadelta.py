@@ -76,5 +76,4 @@ class AdaDeltaRule(Rule):
 
 
 @register
-class AdaDelta(AdaDeltaRule, Optimizer, learning_rate=1.0):
-    pass
+class AdaDelta(AdaDeltaRule, Optimizer, learning_rate=1.0): ...

@@ -128,8 +128,7 @@ class AdafactorRule(Rule):
         epsilon1 = torch.finfo(g.dtype).eps if s.epsilon1 < 0 else s.epsilon1
         squares = g * g
         if g.dim() < 2:
-            col_var = s.beta2 * col_var + s.one_minus_beta2 * squares
-            var = col_var
+            var = col_var = s.beta2 * col_var + s.one_minus_beta2 * squares
         else:
             row_var = s.beta2 * row_var + s.one_minus_beta2 * _mean(squares, -1)
             col_var = s.beta2 * col_var + s.one_minus_beta2 * _mean(squares, -2)
@@ -140,8 +139,7 @@ class AdafactorRule(Rule):
 
 
 @register
-class Adafactor(AdafactorRule, Optimizer, learning_rate=0.01):
-    pass
+class Adafactor(AdafactorRule, Optimizer, learning_rate=0.01): ...
 
 
 def _mean(x: torch.Tensor, dim: int) -> torch.Tensor:

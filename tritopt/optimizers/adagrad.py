@@ -68,5 +68,4 @@ class AdaGradRule(Rule):
 
 
 @register
-class AdaGrad(AdaGradRule, Optimizer, learning_rate=0.01):
-    pass
+class AdaGrad(AdaGradRule, Optimizer, learning_rate=0.01): ...

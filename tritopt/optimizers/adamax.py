@@ -72,5 +72,4 @@ class AdamaxRule(Rule):
 
 
 @register
-class Adamax(AdamaxRule, Optimizer, learning_rate=0.002):
-    pass
+class Adamax(AdamaxRule, Optimizer, learning_rate=0.002): ...

@@ -112,5 +112,4 @@ class AdamWRule(Rule):
 
 
 @register
-class AdamW(AdamWRule, Optimizer, learning_rate=0.001):
-    pass
+class AdamW(AdamWRule, Optimizer, learning_rate=0.001): ...

@@ -120,5 +120,4 @@ class AdanRule(Rule):
 
 
 @register
-class Adan(AdanRule, Optimizer, learning_rate=0.001):
-    pass
+class Adan(AdanRule, Optimizer, learning_rate=0.001): ...

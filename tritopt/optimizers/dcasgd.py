@@ -90,5 +90,4 @@ class DCASGDRule(Rule):
 
 
 @register
-class DCASGD(DCASGDRule, Optimizer, learning_rate=0.1):
-    pass
+class DCASGD(DCASGDRule, Optimizer, learning_rate=0.1): ...

@@ -87,5 +87,4 @@ class FTMLRule(Rule):
 
 
 @register
-class FTML(FTMLRule, Optimizer, learning_rate=0.0025):
-    pass
+class FTML(FTMLRule, Optimizer, learning_rate=0.0025): ...

@@ -79,5 +79,4 @@ class GroupAdaGradRule(Rule):
 
 
 @register
-class GroupAdaGrad(GroupAdaGradRule, Optimizer, learning_rate=0.01):
-    pass
+class GroupAdaGrad(GroupAdaGradRule, Optimizer, learning_rate=0.01): ...

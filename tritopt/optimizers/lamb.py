@@ -121,5 +121,4 @@ class LAMBRule(Rule):
 
 
 @register
-class LAMB(LAMBRule, Optimizer, learning_rate=0.001):
-    pass
+class LAMB(LAMBRule, Optimizer, learning_rate=0.001): ...

@@ -136,5 +136,4 @@ class LANSRule(Rule):
 
 
 @register
-class LANS(LANSRule, Optimizer, learning_rate=0.001):
-    pass
+class LANS(LANSRule, Optimizer, learning_rate=0.001): ...

@@ -72,5 +72,4 @@ class LionRule(Rule):
 
 
 @register
-class Lion(LionRule, Optimizer, learning_rate=0.0001):
-    pass
+class Lion(LionRule, Optimizer, learning_rate=0.0001): ...

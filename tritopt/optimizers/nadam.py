@@ -119,5 +119,4 @@ class NadamRule(Rule):
 
 
 @register
-class Nadam(NadamRule, Optimizer, learning_rate=0.001):
-    pass
+class Nadam(NadamRule, Optimizer, learning_rate=0.001): ...

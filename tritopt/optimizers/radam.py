@@ -109,5 +109,4 @@ class RAdamRule(Rule):
 
 
 @register
-class RAdam(RAdamRule, Optimizer, learning_rate=0.001):
-    pass
+class RAdam(RAdamRule, Optimizer, learning_rate=0.001): ...

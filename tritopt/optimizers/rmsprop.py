@@ -123,5 +123,4 @@ class RMSPropRule(Rule):
 
 
 @register
-class RMSProp(RMSPropRule, Optimizer, learning_rate=0.001):
-    pass
+class RMSProp(RMSPropRule, Optimizer, learning_rate=0.001): ...

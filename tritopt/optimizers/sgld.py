@@ -80,5 +80,4 @@ class SGLDRule(Rule):
 
 
 @register
-class SGLD(SGLDRule, Optimizer, learning_rate=0.1):
-    pass
+class SGLD(SGLDRule, Optimizer, learning_rate=0.1): ...

@@ -88,5 +88,4 @@ class SignumRule(Rule):
 
 
 @register
-class Signum(SignumRule, Optimizer, learning_rate=0.01):
-    pass
+class Signum(SignumRule, Optimizer, learning_rate=0.01): ...

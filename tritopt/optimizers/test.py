@@ -44,5 +44,4 @@ class TestRule(Rule):
 
 
 @register
-class Test(TestRule, Optimizer):
-    pass
+class Test(TestRule, Optimizer): ...

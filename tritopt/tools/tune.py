@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -14,50 +14,50 @@ from tritopt.engine.group import Group
 from tritopt.engine.phase import Launch, Phase, Recorder
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Timer, Variant
-from tritopt.engine.tuning.cache import TuningCache
-from tritopt.engine.tuning.config import Config, SizeClass
+from tritopt.engine.tuning.config import Config
 from tritopt.engine.validate import did_you_mean
 from tritopt.tools.numerics import StorageFormat
 
 FORMATS = ("fp32", "master", "split16+bf16", "split8+int8")
-"""That are tuned if none is named."""
-SIZES = ("small", "medium", "large")
-"""Likewise."""
+"""Storage formats that are tuned if none is named."""
+SIZES = {"small": 2**21, "medium": 2**25, "large": 2**27}
+"""Elements of lists that are tuned for if none is named."""
 
 
-def find_sizes(names: Sequence[str] | None = None) -> list[SizeClass]:
-    """The size classes of these names, or of lists of so many elements (None: SIZES); ValueError for any other.
+def find_sizes(names: Sequence[str] | None = None) -> list[int]:
+    """The sizes that stand for these names or numbers of elements (None: SIZES); ValueError for any other.
 
-    >>> [size.name for size in find_sizes(["large", "25_600_000"])]
-    ['large', 'medium']
+    >>> find_sizes(["large", "25_600_000"])
+    [134217728, 16777216]
     """
     found = []
     for name in names or SIZES:
-        elements = int(name) if name.replace("_", "").isdecimal() else 0
-        if name not in config.SIZES and elements < 1:
-            known = ", ".join(config.SIZES)
-            nearest = did_you_mean(name, list(config.SIZES))
+        elements = SIZES.get(name) or (int(name) if name.replace("_", "").isdecimal() else 0)
+        if elements < 1:
+            known = ", ".join(SIZES)
+            nearest = did_you_mean(name, list(SIZES))
             raise ValueError(f"unknown size {name!r}{nearest} known: {known}, or a number of elements")
-        found.append(config.SIZES.get(name) or config.size_of(elements))
+        found.append(config.size_of(elements))
     return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one phase, in one format, of one size class."""
+    """Finding for one phase, in one format, of one size."""
 
     optimizer: str
     format: str
-    kernel: str
+    kernel: str = ""
     """The update function. Empty: nothing here has a choice."""
-    size: str
+    size: int | None = None
+    """Elements of the scratch, about."""
     best: Config | None = None
     default: Config | None = None
     microseconds: float | None = None
-    """A launch over scratch of the size class, median."""
+    """Time of a launch with the best configuration, median."""
     default_microseconds: float | None = None
     gigabytes_per_second: float | None = None
-    """Of the bytes that must move, in that time."""
+    """Bytes that must move, in that time."""
     default_gigabytes_per_second: float | None = None
     tried: int = 0
     """Configurations that ran."""
@@ -65,19 +65,9 @@ class Row:
     """Why there is no measurement."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The fields, with configurations by name."""
         configs = {name: value and value._asdict() for name, value in vars(self).items() if name in ("best", "default")}
         return {**vars(self), **configs}
-
-
-class Job(NamedTuple):
-    """What one row is made of; no variant, or no size: of what is not tuned."""
-
-    optimizer: str
-    format: str
-    variant: Variant | None
-    size: SizeClass | None
-    reason: str = ""
 
 
 class Tuning:
@@ -93,7 +83,7 @@ class Tuning:
         self,
         classes: Sequence[type[optim.Optimizer]],
         formats: Sequence[StorageFormat],
-        sizes: Sequence[SizeClass],
+        sizes: Sequence[int],
         device: torch.device,
         timer: Timer | None = None,
         gpu: str | None = None,
@@ -101,71 +91,48 @@ class Tuning:
         found = autotune.gpu_of(device)
         if found is None and (gpu is None or timer is None):
             raise ValueError(f"only a GPU can be tuned for, and {device} is none")
-        self._device, self._timer = device, timer
-        self._cache = TuningCache(gpu or (found.name if found else ""))
-        self._jobs = list(_jobs(classes, formats, sizes, device))
-
-    def __len__(self) -> int:
-        """How many rows there will be."""
-        return len(self._jobs)
-
-    def rows(self) -> Iterator[Row]:
-        """Measure, one after the other."""
-        for job in self._jobs:
-            yield self._row(job)
-
-    def _row(self, job: Job) -> Row:
-        if job.variant is None or job.size is None:
-            return Row(job.optimizer, job.format, "", "", reason=job.reason)
-        key = job.variant.key(job.size)
-        tuned = autotune.tune(job.variant, job.size, self._device, self._timer)
-        if tuned.entry is not None:
-            self._cache.put(key, tuned.entry)
-        return Row(
-            job.optimizer,
-            job.format,
-            key.kernel,
-            job.size.name,
-            tuned.config,
-            tuned.default,
-            _microseconds(tuned.seconds),
-            _microseconds(tuned.default_seconds),
-            _per_second(tuned.bytes_moved, tuned.seconds),
-            _per_second(tuned.bytes_moved, tuned.default_seconds),
-            tuned.tried,
-            tuned.failure or "",
-        )
-
-
-def _microseconds(seconds: float | None) -> float | None:
-    return None if seconds is None else 1e6 * seconds
-
-
-def _per_second(n_bytes: float, seconds: float | None) -> float | None:
-    return None if seconds is None else 1e-9 * n_bytes / seconds
-
-
-def _jobs(
-    classes: Sequence[type[optim.Optimizer]],
-    formats: Sequence[StorageFormat],
-    sizes: Sequence[SizeClass],
-    device: torch.device,
-) -> Iterator[Job]:
-    seen = set()
-    for cls in classes:
-        for storage in formats:
+        self._device, self._timer, self._gpu = device, timer, gpu or found or ""
+        self._rows: list[tuple[Row, Variant | None]] = []
+        """Rows to be, with what is measured for them; None: nothing."""
+        seen = set()
+        for cls, storage in [(cls, storage) for cls in classes for storage in formats]:
+            row, variants = Row(cls.__name__, storage.name, reason="all its phases sum, and always run as they are"), []
             try:
                 variants = variants_of(cls, storage, device)
             except ValueError as error:
-                yield Job(cls.__name__, storage.name, None, None, str(error))
-                continue
+                row = Row(cls.__name__, storage.name, reason=str(error))
             if not variants:
-                yield Job(cls.__name__, storage.name, None, None, "all its phases sum, and always run as they are")
-            for variant in variants:
-                for size in sizes:
-                    if (key := variant.key(size)) not in seen:
-                        seen.add(key)
-                        yield Job(cls.__name__, storage.name, variant, size)
+                self._rows.append((row, None))
+            for key, variant in [(variant.key(size), variant) for variant in variants for size in sizes]:
+                if key not in seen:
+                    seen.add(key)
+                    self._rows.append((Row(cls.__name__, storage.name, key.kernel, key.size), variant))
+
+    def __len__(self) -> int:
+        """How many rows there will be."""
+        return len(self._rows)
+
+    def rows(self) -> Iterator[Row]:
+        """Measure, one after the other."""
+        for row, variant in self._rows:
+            yield row if variant is None or row.size is None else self._measured(row, variant, row.size)
+
+    def _measured(self, row: Row, variant: Variant, size: int) -> Row:
+        try:
+            entry, n_bytes, tried = autotune.tune(variant, size, self._device, self._timer)
+        except Exception as error:
+            return replace(row, reason=f"{type(error).__name__}: {error}")
+        cache.put(self._gpu, variant.key(size), entry)
+        return replace(
+            row,
+            best=entry.config,
+            default=entry.default,
+            microseconds=entry.microseconds,
+            default_microseconds=entry.default_microseconds,
+            gigabytes_per_second=1e-3 * n_bytes / entry.microseconds,
+            default_gigabytes_per_second=1e-3 * n_bytes / entry.default_microseconds,
+            tried=tried,
+        )
 
 
 class _Variants(Recorder):
@@ -195,28 +162,14 @@ def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torc
 
 
 def shipped_rows() -> list[dict[str, Any]]:
-    """What is shipped, a row for each GPU and class of phases and sizes; "generic" is any other GPU, and all sums."""
-    rows = [
-        {"gpu": gpu, "phases": kernel, "size": size, **shipped.config._asdict(), "mark": shipped.mark}
-        for gpu, table in config.SHIPPED.items()
-        for (kernel, size), shipped in table.items()
-    ]
-    generic = {"NVIDIA, generic": config.NVIDIA, "AMD, generic": config.AMD}
-    any_size = {"phases": "any", "size": "any"}
-    rows += [{"gpu": name, **any_size, **found._asdict(), "mark": "assumed"} for name, found in generic.items()]
-    return rows
+    """The default of each architecture."""
+    return [{"gpu": gpu, **found._asdict()} for gpu, found in (("NVIDIA", config.NVIDIA), ("AMD", config.AMD))]
 
 
 def cached_rows() -> list[dict[str, Any]]:
-    """What the cache on disk has, a row for each GPU, phase and size class."""
+    """What the cache on disk has, a row for each GPU, phase and size."""
     return [
-        {
-            "gpu": gpu,
-            **key._asdict(),
-            **entry._asdict(),
-            "config": entry.config._asdict(),
-            "default": entry.default._asdict(),
-        }
+        {"gpu": gpu, **key._asdict(), **cache.as_json(entry)}
         for gpu, entries in cache.known().items()
         for key, entry in entries.items()
     ]

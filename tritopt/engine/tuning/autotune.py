@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -23,18 +22,9 @@ import torch
 from tritopt.engine.device import is_capturing
 from tritopt.engine.group import Group, on_device_of, upload_table
 from tritopt.engine.phase import Launch, Tunable
-from tritopt.engine.tuning.cache import Entry, Key, TuningCache
-from tritopt.engine.tuning.config import (
-    GENERIC,
-    SMALL_TENSOR,
-    Config,
-    SizeClass,
-    from_fields,
-    kernel_class,
-    known_gpu,
-    shipped,
-    size_of,
-)
+from tritopt.engine.tuning import cache
+from tritopt.engine.tuning.cache import Entry, Key
+from tritopt.engine.tuning.config import GENERIC, Config, default_of, size_of
 from tritopt.engine.warning import warn
 from tritopt.kernels.formats.format import Format
 from tritopt.kernels.language import triton
@@ -42,20 +32,18 @@ from tritopt.kernels.language import triton
 Timer: TypeAlias = Callable[[Callable[[], object], float], float]
 """Takes what to run and how many seconds it may take; returns seconds per run."""
 
-MEASURE_SECONDS = 2.0
-"""Of running kernels, per variant, about."""
+MEASURE_SECONDS = 0.125
+"""Seconds of running kernels, per configuration."""
 VARIANT_SECONDS = 60.0
-"""With compiling: no configuration is begun after that."""
-PROCESS_SECONDS = 300.0
-"""Of all variants that steps meet in one process; what comes after takes what is shipped."""
+"""Seconds with compiling, after which no configuration is begun."""
 SHARE_OF_MEMORY = 0.25
-"""Of what is free: for scratch."""
+"""Share of what is free that scratch may take."""
 GAIN = 0.98
 """A configuration must take less than this share of the best one's time so far: noise is to change nothing."""
-_MAX_TRIED = 16
-"""As many configurations as there may be, about."""
 _ALIGN = 1024
 """Elements, that scratch tensors begin at a multiple of: 16 bytes also of scales, which 64 elements share."""
+_SMALL = 1000
+"""Elements of small scratch tensors: no multiple of anything, as biases and norms are."""
 _SCALAR = 2.0**-10
 """The scratch tensors' learning rate, epsilon and so on: nothing overflows in thousands of steps."""
 
@@ -65,8 +53,8 @@ def is_enabled() -> bool:
     value = os.environ.get("TRITOPT_AUTOTUNE", "0")
     if value not in ("0", "1"):
         raise ValueError(
-            f"TRITOPT_AUTOTUNE={value!r} must be 0 (launch with what is shipped or was tuned before, the default) or 1 "
-            "(measure what is not known yet, when a step first needs it)"
+            f"TRITOPT_AUTOTUNE={value!r} must be 0 (the default: launch with what was tuned before) or 1 (measure what "
+            "is not known yet, when a step first needs it)"
         )
     return value == "1"
 
@@ -83,14 +71,14 @@ class Variant(NamedTuple):
     n_earlier: int
     """Sums per tensor that it receives."""
 
-    def key(self, size: SizeClass) -> Key:
+    def key(self, size: int) -> Key:
         """What a configuration of it is kept under."""
         return Key(
             self.phase.kernels[0],
             self.launch.preamble,
             tuple(fmt.name for fmt in self.formats),
             tuple(str(dtype).removeprefix("torch.") for dtype in self.dtypes),
-            size.name,
+            size,
             str(triton.__version__),
             self.source,
         )
@@ -123,29 +111,31 @@ def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Conf
     """The configuration for a phase of a group, before `config.adapted`. The same while this process lives.
 
     What this process has chosen before, else what the cache on disk has, else what `tune` finds if TRITOPT_AUTOTUNE=1,
-    else what is shipped. `n_earlier`: as `Variant` has it.
+    else the default. `n_earlier`: as `Variant` has it.
     """
     wanted = is_enabled()
     gpu = gpu_of(group.device)
     if gpu is None or not has_choice(phase, group, launch):
         return GENERIC
     variant = variant_of(phase, group, launch, n_earlier)
-    size = size_of(sum(shape.numel() for shape in group.shapes), len(group.shapes))
+    size = size_of(sum(shape.numel() for shape in group.shapes))
     key = variant.key(size)
     with _LOCK:
         place = (group.device, key)
-        if place in _CHOSEN:
-            return _CHOSEN[place]
-        cache = TuningCache(gpu.name)
-        found = cache.get(key)
-        if found is not None:
-            _CHOSEN[place] = found.config
-        elif wanted and is_capturing(group.device):
-            return gpu.shipped(variant, size)  # what is met again outside of the capture may still be tuned
-        else:
-            _CHOSEN[place] = gpu.shipped(variant, size)
-            if wanted:
-                _tune_in_step(variant, size, place, cache)
+        if place not in _CHOSEN:
+            found = cache.read(gpu).get(key)
+            if found is None and wanted and is_capturing(group.device):
+                return default_of(size)  # what is met again outside of the capture may still be tuned
+            _CHOSEN[place] = default_of(size) if found is None else found.config
+            if found is None and wanted:
+                try:
+                    tuned = tune(variant, size, group.device)
+                except Exception as error:
+                    # A step must not fail for it: if the kernel cannot run, its own launch will say so.
+                    warn(f"{key.kernel}: launched with the default, as tuning failed: {type(error).__name__}: {error}")
+                else:
+                    _CHOSEN[place] = tuned.entry.config
+                    cache.put(gpu, key, tuned.entry)
         return _CHOSEN[place]
 
 
@@ -157,85 +147,21 @@ def has_choice(phase: Tunable, group: Group, launch: Launch) -> bool:
 
 _CHOSEN: dict[tuple[torch.device, Key], Config] = {}
 _LOCK = threading.RLock()
-_spent = 0.0
 
 
-def _tune_in_step(variant: Variant, size: SizeClass, place: tuple[torch.device, Key], cache: TuningCache) -> None:
-    """Choose by measurement, or leave the choice; it stands before a warning, which may be an error, ends the step."""
-    global _spent
-    device = place[0]
-    if _spent >= PROCESS_SECONDS:
-        warn(
-            f"{variant.phase.kernels[0]}: launched as shipped, as this process has tuned for more than "
-            f"{PROCESS_SECONDS:.0f} seconds; `tritopt tune` does it ahead of time"
-        )
-        return
-    began = time.monotonic()
-    tuned = tune(variant, size, device)
-    _spent += time.monotonic() - began
-    _CHOSEN[place] = tuned.config
-    if tuned.failure is not None:
-        warn(f"{variant.phase.kernels[0]}: launched as shipped, as tuning failed with {tuned.failure}")
-    if tuned.entry is not None:
-        cache.put(variant.key(size), tuned.entry)
+def gpu_of(device: torch.device) -> str | None:
+    """Name of a GPU; None for the CPU, where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).name if device.type == "cuda" else None
 
 
-class Gpu(NamedTuple):
-    """What a configuration depends on, of a GPU."""
-
-    name: str
-    architecture: str
-    """Such as sm_90 or gfx942."""
-
-    def shipped(self, variant: Variant, size: SizeClass) -> Config:
-        """The configuration that comes with the package."""
-        return shipped(known_gpu(*self), kernel_class(variant.moved[0]), size).config
-
-
-def gpu_of(device: torch.device) -> Gpu | None:
-    """None for the CPU, where kernels are interpreted."""
-    if device.type != "cuda":
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return Gpu(properties.name, properties.gcnArchName.partition(":")[0])
-    return Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
-
-
-def default_of(variant: Variant, size: SizeClass, device: torch.device) -> Config:
-    """What is shipped for it; generic on the CPU."""
-    gpu = gpu_of(device)
-    return GENERIC if gpu is None else gpu.shipped(variant, size)
-
-
-# Measuring.
-
-
-@dataclass(frozen=True)
-class Tuned:
+class Tuned(NamedTuple):
     """What `tune` found."""
 
-    config: Config
-    """The best one; the default where nothing could be measured."""
-    default: Config
-    seconds: float | None = None
-    """A launch with `config`, median."""
-    default_seconds: float | None = None
-    bytes_moved: float = 0.0
-    """By a launch, that must be."""
-    tried: int = 0
+    entry: Entry
+    bytes_moved: float
+    """Bytes that a launch must move."""
+    tried: int
     """Configurations that ran."""
-    failure: str | None = None
-    """Why there is no measurement."""
-
-    @property
-    def entry(self) -> Entry | None:
-        """For the cache; None without a measurement."""
-        if self.failure is not None or self.seconds is None or self.default_seconds is None:
-            return None
-        when = f"{date.today().isoformat()}, torch {torch.__version__}"
-        microseconds = [round(1e6 * seconds, 3) for seconds in (self.seconds, self.default_seconds)]
-        return Entry(self.config, microseconds[0], self.default, microseconds[1], when)
 
 
 def event_median(run: Callable[[], object], seconds: float) -> float:
@@ -244,36 +170,26 @@ def event_median(run: Callable[[], object], seconds: float) -> float:
     return 1e-3 * float(milliseconds)
 
 
-def tune(
-    variant: Variant,
-    size: SizeClass,
-    device: torch.device,
-    timer: Timer | None = None,
-    report: Callable[[Config, float], object] | None = None,
-) -> Tuned:
-    """Measure the configurations of a phase, the default first, on scratch tensors of a size class.
+def tune(variant: Variant, size: int, device: torch.device, timer: Timer | None = None) -> Tuned:
+    """Measure the configurations of a phase, the default first, on scratch tensors of so many elements.
 
-    Takes MEASURE_SECONDS of running and at most VARIANT_SECONDS, or one compilation more, and SHARE_OF_MEMORY. What
-    does not compile or launch is passed over. Without memory, or if not even the default runs, that is what comes back.
-
-    Args:
-        timer: measures a launch; `event_median` by default.
-        report: called with each configuration and the seconds of a launch.
+    Takes VARIANT_SECONDS at most, or one compilation more, and SHARE_OF_MEMORY. What does not compile or launch is
+    passed over; without memory, or if not even the default runs, it raises. timer: `event_median` by default.
     """
     timer = timer or event_median
-    default = default_of(variant, size, device)
+    default = default_of(size)
     began = time.monotonic()
     seconds: dict[Config, float] = {}
     best = [default]
     scratch = None
     try:
         scratch = Scratch(variant, size, device)
-        for config in candidates(variant, size, best):
+        for config in candidates(variant, best):
             if seconds and time.monotonic() - began > VARIANT_SECONDS:
                 break
             try:
                 scratch.launch(config)  # compiles it
-                seconds[config] = timer(partial(scratch.launch, config), MEASURE_SECONDS / _MAX_TRIED)
+                seconds[config] = timer(partial(scratch.launch, config), MEASURE_SECONDS)
             except torch.OutOfMemoryError:
                 raise
             except Exception:
@@ -281,16 +197,12 @@ def tune(
                 if config == default:
                     raise
                 continue
-            if report is not None:
-                report(config, seconds[config])
             if seconds[config] < GAIN * seconds[best[-1]]:
                 best.append(config)
-    except Exception as error:
-        # A step must not fail for it: if the kernel cannot run, its own launch will say so.
-        return Tuned(default, default, failure=f"{type(error).__name__}: {error}")
-    else:
-        moved = sum(variant.moved) * scratch.n_elements
-        return Tuned(best[-1], default, seconds[best[-1]], seconds[default], moved, len(seconds))
+        times = [round(1e6 * seconds[config], 3) for config in (best[-1], default)]
+        when = f"{date.today().isoformat()}, torch {torch.__version__}"
+        entry = Entry(best[-1], times[0], default, times[1], when)
+        return Tuned(entry, sum(variant.moved) * scratch.n_elements, len(seconds))
     finally:
         del scratch
         if device.type == "cuda":
@@ -298,55 +210,41 @@ def tune(
             torch.cuda.empty_cache()
 
 
-def candidates(variant: Variant, size: SizeClass, best: Sequence[Config]) -> Iterator[Config]:
-    """The default; blocks and warps; chunks for the best of them; tails, where most of a list runs in these.
+def candidates(variant: Variant, best: Sequence[Config]) -> Iterator[Config]:
+    """The default; blocks and warps; chunks for the best of them.
 
     `best`: the default, and behind it what turns out to be better.
     """
     default = best[0]
-    yield default
     # 8-bit planes leave no choice: 16 elements a thread may spill where there are such.
     narrowest = min((dtype.itemsize for dtype in variant.dtypes if dtype.itemsize > 1), default=2)
     if variant.dtypes[0] == torch.float64:
         narrowest //= 4  # as `adapted` has it
     warp = 64 if torch.version.hip else 32
-    seen = {default}
-
-    def new(**changes: int) -> Iterator[Config]:
+    blocks = [
+        {"block_size": warp * num_warps * per_thread, "num_warps": num_warps}
+        for num_warps in (2, 4, 8)
+        for per_thread in (4, 8, 16)
+        if per_thread * narrowest >= 16  # 128 bits an access
+    ]
+    chunks = [{"chunk_size": default.chunk_size * factor // 4} for factor in (1, 2, 4, 8, 16)]
+    seen = set()
+    for changes in ({}, *blocks, *chunks):
         config = best[-1]._replace(**changes)
-        chunk = max(config.chunk_size, config.block_size)
-        config = config._replace(chunk_size=chunk, tail_size=min(config.tail_size, config.block_size))
-        if config not in seen and _is_allowed(config):
+        chunk, tail = max(config.chunk_size, config.block_size), min(config.tail_size, config.block_size)
+        config = config._replace(chunk_size=chunk, tail_size=tail)
+        if config not in seen:
             seen.add(config)
             yield config
 
-    for num_warps in (2, 4, 8):
-        for per_thread in (4, 8, 16):
-            if per_thread * narrowest >= 16:  # 128 bits an access
-                yield from new(block_size=warp * num_warps * per_thread, num_warps=num_warps)
-    for chunk in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
-        if default.chunk_size // 4 <= chunk <= default.chunk_size * 4:
-            yield from new(chunk_size=chunk)
-    if size.per_tensor <= SMALL_TENSOR:
-        for tail in (128, 512):
-            yield from new(tail_size=tail)
-
-
-def _is_allowed(config: Config) -> bool:
-    try:
-        from_fields(config._asdict())
-    except ValueError:
-        return False
-    return True
-
 
 class Scratch:
-    """Tensors for a variant, as many and as large as those of a size class, or as there is memory for.
+    """Tensors for a variant, of so many elements in all, or as there is memory for.
 
     Raises torch.OutOfMemoryError.
     """
 
-    def __init__(self, variant: Variant, size: SizeClass, device: torch.device) -> None:
+    def __init__(self, variant: Variant, size: int, device: torch.device) -> None:
         room = SHARE_OF_MEMORY * free_bytes(device)
         lengths = _lengths(size)
         while len(lengths) > 2 and variant.resident * _spaced(lengths)[-1] > room:
@@ -418,10 +316,11 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _lengths(size: SizeClass) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Large and small tensors in turn, `size.elements` in all, about."""
-    pair = [size.per_tensor, min(size.per_tensor, SMALL_TENSOR)]
-    return np.array(pair * max(1, round(size.elements / sum(pair))), dtype=np.int64)
+def _lengths(size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Large and small tensors in turn, `size` elements in all, about; at most 64 of each."""
+    n_pairs = max(1, min(64, size // 2**14))
+    small = min(_SMALL, size // 2)
+    return np.array([size // n_pairs - small, small] * n_pairs, dtype=np.int64)
 
 
 def _spaced(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:

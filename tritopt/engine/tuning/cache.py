@@ -1,8 +1,7 @@
 """The launch configurations that were measured on this machine: one JSON file per GPU name, in the user's cache folder.
 
 Any number of processes may use it: a reader sees a whole file, as writers replace it in one go, and writers take turns.
-A file that is torn, another program's, a newer tritopt's or not readable counts as empty, with one warning. None of
-this ever fails: what cannot be written is kept in memory.
+A file that cannot be used counts as empty, one that cannot be written is not, with one warning each.
 """
 
 from __future__ import annotations
@@ -11,23 +10,19 @@ import json
 import os
 import re
 import threading
-import uuid
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from tritopt.engine.tuning import config
-from tritopt.engine.tuning.config import Config
+from tritopt.engine.tuning.config import Config, from_fields
 from tritopt.engine.warning import warn
 
-VERSION = 1
+VERSION = 2
 MAX_ENTRIES = 5000
-"""Of a file; those written first go first."""
+"""Entries of a file; those written first go first."""
 LOCK_SECONDS = 10.0
 _ABOUT = "tritopt: launch configurations measured on this GPU; may be deleted, `tritopt tune` makes it again"
-_PREFIX = "tuning-"
 
 
 class Key(NamedTuple):
@@ -40,8 +35,8 @@ class Key(NamedTuple):
     """Names, of the weight and of each state."""
     dtypes: tuple[str, ...]
     """Of the weight's planes, the gradient and the states' planes."""
-    size: str
-    """A key of `config.SIZES`."""
+    size: int
+    """Elements of the list, as `config.size_of` has them."""
     triton: str
     """Version."""
     source: str
@@ -53,19 +48,11 @@ class Entry(NamedTuple):
 
     config: Config
     microseconds: float
-    """A launch with it on tensors of the class's size, median."""
+    """A launch with it on tensors of this size, median."""
     default: Config
-    """What was shipped."""
     default_microseconds: float
     measured: str
-    """Date, and version of tritopt."""
-
-
-class _Contents(NamedTuple):
-    entries: dict[Key, Entry]
-    state: Literal["good", "missing", "torn", "newer", "unreadable"]
-    problem: str = ""
-    gpu: str = ""
+    """Date, and version of torch."""
 
 
 def folder() -> Path | None:
@@ -82,7 +69,7 @@ def folder() -> Path | None:
 def files() -> list[Path]:
     """The files of all GPUs."""
     where = folder()
-    return sorted(where.glob(f"{_PREFIX}*.json")) if where is not None else []
+    return sorted(where.glob("tuning-*.json")) if where is not None else []
 
 
 def clear() -> list[Path]:
@@ -93,160 +80,86 @@ def clear() -> list[Path]:
     return found
 
 
-class TuningCache:
-    """What is known for one GPU. What this process has put in stays, whatever becomes of the file."""
+def path_of(gpu: str) -> Path | None:
+    """The file of a GPU; None without a folder."""
+    where = folder()
+    return None if where is None else where / f"tuning-{re.sub(r'[^A-Za-z0-9.]+', '-', gpu)}.json"
 
-    def __init__(self, gpu: str) -> None:
-        where = folder()
-        self.gpu = gpu
-        self.path = None if where is None else where / f"{_PREFIX}{re.sub(r'[^A-Za-z0-9.]+', '-', gpu)}.json"
-        self._own: dict[Key, Entry] = {}
 
-    def entries(self) -> dict[Key, Entry]:
-        """All, as the file has them now."""
-        return {**self._read().entries, **self._own}
-
-    def get(self, key: Key) -> Entry | None:
-        """What was found for it, by this process or as the file has it now."""
-        return self._own[key] if key in self._own else self._read().entries.get(key)
-
-    def put(self, key: Key, entry: Entry) -> None:
-        """Keep it, here and in the file, beside what others have written there meanwhile."""
-        self._own[key] = entry
-        if self.path is None:
-            _warn_once("no home directory", "tuned launch configurations are not kept: " + _no_folder())
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_suffix(".lock"), timeout=LOCK_SECONDS):
-                self._write()
-        except (OSError, NotImplementedError, Timeout) as error:
-            _warn_once(
-                self.path,
-                f"tuned launch configurations are not kept, as {self.path} cannot be written ({error}): set "
-                "TRITOPT_CACHE_DIR to a folder that can, or TRITOPT_AUTOTUNE=0",
-            )
-
-    def _write(self) -> None:
-        assert self.path is not None
-        found = self._read()
-        if found.state in ("newer", "unreadable"):
-            return
-        if found.state == "torn":
-            os.replace(self.path, self.path.with_suffix(".broken"))
-        entries = list({**found.entries, **self._own}.items())[-MAX_ENTRIES:]
-        contents = {
-            "about": _ABOUT,
-            "version": VERSION,
-            "gpu": self.gpu,
-            "entries": [_to_json(key, entry) for key, entry in entries],
-        }
-        # Not tempfile's, which only this user could read: others may share the folder.
-        new = self.path.with_suffix(f".{uuid.uuid4().hex}.new")
-        try:
-            with new.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(contents, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self.path)
-        finally:
-            new.unlink(missing_ok=True)
-
-    def _read(self) -> _Contents:
-        if self.path is None:
-            return _Contents({}, "missing")
-        found = _parsed(self.path, self.gpu)
-        _warn_of(self.path, found)
-        return found
+def read(gpu: str) -> dict[Key, Entry]:
+    """What is known for a GPU, as its file has it now."""
+    path = path_of(gpu)
+    found, entries = (gpu, {}) if path is None else _contents(path)
+    return entries if found == gpu else {}
 
 
 def known() -> dict[str, dict[Key, Entry]]:
-    """What the files have, by name of the GPU. Of those that cannot be used it warns."""
-    found = {}
-    for path in files():
-        contents = _parsed(path)
-        _warn_of(path, contents)
-        if contents.state == "good":
-            found[contents.gpu] = contents.entries
-    return found
+    """What the files have, by name of the GPU."""
+    return {gpu: entries for gpu, entries in map(_contents, files()) if entries}
 
 
-def _parsed(path: Path, gpu: str | None = None) -> _Contents:
-    """`gpu`: whose it must be; None: anyone's."""
+def put(gpu: str, key: Key, entry: Entry) -> None:
+    """Keep it in the GPU's file, beside what others have written there meanwhile."""
+    path = path_of(gpu)
     try:
-        text = path.read_bytes()
+        if path is None:
+            raise OSError("there is no home directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS):
+            _write(path, gpu, {**read(gpu), key: entry})
+    except (OSError, NotImplementedError, Timeout) as error:
+        _warn_once(
+            f"tuned launch configurations are not kept, as {path or 'their file'} cannot be written ({error}): set "
+            "TRITOPT_CACHE_DIR to a folder that can, or TRITOPT_AUTOTUNE=0"
+        )
+
+
+def _write(path: Path, gpu: str, entries: dict[Key, Entry]) -> None:
+    listed = [{**key._asdict(), **as_json(entry)} for key, entry in list(entries.items())[-MAX_ENTRIES:]]
+    contents = {"about": _ABOUT, "version": VERSION, "gpu": gpu, "entries": listed}
+    new = path.with_suffix(".new")  # whoever writes holds the lock
+    new.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
+
+
+def _contents(path: Path) -> tuple[str, dict[Key, Entry]]:
+    """Name of the GPU, and the entries; none of a file that cannot be used."""
+    try:
+        contents = json.loads(path.read_bytes())
+        if contents["version"] != VERSION:
+            raise ValueError(f"its version is {contents['version']!r:.60}, not {VERSION}")
+        return str(contents["gpu"]), dict(map(_from_json, contents["entries"]))
     except (FileNotFoundError, NotADirectoryError):
-        return _Contents({}, "missing")
-    except OSError as error:
-        way_out = "make it readable, or set TRITOPT_CACHE_DIR to another folder"
-        return _Contents({}, "unreadable", f"which cannot be read ({error.strerror}): {way_out}")
-    delete = "delete it; the next configuration that is tuned moves it aside, to a name ending in .broken"
-    try:
-        contents = json.loads(text)
-    except (ValueError, RecursionError):
-        return _Contents({}, "torn", f"which is not whole JSON: {delete}")
-    version = contents.get("version") if isinstance(contents, dict) else None
-    if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
-        upgrade = "upgrade tritopt, or set TRITOPT_CACHE_DIR to another folder"
-        return _Contents({}, "newer", f"whose version is {version} and not {VERSION}: {upgrade}")
-    found = contents.get("gpu") if isinstance(contents, dict) else None
-    if version is True or version != VERSION or not isinstance(found, str) or gpu not in (None, found):
-        return _Contents({}, "torn", f"which is not a cache of tritopt for {gpu or 'a GPU'}: {delete}")
-    listed = contents.get("entries")
-    if not isinstance(listed, list):
-        return _Contents({}, "torn", f"which has no list of entries: {delete}")
-    return _Contents(dict(_valid(listed)), "good", gpu=found)
+        return "", {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        _warn_once(
+            f"{path} counts as empty ({type(error).__name__}: {error!s:.100}): the next configuration that is tuned "
+            "replaces it, `tritopt tune --clear` deletes it"
+        )
+        return "", {}
 
 
-def _valid(listed: list[Any]) -> Iterable[tuple[Key, Entry]]:
-    """The entries that make sense: a configuration that does not would be launched."""
-    for item in listed:
-        try:
-            yield _from_json(item)
-        except (KeyError, TypeError, ValueError):
-            continue
-
-
-def _to_json(key: Key, entry: Entry) -> dict[str, Any]:
-    plain = {**key._asdict(), **entry._asdict()}
-    return {name: value._asdict() if isinstance(value, Config) else value for name, value in plain.items()}
+def as_json(entry: Entry) -> dict[str, Any]:
+    """The fields, with configurations by name."""
+    return {**entry._asdict(), "config": entry.config._asdict(), "default": entry.default._asdict()}
 
 
 def _from_json(item: Any) -> tuple[Key, Entry]:
-    fields = {name: item[name] for name in (*Key._fields, *Entry._fields)}
-    for name in ("formats", "dtypes"):
-        fields[name] = tuple(map(_text, fields[name]))
-    for name in ("kernel", "preamble", "size", "triton", "source", "measured"):
-        _text(fields[name])
-    for name in ("config", "default"):
-        fields[name] = config.from_fields(fields[name])
-    for name in ("microseconds", "default_microseconds"):
-        fields[name] = float(fields[name])
-    return Key(*[fields[name] for name in Key._fields]), Entry(*[fields[name] for name in Entry._fields])
+    fields: list[Any] = [tuple(x) if isinstance(x := item[name], list) else x for name in Key._fields]
+    key = Key(*fields)
+    hash(key)  # TypeError for anything but text and numbers
+    times = float(item["microseconds"]), float(item["default_microseconds"])
+    configs = from_fields(item["config"]), from_fields(item["default"])
+    return key, Entry(configs[0], times[0], configs[1], times[1], str(item["measured"]))
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.60} must be text")
-    return value
-
-
-def _no_folder() -> str:
-    return "there is no home directory; set TRITOPT_CACHE_DIR to a folder"
-
-
-def _warn_of(path: Path, contents: _Contents) -> None:
-    if contents.problem:
-        _warn_once(path, f"tritopt does not use {path}, {contents.problem}")
-
-
-_WARNED: set[Path | str] = set()
+_WARNED: set[str] = set()
 _LOCK = threading.Lock()
 
 
-def _warn_once(about: Path | str, message: str) -> None:
+def _warn_once(message: str) -> None:
     with _LOCK:
-        if about in _WARNED:
+        if message in _WARNED:
             return
-        _WARNED.add(about)
+        _WARNED.add(message)
     warn(message)

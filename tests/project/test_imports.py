@@ -1,0 +1,76 @@
+"""The graph of imports: rooms import one way only, and no files import each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ["kernels", "engine", "rule", "lr_scheduler", "mxnet", "optimizers", "optim", "tools", "commands"]
+"""Each may import from itself and from those before it."""
+STRANGERS = [("mxnet", "optim"), ("optim", "mxnet")]
+"""Faces that do not know of each other."""
+
+
+def files() -> dict[str, Path]:
+    """The package's modules by name, but for the package itself and the command line, which know all."""
+    own = [path for path in (ROOT / "tritopt").rglob("*.py") if "kernels" not in path.parts]
+    found = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in own}
+    device = {
+        ".".join(("tritopt", *path.relative_to(ROOT).with_suffix("").parts)): path
+        for path in (ROOT / "kernels").rglob("*.py")
+    }
+    every = {name.removesuffix(".__init__"): path for name, path in {**found, **device}.items()}
+    return {name: path for name, path in every.items() if name not in ("tritopt", "tritopt.__main__")}
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports() -> dict[str, set[str]]:
+    """Modules that each module imports anywhere in it, but for what only a type checker reads."""
+    known = files()
+    found: dict[str, set[str]] = {}
+    for name, path in known.items():
+        targets = found.setdefault(name, set())
+        tree = ast.parse(path.read_text())
+        unread = {inner for node in ast.walk(tree) if is_for_types(node) for inner in ast.walk(node)}
+        for node in ast.walk(tree):
+            if node in unread:
+                continue
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names if alias.name in known}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    targets |= {full} if full in known else {node.module} & known.keys()
+        targets.discard(name)
+    return found
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+def test_rooms_import_one_way() -> None:
+    arrows = {(room(a), room(b), a, b) for a, targets in imports().items() for b in targets}
+    assert {a for a, *_ in arrows} <= set(ROOMS)
+    upward = [f"{a} imports {b}" for of, to, a, b in arrows if ROOMS.index(of) < ROOMS.index(to)]
+    assert not sorted(upward)
+    assert not [f"{a} imports {b}" for of, to, a, b in arrows if (of, to) in STRANGERS]
+
+
+def test_no_files_import_each_other() -> None:
+    graph = imports()
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        assert name not in path, "a circle of imports: " + " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
