@@ -30,7 +30,7 @@ Reference = TypeVar("Reference", bound=Callable[..., Any])
 
 
 class Rule:
-    """What an optimizer computes; how a face of the package asks for it is no business of a rule.
+    """Mathematics of an optimizer; how a face of the package asks for it is no business of a rule.
 
     A subclass declares `phases`, `state_names` and `preamble`, and defines `scalars` and `reference`; its constructor
     takes and checks hyperparameters, but for the learning rate and the weight decay, which come with each parameter.
@@ -73,7 +73,7 @@ class Rule:
 
     @property
     def preamble(self) -> str:
-        """What is done to the gradient first, a key of kernels/preambles.py.
+        """Treatment of the gradient before the update, a key of kernels/preambles.py.
 
         "coupled": clip(rescale g) + wd w. "decoupled": clip(rescale g), and wd is left to the update.
         """
@@ -91,7 +91,7 @@ class Rule:
 
     @property
     def state_kinds(self) -> Mapping[str, str | None]:
-        """What may be stored in fewer bits, by name: SIGNED or SQUARES of kernels/formats/states.py.
+        """Kinds of states that may be stored in fewer bits, by name: SIGNED or SQUARES of kernels/formats/states.py.
 
         A state that is not here stays as it is: a number per row or column, which takes no memory; a largest value so
         far, which rounding would only raise; and what the weight itself is computed from.
@@ -110,7 +110,7 @@ class Rule:
         return self.scalars(lr, wd, count, *numbers)
 
     def factors(self, name: str, counts: torch.Tensor) -> torch.Tensor:
-        """What the scalar state `name` of parameters is multiplied by at these counts, fp64 [parameters]."""
+        """Factors that the scalar state `name` of parameters is multiplied by at these counts, fp64 [parameters]."""
         raise NotImplementedError(f"{type(self).__name__} defines no factors() of {name}")
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any) -> tuple[torch.Tensor, Values]:

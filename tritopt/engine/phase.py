@@ -48,7 +48,7 @@ class Tunable(Phase, Protocol):
 
 
 class Launch(NamedTuple):
-    """What the tasks of one step have in common."""
+    """Settings that the tasks of one step have in common."""
 
     phases: Sequence[Phase]
     scalars: type
@@ -63,7 +63,7 @@ class Launch(NamedTuple):
     draws: bool = False
     """Whether storing takes random bits; rows then end with the step."""
     tracked: list[Tracked] | None = None
-    """What the phases sum up of gradients and updates; None: nothing."""
+    """Receives what the phases sum up of gradients and updates; None: they sum up nothing."""
     reduce: Reduce | None = None
     """Completes sums whose tensors are sharded over processes, between phases."""
     config: Config | None = None

@@ -79,7 +79,7 @@ class Optimizer(Update):
 
     supports_lazy_update: ClassVar[bool] = False
     rule: ClassVar[type[Rule]]
-    """What is computed; the class itself where it was written as one."""
+    """Rule that is computed; the class itself where it was written as one."""
 
     def __init_subclass__(cls, learning_rate: float | None = None, **kwargs: Any) -> None:
         """Give a rule this API. learning_rate: the default, where the class's first base is a rule."""
@@ -259,7 +259,7 @@ class Optimizer(Update):
         return repeated is not None
 
     def _repeated(self, key: str, indices: Any, weights: Any, grads: Any, states: Any) -> Repeated | None:
-        """What these lists repeat, without the parameters whose gradient is None."""
+        """The earlier update that these lists repeat, without the parameters whose gradient is None."""
         if self._overrides_step() or not isinstance(indices, list | tuple):
             return None
         lists = [indices, weights, grads, states]

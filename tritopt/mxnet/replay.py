@@ -76,7 +76,7 @@ class Replay:
         }
 
     def repeated(self, opt: Update, weights: list[Any], grads: list[Any], states: list[State]) -> Repeated | None:
-        """What an update of these tensors repeats, if it is this one again; then takes the gradients' addresses."""
+        """Tell whether an update of these tensors is this one again; then take the gradients' addresses."""
         if self._kept_are is None or self._grads_are is None or len(grads) != len(self._grads):
             return None
         if _settings(opt) != self._settings or not _are_tensors(weights) or not _are_tensors(grads):
@@ -121,7 +121,7 @@ class Repeated(NamedTuple):
 
 
 def _settings(opt: Update) -> tuple[Any, ...]:
-    """What decides, beside tensors, which launches an update takes, and what they store."""
+    """Attributes that decide, beside tensors, which launches an update takes, and what they store."""
     return (
         opt.phases,
         opt.preamble,
@@ -140,7 +140,7 @@ def _are_tensors(values: Sequence[Any]) -> bool:
 
 
 def _flattened(states: Sequence[State]) -> tuple[list[Any], list[Any]]:
-    """What stands in some states, in an order that depends on their structure alone; and that structure."""
+    """Tensors of some states, in an order that depends on their structure alone; and that structure."""
     found: list[Any] = list(states)
     structure: list[Any] = [list(map(type, found))]
     while tuple in (kinds := set(structure[-1])):

@@ -124,7 +124,7 @@ class States(Rates):
         return [tuple(values)] if is_one else values
 
     def _format_of(self, index: Hashable, weight: torch.Tensor) -> Format:
-        """How the weight is stored. ValueError if `master` does not go with it."""
+        """Storage format of the weight. ValueError if `master` does not go with it."""
         if not (self.multi_precision and self.master is not None and is_low_precision(weight.dtype)):
             return PLAIN
         fmt = MASTERS[self.master]
@@ -215,7 +215,7 @@ def is_planes(value: Any) -> bool:
 
 
 def structure(state: Any) -> str:
-    """What a state is, for an error message."""
+    """Description of a state, for an error message."""
     if isinstance(state, torch.Tensor):
         return f"a {str(state.dtype).removeprefix('torch.')} tensor of shape {tuple(state.shape)}"
     if isinstance(state, tuple | list):

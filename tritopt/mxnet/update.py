@@ -293,5 +293,5 @@ class Update(States):
 
 
 def _key(name: str, indices: Sequence[Hashable], weights: Sequence[Any]) -> Hashable:
-    """What an update is kept under: an optimizer may serve as many devices as it has updaters."""
+    """Key that an update is kept under: an optimizer may serve as many devices as it has updaters."""
     return name, getattr(next(iter(weights), None), "device", None), tuple(indices)

@@ -1,4 +1,4 @@
-"""What the optimizers that torch lacks have in common: torch's keyword arguments, and its checks."""
+"""Base of the optimizers that torch lacks: torch's keyword arguments, and its checks."""
 
 from __future__ import annotations
 

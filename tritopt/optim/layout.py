@@ -1,4 +1,4 @@
-"""How one parameter is kept: its format, those of its states, and what stands in its state."""
+"""Layout of one parameter: its format, those of its states, and what stands in its state."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Layouts:
         )
 
     def _format_of(self, param: torch.Tensor, group: dict[str, Any], rule: Rule) -> Format:
-        """How the parameter is stored. ValueError if its group wants a master that does not go with its dtype."""
+        """Storage format of the parameter. ValueError if its group wants a master that does not go with its dtype."""
         if not (group["multi_precision"] and group["master"] is not None and is_low_precision(param.dtype)):
             return PLAIN
         if group["master"] == AUTO:
@@ -169,7 +169,7 @@ class Layouts:
 
 
 def _state_formats(param: torch.Tensor, group: dict[str, Any], kinds: Mapping[str, str | None]) -> dict[str, Format]:
-    """How each state of a parameter is stored, in the rule's order. ValueError if its group says what cannot be."""
+    """Storage format of each state of a parameter, in the rule's order. ValueError if its group says what cannot be."""
     choice = checked(group["state_dtype"])
     formats = formats_of(choice, kinds)
     if choice not in (None, FP32) and param.dtype == torch.float64:
@@ -181,7 +181,7 @@ def _state_formats(param: torch.Tensor, group: dict[str, Any], kinds: Mapping[st
 
 
 def _spread(param: torch.Tensor) -> Hashable:
-    """How a parameter is spread over processes; None if it is not."""
+    """Mesh and placements of a parameter that is spread over processes; None if it is not."""
     return (param.device_mesh, tuple(param.placements)) if is_dtensor(param) else None
 
 

@@ -26,7 +26,7 @@ class ParamGroup(dict[str, Any]):
 
 
 def saved(group: Mapping[str, Any], unsaved: Collection[str]) -> dict[str, Any]:
-    """What a checkpoint holds of a group: what torch's does, and a bound if there is one."""
+    """The part of a group that a checkpoint holds: what torch's does, and a bound if there is one."""
     return {
         name: value
         for name, value in group.items()

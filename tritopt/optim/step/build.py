@@ -65,7 +65,7 @@ class Build:
             for key, places in _by_launch(members, tasks, rates, fused).items()
         ]
         self.reduce: ShardSums | None = None
-        """Of the gradients' norm, once it was asked for."""
+        """Reduction of the gradients' norm over processes; None until it was asked for."""
         self.positions = [member.position for member in self.members]
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
@@ -74,13 +74,13 @@ class Build:
         return squares(self._planner, self._key, params, grads, reduce)
 
     def host_rows(self, bucket: Bucket, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
-        """Of the bucket's members."""
+        """Scalars of the bucket's members."""
         return host_rows(bucket.runs, hypers, numbers, bucket.draws)
 
     def launch_of(
         self, bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]
     ) -> Launch:
-        """Of a bucket."""
+        """Make the launch of a bucket."""
         return launch_for(bucket, scalars, shard_sums)
 
     @property

@@ -1,4 +1,4 @@
-"""What a step asks of the optimizer that it is of."""
+"""The optimizer, as a step asks it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Owner(Protocol):
         ...
 
     def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
-        """How a parameter of a group is kept."""
+        """Derive how a parameter of a group is kept."""
         ...
 
     def check_group(self, group: dict[str, Any]) -> None:
