@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeAlias
 
@@ -43,6 +44,19 @@ class BeyondTorch(Optimizer):
         "differentiable": False,
         "fused": None,
     }
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show torch's keywords in the signature of a constructor that takes them among its options."""
+        super().__init_subclass__(**kwargs)
+        init: Any = vars(cls).get("__init__")
+        given = list(inspect.signature(init).parameters.values()) if init else []
+        if given and given[-1].kind is inspect.Parameter.VAR_KEYWORD and given[-1].name == "options":
+            of_torch = [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+                for name, default in cls.keywords.items()
+                if name not in {parameter.name for parameter in given}
+            ]
+            init.__signature__ = inspect.Signature([*given[:-1], *of_torch, given[-1]])
 
     def __init__(self, params: Params, options: Keywords, lr: Rate, weight_decay: float, **own: Any) -> None:
         given: dict[str, Any] = dict(options)

@@ -57,7 +57,6 @@ def arguments_of(cls: Any) -> Mapping[str, Any]:
 def _arguments_of(cls: Any) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     for base in cls.__mro__:
-        found.update(vars(base).get("keywords", {}))
         init = vars(base).get("__init__")
         parameters = inspect.signature(init).parameters if inspect.isfunction(init) else {}
         for name, parameter in parameters.items():
