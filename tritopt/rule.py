@@ -170,6 +170,8 @@ class Rule:
                 return
         w = task.format.decode([plane.resolve_neg() for plane in task.weight], dtype)
         g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
+        if g is task.grad:  # where nothing was done to it: a reference may write to what it is given
+            g = g.clone()
         if noise is not None:
             # A kernel that reads offsets runs on tensors that lie in the usual order.
             noise = noise._replace(row_major=any(isinstance(p, Apply) and p.reads_offsets for p in self.phases))

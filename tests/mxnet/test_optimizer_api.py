@@ -1017,3 +1017,16 @@ def test_hyperparameters_may_be_assigned_between_steps(fused: bool) -> None:
     for index in (1, 1):
         opt.update([index], weights[1:], [torch.ones(2)], states[1:])
     assert weights[1].tolist() == [-2.25, -2.25]
+
+
+class Named:
+    """Something that a user mixes in."""
+
+
+class Mixed(Named, tritopt.SGD):
+    pass
+
+
+def test_a_class_that_mixes_something_in_is_its_own_rule() -> None:
+    assert Mixed.rule is Mixed
+    assert Mixed(0.5, momentum=0.9).momentum == 0.9

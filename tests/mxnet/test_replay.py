@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -305,3 +305,35 @@ def test_a_replay_holds_no_tensor_alive() -> None:
     scene.weights, scene.grads = [], []
     scene.updater.states.clear()
     assert not [ref for ref in (*states, *gone) if ref() is not None]
+
+
+class Moments(NamedTuple):
+    """States as a user may keep them."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+
+
+class Marked(torch.Tensor):
+    """A tensor that is more than its memory."""
+
+
+@pytest.mark.parametrize("kind", [Moments, tuple])
+def test_states_in_a_tuple_of_any_class_are_followed(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = counts_replays(monkeypatch)
+    opt = tritopt.create("adamw")
+    weight, state = torch.ones(4), [torch.zeros(4), torch.zeros(4)]
+    for _ in range(3):
+        opt.update([0], [weight], [torch.ones(4)], [kind(*state) if kind is Moments else tuple(state)])
+    assert len(made) == 2
+    assert opt.num_update == 3
+
+
+def test_a_tensor_of_another_class_is_updated_and_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = counts_replays(monkeypatch)
+    opt = tritopt.create("sgd", learning_rate=1.0)
+    weight = torch.zeros(4).as_subclass(Marked)
+    for _ in range(2):
+        opt.update([0], [weight], [torch.ones(4)], [None])
+    assert weight.tolist() == [-2.0] * 4
+    assert not made

@@ -581,3 +581,11 @@ def test_truncated_bytes_are_refused() -> None:
     data = updater.get_states(dump_optimizer=True)
     for length in range(0, len(data), 997):
         assert_refused(data[:length])
+
+
+def test_indices_of_numpys_bytes_are_decoded() -> None:
+    updater = tritopt.get_updater(tritopt.create("sgd"))
+    indices: list[Any] = [np.bytes_(b"weight")]
+    updater(indices, [torch.ones(2)], [torch.ones(2)])
+    assert indices == ["weight"]
+    assert list(updater.states) == ["weight"]

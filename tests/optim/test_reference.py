@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -167,3 +167,31 @@ def test_a_replayed_reference_follows_what_a_built_one_does(monkeypatch: pytest.
     theirs = run()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+class InPlace(tritopt.SGD):
+    """A user's, who writes to what it is given, as code for PyTorch does."""
+
+    def reference(self, w: Any, g: Any, state: Any, s: Any) -> Any:
+        return w - g.mul_(s.lr), state
+
+
+class TorchInPlace(optim.Optimizer):
+    rule = InPlace
+    arguments: ClassVar = {}
+
+    def __init__(self, params: Any, lr: float = 0.5, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "fused": False}, options)  # type: ignore[arg-type]
+
+
+def test_a_reference_that_writes_to_its_gradient_does_not_write_to_the_callers() -> None:
+    weight, grad = torch.ones(4), torch.ones(4)
+    opt = InPlace(learning_rate=0.5, use_fused_step=False)
+    opt.update([0], [weight], [grad], [None])
+    assert weight.tolist() == [0.5] * 4
+    assert grad.tolist() == [1.0] * 4
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    TorchInPlace([param]).step()
+    assert param.tolist() == [0.5] * 4
+    assert param.grad.tolist() == [1.0] * 4

@@ -695,3 +695,22 @@ def test_replaced_states_are_given_back(how: str) -> None:
     assert [ref() for ref in gone] == [None] * len(gone)
     set_grads(params, 3)
     opt.step()
+
+
+def test_a_parameter_that_moved_while_it_had_no_gradient_is_checked_again() -> None:
+    """Into another's memory, before a set of gradients that was not there yet: it would be updated twice."""
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(4)]
+    opt = optim.AdamW(params, lr=0.1)
+
+    def step(*with_gradient: int) -> None:
+        for i, param in enumerate(params):
+            param.grad = torch.ones(4) if i in with_gradient else None
+        opt.step()
+
+    step(0, 1, 2, 3)
+    step(0, 2)
+    params[1].data = params[0].data
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match="memory"):
+        step(0, 1)
+    assert torch.equal(params[0], before)

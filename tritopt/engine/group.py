@@ -57,7 +57,7 @@ class Group:
     formats: tuple[Format, ...]
     """Of the weight and of each state."""
     dtypes: tuple[torch.dtype, ...]
-    """Of the pointer table's columns: the weight's planes, gradient, states, and int64 if `has_rows`."""
+    """Dtypes of the pointer table's columns: the weight's planes, gradient, states, and int64 if `has_rows`."""
     shapes: list[torch.Size]
     """Of the members' gradients."""
     noise: list[tuple[int, int, int, int]] = field(default_factory=list)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -17,9 +16,10 @@ from tritopt.engine.warning import warn
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32
 from tritopt.mxnet import registry
+from tritopt.mxnet.constructor import constructor_of, unknown_keywords
 from tritopt.mxnet.rates import initial_lr
 from tritopt.mxnet.replay import Repeated
-from tritopt.mxnet.settings import check_settings, parameters_of
+from tritopt.mxnet.settings import check_settings
 from tritopt.mxnet.states import checked_master, checked_state_dtype
 from tritopt.mxnet.update import Update
 from tritopt.rule import Rule
@@ -85,10 +85,11 @@ class Optimizer(Update):
         """Give a rule this API. learning_rate: the default, where the class's first base is a rule."""
         super().__init_subclass__(**kwargs)
         rule: Any = cls.__bases__[0]
-        cls.rule = cls if issubclass(rule, Optimizer) else rule
+        is_given_api = issubclass(rule, Rule) and not issubclass(rule, Optimizer)
+        cls.rule = rule if is_given_api else cls
         if learning_rate is not None and "__init__" not in vars(cls):
-            cls.__init__ = _constructor(cls, rule, learning_rate)  # type: ignore[method-assign]
-        if cls.__doc__ is None and not issubclass(rule, Optimizer):
+            cls.__init__ = constructor_of(cls, rule, learning_rate)  # type: ignore[method-assign]
+        if cls.__doc__ is None and is_given_api:
             cls.__doc__ = rule.__doc__
 
     def __init__(
@@ -115,7 +116,7 @@ class Optimizer(Update):
         if lazy_update and not self.supports_lazy_update:
             unknown["lazy_update"] = lazy_update
         if unknown:
-            raise TypeError(_unknown_keywords(type(self), unknown))
+            raise TypeError(unknown_keywords(type(self), unknown))
         if lazy_update and use_fused_step is False:
             raise ValueError("lazy_update=True needs a fused step: drop use_fused_step=False")
         validate.rescale(rescale_grad)
@@ -315,26 +316,6 @@ def optimizer_of(rule: Rule) -> Optimizer:
     made = with_api(type(rule))()
     vars(made).update(vars(rule))
     return made
-
-
-def _constructor(cls: type[Optimizer], rule: type, default: float) -> Any:
-    """`__init__` with the learning rate first, then what the rule's takes."""
-
-    def __init__(self: Any, learning_rate: float | None = default, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        super(cls, self).__init__(*args, learning_rate=learning_rate, **kwargs)
-
-    first, *rest = inspect.signature(__init__).parameters.values()
-    of_rule = [p for p in inspect.signature(rule).parameters.values() if p.name != "common"]
-    keywords = rest[-1]
-    __init__.__signature__ = inspect.Signature([first, rest[0], *of_rule, keywords])  # type: ignore[attr-defined]
-    return __init__
-
-
-def _unknown_keywords(cls: type[Optimizer], unknown: Iterable[str]) -> str:
-    names = {name for base in cls.__mro__[:-1] for name in parameters_of(vars(base).get("__init__"))}
-    known = sorted(names if cls.supports_lazy_update else names - {"lazy_update"})
-    found = [f"{name!r}{validate.did_you_mean(name, known)}" for name in unknown]
-    return f"{cls.__name__}() has no argument {' '.join(found)} known: {', '.join(known)}"
 
 
 def _with_gradients(

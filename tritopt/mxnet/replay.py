@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from itertools import chain
 from types import NoneType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tritopt.engine.group import Group, Rows
 from tritopt.engine.phase import Launch, run_phases
-from tritopt.engine.plan import Task
 from tritopt.engine.replay import table_of
 from tritopt.engine.walk import n_words, walk
+from tritopt.mxnet.states import States
 from tritopt.rule import State
-
-if TYPE_CHECKING:
-    from tritopt.mxnet.update import Update
 
 
 class Launched(NamedTuple):
@@ -43,18 +40,16 @@ class Replay:
     Args:
         opt: the optimizer.
         indices, weights, grads, states: the arguments of the update.
-        tasks: what was made of them.
         launched: its launches.
     """
 
     def __init__(
         self,
-        opt: Update,
+        opt: States,
         indices: Sequence[Hashable],
         weights: Sequence[torch.Tensor],
         grads: Sequence[torch.Tensor],
         states: Sequence[State],
-        tasks: Sequence[Task],
         launched: list[Launched],
     ) -> None:
         self.indices = list(indices)
@@ -75,15 +70,15 @@ class Replay:
             for one in launched
         }
 
-    def repeated(self, opt: Update, weights: list[Any], grads: list[Any], states: list[State]) -> Repeated | None:
+    def repeated(self, opt: States, weights: list[Any], grads: list[Any], states: list[State]) -> Repeated | None:
         """Tell whether an update of these tensors is this one again; then take the gradients' addresses."""
         if self._kept_are is None or self._grads_are is None or len(grads) != len(self._grads):
             return None
-        if _settings(opt) != self._settings or not _are_tensors(weights) or not _are_tensors(grads):
+        if _settings(opt) != self._settings or not are_plain(grads):
             return None
         of_states, structure = _flattened(states)
         kept = [*weights, *of_states]
-        if structure != self._structure or not _are_tensors(of_states) or len(kept) != len(self._kept_at):
+        if structure != self._structure or not are_plain(kept) or len(kept) != len(self._kept_at):
             return None
         if not self._walk.are(kept, self._kept_are, self._kept_at):
             return None
@@ -120,7 +115,7 @@ class Repeated(NamedTuple):
     """Tensors of weights and states."""
 
 
-def _settings(opt: Update) -> tuple[Any, ...]:
+def _settings(opt: States) -> tuple[Any, ...]:
     """Attributes that decide, beside tensors, which launches an update takes, and what they store."""
     return (
         opt.phases,
@@ -135,17 +130,25 @@ def _settings(opt: Update) -> tuple[Any, ...]:
     )
 
 
-def _are_tensors(values: Sequence[Any]) -> bool:
-    return all(issubclass(cls, torch.Tensor) for cls in set(map(type, values)))
+def are_plain(values: Sequence[Any]) -> bool:
+    """Whether all are of torch's own two classes of tensors, which lie where they say."""
+    return set(map(type, values)) <= {torch.Tensor, torch.nn.Parameter}
+
+
+def can_be_replayed(weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], states: Sequence[State]) -> bool:
+    """Whether an update of these can be described by where its tensors are."""
+    return are_plain([*weights, *grads, *_flattened(states)[0]])
 
 
 def _flattened(states: Sequence[State]) -> tuple[list[Any], list[Any]]:
     """Tensors of some states, in an order that depends on their structure alone; and that structure."""
     found: list[Any] = list(states)
     structure: list[Any] = [list(map(type, found))]
-    while tuple in (kinds := set(structure[-1])):
-        tuples = found if len(kinds) == 1 else [value for value in found if type(value) is tuple]
-        others = [] if len(kinds) == 1 else [value for value in found if type(value) is not tuple]
+    kinds = set(structure[-1])
+    while any(issubclass(kind, tuple) for kind in kinds):
+        tuples = found if len(kinds) == 1 else [value for value in found if isinstance(value, tuple)]
+        others = [] if len(kinds) == 1 else [value for value in found if not isinstance(value, tuple)]
         found = others + list(chain.from_iterable(tuples))
         structure += [list(map(len, tuples)), list(map(type, found))]
+        kinds = set(structure[-1])
     return [value for value in found if value is not None] if NoneType in kinds else found, structure

@@ -12,7 +12,7 @@ from tritopt.engine import validate
 from tritopt.mxnet.rates import Rates
 
 if TYPE_CHECKING:
-    from tritopt.mxnet.optimizer import Optimizer
+    from tritopt.mxnet.update import Update
 
 
 def parameters_of(function: Callable[..., Any] | None) -> list[str]:
@@ -35,7 +35,7 @@ def _hyperparameters(cls: Any) -> dict[Any, tuple[str, ...]]:
     return {one: tuple(parameters_of(vars(one).get("__init__"))) for one in own if not issubclass(one, Rates)}
 
 
-def check_settings(opt: Optimizer) -> None:
+def check_settings(opt: Update) -> None:
     """Raise what the constructor raises for a value that one of its arguments now has as an attribute.
 
     The package's own rules are asked by making another one of these values; a user's constructor may do more than

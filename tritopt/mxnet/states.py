@@ -23,6 +23,9 @@ class States(Rates):
     multi_precision: bool
     master: str | None
     state_dtype: Choice
+    rounding_seed: int
+    track: bool
+    use_fused_step: bool | None
 
     def _check_settings(self) -> None:
         raise NotImplementedError

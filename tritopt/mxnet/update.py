@@ -22,7 +22,7 @@ from tritopt.engine.walk import warn_if_slow
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.telemetry import measure
 from tritopt.kernels.twins.random import STEPS, Noise
-from tritopt.mxnet.replay import Launched, Repeated, Replay
+from tritopt.mxnet.replay import Launched, Repeated, Replay, can_be_replayed
 from tritopt.mxnet.sparse import StandIn
 from tritopt.mxnet.states import States, is_planes, structure
 from tritopt.rule import State, Values
@@ -51,9 +51,8 @@ class Update(States):
 
     rescale_grad: float | torch.Tensor
     lazy_update: bool
-    track: bool
-    use_fused_step: bool | None
-    rounding_seed: int
+    aggregate_num: float
+    _checked: tuple[Any, ...]
     _tracker: Tracker
     _sizes: dict[Hashable, int]
     _known_scalars: dict[tuple[float, float, int], tuple[float, ...]]
@@ -89,15 +88,16 @@ class Update(States):
             if task.grad.layout != torch.strided
         }
         tasks = [sparse[i].task if i in sparse else task for i, task in enumerate(tasks)]
-        if key is not None and any(on_kernel):  # only such updates are replayed
+        if key is not None and any(on_kernel):  # the reference takes longer than any walk
             warn_if_slow()
         with self._counts_restored_on_error() as updates:
             self._update_count(list(indices))
             launched = self._apply(indices, tasks, on_kernel, updates)
         for stand_in in sparse.values():
             stand_in.write_back()
-        if key is not None and not sparse and sum(len(one.places) for one in launched) == len(tasks):
-            replay = Replay(self, indices, weights, grads, states, tasks, launched)
+        is_whole = not sparse and sum(len(one.places) for one in launched) == len(tasks)
+        if key is not None and is_whole and can_be_replayed(weights, grads, states):
+            replay = Replay(self, indices, weights, grads, states, launched)
             self._planner.replays.put(_key(key, indices, weights), replay, len(tasks))
 
     def _replay_of(

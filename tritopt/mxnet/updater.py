@@ -48,7 +48,7 @@ class Updater:
             index, grad, weight = [index], [grad], [weight]
         validate.same_length(indices=index, gradients=grad, weights=weight)
         indices = list(index)
-        if bytes in set(map(type, indices)):
+        if any(issubclass(kind, bytes) for kind in set(map(type, indices))):
             indices = [_decoded(i) for i in index]
             if isinstance(index, list):
                 index[:] = indices

@@ -19,13 +19,13 @@ from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTERS
 from tritopt.optim import checkpoint
 from tritopt.optim.convert import sendable
-from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, check_flag, floats, plain, torch_defaults
+from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, floats, plain, torch_defaults
 from tritopt.optim.distributed import like, local
 from tritopt.optim.layout import AUTO, Layout, Layouts, checked_master
 from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.options import Options as Options
 from tritopt.optim.origin import CLASSES
-from tritopt.optim.param_group import ParamGroup, saved
+from tritopt.optim.param_group import ParamGroup, check_settings, saved
 from tritopt.optim.step.members import Only, lives_on_device
 from tritopt.optim.step.stepper import Stepper
 from tritopt.rule import Rule
@@ -288,7 +288,7 @@ class Optimizer(torch.optim.Optimizer):
         before = self._checked.get(id(group), ())
         try:
             if len(now) != len(before) or not all(map(is_, now, before)):
-                self._check_settings(group)
+                check_settings(type(self), self.defaults, group)
             # As the step does, which reads a rate on the device under capturable.
             if not (group["capturable"] and isinstance(group["lr"], torch.Tensor)):
                 self._check_rate("lr", group["lr"])
@@ -300,22 +300,6 @@ class Optimizer(torch.optim.Optimizer):
         if len(self._checked) > MAX_RULES:
             self._checked.clear()
         self._checked[id(group)] = now
-
-    def _check_settings(self, group: dict[str, Any]) -> None:
-        """ValueError unless a group has all keys, and flags, formats and bounds that the constructor takes."""
-        missing = [name for name in self.defaults if name not in group]
-        if missing:
-            raise ValueError(
-                f"a param_group lacks {missing[0]!r}: give it a value, such as the default of this "
-                f"{type(self).__name__}, {self.defaults[missing[0]]!r}"
-            )
-        for name, default in arguments_of(type(self)).items():
-            if isinstance(default, bool) or (name in ("foreach", "fused") and group.get(name) is not None):
-                check_flag(name, group.get(name, default))
-        check_flag("multi_precision", group["multi_precision"])
-        checked_master(group["master"])
-        checked(group["state_dtype"])
-        validate.clip_bound("clip_value", group["clip_value"])
 
     def _check_rate(self, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor) and value.numel() == 1:

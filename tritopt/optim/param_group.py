@@ -1,9 +1,14 @@
-"""Param_groups that hold more than checkpoints do."""
+"""Param_groups: what they hold beside what checkpoints do, and whether their settings can be."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+
+from tritopt.engine import validate
+from tritopt.engine.state_dtype import checked
+from tritopt.optim.defaults import arguments_of, check_flag
+from tritopt.optim.layout import checked_master
 
 
 class ParamGroup(dict[str, Any]):
@@ -32,3 +37,20 @@ def saved(group: Mapping[str, Any], unsaved: Collection[str]) -> dict[str, Any]:
         for name, value in group.items()
         if name not in unsaved and not (name == "clip_value" and value is None)
     }
+
+
+def check_settings(cls: type, defaults: Mapping[str, Any], group: dict[str, Any]) -> None:
+    """ValueError unless a group has all keys, and flags, formats and bounds that the constructor takes."""
+    missing = [name for name in defaults if name not in group]
+    if missing:
+        raise ValueError(
+            f"a param_group lacks {missing[0]!r}: give it a value, such as the default of this "
+            f"{cls.__name__}, {defaults[missing[0]]!r}"
+        )
+    for name, default in arguments_of(cls).items():
+        if isinstance(default, bool) or (name in ("foreach", "fused") and group.get(name) is not None):
+            check_flag(name, group.get(name, default))
+    check_flag("multi_precision", group["multi_precision"])
+    checked_master(group["master"])
+    checked(group["state_dtype"])
+    validate.clip_bound("clip_value", group["clip_value"])

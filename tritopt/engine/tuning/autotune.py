@@ -72,7 +72,7 @@ class Variant(NamedTuple):
     """Sums per tensor that it receives."""
 
     def key(self, size: int) -> Key:
-        """What a configuration of it is kept under."""
+        """Key under which the cache keeps a configuration of this variant."""
         return Key(
             self.phase.kernels[0],
             self.launch.preamble,
@@ -97,7 +97,7 @@ class Variant(NamedTuple):
         return self.phase.traffic((weight_read, sum(sizes[:n_planes])), sizes[n_planes], sum(sizes[n_planes + 1 :]))
 
     def per_element(self) -> list[float]:
-        """Of each tensor, how many numbers there are for an element."""
+        """Numbers that each tensor has per element of the weight."""
         planes = [[1.0] * (fmt.n_planes - 1) + [1 / fmt.block if fmt.block else 1.0] for fmt in self.formats]
         return [*planes[0], 1.0, *(n for state in planes[1:] for n in state)]
 
@@ -155,7 +155,7 @@ def gpu_of(device: torch.device) -> str | None:
 
 
 class Tuned(NamedTuple):
-    """What `tune` found."""
+    """Result of measuring a variant."""
 
     entry: Entry
     bytes_moved: float
@@ -324,5 +324,5 @@ def _lengths(size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def _spaced(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Where each tensor begins, and the end of the last."""
+    """Offsets at which the tensors begin, in elements, and the end of the last."""
     return np.concatenate([[0], np.cumsum(-(-lengths // _ALIGN) * _ALIGN)]).astype(np.int64)

@@ -26,7 +26,7 @@ _ABOUT = "tritopt: launch configurations measured on this GPU; may be deleted, `
 
 
 class Key(NamedTuple):
-    """What a configuration was measured for, beside the GPU."""
+    """Circumstances that a configuration was measured for, beside the GPU."""
 
     kernel: str
     """The update function."""
@@ -34,7 +34,7 @@ class Key(NamedTuple):
     formats: tuple[str, ...]
     """Names, of the weight and of each state."""
     dtypes: tuple[str, ...]
-    """Of the weight's planes, the gradient and the states' planes."""
+    """Dtypes of the weight's planes, of the gradient and of the states' planes, in this order."""
     size: int
     """Elements of the list, as `config.size_of` has them."""
     triton: str
@@ -44,7 +44,7 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What was found."""
+    """Configuration that was measured as the fastest, and its times."""
 
     config: Config
     microseconds: float

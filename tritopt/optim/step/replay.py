@@ -33,17 +33,17 @@ _NO_ROW = np.array([[1.0, np.inf, 0.0]])
 
 
 class _Update(NamedTuple):
-    """What a bucket's update is made with."""
+    """Tables, scalars and launch of a bucket's update."""
 
     tables: list[ReplayTable]
-    """Those of its groups; none where the reference updates it."""
+    """Tables of its groups; none where the reference updates it."""
     rows: HostRows
     launches: list[Launch]
     """At most one element; empty until first use."""
 
 
 class Replay:
-    """Built after a step that was launched without copies. See the module.
+    """A step that was built, and made without copies, to be made again. See the module.
 
     Args:
         planner: of the optimizer.
@@ -72,7 +72,7 @@ class Replay:
         stripped = {id(member): new for member, new in zip(members, self.members, strict=True)}
         self.positions = [member.position for member in members]
         self.reduce: ShardSums | None = None
-        """Of the gradients' norm, once it was asked for."""
+        """Reduction of the gradients' norm over processes; None until it was asked for."""
         self.buckets = [bucket for bucket, _ in launched]
         for bucket in self.buckets:
             bucket.runs[:] = [[stripped[id(member)] for member in some] for some in bucket.runs]
@@ -146,13 +146,13 @@ class Replay:
         return self._planner.squares_of(groups, len(self.members), self.device, reduce if reduce else None)
 
     def host_rows(self, bucket: Bucket, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
-        """Of the bucket's members."""
+        """Scalars of the bucket's members."""
         return self._updates[id(bucket)].rows.rows(hypers, numbers)
 
     def launch_of(
         self, bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]
     ) -> Launch:
-        """Of a bucket; the same each time."""
+        """Make the launch of a bucket, the first time; the same after that."""
         launches = self._updates[id(bucket)].launches
         if not launches:
             launches.append(self._planner.configured(launch_for(bucket, scalars, shard_sums)))
@@ -162,10 +162,10 @@ class Replay:
         """Update the bucket's parameters."""
         if not bucket.is_fused:
             members = [member for some in bucket.runs for member in some]
+            grads: list[Any] = [member.param.grad for member in members]
             tasks = [
-                complete_task(opt, member, member.param.detach(), member.param.grad, opt.state.get(member.param, {}))
-                for member in members
-                if member.param.grad is not None
+                complete_task(opt, member, member.param.detach(), grad, opt.state.get(member.param, {}))
+                for member, grad in zip(members, grads, strict=True)
             ]
             update_by_reference(members, tasks, rows, launch, undo)
             return

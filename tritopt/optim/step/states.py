@@ -31,20 +31,18 @@ class Complete:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Layout, tuple[int, ...], torch.device]] = {}
+        self._known: dict[int, tuple[Layout, int, tuple[int, ...], torch.device]] = {}
+        """Layout, address, strides and device of parameters, by position."""
         self._together: set[int] = set()
         """Positions of parameters that were found to share no memory with one another."""
 
     def has(self, member: Member) -> bool:
         """Whether nothing of the member's states is to be looked at again."""
         known, param = self._known.get(member.position), member.param
-        return (
-            known is not None
-            and known[0] is member.layout
-            and known[1] == param.stride()
-            and known[2] == param.device
-            and not is_dtensor(param)
-        )
+        if known is None or is_dtensor(param):
+            return False
+        # One that had no gradient meanwhile may have moved, also into another's memory.
+        return known[0] is member.layout and known[1:] == (param.data_ptr(), param.stride(), param.device)
 
     def has_all(self, members: Sequence[Member], others: Sequence[Member]) -> bool:
         """Whether the members, but for `others`, which are new, were checked together."""
@@ -53,7 +51,9 @@ class Complete:
     def add(self, members: Sequence[Member], others: Sequence[Member]) -> None:
         """Note members that were checked; `others` of them are new."""
         for member in others:
-            self._known[member.position] = member.layout, member.param.stride(), member.param.device
+            param = member.param
+            if not is_dtensor(param):
+                self._known[member.position] = member.layout, param.data_ptr(), param.stride(), param.device
         if len(members) >= len(self._together):
             self._together = {member.position for member in members}
 

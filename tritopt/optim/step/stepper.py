@@ -181,7 +181,7 @@ class Stepper:
         create_missing(opt, others, self._numbers, undo.replaced)
         tasks = [task_of(opt, member, is_known) for member, is_known in zip(members, known, strict=True)]
         fused = [runs_fused(opt, member) for member in members]
-        if any(fused):  # only such steps are repeated
+        if any(fused):  # the reference takes longer than any walk
             warn_if_slow()
         if opt.track:
             check_tracked(opt, members, fused)
