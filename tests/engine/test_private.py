@@ -10,7 +10,9 @@ import ctypes
 import gc
 import inspect
 import itertools
+import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,19 @@ def test_weak_keys_let_go() -> None:
 
 
 # The place of the C++ tensor is the word behind Python's own, which walk.c reads. What it calls, this calls as it does.
+
+
+def _can_build() -> bool:
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return sys.platform == "linux" and header.exists() and any(map(shutil.which, ("cc", "gcc", "clang")))
+
+
+@pytest.mark.skipif(not (HAS_TRITON and _can_build()), reason="nothing here can build walk.c")
+def test_a_machine_with_a_compiler_has_the_walk_in_c() -> None:
+    """Where it is missing, all other tests of it are skipped, and the warning of it is ignored."""
+    from tritopt.engine import walk
+
+    assert not walk.chosen().complaint
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="walk.c is for Linux")
