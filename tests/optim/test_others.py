@@ -98,7 +98,7 @@ def by_default(cls: Any) -> Case:
             arguments.update([(target, group[name])] if one else zip(target, group[name], strict=True))
     rule = cls.rule()
     states = {cls.state_keys.get(name, name) for name in rule.state_names}
-    return Case(cls, {}, cls.rule.__name__.lower(), arguments, states, rule.decays)
+    return Case(cls, {}, cls.rule.__name__.removesuffix("Rule").lower(), arguments, states, rule.decays)
 
 
 CASES = [*WITH_OPTIONS, *(by_default(cls) for cls in OTHERS if cls not in [case.cls for case in WITH_OPTIONS])]

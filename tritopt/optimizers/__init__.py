@@ -1,4 +1,4 @@
-"""One optimizer a file; importing this package registers them all."""
+"""One optimizer a file; importing this package registers them all, and tritopt has each under its name."""
 
 from tritopt.optimizers.adabelief import AdaBelief as AdaBelief
 from tritopt.optimizers.adadelta import AdaDelta as AdaDelta
@@ -24,3 +24,5 @@ from tritopt.optimizers.sgd import SGD as SGD
 from tritopt.optimizers.sgld import SGLD as SGLD
 from tritopt.optimizers.signum import Signum as Signum
 from tritopt.optimizers.test import Test as Test
+
+__all__ = [name for name, value in list(globals().items()) if isinstance(value, type)]
