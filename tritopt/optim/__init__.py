@@ -8,6 +8,7 @@ from tritopt.optim.adam import Adam as Adam
 from tritopt.optim.adam import AdamW as AdamW
 from tritopt.optim.adamax import Adamax as Adamax
 from tritopt.optim.adan import Adan as Adan
+from tritopt.optim.ademamix import AdEMAMix as AdEMAMix
 from tritopt.optim.dcasgd import DCASGD as DCASGD
 from tritopt.optim.ftml import FTML as FTML
 from tritopt.optim.ftrl import Ftrl as Ftrl

@@ -8,6 +8,7 @@ from tritopt.optimizers.adam import Adam as Adam
 from tritopt.optimizers.adamax import Adamax as Adamax
 from tritopt.optimizers.adamw import AdamW as AdamW
 from tritopt.optimizers.adan import Adan as Adan
+from tritopt.optimizers.ademamix import AdEMAMix as AdEMAMix
 from tritopt.optimizers.dcasgd import DCASGD as DCASGD
 from tritopt.optimizers.ftml import FTML as FTML
 from tritopt.optimizers.ftrl import Ftrl as Ftrl
