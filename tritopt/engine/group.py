@@ -62,6 +62,8 @@ class Group:
     """Of the members' gradients."""
     noise: list[tuple[int, int, int, int]] = field(default_factory=list)
     """Of the members: `Task.noise`."""
+    strides: Sequence[tuple[int, ...]] = ()
+    """Of the members' weights, in whose order all their tensors lie."""
     has_rows: bool = False
     """Whether gradients are of some rows of the weights, whose numbers the table's last column points to."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))

@@ -146,6 +146,11 @@ def _kind(arg: Any) -> Any:
 _is_launching = True
 
 
+def is_launching() -> bool:
+    """Whether launches are made, as they are outside of `no_launches`."""
+    return _is_launching
+
+
 def _nothing(*args: Any) -> None:
     """What is run in place of a kernel by `no_launches`."""
 

@@ -200,7 +200,7 @@ class Planner:
         self._places.put(key, found, len(places))
 
     def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[Group]:
-        signature = tuple([(_kind(task), task.grad.shape, task.noise) for task in tasks])
+        signature = tuple([(_kind(task), task.grad.shape, task.weight[0].stride(), task.noise) for task in tasks])
         found = self._plans.get(key)
         if found is None or found[0] != signature:
             groups = _build_groups(tasks, [kind for kind, *_ in signature])
@@ -243,8 +243,9 @@ def _build_groups(tasks: Sequence[Task], kinds: Sequence[Hashable]) -> list[Grou
         dtypes = tuple(t.dtype for t in first.tensors())
         shapes = [tasks[i].grad.shape for i in positions]
         noise = [tasks[i].noise for i in positions]
+        strides = [tasks[i].weight[0].stride() for i in positions]
         has_rows = first.rows is not None
-        groups.append(Group(positions, first.grad.device, first.formats, dtypes, shapes, noise, has_rows))
+        groups.append(Group(positions, first.grad.device, first.formats, dtypes, shapes, noise, strides, has_rows))
     return groups
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
-from tritopt.engine.driver import Apply
 from tritopt.engine.group import Group, Rows
 from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, unavailable
@@ -147,7 +146,7 @@ def runs_fused(opt: Owner, member: Member) -> bool:
 def check_tracked(opt: Owner, members: Sequence[Member], fused: Sequence[bool]) -> None:
     """ValueError if there is no telemetry of a member."""
     for member, is_fused in zip(members, fused, strict=True):
-        if is_fused and not all(isinstance(phase, Apply) for phase in member.rule.phases):
+        if is_fused and not all(phase.is_driver for phase in member.rule.phases):
             refuse(type(opt).__name__, "fused=False")
         if member.needs_whole:
             raise ValueError(
