@@ -1,7 +1,8 @@
 """Newton-Schulz iteration: orthogonalises stacks of matrices by products alone, a batch of equal shape at a time.
 
-Kernel and reference call the same functions, and every number of a matrix is made of that matrix alone, whatever else
-is in its stack.
+Kernel and reference call the same functions. A matrix's result is made of that matrix alone, but how many are in its
+stack may change the order in which a product's terms are added: equal stacks give equal bits, others equal numbers
+within rounding.
 """
 
 from __future__ import annotations
@@ -112,16 +113,16 @@ class Cut(NamedTuple):
 
     def shape_of(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Matrices, rows and columns of a tensor, before it is split. ValueError if it has none, or no such parts."""
-        if len(shape) < 2:
+        if len(shape) < 2 or (len(shape) > 2 and self.flatten is None):
             raise ValueError(
-                f"Muon takes matrices, and one of shape {tuple(shape)} is none: give it to another optimizer such as "
-                "AdamW, or all parameters to tritopt.optim.Mixed, which does both"
-            )
-        if len(shape) > 2 and self.flatten is None:
-            raise ValueError(
-                f"Muon only supports 2D parameters whereas we found a parameter with size: {tuple(shape)}; pass "
-                "flatten=False for a stack of matrices, such as experts, or flatten=True for a convolution, whose "
-                "dimensions after the first are then one"
+                f"Muon only supports 2D parameters whereas we found a parameter with size: {tuple(shape)}; "
+                + (
+                    "give it to another optimizer such as AdamW, or all parameters to tritopt.optim.Mixed, which has "
+                    "both"
+                    if len(shape) < 2
+                    else "pass flatten=False for a stack of matrices, such as experts, or flatten=True for a "
+                    "convolution, whose dimensions after the first become one"
+                )
             )
         if self.flatten:
             found = 1, shape[0], math.prod(shape[1:])

@@ -139,6 +139,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 "max_grad_norm is the optimizer's, of all gradients together, not a param_group's: pass it beside lr"
             )
+        first = sum(len(group["params"]) for group in self.param_groups)
         super().add_param_group(param_group)
         try:
             for param in param_group["params"]:
@@ -150,8 +151,12 @@ class Optimizer(torch.optim.Optimizer):
                 if param.dtype not in validate.WEIGHT_DTYPES:
                     raise ValueError(f"{type(self).__name__} takes float16 to float64 parameters, not {param.dtype}")
             self.check_group(param_group)
-            for param in param_group["params"]:
-                self.layout_of(param, param_group)
+            names = param_group.get("param_names") or range(first, first + len(param_group["params"]))
+            for name, param in zip(names, param_group["params"], strict=True):
+                try:
+                    self.layout_of(param, param_group)
+                except ValueError as error:
+                    raise ValueError(f"parameter {name!r}: {error}") from error
         except Exception:
             self.param_groups.pop()
             raise

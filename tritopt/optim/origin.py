@@ -29,7 +29,6 @@ _TORCH_ONLY = {
         "prev_loss",
         "al",
     },
-    "Muon": {"momentum_buffer"},
     "Rprop": {"step", "prev", "step_size"},
     "SparseAdam": {"step", "exp_avg", "exp_avg_sq"},
 }
@@ -59,7 +58,7 @@ def known_states() -> frozenset[str]:
 
 def savers_of(found: Collection[str]) -> list[str]:
     """Classes that keep states of these very names."""
-    found = {*found, "step"}  # which torch's SGD and Muon do not keep
+    found = {*found, "step"}  # which SGD and Muon do not keep
     return sorted(name for name, variants in _states().items() if found in [{*names, "step"} for names in variants])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from tritopt.engine.matrix_phase import SCRATCH_BYTES, ApplyMatrices, orthogonal
 from tritopt.engine.newton_schulz import MAX_STEPS, POLAR_EXPRESS, QUINTIC, RATIOS, SAFETY, Cut, Iteration, steps_of
 from tritopt.kernels.muon import muon_direction, muon_update
 from tritopt.mxnet.optimizer import Optimizer, register
-from tritopt.rule import Rule, Values
+from tritopt.rule import Rule, State, Values
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 
@@ -123,6 +123,13 @@ class MuonRule(Rule):
         """The weight's. ValueError if there are no matrices in it."""
         self.cut.shape_of(shape)
         return [shape]
+
+    def create_state(self, index: Hashable, weight: torch.Tensor) -> State:
+        """The momentum. ValueError that names the weight if it is no matrix."""
+        try:
+            return super().create_state(index, weight)
+        except ValueError as error:
+            raise ValueError(f"parameter {index!r}: {error}") from error
 
     def scalars(self, lr: float, wd: float, count: int) -> MuonScalars:
         """Constant but for the learning rate."""
