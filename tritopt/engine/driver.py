@@ -145,11 +145,8 @@ class Applied:
     ) -> torch.Tensor | None:
         """Launch. scratch: what the phase reads or writes for another one, if it does."""
         partials, totals = self._scratch or self._fresh(group)
-        apply: Callable[..., Any] = self._apply
-        sum_up: Callable[..., Any] = self._sum
-        if launch.record is not None:
-            apply, sum_up = (launcher.noting(launch.record.kernel) for launcher in (self._apply, self._sum))
-        compiled = apply(
+        compiled = self._apply(
+            launch.record,
             group.device_table,
             self._part.tensor_table,
             self._part.chunk_table,
@@ -167,7 +164,7 @@ class Applied:
             self._apply = self._launcher()
         if totals is None:
             return None
-        sum_up(partials, self._part.sum_table, totals, self._n_chunks, self._n_tensors)
+        self._sum(launch.record, partials, self._part.sum_table, totals, self._n_chunks, self._n_tensors)
         if launch.tracked is not None and any(self._tracks):
             columns = (*self._tracks[0], *self._tracks[1])
             launch.tracked.append(Tracked(self._part.members, columns, totals[:, self._n_sums :]))
