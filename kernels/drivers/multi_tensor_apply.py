@@ -171,9 +171,9 @@ def multi_tensor_apply(
         sums = load_tuple(sum_ptr + tensor * N_EARLIER_SUMS, N_EARLIER_SUMS, tl.float64)
 
     if scratch_ptr is not None:
-        first = scratch_ptr + tl.load(scratch_at_ptr + tensor)
-        ptrs = ptrs + (first,)
-        aligned_ptrs = aligned_ptrs + (tl.multiple_of(first, 16),)
+        scratch = scratch_ptr + tl.load(scratch_at_ptr + tensor)
+        ptrs = ptrs + (scratch,)
+        aligned_ptrs = aligned_ptrs + (tl.multiple_of(scratch, 16),)
 
     noise = ()
     if noise_ptr is not None:

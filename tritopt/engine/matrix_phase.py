@@ -103,7 +103,7 @@ class Layout(NamedTuple):
     """Part of a list in the scratch."""
 
     members: list[int]
-    """Places in the list, those of equal shape together."""
+    """Places in the group, those of equal shape together."""
     stacks: list[Stack]
     at: np.ndarray[Any, np.dtype[np.int64]]
     """Where each of the list's tensors begins; of others than the members it means nothing."""
@@ -121,14 +121,14 @@ class _Prepared:
         layouts = layouts_of(phase, group.shapes, group.strides, self._dtype.itemsize)
         self._size = max(layout.size for layout in layouts)
         config = adapted(launch.config or GENERIC, group.formats, group.dtypes)
-        first, second = phase.passes
+        first, second = launch.phases
         self._parts = []
         for i, layout in enumerate(layouts):
             tables = group.tables(
                 ("matrices", phase.cut, phase.scratch_bytes, self._dtype, config.chunk_size, i),
                 partial(_tables, layout=layout, chunk_size=config.chunk_size),
             )
-            part = Part(layout.members, *tables)
+            part = Part([group.members[place] for place in layout.members], *tables)
             self._parts.append(
                 (Applied(first, group, launch, 0, part), layout.stacks, Applied(second, group, launch, 0, part))
             )
