@@ -18,7 +18,7 @@ Params = list[torch.nn.Parameter]
 CLASSES: list[Any] = [
     cls
     for cls in vars(tritopt.optim).values()
-    if inspect.isclass(cls) and issubclass(cls, tritopt.optim.Optimizer) and cls is not tritopt.optim.Optimizer
+    if inspect.isclass(cls) and issubclass(cls, tritopt.optim.Optimizer) and hasattr(cls, "rule")
 ]
 EVERY_CLASS = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

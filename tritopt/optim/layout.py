@@ -51,6 +51,8 @@ class Layout(NamedTuple):
     """The formats alone."""
     draws: bool
     """Whether storing takes random bits."""
+    owner: Layouts
+    """The layouts of the class that this one is of."""
 
 
 class Layouts:
@@ -138,6 +140,7 @@ class Layouts:
             self.shows_numbers((fmt, *formats.values())),
             tuple(formats.values()),
             any(one.draws for one in (fmt, *formats.values())),
+            self,
         )
 
     def _format_of(self, param: torch.Tensor, group: dict[str, Any], rule: Rule) -> Format:

@@ -16,7 +16,7 @@ from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import Hypers
-from tritopt.optim.step.members import Bucket, Member, Number, Only, launch_for, same_group
+from tritopt.optim.step.members import Bucket, Member, Number, Only, is_in_norm, launch_for, same_group
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.replay import Replay
@@ -56,7 +56,7 @@ class Build:
         self.buckets = [
             Bucket(
                 key,
-                same_group([members[i] for i in places], members[0].rule.is_per_parameter),
+                same_group([members[i] for i in places], members[places[0]].rule.is_per_parameter),
                 places,
                 *key[-2:],
                 key[2],
@@ -66,10 +66,12 @@ class Build:
         self.reduce: ShardSums | None = None
         """Reduction of the gradients' norm over processes; None until it was asked for."""
         self.positions = [member.position for member in self.members]
+        self.normed = [member for member in self.members if is_in_norm(member)]
+        """Those whose gradients have a global norm."""
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
-        """Sum of squares of each gradient, fp64 [members]."""
-        params, grads = [member.param for member in self.members], [member.grad for member in self.members]
+        """Sum of squares of each gradient that is normed, fp64 [members]."""
+        params, grads = [member.param for member in self.normed], [member.grad for member in self.normed]
         return squares(self._planner, self._key, params, grads, reduce)
 
     def host_rows(self, bucket: Bucket, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
@@ -84,7 +86,7 @@ class Build:
 
     @property
     def _key(self) -> Hashable:
-        return tuple(member.position for member in self.members)
+        return tuple(member.position for member in self.normed)
 
     def launch(self, opt: Owner, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
         """Update the bucket's parameters, by a kernel or by the reference."""
@@ -115,7 +117,9 @@ class Build:
             return None
         if not all(isinstance(state, dict) for state in opt.state.values()):  # torch lets users keep anything there
             return None
-        has_norm = opt.max_grad_norm is not None and any(bucket.is_fused for bucket in self.buckets)
+        has_norm = opt.max_grad_norm is not None and any(
+            bucket.is_fused and bucket.is_in_norm for bucket in self.buckets
+        )
         norm_groups = self._planner.groups_of_squares(self._key) if has_norm else []
         if norm_groups is None:  # so many plans that this one had to go
             return None
@@ -167,7 +171,9 @@ def _by_launch(
         if kind not in known:
             lr, rule = rates[id(member.group)], member.rule
             is_left_alone = rule.skips_zero_lr and not isinstance(lr, torch.Tensor) and lr == 0
-            key = (rule.phases, rule.preamble, *kind[2:], member.layout.draws)
+            # Rules that share a kernel may have other scalars.
+            what = (type(rule), is_in_norm(member), *rule.phases)
+            key = (what, rule.preamble, *kind[2:], member.layout.draws)
             known[kind] = [] if is_left_alone else found.setdefault(key, [])
         known[kind].append(i)
     return found

@@ -149,7 +149,7 @@ def _hyper(opt: Owner, group: dict[str, Any]) -> Hyper:
     common = (-1.0 if group.get("maximize") else 1.0, bound, float(group.get("weight_decay", 0.0)))
     choice = group["state_dtype"]
     way = (
-        *map(group.get, ("fused", "differentiable", "multi_precision", "master")),
+        *map(group.get, ("fused", "differentiable", "multi_precision", "master", "algorithm", "in_norm")),
         tuple(choice.items()) if isinstance(choice, dict) else choice,
     )
     return Hyper(rate(group), common, rule, way, bool(group["capturable"] or lives_on_device(group["lr"])))

@@ -45,7 +45,7 @@ def member_of(
     rule: Rule,
 ) -> Member:  # fmt: skip
     """A parameter of a group with this rule."""
-    layout = opt.layouts.of(param, group, rule)
+    layout = opt.layouts_of(group).of(param, group, rule)
     return Member(position, name, param, grad, group, rule, layout, _needs_whole(param, group, rule))
 
 
@@ -56,6 +56,11 @@ def _needs_whole(param: torch.Tensor, group: dict[str, Any], rule: Rule) -> bool
         return False
     has_kernel = all(isinstance(phase, Apply) for phase in rule.phases)
     return not (has_kernel and group["fused"] is not False and unavailable(local(param)) is None)
+
+
+def is_in_norm(member: Member) -> bool:
+    """Whether its gradient counts in the global norm, and is clipped by it."""
+    return bool(member.group.get("in_norm", True))
 
 
 class Bucket(NamedTuple):
@@ -70,6 +75,11 @@ class Bucket(NamedTuple):
     draws: bool
     """Whether its weights' format takes random bits."""
     device: torch.device
+
+    @property
+    def is_in_norm(self) -> bool:
+        """Whether its members' gradients are clipped by the global norm."""
+        return is_in_norm(self.runs[0][0])
 
 
 def launch_for(bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]) -> Launch:
