@@ -89,8 +89,9 @@ class Launcher:
         """Whether Triton would run the same binary: it tells apart None, dtypes and alignment."""
         if all(map(is_, args, self._args)):
             return True
-        if list(map(_kind, args)) != self._kinds:
-            return False
+        for new, old, kind in zip(args, self._args, self._kinds, strict=True):
+            if new is not old and _kind(new) != kind:
+                return False
         self._args = args
         return True
 

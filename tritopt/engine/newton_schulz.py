@@ -81,7 +81,8 @@ def _check_convergence(step: Quintic, n: int) -> None:
         if not is_bounded:
             break
     # What was 1/10 must have come up by the end, and 1 must not have gone down.
-    if not is_bounded or not 0.5 < float(values[-1]) < 1.5 or not 0.5 < float(values[x >= 0.1].min()):
+    low, end = float(values[x >= 0.1].min()), float(values[-1])
+    if not (is_bounded and 0.5 < end < 1.5 and low > 0.5):
         raise ValueError(
             f"ns_coefficients={step!r} do not converge: iterated, a x + b x^3 + c x^5 must bring what lies between 0 "
             f"and 1 near 1, as the default {QUINTIC} does; or pass {POLAR_EXPRESS!r}"
@@ -125,11 +126,11 @@ class Cut(NamedTuple):
                 )
             )
         if self.flatten:
-            found = 1, shape[0], math.prod(shape[1:])
+            n_matrices, rows, columns = 1, shape[0], math.prod(shape[1:])
         else:
-            found = math.prod(shape[:-2]), shape[-2], shape[-1]
-        self.sizes(found[1 if self.split_dim == -2 else 2])
-        return found
+            n_matrices, rows, columns = math.prod(shape[:-2]), shape[-2], shape[-1]
+        self.sizes(rows if self.split_dim == -2 else columns)
+        return n_matrices, rows, columns
 
     def sizes(self, length: int) -> tuple[int, ...]:
         """Sizes of the parts of a dimension. ValueError if they do not add up."""

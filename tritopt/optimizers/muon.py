@@ -136,9 +136,7 @@ class MuonRule(Rule):
         ahead = self.momentum if self.nesterov else 1.0
         return MuonScalars(lr, self.momentum, 1 - self.momentum, ahead, 1 - ahead, 1 - lr * wd)
 
-    def reference(
-        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: MuonScalars
-    ) -> tuple[torch.Tensor, Values]:
+    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: MuonScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         momentum = s.momentum * state[0] + s.one_minus_momentum * g
         direction = self._orthogonal(s.ahead * momentum + s.one_minus_ahead * g)
