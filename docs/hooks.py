@@ -6,33 +6,241 @@ gets llms.txt (an index of the pages) and llms-full.txt (their text) for program
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-import io
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tritopt import optim, optimizers  # noqa: E402 (the checkout's, installed or not)
-from tritopt.__main__ import app  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from tritopt.__main__ import app  # noqa: E402 (the checkout's, installed or not)
+from tritopt.kernels.formats.weights import MASTERS  # noqa: E402
 from tritopt.mxnet import registry  # noqa: E402
-from tritopt.optim.layout import MASTERS  # noqa: E402
 from tritopt.tools import cost, docs, support  # noqa: E402
-from tritopt.tools.numerics.record import FormatResult  # noqa: E402
+from tritopt.tools.numerics import load  # noqa: E402
 from tritopt.tools.numerics.report import COLUMNS, summary  # noqa: E402
 from tritopt.tools.optimizers import torch_classes  # noqa: E402
-from tritopt.tools.storage import FORMATS  # noqa: E402
+from tritopt.tools.storage import find_formats  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 GENERATED = re.compile(r"<!-- generated: (.*?) -->")
+MODELS = {"1B": 1e9, "7B": 7e9, "13B": 13e9, "70B": 70e9}
+"""Number of parameters, by name."""
+MEASURES = ("contestant", "replaced", "ms", "best_ms", "cold_ms", "ratio", "refused")
+"""Fields of a row of host times that do not say what was measured."""
+
+Rows = Sequence[Sequence[str]]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> str:
+    """Write a table in Markdown. right: titles of columns that are numbers."""
+    rules = ["---:" if title in right else "---" for title in header]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rules, *rows])
+
+
+def printed(*arguments: str) -> tuple[list[str], list[list[str]]]:
+    """Run a command that prints one Markdown table: its header and its rows."""
+    result = CliRunner().invoke(app, [*arguments, "--markdown"])
+    if result.exit_code:
+        raise PluginError(f"tritopt {' '.join(arguments)} --markdown: {result.output}")
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.splitlines()]
+    return header, rows
+
+
+def stem(name: str) -> str:
+    """Name of an optimizer's page, from how `tritopt list` writes it."""
+    return name.partition("(")[0].lower()
+
+
+def optimizers() -> str:
+    """Launches, states and bytes of every optimizer: `tritopt list`."""
+    header, rows = printed("list")
+    wanted = [i for i, title in enumerate(header) if not title.startswith(("source", "differs"))]
+    numbers = [header[i].removeprefix("bytes, ") for i in wanted if header[i].startswith("bytes")]
+    titles = [header[i].removeprefix("bytes, ") for i in wanted]
+    linked = [[f"[{row[0]}]({stem(row[0])}.md)", *(row[i] for i in wanted[1:])] for row in rows]
+    return table(titles, linked, numbers)
+
+
+def sources() -> str:
+    """Source of each optimizer's formula."""
+    rows = [[f"[{name}]({name}.md)", docs.source(registry.find(name)) or "-"] for name in registry.names()]
+    return table(["optimizer", "source of the formula"], rows)
+
+
+def differences() -> str:
+    """How single optimizers depart from MXNet's."""
+    found = {name: docs.differences(registry.find(name)) for name in registry.names()}
+    rows = [[f"[{name}](../optimizers/{name}.md)", text] for name, text in found.items() if text]
+    return table(["optimizer", "differs from MXNet's in"], rows)
+
+
+def memory() -> str:
+    """Bytes that AdamW keeps and moves in each format, and what that is for models of some sizes."""
+    rows = []
+    for storage in find_formats(["fp32", "master", "split16", "split8", "split16+bf16", "split8+int8"]):
+        opt = registry.find("adamw")(**storage.rule_arguments)
+        kept = cost.resident_bytes(opt, storage.dtype, storage.weight_format) + storage.dtype.itemsize
+        moved = cost.bytes_per_parameter(opt, storage.dtype, storage.dtype, storage.weight_format).total
+        arguments = ", ".join(f"{key}={value!r}".replace("'", '"') for key, value in storage.arguments.items())
+        written = f"`{arguments}`" if arguments else "fp32 weights"
+        rows.append([written, f"{kept:.3g}", f"{moved:.3g}", *(f"{kept * n / 1e9:,.0f} GB" for n in MODELS.values())])
+    header = ["format", "bytes kept", "bytes moved", *MODELS]
+    return table(header, rows, header[1:])
+
+
+def numerics() -> str:
+    """What the formats cost and lose, from saved results."""
+    rows = [[f"`{name}`", *cells] for name, cells in summary(load(RESULTS / "numerics_adamw.json")).items()]
+    header = ["format", *(column.title for column in COLUMNS)]
+    return table(header, rows, header[1:])
+
+
+def host() -> str:
+    """Host times, from saved results: a row for each thing measured, columns by contestant."""
+    saved = json.loads((RESULTS / "host_cpu.json").read_text())
+    by_case: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in saved["rows"]:
+        by_case.setdefault(case_of(row), {})[row["contestant"]] = row
+    contestants = list(dict.fromkeys(row["contestant"] for row in saved["rows"]))
+    cold = [name for name in contestants if any(case.get(name, {}).get("cold_ms") for case in by_case.values())][:2]
+    header = ["a step, ms", *contestants, *(f"{name}, cold" for name in cold)]
+    rows = [
+        [
+            case,
+            *(milliseconds(found.get(name, {}).get("ms")) for name in contestants),
+            *(milliseconds(found.get(name, {}).get("cold_ms")) for name in cold),
+        ]
+        for case, found in by_case.items()
+    ]
+    machine = saved["machine"]
+    where = f"Medians on two cores of an {machine['cpu']} with torch {machine['torch']}, {machine['date'][:10]}"
+    note = f"{where} (`benchmarks/results/host_cpu.json`). Kernels are replaced by nothing, torch's too."
+    return f"{table(header, rows, header[1:])}\n\n{note}"
+
+
+def case_of(row: dict[str, Any]) -> str:
+    """Say what a row of host times measured: known fields in words, others by name."""
+    known = {"tensors", "groups", "clip", "sets"}
+    tensors, groups, sets = row["tensors"], row.get("groups", 1), row.get("sets", 1)
+    words = [f"{tensors:,} tensors" if groups == 1 else f"{groups:,} groups of {tensors // groups} tensor"]
+    words += ["clipped"] if row.get("clip") else []
+    words += [f"gradients of {sets} sets in turn"] if sets > 1 else []
+    words += [str(value) for name, value in row.items() if name not in known | set(MEASURES) and value]
+    return ", ".join(words)
+
+
+def milliseconds(value: float | None) -> str:
+    """Format a time."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def support_table(face: str) -> str:
+    """What each optimizer takes in a face: `tritopt list --support`."""
+    cells = [record.cells() for record in support.supported() if record.face == face]
+    for row in cells:
+        row["optimizer"] = f"[{row['optimizer']}](optimizers/{row['optimizer'].lower()}.md)"
+        if face == support.MXNET:  # the same for all
+            for column in ("sharded", "capturable", "differentiable"):
+                del row[column]
+    return table(list(cells[0]), [list(row.values()) for row in cells])
+
+
+def legend() -> str:
+    """Meanings of the words in the table of support."""
+    rows = [[column, word, text] for column, words in support.LEGEND.items() for word, text in words.items()]
+    rows[0][2] += f" ({', '.join(f'`{master!r}`'.replace(chr(39), chr(34)) for master in MASTERS)})"
+    return table(["column", "word", "meaning"], rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "optimizers": optimizers,
+    "sources": sources,
+    "differences": differences,
+    "memory": memory,
+    "numerics": numerics,
+    "host": host,
+    "support torch": lambda: support_table(support.TORCH),
+    "support mxnet": lambda: support_table(support.MXNET),
+    "support legend": legend,
+    "step": lambda: (ROOT / "docs" / "images" / "step.svg").read_text(),
+}
+"""What pages may ask for, by name."""
+
+
+def pages_of_optimizers() -> dict[str, tuple[str, str]]:
+    """Title and text of each optimizer's page, by its stem."""
+    faces = {name.lower(): cls for name, cls in torch_classes().items()}
+    found = {}
+    for name in registry.names():
+        cls, face = registry.find(name), faces.get(name)
+        title = face.__name__ if face else cls.__name__
+        parts = [f"# {title}"]
+        if face is not None:
+            parts.append(f"::: {face.__module__}.{face.__name__}\n    options:\n      show_root_full_path: false")
+        rule = cls.rule
+        parts.append(f"## tritopt.create(\"{name}\")\n\n::: {rule.__module__}.{rule.__name__}\n    options:\n      show_root_heading: false")
+        found[name] = (title, "\n\n".join(parts) + "\n")
+    return found
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Add the optimizers' pages to the navigation."""
+    for section in config.nav or ():
+        if "Optimizers" in section:
+            pages = sorted(pages_of_optimizers().items(), key=lambda item: item[1][0].lower())
+            section["Optimizers"] += [{title: f"optimizers/{name}.md"} for name, (title, _) in pages]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add the optimizers' pages."""
+    for name, (_, text) in pages_of_optimizers().items():
+        files.append(File.generated(config, f"optimizers/{name}.md", content=text))
+
+
+written: list[tuple[str, str, str]] = []
+"""Title, address and text of the pages of this build."""
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put generated parts in their places."""
+    for name in GENERATED.findall(markdown):
+        if name not in PARTS:
+            raise PluginError(f"{page.file.src_uri}: nothing generates {name!r}; known: {', '.join(PARTS)}")
+    text = GENERATED.sub(lambda match: PARTS[match[1]](), markdown)
+    written.append((str(page.title), page.url, re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)))
+    return text
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Write llms.txt and llms-full.txt."""
+    site = Path(config.site_dir)
+    head = f"# {config.site_name}\n\n> {config.site_description}\n\n"
+    index = "".join(f"- [{title}]({config.site_url or '/'}{url})\n" for title, url, _ in written)
+    (site / "llms.txt").write_text(f"{head}## Pages\n\n{index}")
+    whole = "\n\n".join(re.sub(r"^::: (\S+)(\n(    .*)?)*", described, text, flags=re.MULTILINE) for *_, text in written)
+    (site / "llms-full.txt").write_text(head + whole)
+    written.clear()
+
+
+def described(match: re.Match[str]) -> str:
+    """Give the signature and docstring that mkdocstrings puts in this place."""
+    module, _, name = match[1].rpartition(".")
+    value = getattr(importlib.import_module(module), name)
+    try:
+        signature = str(inspect.signature(value))
+    except (TypeError, ValueError):  # a module, or a dict of options
+        signature = ""
+    return f"{match[1]}{signature}\n\n{inspect.getdoc(value)}\n"
