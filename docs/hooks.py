@@ -175,39 +175,56 @@ PARTS: dict[str, Callable[[], str]] = {
     "support torch": lambda: support_table(support.TORCH),
     "support mxnet": lambda: support_table(support.MXNET),
     "support legend": legend,
-    "step": lambda: (ROOT / "docs" / "images" / "step.svg").read_text(),
+    "step": lambda: f"<figure>{(ROOT / 'docs' / 'images' / 'step.svg').read_text()}</figure>",
 }
 """What pages may ask for, by name."""
 
 
-def pages_of_optimizers() -> dict[str, tuple[str, str]]:
-    """Title and text of each optimizer's page, by its stem."""
-    faces = {name.lower(): cls for name, cls in torch_classes().items()}
-    found = {}
-    for name in registry.names():
-        cls, face = registry.find(name), faces.get(name)
-        title = face.__name__ if face else cls.__name__
-        parts = [f"# {title}"]
-        if face is not None:
-            parts.append(f"::: {face.__module__}.{face.__name__}\n    options:\n      show_root_full_path: false")
-        rule = cls.rule
-        parts.append(f"## tritopt.create(\"{name}\")\n\n::: {rule.__module__}.{rule.__name__}\n    options:\n      show_root_heading: false")
-        found[name] = (title, "\n\n".join(parts) + "\n")
-    return found
+DOCSTRING = "    options:\n      show_root_heading: false\n      show_root_toc_entry: false"
+"""Options of mkdocstrings for a docstring under a heading of the page's own."""
+
+
+def call(name: str, cls: type, first: str = "") -> str:
+    """Write how a class is constructed, without annotations, as a block of code."""
+    given = list(inspect.signature(cls).parameters.values())
+    plain = inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in given])
+    arguments = str(plain)[1:-1]
+    text = f"{name}({first}{arguments})"
+    if len(text) > 80:
+        split = [str(parameter) for parameter in plain.parameters.values()]
+        kinds = [parameter.kind for parameter in plain.parameters.values()]
+        if inspect.Parameter.KEYWORD_ONLY in kinds:
+            split.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+        text = f"{name}(\n" + "".join(f"    {line},\n" for line in [*filter(None, [first.rstrip(', ')]), *split]) + ")"
+    return f"```python\n{text}\n```"
+
+
+def page_of(name: str) -> tuple[str, str]:
+    """Title and text of an optimizer's page: both faces, with their recurrences."""
+    cls = registry.find(name)
+    face = {known.lower(): found for known, found in torch_classes().items()}.get(name)
+    title = face.__name__ if face else cls.__name__
+    parts = [f"# {title}"]
+    if face is not None:
+        parts += [f"## tritopt.optim.{title}", call(f"tritopt.optim.{title}", face)]
+        parts += [f"::: {face.__module__}.{title}\n{DOCSTRING}", "All classes take these [options](../start.md#options)."]
+    parts += [f'## tritopt.create("{name}")', call("tritopt.create", cls, f'"{name}", ')]
+    parts += [f"::: {cls.rule.__module__}.{cls.rule.__name__}\n{DOCSTRING}"]
+    parts += ["All optimizers take the keywords of [`tritopt.Optimizer`](../mxnet.md#tritopt.Optimizer)."]
+    return title, "\n\n".join(parts) + "\n"
 
 
 def on_config(config: MkDocsConfig) -> None:
     """Add the optimizers' pages to the navigation."""
     for section in config.nav or ():
         if "Optimizers" in section:
-            pages = sorted(pages_of_optimizers().items(), key=lambda item: item[1][0].lower())
-            section["Optimizers"] += [{title: f"optimizers/{name}.md"} for name, (title, _) in pages]
+            section["Optimizers"] += [{page_of(name)[0]: f"optimizers/{name}.md"} for name in registry.names()]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the optimizers' pages."""
-    for name, (_, text) in pages_of_optimizers().items():
-        files.append(File.generated(config, f"optimizers/{name}.md", content=text))
+    for name in registry.names():
+        files.append(File.generated(config, f"optimizers/{name}.md", content=page_of(name)[1]))
 
 
 written: list[tuple[str, str, str]] = []
@@ -220,7 +237,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if name not in PARTS:
             raise PluginError(f"{page.file.src_uri}: nothing generates {name!r}; known: {', '.join(PARTS)}")
     text = GENERATED.sub(lambda match: PARTS[match[1]](), markdown)
-    written.append((str(page.title), page.url, re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)))
+    written.append((str(page.title), page.url, re.sub(r"<figure>.*?</figure>", "", text, flags=re.DOTALL)))
     return text
 
 
