@@ -23,9 +23,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from typer.testing import CliRunner  # noqa: E402
-
-from tritopt.__main__ import app  # noqa: E402 (the checkout's, installed or not)
+from tritopt.commands.list import documented  # noqa: E402 (the checkout's, installed or not)
 from tritopt.kernels.formats.weights import MASTERS  # noqa: E402
 from tritopt.mxnet import registry  # noqa: E402
 from tritopt.tools import cost, docs, support  # noqa: E402
@@ -50,15 +48,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rules, *rows])
 
 
-def printed(*arguments: str) -> tuple[list[str], list[list[str]]]:
-    """Run a command that prints one Markdown table: its header and its rows."""
-    result = CliRunner().invoke(app, [*arguments, "--markdown"])
-    if result.exit_code:
-        raise PluginError(f"tritopt {' '.join(arguments)} --markdown: {result.output}")
-    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.splitlines()]
-    return header, rows
-
-
 def stem(name: str) -> str:
     """Name of an optimizer's page, from how `tritopt list` writes it."""
     return name.partition("(")[0].lower()
@@ -66,7 +55,7 @@ def stem(name: str) -> str:
 
 def optimizers() -> str:
     """Launches, states and bytes of every optimizer: `tritopt list`."""
-    header, rows = printed("list")
+    header, _, *rows = documented(list(cost.listings()))
     wanted = [i for i, title in enumerate(header) if not title.startswith(("source", "differs"))]
     numbers = [header[i].removeprefix("bytes, ") for i in wanted if header[i].startswith("bytes")]
     titles = [header[i].removeprefix("bytes, ") for i in wanted]

@@ -46,32 +46,35 @@ def list_optimizers(
     if as_json:
         typer.echo(json.dumps([listing.to_json() for listing in listings], indent=2))
         return
-    header = ["optimizer", "launches", "states", *(f"bytes, {name}" for name in cost.PRECISIONS)]
-    rows = [_listed(listing) for listing in listings]
     if markdown:
-        lines = [header, ["---"] * 3 + ["---:"] * len(cost.PRECISIONS), *rows]
-        for line, extra in zip(lines, [_DOCUMENTED, ["---"] * 2, *map(_documented, listings)], strict=True):
-            line[1:1], line[len(line) :] = extra[:1], extra[1:]
-        _print_markdown(lines)
+        _print_markdown(documented(listings))
         return
+    header = [*_FIRST, *(f"bytes, {name}" for name in cost.PRECISIONS)]
     ranks = {"launches": len(cost.PRECISIONS) + 1, "states": len(cost.PRECISIONS)}
-    columns = [Column(name, ranks.get(name, 0)) for name in header[:3]]
-    columns += [Column(name, rank, "right") for rank, name in enumerate(cost.PRECISIONS)]
+    columns = [Column(name, ranks.get(name, 0)) for name in _FIRST]
+    columns += [Column(name, rank, "right") for rank, name in enumerate(header[3:])]
     print_table(
         console(),
         columns,
-        [Line(row) for row in rows],
+        [Line(_listed(listing)) for listing in listings],
         caption="numbers: bytes that a step reads and writes per parameter; gradients have the weights' dtype",
     )
 
 
-_DOCUMENTED = ["source of the formula", "differs from MXNet's in"]
+def documented(listings: Sequence[cost.Listing]) -> list[list[str]]:
+    """Make the table that --markdown prints, its header and the rule below that first."""
+    header = [_FIRST[0], "source of the formula", *_FIRST[1:], *(f"bytes, {name}" for name in cost.PRECISIONS)]
+    lines = [[*header, "differs from MXNet's in"], [*["---"] * 4, *["---:"] * len(cost.PRECISIONS), "---"]]
+    for listing in listings:
+        name, *cells = _listed(listing)
+        cls = registry.find(listing.optimizer)
+        # What all of an optimizer's rows have in common stands in its first.
+        source, differences = ("", "") if listing.arguments else (docs.source(cls), docs.differences(cls))
+        lines.append([name, source, *cells, differences])
+    return lines
 
 
-def _documented(listing: cost.Listing) -> list[str]:
-    """Source and differences, of an optimizer's first row only."""
-    cls = registry.find(listing.optimizer)
-    return ["", ""] if listing.arguments else [docs.source(cls), docs.differences(cls)]
+_FIRST = ("optimizer", "launches", "states")
 
 
 def _listed(listing: cost.Listing) -> list[str]:
