@@ -34,7 +34,7 @@ LEGEND: dict[str, dict[str, str]] = {
         "sums": "each process updates its part; one small vector of norms is summed over the processes for each phase "
         "that needs them",
         "rows": "nothing is sent where each row lies in one process; otherwise DTensor's operations, in the reference",
-        "DTensor": "DTensor's operations, in the reference; `fused=True` is an error",
+        "DTensor": "DTensor's operations, in the reference; on a GPU `fused=True` is an error",
         "no": "a DTensor is an error: take `tritopt.optim`",
     },
     "capturable": {
