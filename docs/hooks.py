@@ -184,7 +184,7 @@ def call(name: str, cls: type, first: str = "") -> str:
         kinds = [parameter.kind for parameter in plain.parameters.values()]
         if inspect.Parameter.KEYWORD_ONLY in kinds:
             split.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
-        text = f"{name}(\n" + "".join(f"    {line},\n" for line in [*filter(None, [first.rstrip(', ')]), *split]) + ")"
+        text = f"{name}(\n" + "".join(f"    {line},\n" for line in [*filter(None, [first.rstrip(", ")]), *split]) + ")"
     return f"```python\n{text}\n```"
 
 
@@ -196,7 +196,10 @@ def page_of(name: str) -> tuple[str, str]:
     parts = [f"# {title}"]
     if face is not None:
         parts += [f"## tritopt.optim.{title}", call(f"tritopt.optim.{title}", face)]
-        parts += [f"::: {face.__module__}.{title}\n{DOCSTRING}", "All classes take these [options](../start.md#options)."]
+        parts += [
+            f"::: {face.__module__}.{title}\n{DOCSTRING}",
+            "All classes take these [options](../start.md#options).",
+        ]
     parts += [f'## tritopt.create("{name}")', call("tritopt.create", cls, f'"{name}", ')]
     parts += [f"::: {cls.rule.__module__}.{cls.rule.__name__}\n{DOCSTRING}"]
     parts += ["All optimizers take the keywords of [`tritopt.Optimizer`](../mxnet.md#tritopt.Optimizer)."]
@@ -236,7 +239,9 @@ def on_post_build(config: MkDocsConfig) -> None:
     head = f"# {config.site_name}\n\n> {config.site_description}\n\n"
     index = "".join(f"- [{title}]({config.site_url or '/'}{url})\n" for title, url, _ in written)
     (site / "llms.txt").write_text(f"{head}## Pages\n\n{index}")
-    whole = "\n\n".join(re.sub(r"^::: (\S+)(\n(    .*)?)*", described, text, flags=re.MULTILINE) for *_, text in written)
+    whole = "\n\n".join(
+        re.sub(r"^::: (\S+)(\n(    .*)?)*", described, text, flags=re.MULTILINE) for *_, text in written
+    )
     (site / "llms-full.txt").write_text(head + whole)
     written.clear()
 
