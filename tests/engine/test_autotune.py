@@ -27,8 +27,8 @@ from tritopt.__main__ import app
 from tritopt.commands.tune import print_rows
 from tritopt.engine import driver
 from tritopt.engine.device import is_capturing
-from tritopt.engine.group import Group
-from tritopt.engine.phase import Launch
+from tritopt.engine.group import LaunchGroup
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Scratch, Variant
@@ -176,7 +176,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Config]:
     seen: list[Config] = []
     original = driver._config_of
 
-    def config_of(phase: driver.Apply, group: Group, launch: Launch, n_earlier: int) -> Config:
+    def config_of(phase: driver.Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> Config:
         found = original(phase, group, launch, n_earlier)
         if launch.config is None:
             seen.append(found)
@@ -210,7 +210,7 @@ def test_a_changed_kernel_is_another_one() -> None:
     assert variant.key(TINY) == variant_of().key(TINY)
     assert variant.key(TINY) != variant._replace(source="changed").key(TINY)
     assert variant.key(TINY) != variant_of(name="split8+int8").key(TINY)
-    group = Group([0], device(), variant.formats, variant.dtypes, [torch.Size([4])])
+    group = LaunchGroup([0], device(), variant.formats, variant.dtypes, [torch.Size([4])])
     phases = [driver.Apply(adamw_update), driver.Apply(adamw_update, writes_states=False)]
     assert len({phase.source(group, variant.launch, 0) for phase in phases}) == 2
 

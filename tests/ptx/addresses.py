@@ -11,7 +11,7 @@ import torch
 
 import tritopt
 from tests.ptx.steps import assert_bits, assert_near
-from tritopt.engine.group import Group
+from tritopt.engine.group import LaunchGroup
 from tritopt.engine.plan import Task
 from tritopt.engine.tuning.config import GENERIC
 from tritopt.kernels.formats.scales import BLOCK
@@ -55,7 +55,7 @@ def run(opt: Any, weight: torch.Tensor, grad: torch.Tensor, state: Any) -> None:
 def eight(record: Record, monkeypatch: pytest.MonkeyPatch) -> Record:
     """Machine that runs these programs, and all of small grids; partial sums of the others are 0."""
     record.order = lambda numbers: np.array(PROGRAMS) if len(numbers) > len(PROGRAMS) else numbers
-    monkeypatch.setattr(Group, "empty", lambda group, *shape: torch.zeros(shape, dtype=torch.float64))
+    monkeypatch.setattr(LaunchGroup, "empty", lambda group, *shape: torch.zeros(shape, dtype=torch.float64))
     return record
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tritopt.optim
-from tritopt.engine.phase import Launch, run_phases
+from tritopt.engine.phase import LaunchSpec, run_phases
 
 Params = list[torch.nn.Parameter]
 
@@ -57,7 +57,7 @@ def counts(opt: Any, params: Sequence[torch.Tensor]) -> list[float]:
     owned = [(p, group) for group in opt.param_groups for p in group["params"]]
     place_of = {id(p): i for i, (p, _) in enumerate(owned)}
     places = [place_of[id(p)] for p in params]
-    found: list[float] = opt._stepper._numbers.get("step", places).tolist()
+    found: list[float] = opt._stepper._scalar_states.get("step", places).tolist()
     for p, place, count in zip(params, places, found, strict=True):
         state = opt.state.get(p, {})
         assert ("step" in state) == opt.layout_of(*owned[place]).shows_numbers
@@ -89,11 +89,11 @@ def options_of(cls: Any, **wanted: Any) -> dict[str, Any]:
     return {name: value for name, value in {"lr": lr, **wanted}.items() if name in known and name not in refused}
 
 
-def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Launch]]:
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, LaunchSpec]]:
     """A list that gets, for each pass over phases, the number of groups of tensors and what is launched for them."""
-    found: list[tuple[int, Launch]] = []
+    found: list[tuple[int, LaunchSpec]] = []
 
-    def recording(groups: Sequence[Any], launch: Launch, n_tasks: int) -> Any:
+    def recording(groups: Sequence[Any], launch: LaunchSpec, n_tasks: int) -> Any:
         found.append((len(groups), launch))
         return run_phases(groups, launch, n_tasks)
 

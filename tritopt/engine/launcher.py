@@ -28,7 +28,7 @@ class KernelRecorder(Protocol):
         """Note one launch, as `Recorder.kernel` of engine/phase.py has it."""
 
 
-class Launcher:
+class BoundKernel:
     """One kernel with its grid and compile-time arguments.
 
     Args:
@@ -107,7 +107,7 @@ def launch_once(record: KernelRecorder | None, kernel: Any, grid: int, *args: An
     launches.n_begun += 1
     try:
         if _is_launching:
-            # As in Launcher: lanes past the end.
+            # As in BoundKernel: lanes past the end.
             with np.errstate(all="ignore"):
                 kernel[(grid, 1, 1)](*args, **constants, enable_fp_fusion=False)
     except Exception:

@@ -14,9 +14,9 @@ import torch
 from tritopt.engine import private, validate
 from tritopt.engine.device import current_stream, is_capturing, on_device, share_with_streams
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Rows
-from tritopt.engine.launcher import KernelRecorder, Launcher
-from tritopt.engine.phase import Launch
+from tritopt.engine.group import ScalarTable
+from tritopt.engine.launcher import BoundKernel, KernelRecorder
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner, Task, compute_dtype, unavailable
 from tritopt.engine.warning import warn
 from tritopt.kernels.drivers.multi_tensor_norm import clip_factor
@@ -155,7 +155,7 @@ class Clip:
         """Of the last step, fp32 []; overwritten by the next."""
         self._factor, self._bound = (torch.empty(0, dtype=torch.float64, device="cpu") for _ in range(2))
         self._max_norm = math.nan
-        self._launch: Launcher | None = None
+        self._launch: BoundKernel | None = None
         self._stream = 0
         self._is_captured = False
         """Whether a CUDA graph captured the last launch."""
@@ -173,7 +173,7 @@ class Clip:
     ) -> torch.Tensor:
         """What gradients are multiplied by, fp64 []: at most `inverse`, that of a loss scale; NaN skips the update.
 
-        record: told of the launch in place of making it, as `Launch.record` is of those of phases.
+        record: told of the launch in place of making it, as `LaunchSpec.record` is of those of phases.
         """
         if unavailable(found) is not None:
             norm = found.sum().sqrt()
@@ -193,7 +193,7 @@ class Clip:
             self._factor, self._bound = (torch.empty((), dtype=torch.float64, device=found.device) for _ in range(2))
             self._max_norm = math.nan
             constants = {"EPSILON": EPSILON, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
-            self._launch, self._stream = Launcher(clip_factor, 1, constants), stream
+            self._launch, self._stream = BoundKernel(clip_factor, 1, constants), stream
         self._is_captured = is_capture
         if max_norm != self._max_norm:
             self._max_norm = max_norm
@@ -222,9 +222,9 @@ def _scale(planner: Planner, key: Hashable, tasks: Sequence[Task], factor: torch
                 task.grad.copy_(task.grad.to(dtype) * here.to(dtype))
             continue
         # A row begins with what preambles read; where no gradient is read there is none.
-        row = Rows(torch.cat((here.new_zeros(3), here[None]))[None], np.zeros(len(some), dtype=np.int64))
+        row = ScalarTable(torch.cat((here.new_zeros(3), here[None]))[None], np.zeros(len(some), dtype=np.int64))
         phase = Apply(scale_update, reads_grad=False)
-        planner.apply(("scale", key, device), some, row, Launch((phase,), Factor, "raw", noop=here == 1))
+        planner.apply(("scale", key, device), some, row, LaunchSpec((phase,), Factor, "raw", noop=here == 1))
 
 
 def _dense(grad: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ import torch
 
 from tritopt import optim
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group
-from tritopt.engine.phase import Launch, Phase, Recorder
+from tritopt.engine.group import LaunchGroup
+from tritopt.engine.phase import LaunchSpec, Phase, Recorder
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Timer, Variant
 from tritopt.engine.tuning.config import Config
@@ -141,7 +141,7 @@ class _Variants(Recorder):
     def __init__(self) -> None:
         self.found: list[Variant] = []
 
-    def phase(self, phase: Phase, group: Group, launch: Launch, n_earlier: int) -> None:
+    def phase(self, phase: Phase, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> None:
         """Keep it, if it has a choice."""
         if isinstance(phase, Apply) and autotune.has_choice(phase, group, launch):
             self.found.append(autotune.variant_of(phase, group, launch, n_earlier))
