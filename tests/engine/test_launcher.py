@@ -80,19 +80,19 @@ EVERYTHING = (
 import tritopt
 from tritopt.tools.compiled import _step
 from tritopt.mxnet.registry import OPTIMIZERS
-found = {}
+n_launches = {}
 for name in tritopt.names():
     opt = OPTIMIZERS[name]()
     if opt.phases:
         for _ in range(2):
             _step(Planner(), opt, torch.float32, torch.float32, PLAIN)
-        found[name] = len(launches)
+        n_launches[name] = len(launches)
         launches.clear()
 from tritopt.kernels.formats.weights import MASTERS
 for master, states in (("split8", "int8"), ("split16", "bf16")):
     for _ in range(2):
         _step(Planner(), OPTIMIZERS["adamw"](state_dtype=states), torch.bfloat16, torch.bfloat16, MASTERS[master])
-    found[master] = len(launches)
+    n_launches[master] = len(launches)
     launches.clear()
 from tritopt.optim import clip
 clip.unavailable = lambda tensor: None
@@ -100,8 +100,8 @@ norm = clip.Clip()
 for inverse in (None, torch.ones((), dtype=torch.float64)):
     for _ in range(2):
         norm(torch.ones(5, 1, dtype=torch.float64), 1.0, inverse, None)
-found["clip"] = len(launches)
-print(json.dumps(found))
+n_launches["clip"] = len(launches)
+print(json.dumps(n_launches))
 """
 )
 

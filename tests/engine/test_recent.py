@@ -63,7 +63,7 @@ def test_sets_of_gradients_that_differ_in_each_step_do_not_fill_the_memory(
         if updater is not None:
             updater(list(range(len(weights))), grads, [weight.detach() for weight in weights])
             continue
-        for weight, some in zip(weights, grads, strict=True):
-            weight.grad = some
+        for weight, given in zip(weights, grads, strict=True):
+            weight.grad = given
         opt.step()
     assert 0 < members() - before <= MAX_SIZE

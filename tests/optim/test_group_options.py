@@ -17,7 +17,7 @@ from tritopt.optim.step.scalar_table import HostScalars, host_scalars
 @pytest.fixture(params=["c", "python"], autouse=True)
 def language(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "python":
-        monkeypatch.setattr(walk, "_found", [walk.MEANT])
+        monkeypatch.setattr(walk, "_chosen", [walk.MEANT])
 
 
 def optimizer(n: int = 3, cls: Any = optim.AdamW, **options: Any) -> optim.Optimizer:
@@ -111,10 +111,10 @@ def test_rates_in_a_vector_give_the_rows_that_one_by_one_give(cls: Any) -> None:
     if warm is None:
         pytest.skip("no kernel for these")
     (plan,) = warm.plans
-    found = HostScalars(plan.by_group, plan.draws, warm.positions).table(stepper._options, stepper._scalar_states)
+    actual = HostScalars(plan.by_group, plan.draws, warm.positions).table(stepper._options, stepper._scalar_states)
     expected = host_scalars(plan.by_group, stepper._options, stepper._scalar_states, plan.draws)
-    assert found[0] is expected[0]
-    assert found[1].values[found[1].place_of].tolist() == expected[1].values[expected[1].place_of].tolist()
+    assert actual[0] is expected[0]
+    assert actual[1].values[actual[1].place_of].tolist() == expected[1].values[expected[1].place_of].tolist()
     stepper._scalar_states._exact[0] = 9.0  # members that are not alike go one by one
     other = HostScalars(plan.by_group, plan.draws, warm.positions).table(stepper._options, stepper._scalar_states)
     again = host_scalars(plan.by_group, stepper._options, stepper._scalar_states, plan.draws)

@@ -64,11 +64,11 @@ def test_plain(eight: Record) -> None:
     state = huge(BF16), huge(BF16)
     before = [window.clone() for window in windows(weight)]
     run(tritopt.create("adamw", learning_rate=0.01, wd=0.1, master=None), weight, grad, state)
-    for i, (found, expected, of_grad) in enumerate(zip(windows(weight), before, windows(grad), strict=True)):
+    for i, (actual, expected, of_grad) in enumerate(zip(windows(weight), before, windows(grad), strict=True)):
         reference = tritopt.create("adamw", learning_rate=0.01, wd=0.1, master=None, use_fused_step=False)
         own = torch.zeros_like(expected), torch.zeros_like(expected)
         run(reference, expected, of_grad.clone(), own)
-        assert_bits(found, expected, f"weight of program {PROGRAMS[i]}")
+        assert_bits(actual, expected, f"weight of program {PROGRAMS[i]}")
         for place, tensor in enumerate(own):
             assert_bits(windows(state[place])[i], tensor, f"state {place} of program {PROGRAMS[i]}")
     assert eight.launches == {"multi_tensor_adamw_update": 1}
@@ -92,12 +92,12 @@ def test_random_bits_and_shared_scales(eight: Record) -> None:
     moments = [(huge(of_codes), huge(of_scales, -(-N // BLOCK))) for of_codes, of_scales in dtypes]
     before = [window.clone() for window in windows(weight)]
     run(opt, weight, grad, (remainder, tuple(moments)))
-    for i, (found, expected, of_grad) in enumerate(zip(windows(weight), before, windows(grad), strict=True)):
+    for i, (actual, expected, of_grad) in enumerate(zip(windows(weight), before, windows(grad), strict=True)):
         reference = Window(learning_rate=0.01, **arguments, use_fused_step=False)
         Window.first = PROGRAMS[i] * CHUNK
         own = reference.create_state_multi_precision(0, expected)
         run(reference, expected, of_grad.clone(), own)
-        assert_bits(found, expected, f"weight of program {PROGRAMS[i]}")
+        assert_bits(actual, expected, f"weight of program {PROGRAMS[i]}")
         assert_bits(windows(remainder)[i], own[0], f"remainder of program {PROGRAMS[i]}")
         for ours, theirs in zip(moments, own[1], strict=True):
             assert_bits(windows(ours[0])[i], theirs[0], f"codes of program {PROGRAMS[i]}")

@@ -27,8 +27,8 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda().running() as found:
-        yield found
+    with FakeCuda().running() as fake:
+        yield fake
 
 
 def test_operations_run_when_they_are_waited_for(cuda: FakeCuda) -> None:

@@ -155,8 +155,8 @@ def test_optimizers_by_position(command: str, tmp_path: Path, monkeypatch: pytes
     quick = ["--quick"] if command == "check" else []
     result = run(command, "Test", "mine:Mine", *quick, "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    rows = found["rows"] if command == "check" else found
+    document = json.loads(result.stdout)
+    rows = document["rows"] if command == "check" else document
     assert {row["optimizer"] for row in rows} == {"test", "mine"}
     for name, hint in (("adamww", "did you mean 'adamw'"), ("nowhere:Mine", "cannot import"), ("x", "my_module:My")):
         result = run(command, name, COLUMNS="200")

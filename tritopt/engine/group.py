@@ -96,9 +96,9 @@ class LaunchGroup:
 
     def ready(self, key: tuple[Any, ...], make: Callable[[], Prepared]) -> Prepared:
         """What was made for an equal key. A few tuples are compared, since hashing kernels takes longer."""
-        for known, found in self._ready:
+        for known, prepared in self._ready:
             if known == key:
-                return found  # type: ignore[no-any-return]
+                return prepared  # type: ignore[no-any-return]
         made = make()
         self._ready.append((key, made))
         del self._ready[:-MAX_READY]
@@ -115,8 +115,8 @@ class LaunchGroup:
     @property
     def places(self) -> torch.Tensor:
         """The members, int64 on the device."""
-        (found,) = self.tables("places", lambda _: (np.array(self.members, dtype=np.int64),))
-        return found  # type: ignore[no-any-return]
+        (places,) = self.tables("places", lambda _: (np.array(self.members, dtype=np.int64),))
+        return places  # type: ignore[no-any-return]
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Uninitialised fp64 scratch on the device."""
@@ -187,7 +187,7 @@ def _captured_table(group: LaunchGroup, host: torch.Tensor) -> torch.Tensor:
     """
     staging = next((known for known, _ in group.captured if torch.equal(known, host)), None)
     if staging is None:
-        staging = next((found for found in group.staging if found.shape == host.shape), None)
+        staging = next((unused for unused in group.staging if unused.shape == host.shape), None)
         if staging is None:
             raise RuntimeError(_no_staging(group))
         group.staging = [other for other in group.staging if other is not staging]

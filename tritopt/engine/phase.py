@@ -109,10 +109,10 @@ def run_phases(groups: Sequence[LaunchGroup], launch: LaunchSpec, n_tasks: int) 
     """Launch the phases one after the other; a phase receives the sums of all before it. Returns all sums."""
     if len(groups) == 1 and launch.reduce is None:
         with on_device_of(groups[0]):
-            found = None
+            total = None
             for phase in launch.phases:
-                found = _joined(found, _launched(phase, groups[0], launch, found))
-        return [found]
+                total = _joined(total, _launched(phase, groups[0], launch, total))
+        return [total]
     sums: list[torch.Tensor | None] = [None] * len(groups)
     for phase in launch.phases:
         emitted = []

@@ -172,12 +172,12 @@ class Planner:
         self, groups: Sequence[LaunchGroup], n: int, device: torch.device, reduce: Reduce | None
     ) -> torch.Tensor:
         """Sums of squares, fp64 [n, 1], of tensors whose tables are uploaded; 0 for those that no group has."""
-        found = run_phases(groups, self.configured(_OF_SQUARES), n)
+        by_group = run_phases(groups, self.configured(_OF_SQUARES), n)
         if len(groups) == 1 and len(groups[0].members) == n and reduce is None:
-            assert found[0] is not None
-            return found[0]
+            assert by_group[0] is not None
+            return by_group[0]
         sums = torch.zeros(n, 1, dtype=torch.float64, device=device)
-        for group, values in zip(groups, found, strict=True):
+        for group, values in zip(groups, by_group, strict=True):
             assert values is not None
             sums.index_copy_(0, group.places.to(device), values.to(device))
         if reduce is not None:
@@ -186,8 +186,8 @@ class Planner:
 
     def groups_of_squares(self, key: Hashable) -> list[LaunchGroup] | None:
         """Those of the last `squares` with this key; None if there was none, or it had to go for others."""
-        found = self._plans.get(("squares", key))
-        return None if found is None else found[1]
+        plan = self._plans.get(("squares", key))
+        return None if plan is None else plan[1]
 
     def held(self) -> list[Any]:
         """All groups, and what they have on the device (`LaunchGroup.held`)."""
@@ -197,21 +197,21 @@ class Planner:
         """ValueError if the step would write an element twice; looked at again only when a tensor has moved."""
         places = [(t.data_ptr(), t.shape, t.stride()) for task in tasks for t in task.written()]
         known = self._places.get(key)
-        found = frozenset(places)
+        distinct = frozenset(places)
         # Without some of its tensors a list that shares none still shares none; one that is there twice does.
-        if known is not None and len(found) == len(places) and found <= known:
+        if known is not None and len(distinct) == len(places) and distinct <= known:
             return
         owner_of = [owner for owner, task in zip(owners, tasks, strict=True) for _ in task.written()]
         validate.no_aliases(owner_of, [tensor for task in tasks for tensor in task.written()])
-        self._places.put(key, found, len(places))
+        self._places.put(key, distinct, len(places))
 
     def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[LaunchGroup]:
-        signature = tuple([(_kind(task), task.grad.shape, task.noise) for task in tasks])
-        found = self._plans.get(key)
-        if found is None or found[0] != signature:
-            groups = _build_groups(tasks, [kind for kind, *_ in signature])
-            found = self._plans.put(key, (signature, groups), len(tasks))
-        return found[1]
+        signature = tuple([(_group_key(task), task.grad.shape, task.noise) for task in tasks])
+        plan = self._plans.get(key)
+        if plan is None or plan[0] != signature:
+            groups = _build_groups(tasks, [group_key for group_key, *_ in signature])
+            plan = self._plans.put(key, (signature, groups), len(tasks))
+        return plan[1]
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -232,17 +232,17 @@ def _words(group: LaunchGroup, tasks: Sequence[Task], scalars: ScalarTable) -> n
     return np.array(words, dtype=np.int64)
 
 
-def _kind(task: Task) -> Hashable:
+def _group_key(task: Task) -> Hashable:
     """What tasks of one group have in common."""
     names = tuple([fmt.name for fmt in task.formats])
     return task.grad.device, names, tuple([t.dtype for t in task.tensors()])
 
 
-def _build_groups(tasks: Sequence[Task], kinds: Sequence[Hashable]) -> list[LaunchGroup]:
+def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable]) -> list[LaunchGroup]:
     members: dict[Hashable, list[int]] = {}
-    for i, (task, kind) in enumerate(zip(tasks, kinds, strict=True)):
+    for i, (task, key) in enumerate(zip(tasks, keys, strict=True)):
         if task.grad.numel() > 0:
-            members.setdefault(kind, []).append(i)
+            members.setdefault(key, []).append(i)
     groups = []
     for positions in members.values():
         first = tasks[positions[0]]

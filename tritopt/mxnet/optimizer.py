@@ -268,11 +268,11 @@ class Optimizer(Update):
         if self._overrides_step() or not isinstance(indices, list | tuple):
             return None
         lists = [indices, weights, grads, states]
-        if not all(isinstance(some, list | tuple) and len(some) == len(indices) for some in lists):
+        if not all(isinstance(items, list | tuple) and len(items) == len(indices) for items in lists):
             return None
         if NoneType in set(map(type, grads)):
             keep = [i for i, grad in enumerate(grads) if grad is not None]
-            lists = [[some[i] for i in keep] for some in lists]
+            lists = [[items[i] for i in keep] for items in lists]
         return self._replay_of(key, *map(list, lists))
 
     def telemetry(self) -> Telemetry:

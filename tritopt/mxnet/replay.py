@@ -82,14 +82,14 @@ class Replay:
             return None
         if not self._walk.are(kept, self._kept_are, self._kept_at):
             return None
-        found = np.empty(len(grads), np.int64)
-        if self._walk.describe(grads, found, self._n_words) != self._grads_are:
+        addresses = np.empty(len(grads), np.int64)
+        if self._walk.describe(grads, addresses, self._n_words) != self._grads_are:
             return None
         # Their addresses say nothing of the device that they are on.
         if [grad.get_device() for grad in grads] != self._devices:
             return None
-        if found.tobytes() != self._grads.tobytes():
-            self._grads = found
+        if addresses.tobytes() != self._grads.tobytes():
+            self._grads = addresses
         return Repeated(self, weights, grads, states, kept)
 
     def launch(self, launched: Launched, table: ScalarTable, launch: LaunchSpec) -> None:
@@ -142,13 +142,13 @@ def can_be_replayed(weights: Sequence[torch.Tensor], grads: Sequence[torch.Tenso
 
 def _flattened(states: Sequence[State]) -> tuple[list[Any], list[Any]]:
     """Tensors of some states, in an order that depends on their structure alone; and that structure."""
-    found: list[Any] = list(states)
-    structure: list[Any] = [list(map(type, found))]
-    kinds = set(structure[-1])
-    while any(issubclass(kind, tuple) for kind in kinds):
-        tuples = found if len(kinds) == 1 else [value for value in found if isinstance(value, tuple)]
-        others = [] if len(kinds) == 1 else [value for value in found if not isinstance(value, tuple)]
-        found = others + list(chain.from_iterable(tuples))
-        structure += [list(map(len, tuples)), list(map(type, found))]
-        kinds = set(structure[-1])
-    return [value for value in found if value is not None] if NoneType in kinds else found, structure
+    flat: list[Any] = list(states)
+    structure: list[Any] = [list(map(type, flat))]
+    types = set(structure[-1])
+    while any(issubclass(kind, tuple) for kind in types):
+        tuples = flat if len(types) == 1 else [value for value in flat if isinstance(value, tuple)]
+        others = [] if len(types) == 1 else [value for value in flat if not isinstance(value, tuple)]
+        flat = others + list(chain.from_iterable(tuples))
+        structure += [list(map(len, tuples)), list(map(type, flat))]
+        types = set(structure[-1])
+    return [value for value in flat if value is not None] if NoneType in types else flat, structure

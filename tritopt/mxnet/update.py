@@ -107,13 +107,13 @@ class Update(States):
     ) -> Repeated | None:
         """An earlier update of these parameters that this one repeats."""
         try:
-            found: Replay | None = self._planner.replays.get(_key(key, indices, weights))
+            replay: Replay | None = self._planner.replays.get(_key(key, indices, weights))
         except TypeError:  # an index that cannot be hashed, which the checks refuse
             return None
         validate.rescale(self.rescale_grad)
-        if found is None or self._skips(self._rescale()[0]):
+        if replay is None or self._skips(self._rescale()[0]):
             return None
-        return found.repeated(self, weights, grads, states)
+        return replay.repeated(self, weights, grads, states)
 
     @torch.no_grad()
     def _run_again(self, repeated: Repeated) -> None:
@@ -215,7 +215,7 @@ class Update(States):
         for i in live:
             if on_kernel[i]:
                 by_launch.setdefault((tasks[i].draws, tasks[i].grad.device), []).append(i)
-        found = []
+        replayable = []
         for (draws, device), places in by_launch.items():
             launch = self._launch(type(scalars.scalars[0]), draws, device, device_rescale)
             launched = Launched([indices[i] for i in places], places, draws, device)
@@ -227,7 +227,7 @@ class Update(States):
                 launch,
             )
             if groups is not None:
-                found.append(launched._replace(groups=tuple(groups)))
+                replayable.append(launched._replace(groups=tuple(groups)))
             if launch.tracked is not None:
                 self._tracker.add(launched.indices, launch.tracked)
         for i in live:
@@ -235,7 +235,7 @@ class Update(States):
                 place = scalars.place_of[i]
                 values, of_rule = scalars.values[place], scalars.scalars[place]
                 self._apply_reference(indices[i], tasks[i], values, of_rule, device_rescale, updates)
-        return found
+        return replayable
 
     def _apply_reference(
         self,

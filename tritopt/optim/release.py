@@ -181,10 +181,12 @@ def _trainable(model_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> lis
     for name, param in pairs:
         if not isinstance(param, torch.Tensor):
             raise TypeError(f"release_gradients takes a module or a list of parameters; {name!r} is {type(param)}")
-    found = list({id(param): (name, param) for name, param in reversed(pairs) if param.requires_grad}.values())[::-1]
-    if not found:
+    trainable = list({id(param): (name, param) for name, param in reversed(pairs) if param.requires_grad}.values())[
+        ::-1
+    ]
+    if not trainable:
         raise ValueError("release_gradients: none of the parameters has requires_grad=True")
-    return found
+    return trainable
 
 
 def _check_known(named: Sequence[tuple[Hashable, torch.Tensor]], opt: Optimizer) -> None:

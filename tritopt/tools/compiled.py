@@ -239,8 +239,8 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of stack plus local memory, which is where spills go."""
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+    usage_of = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return usage_of["REG"], usage_of["STACK"] + usage_of["LOCAL"]
 
 
 def _tool(name: str, *options: str, cubin: bytes) -> str:

@@ -123,11 +123,11 @@ def choose(phase: Tunable, group: LaunchGroup, launch: LaunchSpec, n_earlier: in
     with _LOCK:
         place = (group.device, key)
         if place not in _CHOSEN:
-            found = cache.read(gpu).get(key)
-            if found is None and wanted and is_capturing(group.device):
+            cached = cache.read(gpu).get(key)
+            if cached is None and wanted and is_capturing(group.device):
                 return default_of(size)  # what is met again outside of the capture may still be tuned
-            _CHOSEN[place] = default_of(size) if found is None else found.config
-            if found is None and wanted:
+            _CHOSEN[place] = default_of(size) if cached is None else cached.config
+            if cached is None and wanted:
                 try:
                     tuned = tune(variant, size, group.device)
                 except Exception as error:

@@ -162,15 +162,15 @@ def _by_launch(
     members: Sequence[Member], tasks: Sequence[Task], rates: Mapping[int, Number], fused: Sequence[bool]
 ) -> dict[tuple[object, object, torch.device, bool, bool], list[int]]:
     """Members by launch; those that a learning rate of 0 leaves alone are in none."""
-    found: dict[tuple[object, object, torch.device, bool, bool], list[int]] = {}
+    places_of: dict[tuple[object, object, torch.device, bool, bool], list[int]] = {}
     known: dict[Hashable, list[int]] = {}
     for i, (member, task) in enumerate(zip(members, tasks, strict=True)):
         # What the key is made of takes long to make and to hash, and is the same for most.
-        kind = (id(member.group), id(member.layout), task.weight[0].device, fused[i])
-        if kind not in known:
+        signature = (id(member.group), id(member.layout), task.weight[0].device, fused[i])
+        if signature not in known:
             lr, rule = rates[id(member.group)], member.rule
             is_left_alone = rule.skips_zero_lr and not isinstance(lr, torch.Tensor) and lr == 0
-            key = (rule.phases, rule.preamble, *kind[2:], member.layout.draws)
-            known[kind] = [] if is_left_alone else found.setdefault(key, [])
-        known[kind].append(i)
-    return found
+            key = (rule.phases, rule.preamble, *signature[2:], member.layout.draws)
+            known[signature] = [] if is_left_alone else places_of.setdefault(key, [])
+        known[signature].append(i)
+    return places_of

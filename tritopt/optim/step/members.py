@@ -106,10 +106,10 @@ def params_of(opt: Owner, single: SingleParameter | None) -> list[torch.Tensor]:
 
 def names_of(opt: Owner) -> list[Hashable]:
     """Names of all parameters; positions of those in groups without names."""
-    found: list[Hashable] = []
+    names: list[Hashable] = []
     for group in opt.param_groups:
-        found.extend(group.get("param_names") or range(len(found), len(found) + len(group["params"])))
-    return found
+        names.extend(group.get("param_names") or range(len(names), len(names) + len(group["params"])))
+    return names
 
 
 def members_of(opt: Owner, single: SingleParameter | None = None) -> list[Member]:

@@ -205,17 +205,21 @@ class Stepper:
     def _candidates(self, opt: Owner, single: SingleParameter | None) -> Iterator[Replay]:
         """Yield steps that this one may repeat: the last, and the last with gradients of the same parameters."""
         if single is not None:
-            found = self._replay_of.pop(single.position, None)
-            if found is not None and found.members[0].group is single.group and found.members[0].param is single.param:
-                yield found
+            earlier = self._replay_of.pop(single.position, None)
+            if (
+                earlier is not None
+                and earlier.members[0].group is single.group
+                and earlier.members[0].param is single.param
+            ):
+                yield earlier
             return
         last, self._last = self._last, None
         if last is not None:
             yield last
         if last is None or last.has_other_gradients:
-            found = self._replays.get(_with_gradients(params_of(opt, None)))
-            if found is not None and found is not last:
-                yield found
+            earlier = self._replays.get(_with_gradients(params_of(opt, None)))
+            if earlier is not None and earlier is not last:
+                yield earlier
 
     def _forget_steps_of_others(self, params: list[torch.Tensor]) -> None:
         """Let go of parameters that the optimizer no longer has."""
@@ -238,9 +242,9 @@ class Stepper:
             return inverse
         if step.reduce is None:
             step.reduce = self._shard_sums("norm", step.members)
-        found = step.squares(step.reduce)
-        inverse = None if inverse is None else inverse.to(found.device)
-        factor = self._clip(found, opt.max_grad_norm, inverse, self._planner.record)
+        sums = step.squares(step.reduce)
+        inverse = None if inverse is None else inverse.to(sums.device)
+        factor = self._clip(sums, opt.max_grad_norm, inverse, self._planner.record)
         self.grad_norm = self._clip.norm
         return factor
 
