@@ -62,9 +62,9 @@ def test_contestants_take_turns_whose_first_steps_are_told_apart(monkeypatch: py
         return run
 
     a, b = [7.0, 70.0, 1.0, 2.0] * 2, [8.0, 80.0, 5.0, 4.0, 9.0, 90.0, 3.0, 6.0]
-    found = host.interleaved([(step("a", a), nullcontext), (step("b", b), nullcontext)], 2, lambda: now)
+    measured = host.interleaved([(step("a", a), nullcontext), (step("b", b), nullcontext)], 2, lambda: now)
     assert order == [*"aaaabbbb"] * 2
-    assert found == [([7.0, 7.0], [1.0, 2.0, 1.0, 2.0]), ([8.0, 9.0], [5.0, 4.0, 3.0, 6.0])]
+    assert measured == [([7.0, 7.0], [1.0, 2.0, 1.0, 2.0]), ([8.0, 9.0], [5.0, 4.0, 3.0, 6.0])]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,12 +75,12 @@ def test_no_kernel_runs(name: str, clip: bool, monkeypatch: pytest.MonkeyPatch) 
     groups = host._groups
 
     def remembered(case: Case) -> Any:
-        found = groups(case)
-        made.extend(param for group in found for param in group["params"])
+        made_groups = groups(case)
+        made.extend(param for group in made_groups for param in group["params"])
         for param in made:
             param.data.fill_(1)
             param.grad = torch.ones_like(param)
-        return found
+        return made_groups
 
     monkeypatch.setattr(host, "_groups", remembered)
     contestant = next(c for c in [host._ours(), *host._torch(NAMES[1:])] if c.name == name)
@@ -134,8 +134,8 @@ def test_the_command(as_json: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: A
     path = tmp_path / "host.json"
     chosen = ["--json"] if as_json else []
     arguments = ["bench", "--host", "--rounds", "3", "--peer", "torch fused", "--save", str(path), *chosen]
-    found = CliRunner().invoke(app, arguments)
-    assert found.exit_code == 0, found.output
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
     saved = json.loads(path.read_text())
     assert {"cpu", "date", "torch", "triton", "tritopt", "commit"} <= set(saved["machine"])
     rows = [HostTime(**row) for row in saved["rows"]]
@@ -143,6 +143,6 @@ def test_the_command(as_json: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: A
         ("tritopt", 1), ("torch fused", 1), ("tritopt", 8), ("torch fused", 8),
     ]  # fmt: skip
     if as_json:
-        assert json.loads(found.stdout) == saved
+        assert json.loads(result.stdout) == saved
     else:
-        assert "replaced, torch fused: torch._fused_adamw_" in found.output
+        assert "replaced, torch fused: torch._fused_adamw_" in result.output

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,11 @@ def test_words_are_broken_only_where_no_column_may_go() -> None:
 
 
 @pytest.fixture
-def _registers_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "OPTIMIZERS", dict(registry.OPTIMIZERS))
+def _registers_for_now() -> Iterator[None]:
+    known = dict(registry.OPTIMIZERS)
+    yield
+    registry.OPTIMIZERS.clear()
+    registry.OPTIMIZERS.update(known)
 
 
 @pytest.mark.usefixtures("_registers_for_now")
@@ -151,8 +155,8 @@ def test_optimizers_by_position(command: str, tmp_path: Path, monkeypatch: pytes
     quick = ["--quick"] if command == "check" else []
     result = run(command, "Test", "mine:Mine", *quick, "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    rows = found["rows"] if command == "check" else found
+    document = json.loads(result.stdout)
+    rows = document["rows"] if command == "check" else document
     assert {row["optimizer"] for row in rows} == {"test", "mine"}
     for name, hint in (("adamww", "did you mean 'adamw'"), ("nowhere:Mine", "cannot import"), ("x", "my_module:My")):
         result = run(command, name, COLUMNS="200")

@@ -37,9 +37,9 @@ def torch_of_users() -> Iterator[None]:
 
 
 def best(name: str, rows: list[HostTime]) -> float:
-    (found,) = [row.best_ms for row in rows if row.contestant == name]
-    assert found is not None
-    return found
+    (best_ms,) = [row.best_ms for row in rows if row.contestant == name]
+    assert best_ms is not None
+    return best_ms
 
 
 def of_torch() -> float:
@@ -71,7 +71,7 @@ def against(case: Case, other: Case) -> float:
 )
 def test_host_time(ratio: Callable[[], float], allowed: float) -> None:
     # The best of many rounds, and once more: a machine may be busy, but not a step faster than it is.
-    found = ratio()
-    if found > allowed:
-        found = min(found, ratio())
-    assert found <= allowed
+    measured = ratio()
+    if measured > allowed:
+        measured = min(measured, ratio())
+    assert measured <= allowed

@@ -66,9 +66,9 @@ def test_wrong_shapes_are_refused_alike(shape: Any) -> None:
     with pytest.raises((TypeError, ValueError)) as expected:
         original(core.block_type.__init__, core.block_type, core.int8, shape)
     for _ in range(2):
-        with pytest.raises(type(expected.value)) as found:
+        with pytest.raises(type(expected.value)) as raised:
             core.block_type(core.int8, shape)
-        assert str(found.value) == str(expected.value)
+        assert str(raised.value) == str(expected.value)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,6 @@ def test_wrong_shapes_are_refused_alike(shape: Any) -> None:
 )  # fmt: skip
 def test_values(value: Any) -> None:
     unwrap = core._unwrap_if_constexpr
-    found, expected = unwrap(value), unwrap.__wrapped__(value)
-    assert type(found) is type(expected)
-    assert str(getattr(found, "values", found)) == str(getattr(expected, "values", expected))
+    actual, expected = unwrap(value), unwrap.__wrapped__(value)
+    assert type(actual) is type(expected)
+    assert str(getattr(actual, "values", actual)) == str(getattr(expected, "values", expected))

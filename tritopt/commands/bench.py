@@ -112,12 +112,12 @@ def _bench_device(run: Bench, save: Path | None, draw: Sequence[Path], as_json: 
 
 
 def _where(run: Bench) -> str:
-    found = run.machine
-    commit = f" ({found['commit']})" if found["commit"] else ""
-    versions = f"tritopt {found['tritopt']}{commit}, torch {found['torch']}, triton {found['triton']}"
+    machine = run.machine
+    commit = f" ({machine['commit']})" if machine["commit"] else ""
+    versions = f"tritopt {machine['tritopt']}{commit}, torch {machine['torch']}, triton {machine['triton']}"
     if run.device.is_rehearsal:
         return f"{WARNING}\n{versions}"
-    return f"{found['gpu']}, driver {found['driver']}\n{versions}"
+    return f"{machine['gpu']}, driver {machine['driver']}\n{versions}"
 
 
 def _title(run: Bench) -> str:
@@ -191,9 +191,9 @@ def _print_refused(rows: Sequence[Measurement]) -> None:
 def _print_targets(run: Bench) -> None:
     columns = [Column("target, for an H200"), Column("", 2), Column("measured, the worst"), Column("of", 1), Column("")]
     lines = []
-    for found in judge(run.done, run.device.is_rehearsal):
-        style = {"met": "green", "missed": "red", "not measured": "dim"}[found.verdict]
-        cells = [found.target, found.required, found.measured or "-", str(found.of or ""), found.verdict]
+    for judged in judge(run.done, run.device.is_rehearsal):
+        style = {"met": "green", "missed": "red", "not measured": "dim"}[judged.verdict]
+        cells = [judged.target, judged.required, judged.measured or "-", str(judged.of or ""), judged.verdict]
         lines.append(Line(cells, style))
     print_table(console(), columns, lines)
 

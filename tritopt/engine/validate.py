@@ -111,8 +111,8 @@ def same_length(**lists: Any) -> None:
         if not isinstance(items, list | tuple):
             raise TypeError(f"{name} must be a list or a tuple beside a list of indices, got {items!r:.60}")
     if len({len(items) for items in lists.values()}) > 1:
-        found = ", ".join(f"{len(items)} {name}" for name, items in lists.items())
-        raise ValueError(f"one of each per parameter, got {found}")
+        lengths = ", ".join(f"{len(items)} {name}" for name, items in lists.items())
+        raise ValueError(f"one of each per parameter, got {lengths}")
 
 
 def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:

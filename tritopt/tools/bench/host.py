@@ -147,9 +147,9 @@ def case_times(
         max(min(rounds, 5), rounds // max(1, case.tensors // 1000)),
         clock,
     )
-    for (row, *_), found in zip(running, times, strict=True):
-        row.ms, row.best_ms = 1e3 * statistics.median(found.warm), 1e3 * min(found.warm)
-        row.cold_ms = 1e3 * statistics.median(found.cold)
+    for (row, *_), times_of in zip(running, times, strict=True):
+        row.ms, row.best_ms = 1e3 * statistics.median(times_of.warm), 1e3 * min(times_of.warm)
+        row.cold_ms = 1e3 * statistics.median(times_of.cold)
     baseline = next((row.ms for row in rows if row.contestant == BASELINE), None)
     for row in rows:
         if row.ms is not None and baseline:
@@ -159,14 +159,14 @@ def case_times(
 
 def document(rows: Sequence[HostTime]) -> dict[str, Any]:
     """Collect for JSON what the numbers belong to, and the rows."""
-    found = environment()
+    machine = environment()
     return {
         "machine": {
             "cpu": cpu_name(),
             "date": now(),
-            "platform": found["machine"],
+            "platform": machine["machine"],
             "commit": commit(),
-            **{name: found[name] for name in ("device", "python", "torch", "triton", "tritopt", "walk")},
+            **{name: machine[name] for name in ("device", "python", "torch", "triton", "tritopt", "walk")},
             "peers": peers.versions(),
         },
         "rows": [asdict(row) for row in rows],
@@ -193,12 +193,12 @@ def interleaved(
     gc.disable()
     try:
         for _ in range(rounds):
-            for (step, without_kernels), found in zip(steps, times, strict=True):
+            for (step, without_kernels), times_of in zip(steps, times, strict=True):
                 with without_kernels():
-                    found.cold.append(_timed(step, clock))
+                    times_of.cold.append(_timed(step, clock))
                     for _ in range(SETTLING - 1):
                         step()
-                    found.warm.extend(_timed(step, clock) for _ in range(TURN))
+                    times_of.warm.extend(_timed(step, clock) for _ in range(TURN))
     finally:
         if was_enabled:
             gc.enable()

@@ -147,7 +147,7 @@ def unchecked(case: Case) -> CheckResult:
 
 def find_cases(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> list[Case]:
     """List the cases of the optimizers (None: of all that are registered); `quick` leaves out most combinations."""
-    found = []
+    cases = []
     for cls in registered() if classes is None else classes:
         for variant, (name, grad_dtypes), option in product(cls.variants, CHECKED.items(), OPTIONS):
             storage = FORMATS[name]
@@ -159,8 +159,8 @@ def find_cases(classes: Sequence[type[Optimizer]] | None = None, quick: bool = F
                 continue
             for grad_dtype in grad_dtypes[:1] if quick else grad_dtypes:
                 stored = storage.dtype, grad_dtype, storage.master, storage.state_dtype
-                found.append(Case(cls, dict(variant), *stored, option))
-    return found
+                cases.append(Case(cls, dict(variant), *stored, option))
+    return cases
 
 
 def _goes_with(cls: type[Optimizer], variant: dict[str, Any], storage: StorageFormat) -> bool:
