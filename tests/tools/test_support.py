@@ -224,6 +224,6 @@ def test_command() -> None:
     assert "Lion" not in table
     records = json.loads(run("--support", "--json"))
     assert [record["optimizer"] for record in records] == [record.optimizer for record in RECORDS]
-    header, rule, *rows = run("--support", "--markdown", "adafactor").splitlines()[:3]
+    header, _, *rows = run("--support", "--markdown", "adafactor").splitlines()[:3]
     assert header.startswith("| face | optimizer | launches | masters |")
     assert "fp32, split16, kahan" in rows[0]
