@@ -136,9 +136,9 @@ def test_the_reference_computes_what_the_for_loop_does(face: str, monkeypatch: p
     groups = contestants.groups_of
 
     def remembered(case: Case) -> Any:
-        found = groups(case)
-        made.append([param for group in found for param in group["params"]])
-        return found
+        made_groups = groups(case)
+        made.append([param for group in made_groups for param in group["params"]])
+        return made_groups
 
     monkeypatch.setattr(contestants, "groups_of", remembered)
     case = Case(3, face=face, fused=False, elements=50)
