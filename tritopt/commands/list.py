@@ -1,4 +1,4 @@
-"""The command `tritopt list`."""
+"""The command `tritopt list`: its options, and how it prints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _DOCUMENTED = ["source of the formula", "differs from MXNet's in"]
 
 
 def _documented(listing: cost.Listing) -> list[str]:
-    """Source and differences, of an optimizer's first row only."""
+    """Source and differences, for an optimizer's first row only."""
     cls = registry.find(listing.optimizer)
     return ["", ""] if listing.arguments else [docs.source(cls), docs.differences(cls)]
 

@@ -111,7 +111,7 @@ class Threads:
         self.is_waiting = np.zeros(n, bool)
         """Whether it waits at a barrier."""
         self.instruction = Instruction("", ())
-        """The one that runs now."""
+        """Instruction that runs now."""
 
     def write(self, name: str, selection: Selection, value: Array, undefined: Array | None) -> None:
         """Set a register, and which of its bits are undefined; None: none."""
