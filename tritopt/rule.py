@@ -41,7 +41,7 @@ class Rule:
     """
 
     clips: ClassVar[bool] = True
-    """Whether `clip_gradient` applies."""
+    """Whether `clip_gradient` applies; False: gradients are not clipped."""
     decays: ClassVar[bool] = True
     """Whether `wd` applies; False: the optimizer refuses any but 0."""
     skips_zero_rescale: ClassVar[bool] = False

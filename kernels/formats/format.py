@@ -38,7 +38,7 @@ class Format(NamedTuple):
     decode: Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]
     encode: Callable[..., None]
     plane_reads: tuple[bool, ...]
-    """Which planes `load` reads; `store` writes all of them."""
+    """Flags that say which planes `load` reads; `store` writes all of them."""
     weight_dtypes: tuple[torch.dtype, ...]
     """Dtypes that plane 0 may have, which is the weight; none for a format of states."""
     companion: str = ""

@@ -29,7 +29,7 @@ OF_ONE_SET = 6.0
 
 @pytest.fixture(autouse=True)
 def torch_of_users() -> Iterator[None]:
-    """Without deterministic algorithms, which fill whatever is allocated."""
+    """Switch off deterministic algorithms, which fill whatever is allocated, as users have it."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     yield

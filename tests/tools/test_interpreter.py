@@ -22,7 +22,7 @@ SHAPES: list[Any] = [[1], [64], [4, 16], core.tuple([8]), core.tuple([core.const
 
 
 def described(constructed: Any) -> dict[str, str]:
-    """What an object says of itself; tuples of Triton's are described by their values."""
+    """Describe an object as it does itself; tuples of Triton's are described by their values."""
     return {
         name: repr(value.values) if isinstance(value, core.tuple) else repr(value)
         for name, value in vars(constructed).items()

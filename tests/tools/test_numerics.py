@@ -105,7 +105,7 @@ def test_numbers_that_come_again_come_elsewhere() -> None:
 
 
 def test_fp16_gradients_are_exact() -> None:
-    """But for those below 2e-3 of the smallest rms, which are subnormal."""
+    """Gradients below 2e-3 of the smallest rms are the exception: they are subnormal."""
     stress = Stress([case for case in CASES if case.outliers is None], 1)
     exact = stress.gradients(0)
     scaled = (exact * LOSS_SCALE).half().float() / LOSS_SCALE
@@ -228,7 +228,7 @@ def test_cells_show_the_worst_case() -> None:
 
 @pytest.mark.parametrize("name", BY_DEFAULT)
 def test_readme_has_a_row_for_each_format(name: str) -> None:
-    """With the bytes that are true."""
+    """The table's bytes are the true ones."""
     text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
     (table,) = re.findall(r"<!-- numerics: .*? -->\n(.*?)<!-- end of numerics -->", text, re.DOTALL)
     header, _, truth, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()]

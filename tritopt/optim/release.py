@@ -105,13 +105,13 @@ class GradientRelease:
         _active.discard(self)
 
     def __enter__(self) -> GradientRelease:
-        """Return itself."""
+        """Return the handle itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End the release."""
+        """End the release, as `remove` does."""
         self.remove()
 
     def update(self, param: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Signum, and signSGD."""
+"""Signum and signSGD with torch's interface."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Listing:
     kernels: tuple[str, ...]
     """Names of update functions, one per launch. Empty: no kernel."""
     states: tuple[str, ...]
-    """Names of states."""
+    """Names of states, in the rule's order."""
     moved: dict[str, Traffic]
     """Bytes that a step moves, by name of PRECISIONS, but for those that the optimizer refuses. Empty: no kernel."""
     resident: dict[str, float]

@@ -28,7 +28,7 @@ SPECIAL = {
 
 @dataclass
 class Options:
-    """How a launch runs."""
+    """Options of a launch in the machine."""
 
     watches: bool = True
     """Whether races are looked for."""
@@ -145,7 +145,7 @@ class Threads:
 
 
 def size_of(selection: Selection) -> int:
-    """Number of threads."""
+    """Number of threads that are selected."""
     return selection.stop - selection.start if isinstance(selection, slice) else len(selection)
 
 
