@@ -172,7 +172,7 @@ class Rule:
             if arrays is not None:
                 self._update_arrays(task, arrays, (rescale, bound, wd), s)
                 return
-        w = task.format.decode([plane.resolve_neg() for plane in task.weight], dtype)
+        w = task.format.decode([_kept(plane) for plane in task.weight], dtype)
         g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
         if g is task.grad:  # where nothing was done to it: a reference may write to what it is given
             g = g.clone()
@@ -222,6 +222,12 @@ class Rule:
         for old, new in zip(state, new_state, strict=True):
             old[...] = new
         w[...] = new_weight
+
+
+def _kept(plane: torch.Tensor) -> torch.Tensor:
+    """A plane of the weight; a copy where autograd may need it after it was overwritten, as a norm's derivative."""
+    plane = plane.resolve_neg()
+    return plane.clone() if plane.requires_grad and torch.is_grad_enabled() else plane
 
 
 def takes_arrays(reference: Reference) -> Reference:

@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP_LEVEL = {
-    "pyproject.toml", "setup.py", "README.md", "CHANGELOG.md", "LICENSE", "tritopt", "kernels", "tests", "benchmarks",
-    "examples",
+    "pyproject.toml", "setup.py", "mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "tritopt",
+    "kernels", "tests", "benchmarks", "docs", "examples",
 }  # fmt: skip
 HAS_COMPILER = (
     sys.platform == "linux"

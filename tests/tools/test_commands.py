@@ -24,6 +24,7 @@ from tritopt.engine.tuning.config import Config
 from tritopt.mxnet import registry
 from tritopt.tools import numerics, tune
 from tritopt.tools.bench import host, measure
+from tritopt.tools.bench.contestants import Case
 from tritopt.tools.inspect import Change, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,16 +114,18 @@ def test_bench(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
     bench_command._print(Done())  # type: ignore[arg-type]
     assert_fits(capsys.readouterr().out, width, "TransformerEngine", "3.250", "times", "1.25")
-    monkeypatch.setattr(host, "CASES", host.CASES[:1])
     times: Any = {"ms": 0.5, "best_ms": 0.25, "cold_ms": 1.0, "ratio": 0.125}
-    monkeypatch.setattr(
-        host,
-        "case_times",
-        lambda case, *_: [
-            host.HostTime("torch foreach", case.tensors, case.groups, case.clip, case.sets, "nothing", **times)
-        ],
-    )
-    assert_fits(run("bench", "--host").output.partition("replaced,")[0], width, "foreach", "0.500", "0.12")
+    names = ("torch foreach", "optimi")
+
+    def case_times(case: Case, *_: object) -> list[host.HostTime]:
+        rows = [host.HostTime(name, *case, case.title, "nothing", **times) for name in names]
+        rows[1].ms, rows[1].refused = None, "RuntimeError: needs a GPU"
+        return rows
+
+    monkeypatch.setattr(host, "case_times", case_times)
+    table, _, below = run("bench", "--host").output.partition("replaced,")
+    assert_fits(table, width, *names, "0.500", "0.12", *{word for case in host.CASES for word in case.title.split()})
+    assert f"{host.CASES[0].title}, optimi: RuntimeError: needs a GPU" in below
 
 
 def test_words_are_broken_only_where_no_column_may_go() -> None:

@@ -344,4 +344,5 @@ def _with_gradients(
     kept = [[items[i] for i in keep] for items in (indices, weights, grads, states)]
     for index, weight, grad in zip(*kept[:3], strict=True):
         validate.weight_and_grad(index, weight, grad)
+        validate.not_spread(index, weight, grad)
     return kept[0], kept[1], kept[2], kept[3]
