@@ -70,7 +70,7 @@ def sources() -> str:
 
 
 def differences() -> str:
-    """How single optimizers depart from MXNet's."""
+    """Departures of single optimizers from MXNet's."""
     texts = {name: docs.differences(registry.find(name)) for name in registry.names()}
     rows = [[f"[{name}](../optimizers/{name}.md)", text] for name, text in texts.items() if text]
     return table(["optimizer", "differs from MXNet's in"], rows)
@@ -91,7 +91,7 @@ def memory() -> str:
 
 
 def numerics() -> str:
-    """What the formats cost and lose, from saved results."""
+    """Costs and losses of the formats, from saved results."""
     rows = [[f"`{name}`", *cells] for name, cells in summary(load(RESULTS / "numerics_adamw.json")).items()]
     header = ["format", *(column.title for column in COLUMNS)]
     return table(header, rows, header[1:])
@@ -132,12 +132,12 @@ def case_of(row: dict[str, Any]) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Format a time."""
+    """Format a time in milliseconds."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def support_table(face: str) -> str:
-    """What each optimizer takes in a face: `tritopt list --support`."""
+    """Table of what each optimizer takes in a face: `tritopt list --support`."""
     cells = [record.cells() for record in support.supported() if record.face == face]
     for row in cells:
         row["optimizer"] = f"[{row['optimizer']}](optimizers/{row['optimizer'].lower()}.md)"
@@ -166,7 +166,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "support legend": legend,
     "step": lambda: f"<figure>{(ROOT / 'docs' / 'images' / 'step.svg').read_text()}</figure>",
 }
-"""What pages may ask for, by name."""
+"""Functions that make the parts which pages may ask for, by name."""
 
 
 DOCSTRING = "    options:\n      show_root_heading: false\n      show_root_toc_entry: false"
@@ -191,7 +191,7 @@ def call(name: str, cls: type, first: str = "") -> str:
 def page_of(name: str) -> tuple[str, str]:
     """Title and text of an optimizer's page: both faces, with their recurrences."""
     cls = registry.find(name)
-    face = {known.lower(): cls for known, found in torch_classes().items()}.get(name)
+    face = {known.lower(): of_torch for known, of_torch in torch_classes().items()}.get(name)
     title = face.__name__ if face else cls.__name__
     parts = [f"# {title}"]
     if face is not None:

@@ -75,8 +75,9 @@ DEPENDENT = [
 
 def docstrings() -> Iterator[tuple[Path, ast.Constant]]:
     """Every docstring of modules, classes and functions, and every string below a field that describes it."""
-    paths = [path for folder in ("tritopt", "kernels", "tests", "examples") for path in (ROOT / folder).rglob("*.py")]
-    for path in (*sorted(paths), ROOT / "setup.py"):
+    folders = ("tritopt", "kernels", "tests", "examples", "docs")
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    for path in (*paths, ROOT / "setup.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.Expr(value=ast.Constant(value=str()) as constant):
