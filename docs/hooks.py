@@ -70,9 +70,9 @@ def sources() -> str:
 
 
 def differences() -> str:
-    """How single optimizers depart from MXNet's."""
-    found = {name: docs.differences(registry.find(name)) for name in registry.names()}
-    rows = [[f"[{name}](../optimizers/{name}.md)", text] for name, text in found.items() if text]
+    """Departures of single optimizers from MXNet's."""
+    texts = {name: docs.differences(registry.find(name)) for name in registry.names()}
+    rows = [[f"[{name}](../optimizers/{name}.md)", text] for name, text in texts.items() if text]
     return table(["optimizer", "differs from MXNet's in"], rows)
 
 
@@ -91,7 +91,7 @@ def memory() -> str:
 
 
 def numerics() -> str:
-    """What the formats cost and lose, from saved results."""
+    """Costs and losses of the formats, from saved results."""
     rows = [[f"`{name}`", *cells] for name, cells in summary(load(RESULTS / "numerics_adamw.json")).items()]
     header = ["format", *(column.title for column in COLUMNS)]
     return table(header, rows, header[1:])
@@ -109,10 +109,10 @@ def host() -> str:
     rows = [
         [
             case,
-            *(milliseconds(found.get(name, {}).get("ms")) for name in contestants),
-            *(milliseconds(found.get(name, {}).get("cold_ms")) for name in cold),
+            *(milliseconds(times.get(name, {}).get("ms")) for name in contestants),
+            *(milliseconds(times.get(name, {}).get("cold_ms")) for name in cold),
         ]
-        for case, found in by_case.items()
+        for case, times in by_case.items()
     ]
     machine = saved["machine"]
     where = f"Medians on two cores of an {machine['cpu']} with torch {machine['torch']}, {machine['date'][:10]}"
@@ -137,12 +137,12 @@ def case_of(row: dict[str, Any]) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Format a time."""
+    """Format a time in milliseconds."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def support_table(face: str) -> str:
-    """What each optimizer takes in a face: `tritopt list --support`."""
+    """Table of what each optimizer takes in a face: `tritopt list --support`."""
     cells = [record.cells() for record in support.supported() if record.face == face]
     for row in cells:
         row["optimizer"] = f"[{row['optimizer']}](optimizers/{row['optimizer'].lower()}.md)"
@@ -184,7 +184,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "support legend": legend,
     "step": lambda: f"<figure>{(ROOT / 'docs' / 'images' / 'step.svg').read_text()}</figure>",
 }
-"""What pages may ask for, by name."""
+"""Functions that make the parts which pages may ask for, by name."""
 
 
 DOCSTRING = "    options:\n      show_root_heading: false\n      show_root_toc_entry: false"
@@ -209,7 +209,7 @@ def call(name: str, cls: type, first: str = "") -> str:
 def page_of(name: str) -> tuple[str, str]:
     """Title and text of an optimizer's page: both faces, with their recurrences."""
     cls = registry.find(name)
-    face = {known.lower(): found for known, found in torch_classes().items()}.get(name)
+    face = {known.lower(): of_torch for known, of_torch in torch_classes().items()}.get(name)
     title = face.__name__ if face else cls.__name__
     parts = [f"# {title}"]
     if face is not None:

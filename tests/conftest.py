@@ -1,4 +1,4 @@
-"""Where tests run: on the GPU if there is one, otherwise in Triton's interpreter on the CPU.
+"""Device of the tests: the GPU if there is one, otherwise the CPU with Triton's interpreter.
 
 With TRITOPT_PTX=90 (or 80, 100), and tests/ptx/plugin.py, kernels are compiled, and run in the PTX machine.
 """

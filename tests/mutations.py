@@ -191,12 +191,12 @@ COMPILED: list[tuple[str, str, str, dict[str, str]]] = [
 
 
 class Mutation(NamedTuple):
-    """One wrong text."""
+    """Replacement of one text by a wrong one."""
 
     optimizer: str
-    """Whose check must notice; or the name of a file of tests, in the folder of tests."""
+    """Name of the optimizer whose check must notice, or of a file of tests, in the folder of tests."""
     file: str
-    """In the kernels' folder; for tests, in the package."""
+    """Path in the kernels' folder; for tests, in the package."""
     old: str
     wrong: str
     new: str
@@ -213,7 +213,7 @@ def collect() -> list[Mutation]:
 
 
 class Outcome(NamedTuple):
-    """What the check said to a mutation."""
+    """Verdict of the check on a mutation."""
 
     caught: bool
     comment: str

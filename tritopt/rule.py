@@ -41,7 +41,7 @@ class Rule:
     """
 
     clips: ClassVar[bool] = True
-    """Whether `clip_gradient` applies."""
+    """Whether `clip_gradient` applies; False: gradients are not clipped."""
     decays: ClassVar[bool] = True
     """Whether `wd` applies; False: the optimizer refuses any but 0."""
     skips_zero_rescale: ClassVar[bool] = False
@@ -147,10 +147,17 @@ class Rule:
         tracked: list[Tracked] | None = None,
         place: int = 0,
     ) -> None:
-        """Update one task in PyTorch. `common`: rescale, clip bound, wd.
+        """Update one task in PyTorch.
 
-        `device_rescale` multiplies the first. NaN skips. `encode` stores a result in the planes of a format.
-        `noise`: of the random bits that formats take. `tracked` gets what telemetry is made of, for this `place`.
+        Args:
+            task: the parameter's tensors.
+            common: rescale, clip bound (inf: none), weight decay. A rescale that is NaN skips the update.
+            s: the rule's scalars.
+            device_rescale: multiplies the rescale; None: 1.
+            encode: stores a result in the planes of a format.
+            noise: what the random bits that formats draw depend on; None: no format draws.
+            tracked: gets what telemetry is made of; None: there is none.
+            place: place of the task in `tracked`.
         """
         rescale, bound, wd = common
         rescale = self._total_rescale(rescale, device_rescale)

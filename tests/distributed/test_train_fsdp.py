@@ -23,7 +23,7 @@ STEPS = 16
 
 
 class StoppedError(Exception):
-    """In the place of a kill."""
+    """Error that takes the place of a kill."""
 
 
 def run(folder: Path, *more: str) -> Any:

@@ -76,7 +76,7 @@ def test_tensors_that_are_as_described(ask: Walk) -> None:
 
 
 class Wrapper(torch.Tensor):
-    """Without memory of its own, like a DTensor."""
+    """Tensor without memory of its own, like a DTensor."""
 
     _local_tensor: torch.Tensor
 

@@ -63,7 +63,7 @@ print(json.dumps(rows))
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """In a process of its own: this one interprets kernels."""
+    """Compile in a process of its own: this one interprets kernels."""
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -137,6 +137,6 @@ def test_kernels_say_their_name(rows: list[dict[str, Any]]) -> None:
 
 
 def test_one_worker_compiles(request: pytest.FixtureRequest) -> None:
-    """Where pytest-xdist does not keep groups together, silently, each worker compiles all of it."""
+    """Each worker would compile all of it if pytest-xdist did not keep groups together, silently."""
     if getattr(request.config.option, "loadgroup", False):
         assert request.node.nodeid.endswith("@compiles")

@@ -105,7 +105,7 @@ def test_a_run_draws_the_same_with_fewer_calls(first: int) -> None:
 
 
 def test_neighbours_are_independent() -> None:
-    """Also those that share a call: no correlation of them, of their sizes or of their squares."""
+    """Neighbours that share a call are uncorrelated: the numbers, their sizes and their squares."""
     n = 100_000
     z = random.normal(halves(key_words(0, 0)), torch.arange(4 * n), 1, 0).double().view(n, 4)
     for powers in (z, z.abs(), z.square()):

@@ -1,4 +1,4 @@
-"""How fp16 and bf16 parameters keep what their own bits cannot hold: `master=`."""
+"""Formats by which fp16 and bf16 parameters keep what their own bits cannot hold: `master=`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def still_update(w, g, state, s):  # type: ignore[no-untyped-def]
 
 
 class Still(Optimizer):
-    """Updates nothing."""
+    """Optimizer that updates nothing."""
 
     phases = (Apply(still_update),)
     preamble = "decoupled"
@@ -136,7 +136,8 @@ def every_weight(dtype: torch.dtype) -> torch.Tensor:
 
 
 def stale(fmt: Format, weight: torch.Tensor) -> list[torch.Tensor]:
-    """What may stand beside weights that somebody has written since: numbers of the edge, and other weights'."""
+    """Make planes that may stand beside weights which somebody has written since: numbers of the edge, and other
+    weights'."""
     dtype = fmt.dtype_of_companion(weight.dtype)
     generator = torch.Generator(weight.device).manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, weight.shape, generator=generator, device=weight.device)
@@ -195,7 +196,7 @@ def test_every_weight_is_taken_by_the_kernel_too(fmt: Format, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kahan_sums_round_to_the_weight(dtype: torch.dtype) -> None:
-    """Also just below half an ulp, which a compensation is rounded up to; it is then the next number towards zero."""
+    """Just below half an ulp a compensation would be rounded up to that; it is then the next number towards zero."""
     weight = every_weight(dtype)
     weight = weight[weight.isfinite()]
     away = torch.nextafter(weight.float(), weight.float() * 4)

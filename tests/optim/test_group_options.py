@@ -97,7 +97,7 @@ CLASSES = [cls for cls in vars(optim).values() if isinstance(cls, type) and hasa
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_rates_in_a_vector_give_the_rows_that_one_by_one_give(cls: Any) -> None:
-    """To the bit: a resumed run starts with the slow way."""
+    """Equality is to the bit: a resumed run starts with the slow way."""
     groups = [{"params": [torch.ones(2, 2, requires_grad=True)], "lr": 0.01 * 1.37**i} for i in range(5)]
     decay = 0.0 if cls is optim.GroupAdaGrad else 0.01  # which has none
     groups.append({"params": [torch.ones(2, 2, requires_grad=True)], "lr": 0.01, "weight_decay": decay})

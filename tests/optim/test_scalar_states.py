@@ -56,7 +56,7 @@ def _of_numpy(state: State, name: str) -> None:
 
 
 def _nothing(state: State, name: str) -> None:
-    """As it is."""
+    """Leave the number as it is."""
 
 
 WRITES: dict[str, Callable[[State, str], None]] = {

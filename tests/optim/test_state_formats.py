@@ -1,4 +1,4 @@
-"""How states are stored: `state_dtype=` of tritopt.optim."""
+"""Formats of states: `state_dtype=` of tritopt.optim."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ HUGE = (1e20, 8e37, 8.3e37, 1.2e38, 2.0**127, 1.8e38, 3e38, torch.finfo(F32).max
 @pytest.mark.parametrize("huge", HUGE)
 @EVERY_FORMAT
 def test_what_is_too_large_leaves_its_block_finite(fmt: Format, huge: float) -> None:
-    """Nor does rounding up lead out of fp32, at whatever draw, and however often a state is stored again."""
+    """Rounding up does not lead out of fp32 either, at whatever draw, and however often a state is stored again."""
     if not fmt.block:
         return
     value = torch.linspace(0.0, 1.0, BLOCK, device="cpu")
@@ -186,7 +186,7 @@ def test_nan_of_either_sign_has_one_code(cls: Any, fused: bool | None, name: str
 @pytest.mark.parametrize("name", ["fp16", "int8", "fp8"])
 @KERNEL_AND_REFERENCE
 def test_a_finite_gradient_leaves_its_neighbours_finite(cls: Any, fused: bool | None, name: str) -> None:
-    """But of optimizers by sums, where fp32 states give NaN to the whole tensor too."""
+    """Optimizers by sums are the exception, where fp32 states give NaN to the whole tensor too."""
     for huge in HUGE[:-1]:
         are_finite = []
         for state_dtype in (name, None):
@@ -259,7 +259,7 @@ def test_kernel_is_the_reference(cls: Any, name: str) -> None:
 @EVERY_NAME
 @pytest.mark.parametrize("block_size", [BLOCK, 8 * BLOCK], ids=["full blocks", "tail"])
 def test_kernel_is_the_reference_at_edges(name: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside outliers, at zeros of either sign, at the ends of fp32, and where something is not finite."""
+    """Edges are outliers, zeros of either sign, the ends of fp32, and numbers that are not finite."""
     monkeypatch.setattr(Planner, "config", Config(block_size=block_size, chunk_size=512, num_warps=1))
     grad = torch.zeros(6, BLOCK)
     grad[0, :6] = torch.tensor([1e4, 1e-6, -1e-9, -0.0, 1.0, -1.0])

@@ -102,7 +102,7 @@ def test_steps_are_the_same_and_stay_warm(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("fused", [None, False], ids=["kernel", "reference"])
 def test_weights_that_are_stuck_show(fused: bool | None) -> None:
-    """Of bf16 alone: the updates are below half a step of the numbers near 1."""
+    """Weights in bf16 alone are stuck: the updates are below half a step of the numbers near 1."""
     weight = torch.nn.Parameter(torch.ones(100, dtype=BF16))
     opts = {m: optim.SGD([weight], lr=1e-4, master=m, track=True, fused=fused) for m in (None, "stochastic")}
     by_master = {}

@@ -25,7 +25,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_digits.py"
 
 
 class Outcome(NamedTuple):
-    """What one call of the example left behind."""
+    """Files and output that one call of the example left behind."""
 
     runs: dict[str, Any]
     plot: bytes

@@ -159,7 +159,7 @@ def outcome(machine: Machine, arguments: list[Any], out: torch.Tensor, options: 
 
 
 def test_every_barrier_of_a_reduction_is_needed(record: Record) -> None:
-    """Without any one of them two warps race; and most show in the sums, too, if warps run one after the other."""
+    """Two warps race if any one is missing; and most show in the sums, too, if warps run one after the other."""
     chunks = torch.tensor([3, 1, 1100])
     first = torch.cumsum(chunks, 0) - chunks
     partials = torch.randint(-1000, 1000, (int(chunks.sum()), 2)).double()

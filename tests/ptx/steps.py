@@ -60,7 +60,7 @@ def assert_bits(ours: torch.Tensor, expected: torch.Tensor, name: str) -> None:
 
 
 def assert_near(ours: torch.Tensor, expected: torch.Tensor, before: torch.Tensor, name: str) -> None:
-    """Within what sums in another order are allowed."""
+    """Assert that tensors lie within what sums in another order are allowed."""
     gap = torch.zeros_like(expected, dtype=torch.float64)
     error, is_within = largest_error(ours, expected, before.double(), gap, TOLERANCES["reordered"], FP32)
     assert is_within, f"{name}: {error:.3g} ulp apart"
@@ -153,7 +153,7 @@ def test_dtypes_of_weights_and_gradients(record: Record, dtype: torch.dtype, gra
 
 
 def test_no_launch_contracts(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor can the fma of a kernel whose sums have another order show in its results."""
+    """The fma of a kernel whose sums have another order cannot show in its results either."""
     names = Counter[str]()
 
     def note(kernel: Any, *args: Any, enable_fp_fusion: bool, **constants: Any) -> None:
@@ -182,7 +182,7 @@ def change_rate(opt: Any, step: int) -> None:
 
 
 def scale_gradients(opt: Any, step: int) -> None:
-    """As a GradScaler does; the second step is skipped."""
+    """Scale gradients as a GradScaler does; the second step is skipped."""
     opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(float(step == 1))
 
 
@@ -248,7 +248,7 @@ def test_launch_configurations(record: Record, cls: Any, config: Config, monkeyp
 
 @pytest.mark.parametrize("cls", [optim.SGD, optim.Adagrad], ids=lambda cls: cls.__name__)
 def test_sparse_gradients(record: Record, cls: Any) -> None:
-    """As an embedding's: some rows, some of them twice."""
+    """Gradients are an embedding's: some rows, some of them twice."""
     rows, runs = torch.tensor([0, 3, 3, 8]), []
     for path in (None, False):
         random = torch.Generator().manual_seed(0)

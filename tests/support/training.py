@@ -1,4 +1,4 @@
-"""What the tests of tritopt.optim share: the classes, small parameters, gradients, and how close is close."""
+"""Parts that the tests of tritopt.optim share: the classes, small parameters, gradients, and how close is close."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def train(
 
 
 def named(params: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """As `model.named_parameters()` has them."""
+    """Name parameters as `model.named_parameters()` does."""
     return [(f"layer{i}.weight", p) for i, p in enumerate(params)]
 
 
 def options_of(cls: Any, **wanted: Any) -> dict[str, Any]:
-    """Those that the class has; a learning rate that moves its weights noticeably."""
+    """Options that the class has; a learning rate that moves its weights noticeably."""
     known, lr = inspect.signature(cls).parameters, {"Adadelta": 1.0, "LARS": 10.0}.get(cls.__name__, 0.01)
     refused = {"weight_decay"} if cls.__name__ == "GroupAdaGrad" else set()  # it takes 0 only
     return {name: value for name, value in {"lr": lr, **wanted}.items() if name in known and name not in refused}

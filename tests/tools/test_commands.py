@@ -1,4 +1,4 @@
-"""What commands have in common: tables on narrow terminals, optimizers by position, a machine without Triton."""
+"""Behaviour that commands share: tables on narrow terminals, optimizers by position, a machine without Triton."""
 
 from __future__ import annotations
 

@@ -43,12 +43,12 @@ GUARDS = (
     Guard(Case(100, fused=False, elements=10_000), 1.8, rounds=3),  # 1.2 to 1.4
 )
 OF_ONE_GROUP = 1.6
-"""What is allowed of as many groups as tensors, in units of one group; measured: 1.1 to 1.25."""
+"""Bound on as many groups as tensors, in units of one group; measured: 1.1 to 1.25."""
 
 
 @pytest.fixture(autouse=True)
 def torch_of_users() -> Iterator[None]:
-    """Without deterministic algorithms, which fill whatever is allocated."""
+    """Switch off deterministic algorithms, which fill whatever is allocated, as users have it."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     yield

@@ -106,7 +106,7 @@ def test_numbers_that_come_again_come_elsewhere() -> None:
 
 
 def test_fp16_gradients_are_exact() -> None:
-    """But for those below 2e-3 of the smallest rms, which are subnormal."""
+    """Gradients below 2e-3 of the smallest rms are the exception: they are subnormal."""
     stress = Stress([case for case in CASES if case.outliers is None], 1)
     exact = stress.gradients(0)
     scaled = (exact * LOSS_SCALE).half().float() / LOSS_SCALE

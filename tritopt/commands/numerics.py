@@ -1,4 +1,4 @@
-"""The command `tritopt numerics`."""
+"""The command `tritopt numerics`: its options, and how it prints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def numerics(
     as_json: AsJson = False,
     markdown: AsMarkdown = False,
 ) -> None:
-    """What each storage format costs in bytes, and how far it leads from a float64 truth.
+    """Show what each storage format costs in bytes, and how far it leads from a float64 truth.
 
     On a small network (scikit-learn's digits) and on a synthetic stress. Takes minutes; --steps 100 takes seconds.
     """

@@ -53,7 +53,7 @@ class Apply(NamedTuple):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The update function's name."""
+        """Name of the update function, as a tuple of one."""
         return (str(self.update.__name__),)
 
     @property
@@ -150,7 +150,7 @@ class _BoundPhase:
 
 
 _OPTIONS_OF_SPILLED: dict[Hashable, dict[str, int]] = {}
-"""Options of launches that spilled the first time."""
+"""Options for the compiler, by launch variant, where a kernel spilled registers without them: `more_registers`."""
 
 
 def more_registers(n: int) -> dict[str, int]:
@@ -162,7 +162,7 @@ def more_registers(n: int) -> dict[str, int]:
 
 
 def tracks_of(phase: Apply, launch: LaunchSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a phase sums up of the gradient, and of the update: each by one phase of the step."""
+    """Columns of telemetry that a phase sums up, of the gradient and of the update: each by one phase of the step."""
     if launch.tracked is None:
         return (), ()
     reader = next(other for other in launch.phases if isinstance(other, Apply) and other.reads_grad)

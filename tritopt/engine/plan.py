@@ -35,15 +35,15 @@ class Task(NamedTuple):
     grad: torch.Tensor
     state: tuple[torch.Tensor, ...]
     rows: torch.Tensor | None = None
-    """int64: which rows of the weight and the states the rows of the gradient are for; None: all, in order."""
+    """Numbers of the weight's and states' rows that the gradient's rows are for, int64; None: all, in order."""
     noise: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Key, first position, width and gap of the random bits, where a format draws: `Noise` says what they are."""
     state_formats: tuple[Format, ...] = ()
-    """Of each state, whose planes stand in `state` one after the other. Empty: all plain."""
+    """Format of each state, whose planes stand in `state` one after the other. Empty: all plain."""
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """Of the weight and of each state."""
+        """Formats of the weight and of each state."""
         return (self.format, *(self.state_formats or (PLAIN,) * len(self.state)))
 
     @property
@@ -61,7 +61,7 @@ class Task(NamedTuple):
         return {id(planes[-1]) for planes, fmt in zip(self.states(), self.formats[1:], strict=True) if fmt.block}
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """In the order of the driver's pointer table."""
+        """All tensors, in the order of the driver's pointer table."""
         return (*self.weight, self.grad, *self.state, *(() if self.rows is None else (self.rows,)))
 
     def written(self) -> tuple[torch.Tensor, ...]:
@@ -69,7 +69,7 @@ class Task(NamedTuple):
         return (*self.weight, *self.state)
 
     def versions(self) -> list[int]:
-        """How often autograd was told of writes to them."""
+        """Version counters of `written()`, by which autograd knows of writes; 0 for tensors of inference mode."""
         parts = map(private.local_part, self.written())
         return [0 if part.is_inference() else private.version_of(part) for part in parts]
 
@@ -79,7 +79,7 @@ kernel_device = "cpu" if INTERPRETED else "cuda"
 
 
 def unavailable(tensor: torch.Tensor, way_out: str = "") -> str | None:
-    """Why the fused path cannot take this tensor and what to do about it, or None if it can.
+    """Reason why the fused path cannot take this tensor, and what to do about it; None if it can.
 
     way_out: what else the caller can do, such as "pass fused=False to run the reference step".
     """
@@ -185,7 +185,7 @@ class Planner:
         return sums
 
     def groups_of_squares(self, key: Hashable) -> list[LaunchGroup] | None:
-        """Those of the last `squares` with this key; None if there was none, or it had to go for others."""
+        """Groups of the last `squares` with this key; None if there was none, or it had to go for others."""
         plan = self._plans.get(("squares", key))
         return None if plan is None else plan[1]
 
@@ -233,7 +233,7 @@ def _words(group: LaunchGroup, tasks: Sequence[Task], scalars: ScalarTable) -> n
 
 
 def _group_key(task: Task) -> Hashable:
-    """What tasks of one group have in common."""
+    """Key that tasks of one group have in common: device, names of formats, dtypes."""
     names = tuple([fmt.name for fmt in task.formats])
     return task.grad.device, names, tuple([t.dtype for t in task.tensors()])
 

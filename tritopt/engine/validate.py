@@ -162,12 +162,12 @@ def has_memory(index: Hashable, name: str, tensor: torch.Tensor) -> None:
 
 
 class WayOut(NamedTuple):
-    """What a face of the package advises where a state does not fit its weight."""
+    """Advice of a face of the package where a state does not fit its weight."""
 
     create: str
-    """In place of a state that cannot stand beside the weight."""
+    """Advice in place of a state that cannot stand beside the weight."""
     convert: str
-    """For a state in another format."""
+    """Advice for a state in another format."""
 
 
 MXNETS = WayOut(

@@ -146,7 +146,7 @@ class States(Rates):
     def _masters(
         self, indices: Sequence[Hashable], weights: Sequence[torch.Tensor], states: Sequence[State]
     ) -> list[bool]:
-        """Which weights have a companion; ValueError for a state without the one that it must have."""
+        """Whether each weight has a companion; ValueError for a state without the one that it must have."""
         formats = [self._format_of(*item) for item in zip(indices, weights, strict=True)]
         for index, weight, state, fmt in zip(indices, weights, states, formats, strict=True):
             if fmt.companion and not self._has_companion(fmt, weight, state):

@@ -37,7 +37,7 @@ class Loads(Protocol):
     _handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]]
 
     def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
-        """How a parameter of a group is kept."""
+        """Layout by which a parameter of a group is kept."""
         ...
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ class Loads(Protocol):
 
 
 def load(opt: Loads, state_dict: dict[str, Any]) -> None:
-    """`Optimizer.load_state_dict`."""
+    """Load a state dict into an optimizer: `Optimizer.load_state_dict`."""
     state_dict = state_dict.copy()
     before, after = private.load_hooks(opt)
     for pre_hook in before:
@@ -133,7 +133,7 @@ def versions(state: Mapping[Any, Any]) -> dict[int, tuple[torch.Tensor, tuple[in
 
 
 def _version(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Another after each write in place, to the tensor or to its part in this process."""
+    """Version of a tensor: another after each write in place, to the tensor or to its part in this process."""
     return tuple(0 if part.is_inference() else private.version_of(part) for part in (tensor, local(tensor)))
 
 
@@ -199,7 +199,7 @@ def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapp
 
 
 def _other_forms(param: torch.Tensor, kinds: Mapping[str, str | None]) -> dict[str, Expected]:
-    """Of companions and states in other formats, which a checkpoint may have."""
+    """Shapes and dtypes of companions and states in other formats, which a checkpoint may have."""
     shape = tuple(param.shape)
     formats = [fmt for fmt in MASTERS.values() if fmt.companion and param.dtype in fmt.weight_dtypes]
     planes = {fmt.companion: Expected(shape, fmt.dtype_of_companion(param.dtype)) for fmt in formats}
@@ -212,7 +212,7 @@ def _other_forms(param: torch.Tensor, kinds: Mapping[str, str | None]) -> dict[s
 
 
 def _name_of_state(key: str) -> str:
-    """Without what `keys_of` adds."""
+    """Name of the state that a key is of, without what `keys_of` adds."""
     return _ENDING.sub("", key)
 
 

@@ -27,7 +27,7 @@ _SYNONYMS = {
     "rounding_seed": ("seed",),
 }  # fmt: skip
 MEANT = {word: name for name, words in _SYNONYMS.items() for word in words}
-"""Our word for what other libraries call otherwise."""
+"""Our keyword for what other libraries call otherwise, by their word."""
 
 
 class WrongKindError(TypeError, ValueError):

@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     """Whether the step stands in the state."""
 
     state_formats: tuple[Format, ...]
-    """The formats alone."""
+    """Formats of the states, in the rule's order."""
     draws: bool
     """Whether storing takes random bits."""
 

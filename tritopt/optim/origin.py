@@ -1,4 +1,4 @@
-"""Which classes a checkpoint may come from, by the names of its states and hyperparameters."""
+"""Origin of a checkpoint: the classes it may come from, by the names of its states and hyperparameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def variants_of(cls: Any) -> tuple[frozenset[str], ...]:
 
 
 def states_of_class(cls: Any) -> frozenset[str]:
-    """All of them."""
+    """Names of the states that a class keeps for some choice of hyperparameters."""
     return frozenset().union(*variants_of(cls))
 
 
@@ -87,7 +87,7 @@ def same_keys(cls: Any) -> list[str]:
 
 
 def stranger(opt: Any, groups: Sequence[Mapping[str, Any]], states: Collection[str]) -> tuple[str, str] | None:
-    """What to say of param_groups that are another class's, and what becomes of them; None if they are this one's."""
+    """Complaint about param_groups that are another class's, with what becomes of them; None if they are this one's."""
     own, cls = opt.defaults.keys() - _NEUTRAL, type(opt).__name__
     for group in groups:
         foreign = {name for name in group if is_foreign_key(opt, name)}

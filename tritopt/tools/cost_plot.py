@@ -50,15 +50,15 @@ def save_plot(classes: Sequence[type[Optimizer]], path: Path, dark: bool = False
 
 def bars_of(cls: type[Optimizer]) -> dict[str, dict[str, Traffic]]:
     """Bytes per parameter, by format and by tensor: `traffic_by_tensor` for each format that the optimizer takes."""
-    found = {}
+    traffic_of = {}
     for storage in find_formats(FORMATS):
         try:
             opt = cls(**storage.rule_arguments)
-            found[storage.name] = traffic_by_tensor(opt, storage.dtype, storage.dtype, storage.weight_format)
+            traffic_of[storage.name] = traffic_by_tensor(opt, storage.dtype, storage.dtype, storage.weight_format)
         except ValueError:
             if not cls().phases:
                 raise
-    return found
+    return traffic_of
 
 
 def _draw(axes: Axes, name: str, bars: dict[str, dict[str, Traffic]], colors: Theme) -> None:

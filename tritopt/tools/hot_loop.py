@@ -109,7 +109,7 @@ _GCN_WIDTHS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "ss
 
 
 def parse_gcn(text: str) -> Code:
-    """Parse Triton's "amdgcn"."""
+    """Parse Triton's "amdgcn", the assembly of AMD's GPUs."""
     instructions: list[Instruction] = []
     labels = {}
     for line in text.splitlines():

@@ -55,12 +55,12 @@ LEGEND: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Support:
-    """What one optimizer takes in one face."""
+    """Support of one optimizer in one face."""
 
     optimizer: str
     """Name of the class in tritopt.optim, or the name that tritopt.create takes."""
     face: str
-    """TORCH or MXNET."""
+    """Name of the face, TORCH or MXNET."""
     launches: int
     """Number of kernels that a step launches; 0: there is no kernel."""
     masters: tuple[str, ...]

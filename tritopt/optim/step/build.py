@@ -26,7 +26,7 @@ from tritopt.optim.step.undo import Undo
 
 
 class Build:
-    """See the module; `Replay` is the same for the steps that follow.
+    """Step that is built from scratch; `Replay` is the same for the steps that follow.
 
     Args:
         planner: of the optimizer.
@@ -107,7 +107,7 @@ class Build:
             self._launched.append((plan, []))
 
     def finish(self) -> None:
-        """After the last launch."""
+        """Tell autograd of the writes, after the last launch."""
         distributed.mark_written(member.param for member in self.members)
 
     def next(self, opt: Owner, options: OptionsByGroup) -> Replay | None:
@@ -132,7 +132,7 @@ def _is_plain(member: Member, task: Task) -> bool:
 
 
 def runs_fused(opt: Owner, member: Member) -> bool:
-    """Whether a kernel updates it. RuntimeError if one must and cannot."""
+    """Whether a kernel updates a member. RuntimeError if one must and cannot."""
     wanted, part = member.group["fused"], local(member.param)
     if wanted is False or member.group.get("differentiable"):
         return False

@@ -24,9 +24,9 @@ class Member(NamedTuple):
     """A parameter that has a gradient in this step."""
 
     position: int
-    """Among all parameters of the optimizer."""
+    """Position among all parameters of the optimizer."""
     name: Hashable
-    """From named parameters, otherwise the position."""
+    """Name, where parameters are named; otherwise the position."""
     param: torch.Tensor
     grad: torch.Tensor
     group: dict[str, Any]
@@ -36,7 +36,7 @@ class Member(NamedTuple):
     """Whether sums over a sharded tensor are left to DTensor's operations, because no launch completes them."""
 
     def part(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What of the parameter, its gradient or a state takes part in the step here."""
+        """Part of a tensor (the parameter, its gradient or a state) that takes part in the step here."""
         return tensor if self.needs_whole else local(tensor)
 
 
@@ -44,7 +44,7 @@ def member_of(
     opt: Owner, position: int, name: Hashable, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any],
     rule: Rule,
 ) -> Member:  # fmt: skip
-    """A parameter of a group with this rule."""
+    """Make the member for a parameter of a group with this rule."""
     layout = opt.layouts.of(param, group, rule)
     return Member(position, name, param, grad, group, rule, layout, _needs_whole(param, group, rule))
 
@@ -71,6 +71,7 @@ class LaunchPlan(NamedTuple):
     draws: bool
     """Whether storing weights or states takes random bits."""
     device: torch.device
+    """Device of the members' parts."""
 
 
 def launch_for(
@@ -143,7 +144,7 @@ def split_by_group(members: Sequence[Member], each: bool = False) -> list[list[M
 
 
 def lives_on_device(lr: Any) -> bool:
-    """Whether reading it would wait for a device."""
+    """Whether reading a learning rate would wait for a device."""
     return isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
 
 

@@ -17,7 +17,7 @@ from tritopt.optim.step.undo import Undo
 def update_by_reference(
     members: Sequence[Member], tasks: Sequence[Task], table: ScalarTable, launch: LaunchSpec, undo: Undo
 ) -> None:
-    """Update these parameters in PyTorch."""
+    """Update these parameters in PyTorch, one after the other."""
     values, end = table.values.tolist(), launch.n_scalars - launch.draws
     scalars = [launch.scalars(*row[3:end]) for row in values]
     is_skipped = launch.noop is not None and bool(launch.noop.item())

@@ -39,7 +39,7 @@ class _Update(NamedTuple):
     """Tables of its groups; none where the reference updates it."""
     scalars: HostScalars
     launches: list[LaunchSpec]
-    """At most one element; empty until first use."""
+    """The launch as it was first made: at most one element, none until first use."""
 
 
 class Replay:
@@ -178,15 +178,15 @@ class Replay:
         run_phases([replay_table.group for replay_table in tables], launch, len(plan.places))
 
     def finish(self) -> None:
-        """Autograd must learn of writes that it did not make."""
+        """Tell autograd of writes that it did not make."""
         torch.autograd.graph.increment_version(self._members_params)
 
     def next(self, opt: Owner, options: OptionsByGroup) -> Replay:
-        """The next step may be like this one."""
+        """Return itself: the next step may be like this one."""
         return self
 
     def _states_now(self, opt: Owner) -> list[dict[str, Any]]:
-        """Of all parameters, in the order of their first step: to look them up one by one takes longer."""
+        """States of all parameters, in the order of their first step: to look them up one by one takes longer."""
         return list(opt.state.values()) if self._single is None else [opt.state.get(self._single.param, {})]
 
     def _owners_now(self, opt: Owner) -> list[Any]:
@@ -243,17 +243,17 @@ class Replay:
         return True
 
     def _weights(self) -> list[torch.Tensor]:
-        """Of the members, what is here."""
+        """Parts of the members' parameters that are here."""
         return list(map(local, self._members_params)) if self._is_sharded else self._members_params
 
 
 def _settings(opt: Owner) -> tuple[Any, ...]:
-    """What is in no group, and decides which launches a step takes, or the random bits."""
+    """Settings that are in no group, and decide which launches a step takes, or the random bits."""
     return opt.max_grad_norm is None, opt.track, opt.rounding_seed
 
 
 def _named(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those whose parameters have names."""
+    """The groups whose parameters have names."""
     return [group for group in groups if group.get("param_names")]
 
 
@@ -263,12 +263,12 @@ def _names(named: Sequence[dict[str, Any]]) -> list[list[Any]]:
 
 
 def _norm_table(group: LaunchGroup) -> ReplayTable:
-    """A gradient's norm is that of a weight which is the gradient."""
+    """Table for the norm of a group of gradients: each is the weight and the gradient of its launch."""
     members = np.array(group.members, dtype=np.int64)
     return ReplayTable(group, members, members, np.zeros((len(members), 3), np.int64), slice(0, 2))
 
 
 def _without_gradients(members: Sequence[Member]) -> list[Member]:
-    """A gradient that is kept here would take its memory for as long as steps are alike."""
+    """Members without their gradients, whose memory would otherwise be taken for as long as steps are alike."""
     nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     return [member._replace(grad=nothing) for member in members]

@@ -21,7 +21,7 @@ from tritopt.optim.step.owner import Owner
 
 _NO_NOISE = (0, 0, 0, 0)
 Replaced: TypeAlias = list[tuple[torch.Tensor, dict[str, Any]]]
-"""Parameters, and the states they had; empty ones where they had none."""
+"""Parameters, and the states that they had; an empty one where a parameter had none."""
 
 
 class Complete:
@@ -107,7 +107,7 @@ def create_missing(opt: Owner, members: Sequence[Member], scalar_states: ScalarS
 
 
 def put_back(opt: Owner, replaced: Replaced) -> None:
-    """After a failure: the states as they were."""
+    """Put back the states as they were, after a failure."""
     for param, state in replaced:
         if state:
             opt.state[param] = state

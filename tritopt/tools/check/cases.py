@@ -53,11 +53,11 @@ class Case:
     weight_dtype: torch.dtype
     grad_dtype: torch.dtype
     master: str | None
-    """How masters are kept, the optimizer's argument; None: no multi_precision."""
+    """Format of masters, the optimizer's argument; None: no multi_precision."""
     state_dtype: Choice
-    """How states are stored, the optimizer's argument; None: in the (master) weight's dtype."""
+    """Format of states, the optimizer's argument; None: the (master) weight's dtype."""
     option: str
-    """Key of OPTIONS."""
+    """Key of OPTIONS, whose arguments the case has."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -106,9 +106,9 @@ class CheckResult:
     weight_dtype: str
     grad_dtype: str
     master: str | None
-    """How the weights' master is kept, a key of MASTERS. None: there is none."""
+    """Format of the weights' master, a key of MASTERS. None: there is none."""
     state_dtype: Choice
-    """How states are stored. None: in the (master) weight's dtype."""
+    """Format of states. None: the (master) weight's dtype."""
     fused_vs_reference: float | None = None
     """Largest error of the weights, fused against reference. None: not compared."""
     fused_vs_truth: float | None = None
