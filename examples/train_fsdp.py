@@ -48,7 +48,7 @@ class Config:
     heads: int = 4
     depth: int = 2
     batch: int = 8
-    """Sequences per process."""
+    """Number of sequences per process and step."""
 
 
 class Block(nn.Module):
@@ -103,7 +103,7 @@ def batch_of(config: Config, step: int, rank: int) -> torch.Tensor:
 
 
 class Training:
-    """What is trained, by what, and how far."""
+    """Model in training, its optimizer, and how far it has come."""
 
     def __init__(self, config: Config, steps: int, learning_rate: float, device: torch.device) -> None:
         torch.manual_seed(SEED)  # the same weights in every process
@@ -130,7 +130,7 @@ class Training:
         return loss.detach()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds. Its tensors are those of the run, spread over the processes."""
+        """Content of a checkpoint. Its tensors are those of the run, spread over the processes."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": self.step}
 
@@ -167,7 +167,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def bring_to_disk(folder: Path) -> None:
-    """So that a power failure cannot leave a name without its content."""
+    """Flush a file or folder to disk, so that a power failure cannot leave a name without its content."""
     if os.name != "posix":
         return
     for path in (*(path for path in folder.iterdir() if path.is_file()), folder):
@@ -179,7 +179,7 @@ def bring_to_disk(folder: Path) -> None:
 
 
 def average(value: torch.Tensor) -> float:
-    """Over the processes."""
+    """Average a number over the processes."""
     value = value.clone()
     dist.all_reduce(value)
     return value.item() / dist.get_world_size()
@@ -191,9 +191,9 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Training:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     training = Training(Config(), arguments.steps, arguments.learning_rate, device)
-    found = checkpoints(arguments.folder)
-    if found:
-        training.load(found[-1][1])
+    saved = checkpoints(arguments.folder)
+    if saved:
+        training.load(saved[-1][1])
         if is_first:
             print(f"resumed at step {training.step}", flush=True)
     while training.step < arguments.steps:

@@ -82,7 +82,7 @@ def sign(x):
 def floor_of_root(x, N: tl.constexpr):
     """The whole part of the 4th or 8th root of x >= 0, fp32; of a number next to an n-th power perhaps its neighbour's.
 
-    By approximate roots, which take half the instructions of exact ones.
+    The roots are approximate, which takes half the instructions of exact ones.
     """
     root = tl.sqrt(tl.sqrt(x))
     if N == 8:

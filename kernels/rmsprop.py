@@ -22,14 +22,14 @@ def _averages(g, mean, var, s):
 
 @triton.jit
 def rmsprop_update(w, g, state, s):
-    """Divided by the root of the second moment, epsilon added to the root."""
+    """Gradient over the root of the second moment, epsilon added to the root."""
     quotient, var = _quotient(g, state[0], s)
     return clip(w - s.lr * quotient, s.clip_weights), (var,)
 
 
 @triton.jit
 def rmsprop_centered_update(w, g, state, s):
-    """Divided by the root of the variance, epsilon inside the root, with heavy-ball momentum."""
+    """Gradient over the root of the variance, epsilon inside the root, with heavy-ball momentum."""
     mean, var, mom = state
     mean, var = _averages(g, mean, var, s)
     mom = s.momentum * mom - s.lr * div(g, sqrt(var - mean * mean + s.epsilon))

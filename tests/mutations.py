@@ -124,7 +124,7 @@ HOST: list[tuple[str, str, str, dict[str, str]]] = [
     (
         "engine/test_cuda_tuning",
         "engine/tuning/autotune.py",
-        "if found is None and wanted and is_capturing(group.device):",
+        "if cached is None and wanted and is_capturing(group.device):",
         {"measures while a graph is captured": "if False:"},
     ),
 ]
@@ -191,12 +191,12 @@ COMPILED: list[tuple[str, str, str, dict[str, str]]] = [
 
 
 class Mutation(NamedTuple):
-    """One wrong text."""
+    """Replacement of one text by a wrong one."""
 
     optimizer: str
-    """Whose check must notice; or the name of a file of tests, in the folder of tests."""
+    """Name of the optimizer whose check must notice, or of a file of tests, in the folder of tests."""
     file: str
-    """In the kernels' folder; for tests, in the package."""
+    """Path in the kernels' folder; for tests, in the package."""
     old: str
     wrong: str
     new: str
@@ -204,16 +204,16 @@ class Mutation(NamedTuple):
 
 def collect() -> list[Mutation]:
     """The shared ones, those of each optimizer's tests, the host's, and those of compiled code."""
-    found = [*SHARED, *HOST, *COMPILED]
+    entries = [*SHARED, *HOST, *COMPILED]
     for path in sorted((ROOT / "tests" / "optimizers").glob("test_*.py")):
         name = path.stem.removeprefix("test_")
         module = importlib.import_module(f"tests.optimizers.{path.stem}")
-        found.extend((name, *entry) for entry in getattr(module, "MUTATIONS", []))
-    return [Mutation(name, file, old, wrong, new) for name, file, old, texts in found for wrong, new in texts.items()]
+        entries.extend((name, *entry) for entry in getattr(module, "MUTATIONS", []))
+    return [Mutation(name, file, old, wrong, new) for name, file, old, texts in entries for wrong, new in texts.items()]
 
 
 class Outcome(NamedTuple):
-    """What the check said to a mutation."""
+    """Verdict of the check on a mutation."""
 
     caught: bool
     comment: str

@@ -41,7 +41,7 @@ class Rule:
     """
 
     clips: ClassVar[bool] = True
-    """Whether `clip_gradient` applies."""
+    """Whether `clip_gradient` applies; False: gradients are not clipped."""
     decays: ClassVar[bool] = True
     """Whether `wd` applies; False: the optimizer refuses any but 0."""
     skips_zero_rescale: ClassVar[bool] = False
@@ -152,10 +152,17 @@ class Rule:
         tracked: list[Tracked] | None = None,
         place: int = 0,
     ) -> None:
-        """Update one task in PyTorch. `common`: rescale, clip bound, wd.
+        """Update one task in PyTorch.
 
-        `device_rescale` multiplies the first. NaN skips. `encode` stores a result in the planes of a format.
-        `noise`: of the random bits that formats take. `tracked` gets what telemetry is made of, for this `place`.
+        Args:
+            task: the parameter's tensors.
+            common: rescale, clip bound (inf: none), weight decay. A rescale that is NaN skips the update.
+            s: the rule's scalars.
+            device_rescale: multiplies the rescale; None: 1.
+            encode: stores a result in the planes of a format.
+            noise: what the random bits that formats draw depend on; None: no format draws.
+            tracked: gets what telemetry is made of; None: there is none.
+            place: place of the task in `tracked`.
         """
         rescale, bound, wd = common
         rescale = self._total_rescale(rescale, device_rescale)
@@ -170,7 +177,7 @@ class Rule:
             if arrays is not None:
                 self._update_arrays(task, arrays, (rescale, bound, wd), s)
                 return
-        w = task.format.decode([plane.resolve_neg() for plane in task.weight], dtype)
+        w = task.format.decode([_kept(plane) for plane in task.weight], dtype)
         g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
         if g is task.grad:  # where nothing was done to it: a reference may write to what it is given
             g = g.clone()
@@ -220,6 +227,12 @@ class Rule:
         for old, new in zip(state, new_state, strict=True):
             old[...] = new
         w[...] = new_weight
+
+
+def _kept(plane: torch.Tensor) -> torch.Tensor:
+    """A plane of the weight; a copy where autograd, as for a norm's derivative, needs it after it was overwritten."""
+    plane = plane.resolve_neg()
+    return plane.clone() if plane.requires_grad and torch.is_grad_enabled() else plane
 
 
 def takes_arrays(reference: Reference) -> Reference:

@@ -53,7 +53,7 @@ def _apply_block(  # noqa: C901
     SHOWN_FN: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """One block of one tensor.
+    """Update one block of one tensor.
 
     FORMATS: (first pointer, last + 1, load, store, draws) of the weight, then of each state. READS and WRITES:
     what this phase moves of the weight, the gradient and each state.

@@ -60,7 +60,7 @@ def load_fp8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_fp8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_fp8`."""
+    """PyTorch twin of `load_fp8`."""
     code = in_memory(planes[0]).to(torch.int32)
     size = ((code & 0x7F) << 20).view(torch.float32) * (1 / TO_E4M3)
     return shaped_like(planes[0], torch.where(code >= 0x80, -size, size) * decode_scales(planes), dtype)
@@ -77,7 +77,7 @@ def store_fp8(planes, offsets, mask, value, start, noise):
 
 
 def encode_fp8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_fp8`."""
+    """PyTorch twin of `store_fp8`."""
     value = flat_like(planes[0], value)
     code = _rounded_code_twin(encode_scales(planes, value, LARGEST), planes[0], noise, TO_E4M3)
     in_memory(planes[0]).copy_(torch.where(value < 0, code | 0x80, code) & 0xFF)
@@ -92,7 +92,7 @@ def load_fp8_squares(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_fp8_squares(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_fp8_squares`."""
+    """PyTorch twin of `load_fp8_squares`."""
     code = in_memory(planes[0]).to(torch.int32) & 0xFF
     numbers = (code << 20).view(torch.float32) * (1 / TO_E5M3)
     return shaped_like(planes[0], numbers * decode_scales(planes), dtype)
@@ -108,7 +108,7 @@ def store_fp8_squares(planes, offsets, mask, value, start, noise):
 
 
 def encode_fp8_squares(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_fp8_squares`."""
+    """PyTorch twin of `store_fp8_squares`."""
     value = flat_like(planes[0], value)
     code = _rounded_code_twin(encode_scales(planes, value, LARGEST_SQUARE), planes[0], noise, TO_E5M3)
     code = torch.where((code == 0) & (value > 0), 1, code)

@@ -42,8 +42,8 @@ _LARGEST, _LARGEST_SQUARE = tl.constexpr(LARGEST), tl.constexpr(LARGEST_SQUARE)
 def _goes_up(scaled, lower, higher, start, offsets, mask, noise):
     """Whether a number between two others is rounded up: with the probability that keeps the mean.
 
-    Also where `lower` is the neighbour of what it should be because a root was not exact: a number at `higher` is
-    rounded up to it always, one below `lower` never further down.
+    This holds too where `lower` is the neighbour of what it should be because a root was not exact: a number at
+    `higher` is rounded up to it always, one below `lower` never further down.
     """
     bits = random_bits16(noise, start, offsets, mask)
     # 2^23 + bits, put together: a conversion takes longer.
@@ -98,7 +98,7 @@ def load_int8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_int8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_int8`."""
+    """PyTorch twin of `load_int8`."""
     code = in_memory(planes[0])
     size = _fourth_power_twin(code)
     return shaped_like(planes[0], torch.where(code < 0, -size, size) * decode_scales(planes), dtype)
@@ -116,7 +116,7 @@ def store_int8(planes, offsets, mask, value, start, noise):
 
 
 def encode_int8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_int8`."""
+    """PyTorch twin of `store_int8`."""
     value = flat_like(planes[0], value)
     scaled = encode_scales(planes, value, LARGEST)
     code = twins.floor_of_root(scaled, 4)
@@ -134,7 +134,7 @@ def load_int8_squares(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_int8_squares(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_int8_squares`."""
+    """PyTorch twin of `load_int8_squares`."""
     numbers = _eighth_power_twin(in_memory(planes[0])) * 2.0**-64
     return shaped_like(planes[0], numbers * decode_scales(planes), dtype)
 
@@ -151,7 +151,7 @@ def store_int8_squares(planes, offsets, mask, value, start, noise):
 
 
 def encode_int8_squares(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_int8_squares`."""
+    """PyTorch twin of `store_int8_squares`."""
     value = flat_like(planes[0], value)
     scaled = encode_scales(planes, value, LARGEST_SQUARE) * 2.0**64
     code = twins.floor_of_root(scaled, 8)

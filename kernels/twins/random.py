@@ -20,7 +20,7 @@ from tritopt.kernels.twins.ops import sqrt
 Key: TypeAlias = tuple[float, float, float, float]
 """Four 16-bit numbers, lowest first, which every compute dtype holds exactly: it can stand among scalars."""
 Words: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""int64 in [0, 2^32)."""
+"""Words of 32 bits: int64 in [0, 2^32)."""
 STEPS = 2**24
 """Number of steps that fp32 scalars tell apart; after them steps begin anew, and the numbers with them."""
 _WORD = 2**32 - 1
@@ -37,13 +37,13 @@ class Noise(NamedTuple):
     width: int
     """Elements here of a row, or of what is split instead; 0: what is here is one run of the whole parameter."""
     gap: int
-    """How many positions lie between two rows."""
+    """Number of positions of the whole parameter between the end of one row here and the start of the next."""
     step: float
     """Number of the step, in [0, STEPS)."""
     row_major: bool = False
     """Whether elements are numbered in the usual order of dimensions, and not as they lie in memory."""
     shift: int = 0
-    """How many places on among its eight neighbours an element takes its bits from."""
+    """Number of places, among eight neighbours, from an element to the one whose bits it takes; see `random_bits16`."""
 
     def bits16(self, plane: torch.Tensor) -> torch.Tensor:
         """Draw 16 bits for each element of a plane, int64: the twin of `random_bits16`."""
@@ -105,8 +105,8 @@ def normal(key: Key, offsets: torch.Tensor, step: float, stream: int) -> torch.T
     for_size, for_angle = torch.where(is_early, words[0], words[2]), torch.where(is_early, words[1], words[3])
     x = (for_angle >> 2).float() * 2.0**-30
     is_first = (offsets & 1) == 0
-    found = sqrt(_minus_two_log(for_size)) * _sine(torch.where(is_first, x, 1.0 - x))
-    return torch.where((for_angle & torch.where(is_first, 1, 2)) == 0, found, -found)
+    size = sqrt(_minus_two_log(for_size)) * _sine(torch.where(is_first, x, 1.0 - x))
+    return torch.where((for_angle & torch.where(is_first, 1, 2)) == 0, size, -size)
 
 
 def _minus_two_log(word: torch.Tensor) -> torch.Tensor:

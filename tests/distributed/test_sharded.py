@@ -108,7 +108,7 @@ def test_a_write_to_the_parameter_takes_its_master_along(size: int, worlds: dict
 
 
 def check_master_follows_a_write() -> None:
-    """Of the parameter, of its data, and of what lies in this process, which no version counter shows."""
+    """Write to the parameter, to its data, and to what lies in this process, which no version counter shows."""
     for master in ("auto", "fp32", "kahan"):
         pair = Pair(AdamW, cycle(), dtype=torch.bfloat16, lr=1e-4, master=master)
         pair.step()

@@ -40,7 +40,7 @@ def flatten(state: Any) -> list[torch.Tensor]:
 
 
 class Run:
-    """Some weights, trained."""
+    """Weights and states of an optimizer that was trained."""
 
     def __init__(self, opt: tritopt.Optimizer, dtype: torch.dtype = BF16) -> None:
         self.shapes = [shape for shape in SHAPES if len(shape) == 2] if isinstance(opt, tritopt.Muon) else SHAPES
@@ -167,7 +167,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 
     class Own(tritopt.Optimizer):
         def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-            """Nothing."""
+            """Do nothing."""
 
     with pytest.raises(ValueError, match="state_dtype='int8' is not for Own, which overrides step"):
         Own(state_dtype="int8")

@@ -1,4 +1,4 @@
-"""What does not fit is refused before anything is written: in torch's words where torch refuses it too."""
+"""Input that does not fit is refused before anything is written: in torch's words where torch refuses it too."""
 
 from __future__ import annotations
 

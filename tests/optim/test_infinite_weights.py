@@ -144,7 +144,7 @@ def test_adafactor_relates_its_step_to_an_infinite_size(fused: bool | None) -> N
 
 @pytest.mark.parametrize("capturable", [False, True])
 def test_written_between_steps(capturable: bool) -> None:
-    """Also in DCASGD, which remembers the weight, and in replayed steps."""
+    """DCASGD, which remembers the weight, and replayed steps are no exceptions."""
     for cls in (optim.SGD, optim.DCASGD):
         params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
         opt = cls(params, lr=0.1, capturable=capturable)

@@ -13,7 +13,7 @@ import torch
 from tests.support.training import Params, assert_same, everything, parameters, record_launches, set_grads
 from tritopt import optim
 from tritopt.engine.launcher import launches
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.optim.origin import CLASSES
 
 FUSED = pytest.mark.parametrize("fused", [None, False], ids=["kernel", "reference"])
@@ -103,7 +103,7 @@ def test_one_norm_clips_those_that_count_and_a_skip_is_everybodys(monkeypatch: p
         set_grads(params, step)
         opt.step()
         torch.testing.assert_close(opt.grad_norm, params[2].grad.norm())  # type: ignore[union-attr]
-    seen: list[tuple[int, Launch]] = record_launches(monkeypatch)
+    seen: list[tuple[int, LaunchSpec]] = record_launches(monkeypatch)
     params[2].grad.fill_(torch.nan)  # type: ignore[union-attr]
     before = [*(p.detach().clone() for p in params), *(opt.state[p]["momentum_buffer"].clone() for p in params[:2])]
     opt.step()

@@ -94,7 +94,7 @@ def test_rescale_of_zero_skips(use_fused_step: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("use_fused_step", [True, False])
 def test_zero_gradient_in_half_precision_is_not_nan(dtype: torch.dtype, use_fused_step: bool) -> None:
-    """With an epsilon that a state in fp16 cannot hold."""
+    """A state in fp16 could not hold this epsilon."""
     w = torch.ones(3, dtype=dtype)
     opt = tritopt.create("adabelief", epsilon=1e-8, use_fused_step=use_fused_step)
     state = opt.create_state(0, w)

@@ -159,7 +159,7 @@ def outcome(machine: Machine, arguments: list[Any], out: torch.Tensor, options: 
 
 
 def test_every_barrier_of_a_reduction_is_needed(record: Record) -> None:
-    """Without any one of them two warps race; and most show in the sums, too, if warps run one after the other."""
+    """Two warps race if any one is missing; and most show in the sums, too, if warps run one after the other."""
     chunks = torch.tensor([3, 1, 1100])
     first = torch.cumsum(chunks, 0) - chunks
     partials = torch.randint(-1000, 1000, (int(chunks.sum()), 2)).double()
@@ -183,8 +183,8 @@ def test_every_barrier_of_a_reduction_is_needed(record: Record) -> None:
     n_shown = 0
     for start, end in barriers:
         broken = Machine(parse(ptx[:start] + ptx[end:]), compiled.metadata.shared)
-        found = [outcome(broken, arguments, sums, Options(warp_seed=seed, watches=False)) for seed in seeds]
-        n_shown += any(one != wanted for one in found)
+        outcomes = [outcome(broken, arguments, sums, Options(warp_seed=seed, watches=False)) for seed in seeds]
+        n_shown += any(one != wanted for one in outcomes)
         assert "race in shared memory" in str(outcome(broken, arguments, sums, Options()))
     # Triton 3.6 has all warps read a sum that only the first one stores: what the others read does not matter.
     assert n_shown == len(barriers) or (len(barriers) == 5 and n_shown == 2)

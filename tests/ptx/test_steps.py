@@ -1,4 +1,4 @@
-"""What the package launches, in the machine: in processes of their own, since this one may interpret kernels."""
+"""Launches of the package in the machine: in processes of their own, since this one may interpret kernels."""
 
 from __future__ import annotations
 

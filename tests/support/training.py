@@ -1,4 +1,4 @@
-"""What the tests of tritopt.optim share: the classes, small parameters, gradients, and how close is close."""
+"""Parts that the tests of tritopt.optim share: the classes, small parameters, gradients, and how close is close."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tritopt.optim
-from tritopt.engine.phase import Launch, run_phases
+from tritopt.engine.phase import LaunchSpec, run_phases
 
 Params = list[torch.nn.Parameter]
 
@@ -60,13 +60,13 @@ def counts(opt: Any, params: Sequence[torch.Tensor]) -> list[float]:
     owned = [(p, group) for group in opt.param_groups for p in group["params"]]
     place_of = {id(p): i for i, (p, _) in enumerate(owned)}
     places = [place_of[id(p)] for p in params]
-    found: list[float] = opt._stepper._numbers.get("step", places).tolist()
-    for p, place, count in zip(params, places, found, strict=True):
+    steps: list[float] = opt._stepper._scalar_states.get("step", places).tolist()
+    for p, place, count in zip(params, places, steps, strict=True):
         state = opt.state.get(p, {})
         assert ("step" in state) == opt.layout_of(*owned[place]).shows_numbers
         if "step" in state:
             assert (float(state["step"]), state["step"].dtype, state["step"].shape) == (count, torch.float32, ())
-    return found
+    return steps
 
 
 def train(
@@ -81,40 +81,40 @@ def train(
 
 
 def named(params: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """As `model.named_parameters()` has them."""
+    """Name parameters as `model.named_parameters()` does."""
     return [(f"layer{i}.weight", p) for i, p in enumerate(params)]
 
 
 def options_of(cls: Any, **wanted: Any) -> dict[str, Any]:
-    """Those that the class has; a learning rate that moves its weights noticeably."""
+    """Options that the class has; a learning rate that moves its weights noticeably."""
     known, lr = inspect.signature(cls).parameters, {"Adadelta": 1.0, "LARS": 10.0}.get(cls.__name__, 0.01)
     refused = {"weight_decay"} if cls.__name__ == "GroupAdaGrad" else set()  # it takes 0 only
     return {name: value for name, value in {"lr": lr, **wanted}.items() if name in known and name not in refused}
 
 
-def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Launch]]:
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, LaunchSpec]]:
     """A list that gets, for each pass over phases, the number of groups of tensors and what is launched for them."""
-    found: list[tuple[int, Launch]] = []
+    launches: list[tuple[int, LaunchSpec]] = []
 
-    def recording(groups: Sequence[Any], launch: Launch, n_tasks: int) -> Any:
-        found.append((len(groups), launch))
+    def recording(groups: Sequence[Any], launch: LaunchSpec, n_tasks: int) -> Any:
+        launches.append((len(groups), launch))
         return run_phases(groups, launch, n_tasks)
 
     for name, module in list(sys.modules.items()):
         if name.startswith("tritopt.") and getattr(module, "run_phases", None) is run_phases:
             monkeypatch.setattr(module, "run_phases", recording)
-    return found
+    return launches
 
 
 def everything(opt: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Copies of all weights and state tensors, in an order that is always the same."""
-    found = []
+    tensors = []
     for group in opt.param_groups:
         for p in group["params"]:
-            found.append(p.detach().clone())
+            tensors.append(p.detach().clone())
             state = opt.state.get(p, {})
-            found += [state[name].detach().clone() for name in sorted(state) if isinstance(state[name], torch.Tensor)]
-    return found
+            tensors += [state[name].detach().clone() for name in sorted(state) if isinstance(state[name], torch.Tensor)]
+    return tensors
 
 
 def assert_same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:

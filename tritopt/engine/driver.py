@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from tritopt.engine import private
-from tritopt.engine.group import Group
-from tritopt.engine.launcher import Launcher
-from tritopt.engine.phase import Launch
+from tritopt.engine.group import LaunchGroup
+from tritopt.engine.launcher import BoundKernel
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning import autotune
 from tritopt.engine.tuning.config import GENERIC, Config, adapted
@@ -58,7 +58,7 @@ class Apply(NamedTuple):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The update function's name."""
+        """Name of the update function, as a tuple of one."""
         return (str(self.update.__name__),)
 
     @property
@@ -76,41 +76,42 @@ class Apply(NamedTuple):
         read = weight[0] * self.reads_weight + grad * self.reads_grad + states * self.reads_states
         return read, weight[1] * self.writes_weight + states * self.writes_states
 
-    def source(self, group: Group, launch: Launch, n_earlier: int) -> str:
+    def source(self, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> str:
         """Hash of the driver, of the functions that it is given, and of what the phase reads, writes and sums."""
         functions = (multi_tensor_apply, PREAMBLES[launch.preamble].kernel)
         sources = [private.source_key(function) for function in functions]
         given = phase_constants(self, launch, group, n_earlier)["SOURCE_HASH"]
         return hashlib.sha256(repr((given, sources, self[1:])).encode()).hexdigest()[:16]
 
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+    def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> torch.Tensor | None:
         """Launch the driver, and where sums are emitted the second stage of the reduction."""
         n_earlier = 0 if sums is None else sums.shape[1]
         is_tracked = launch.tracked is not None
         how = (launch.preamble, launch.scalars, launch.skip_zero_rescale, launch.draws, is_tracked, n_earlier)
         key = (self, *how, _config_of(self, group, launch, n_earlier), group.stream)
-        return group.ready(key, lambda: Applied(self, group, launch, n_earlier))(group, launch, sums)
+        return group.ready(key, lambda: BoundPhase(self, group, launch, n_earlier))(group, launch, sums)
 
 
 class Part(NamedTuple):
     """Some tensors of a group, to be launched by themselves."""
 
     members: list[int]
-    """Of `Group.members`."""
+    """Places in the list of those that the group has, some of its `members`."""
     tensor_table: torch.Tensor
-    """The driver's; rows of other tensors mean nothing."""
+    """The driver's table; rows of other tensors mean nothing."""
     chunk_table: torch.Tensor
+    """The driver's table, of these tensors."""
     sum_table: torch.Tensor
     """Rows of `tensor_table` of these tensors alone, in the order of their chunks."""
     scratch_at: torch.Tensor
-    """The driver's, of all tensors of the group."""
+    """The driver's table, of all tensors of the group."""
 
 
-class Applied:
+class BoundPhase:
     """A phase's launches for one group, or a part of it, with the tables and the scratch that they need."""
 
     def __init__(
-        self, phase: Apply, group: Group, launch: Launch, n_earlier_sums: int, part: Part | None = None
+        self, phase: Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier_sums: int, part: Part | None = None
     ) -> None:
         config = _config_of(phase, group, launch, n_earlier_sums)
         if part is None:
@@ -134,16 +135,16 @@ class Applied:
             "enable_fp_fusion": False,
         }
         self._apply = self._launcher()
-        self._sum = Launcher(
+        self._sum = BoundKernel(
             sum_partials, self._n_tensors, {"N_SUMS": self._n_totals, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
         )
         # What is tracked is read later, perhaps after other steps: it gets memory of its own each time.
         self._scratch = None if launch.tracked is not None else self._fresh(group)
 
     def __call__(
-        self, group: Group, launch: Launch, sums: torch.Tensor | None, scratch: torch.Tensor | None = None
+        self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None, scratch: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Launch. scratch: what the phase reads or writes for another one, if it does."""
+        """Launch. scratch: elements that the phase reads or writes for another one, if it does."""
         partials, totals = self._scratch or self._fresh(group)
         compiled = self._apply(
             launch.record,
@@ -159,8 +160,8 @@ class Applied:
             scratch,
             None if scratch is None else self._part.scratch_at,
         )
-        if private.n_spills(compiled) and self._variant not in _MORE_REGISTERS:
-            _MORE_REGISTERS[self._variant] = more_registers(private.n_registers(compiled))
+        if private.n_spills(compiled) and self._variant not in _OPTIONS_OF_SPILLED:
+            _OPTIONS_OF_SPILLED[self._variant] = more_registers(private.n_registers(compiled))
             self._apply = self._launcher()
         if totals is None:
             return None
@@ -172,19 +173,19 @@ class Applied:
             return totals
         return totals[:, : self._n_sums].contiguous() if self._n_sums else None
 
-    def _launcher(self) -> Launcher:
-        more = _MORE_REGISTERS.get(self._variant, {})
-        return Launcher(multi_tensor_apply, self._n_chunks, {**self._constants, **more})
+    def _launcher(self) -> BoundKernel:
+        more = _OPTIONS_OF_SPILLED.get(self._variant, {})
+        return BoundKernel(multi_tensor_apply, self._n_chunks, {**self._constants, **more})
 
-    def _fresh(self, group: Group) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _fresh(self, group: LaunchGroup) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Partial sums and sums of tensors, if there are any."""
         if not self._n_totals:
             return None, None
         return group.empty(self._n_chunks, self._n_totals), group.empty(self._n_tensors, self._n_totals)
 
 
-_MORE_REGISTERS: dict[Hashable, dict[str, int]] = {}
-"""Options of launches that spilled the first time."""
+_OPTIONS_OF_SPILLED: dict[Hashable, dict[str, int]] = {}
+"""Options for the compiler, by launch variant, where a kernel spilled registers without them: `more_registers`."""
 
 
 def more_registers(n: int) -> dict[str, int]:
@@ -195,15 +196,15 @@ def more_registers(n: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": min(n + 32, 255)}
 
 
-def tracks_of(phase: Apply, launch: Launch) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a phase sums up of the gradient, and of the update: each by one phase of the step."""
+def tracks_of(phase: Apply, launch: LaunchSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Columns of telemetry that a phase sums up, of the gradient and of the update: each by one phase of the step."""
     if launch.tracked is None:
         return (), ()
     reader = next(other for other in launch.phases if isinstance(other, Apply) and other.reads_grad)
     return OF_GRADIENT if phase is reader else (), OF_UPDATE if phase.writes_weight else ()
 
 
-def _config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> Config:
+def _config_of(phase: Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> Config:
     """The launch's configuration or, if it has none, the phase's choice; adapted to what is stored."""
     if launch.config is not None:
         return adapted(launch.config, group.formats, group.dtypes)
@@ -217,7 +218,7 @@ def _config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> Co
     return chosen[0]
 
 
-def _noise_table(group: Group) -> Callable[[object], tuple[np.ndarray[Any, Any]]]:
+def _noise_table(group: LaunchGroup) -> Callable[[object], tuple[np.ndarray[Any, Any]]]:
     return lambda _: (np.array(group.noise, dtype=np.int64),)
 
 
@@ -230,7 +231,7 @@ def chunk_tables(shapes: Sequence[torch.Size], chunk_size: int) -> tuple[np.ndar
     return tensors, np.repeat(np.arange(len(sizes), dtype=np.int32), chunks)
 
 
-def phase_constants(phase: Apply, launch: Launch, group: Group, n_earlier_sums: int) -> dict[str, Any]:
+def phase_constants(phase: Apply, launch: LaunchSpec, group: LaunchGroup, n_earlier_sums: int) -> dict[str, Any]:
     """The driver's compile-time arguments for one phase, but for the launch's sizes."""
     formats, dtypes = group.formats, group.dtypes
     n_states = len(formats) - 1

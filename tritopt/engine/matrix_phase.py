@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.engine.driver import Applied, Apply, Part, chunk_tables
-from tritopt.engine.group import Group
+from tritopt.engine.driver import Apply, BoundPhase, Part, chunk_tables
+from tritopt.engine.group import LaunchGroup
 from tritopt.engine.launcher import is_launching
 from tritopt.engine.newton_schulz import Cut, Iteration, orthogonalize, ratio_of
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.tuning.config import GENERIC, adapted
 
 SCRATCH_BYTES = 2**30
@@ -72,7 +72,7 @@ class ApplyMatrices(NamedTuple):
         direction = 4 if self.iteration.dtype is None else self.iteration.dtype.itemsize
         return weight[0] + grad + states + direction, weight[1] + states + direction
 
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> None:
+    def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> None:
         """Launch all parts; one scratch serves them one after the other."""
         launch = launch._replace(phases=self.passes)
         key = (
@@ -114,7 +114,7 @@ class Layout(NamedTuple):
 class _Prepared:
     """The phase for one group: launches, and stacks of the scratch."""
 
-    def __init__(self, phase: ApplyMatrices, group: Group, launch: Launch) -> None:
+    def __init__(self, phase: ApplyMatrices, group: LaunchGroup, launch: LaunchSpec) -> None:
         self._phase = phase
         compute = torch.float64 if group.dtypes[0] == torch.float64 else torch.float32
         self._dtype = phase.iteration.dtype or compute
@@ -130,10 +130,10 @@ class _Prepared:
             )
             part = Part([group.members[place] for place in layout.members], *tables)
             self._parts.append(
-                (Applied(first, group, launch, 0, part), layout.stacks, Applied(second, group, launch, 0, part))
+                (BoundPhase(first, group, launch, 0, part), layout.stacks, BoundPhase(second, group, launch, 0, part))
             )
 
-    def __call__(self, group: Group, launch: Launch) -> None:
+    def __call__(self, group: LaunchGroup, launch: LaunchSpec) -> None:
         scratch = torch.empty(self._size, dtype=self._dtype, device=group.device)
         is_made = launch.record is None and is_launching()
         for direct, stacks, update in self._parts:

@@ -268,11 +268,11 @@ class Optimizer(Update):
         if self._overrides_step() or not isinstance(indices, list | tuple):
             return None
         lists = [indices, weights, grads, states]
-        if not all(isinstance(some, list | tuple) and len(some) == len(indices) for some in lists):
+        if not all(isinstance(items, list | tuple) and len(items) == len(indices) for items in lists):
             return None
         if NoneType in set(map(type, grads)):
             keep = [i for i, grad in enumerate(grads) if grad is not None]
-            lists = [[some[i] for i in keep] for some in lists]
+            lists = [[items[i] for i in keep] for items in lists]
         return self._replay_of(key, *map(list, lists))
 
     def telemetry(self) -> Telemetry:
@@ -344,4 +344,5 @@ def _with_gradients(
     kept = [[items[i] for i in keep] for items in (indices, weights, grads, states)]
     for index, weight, grad in zip(*kept[:3], strict=True):
         validate.weight_and_grad(index, weight, grad)
+        validate.not_spread(index, weight, grad)
     return kept[0], kept[1], kept[2], kept[3]

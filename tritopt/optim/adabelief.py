@@ -1,4 +1,4 @@
-"""AdaBelief."""
+"""AdaBelief with torch's interface."""
 
 from __future__ import annotations
 

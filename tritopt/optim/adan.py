@@ -1,4 +1,4 @@
-"""Adan."""
+"""Adan with torch's interface."""
 
 from __future__ import annotations
 

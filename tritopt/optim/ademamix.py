@@ -1,4 +1,4 @@
-"""AdEMAMix."""
+"""AdEMAMix with torch's interface."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class BeyondTorch(Optimizer):
         super().__init__(params, values, given)  # type: ignore[arg-type]
 
     def check_values(self, values: Mapping[str, Any]) -> None:
-        """In the words of torch's AdamW and SGD, which take them."""
+        """ValueError in the words of torch's AdamW and SGD, which take these hyperparameters."""
         known = {name: values[name] for name in ("lr", "eps", "weight_decay", *self.keywords) if name in values}
         if "betas" in values:
             betas = values["betas"]

@@ -1,4 +1,4 @@
-"""FTML."""
+"""FTML with torch's interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ftrl."""
+"""Ftrl with torch's interface."""
 
 from __future__ import annotations
 

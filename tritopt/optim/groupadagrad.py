@@ -1,4 +1,4 @@
-"""GroupAdaGrad."""
+"""GroupAdaGrad with torch's interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LAMB."""
+"""LAMB with torch's interface."""
 
 from __future__ import annotations
 

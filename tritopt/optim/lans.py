@@ -1,4 +1,4 @@
-"""LANS."""
+"""LANS with torch's interface."""
 
 from __future__ import annotations
 

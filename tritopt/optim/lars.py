@@ -1,4 +1,4 @@
-"""LARS."""
+"""LARS with torch's interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TorchLARS(lars.LARSRule):
         self.layer_wise = validate.boolean("layer_wise", layer_wise)
 
     def scalars(self, lr: Any, wd: float, count: Any) -> Any:
-        """With the switch."""
+        """Scalars of a step, with the switch `is_layer_wise`."""
         return super().scalars(lr, wd, count)._replace(is_layer_wise=float(self.layer_wise))
 
 

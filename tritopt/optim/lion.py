@@ -1,4 +1,4 @@
-"""Lion."""
+"""Lion with torch's interface."""
 
 from __future__ import annotations
 

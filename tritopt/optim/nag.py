@@ -1,4 +1,4 @@
-"""NAG."""
+"""NAG with torch's interface."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _OPTIONAL = {"clip_value": None, "flatten": None, "split": None, "split_dim": -2
 class ParamGroup(dict[str, Any]):
     """A param_group that has everything for who asks, and for who iterates over it what a checkpoint holds.
 
-    By `for key in param_group`, torch.distributed.checkpoint finds out which keys a flattened checkpoint must have.
+    torch.distributed.checkpoint iterates over a param_group to find out which keys a flattened checkpoint must have.
 
     Args:
         group: its keys and values.

@@ -1,4 +1,4 @@
-"""Signum, and signSGD."""
+"""Signum and signSGD with torch's interface."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TorchSignum(signum.SignumRule):
 
     @property
     def preamble(self) -> str:
-        """Without momentum the scaled gradient, unclipped."""
+        """Preamble: without momentum the scaled gradient, unclipped."""
         return "coupled" if self.momentum else "rescaled"
 
 

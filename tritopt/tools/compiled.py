@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for any GPU and without one: registers, spills, what the hot loops do.
+"""Compilation of the kernels for any GPU and without one: registers, spills, what the hot loops do.
 
 Needs kernels that are not interpreted: run with TRITON_INTERPRET unset.
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import driver, private
-from tritopt.engine.phase import Launch, Recorder
+from tritopt.engine.phase import LaunchSpec, Recorder
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.tuning.config import AMD, NVIDIA
 from tritopt.kernels.formats.format import PLAIN, Format
@@ -57,30 +57,31 @@ class CompiledLaunch(NamedTuple):
 
     kernel: str
     registers: int
-    """A thread."""
+    """Number of registers of a thread."""
     spilled_bytes: int
-    """A thread."""
+    """Bytes of registers that a thread spills to memory."""
     shared_bytes: int
-    """A program."""
+    """Bytes of shared memory of a program."""
     num_warps: int
     elements: int
-    """That a thread has in an iteration; 0: there is no hot loop."""
+    """Number of elements that a thread has in an iteration of the hot loop; 0: there is no hot loop."""
     loads: Counter[int]
-    """Accesses to global memory that a thread makes for these, by their width in bits."""
+    """Number of loads from global memory that a thread makes for these, by their width in bits."""
     stores: Counter[int]
     expected_wide_loads: int | None
-    """As many of 128 bits as the driver needs if each access is that wide; None for other kernels."""
+    """Number of 128-bit loads that the driver needs if each access is that wide; None for other kernels."""
     expected_wide_stores: int | None
     bytes_loaded: float | None
-    """Per parameter. Of what a block of neighbours shares, its share; what a row shares is taken as nothing.
+    """Bytes per parameter. A number that a block of neighbours shares counts with its share; what a row shares is taken
+    as nothing.
 
     Of Adafactor's kernels, what they load for matrices, not for vectors.
     """
     bytes_stored: float | None
     instructions: float | None
-    """That are issued, per parameter, on the shortest path."""
+    """Number of instructions per parameter that are issued on the shortest path."""
     arithmetic: float | None
-    """Those among them that compute."""
+    """Number of those that compute."""
 
 
 def compile_launches(
@@ -99,7 +100,7 @@ def compile_launches(
 
 
 def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunch]:
-    """Likewise, the launches that a global norm of gradients takes (max_grad_norm)."""
+    """Compile the launches that a global norm of gradients takes (max_grad_norm)."""
     grads = [torch.zeros(64, 64, dtype=dtype, device="cpu")]
     return _compiled(lambda planner: planner.squares("compile", grads), arch)
 
@@ -130,7 +131,7 @@ class Recording(Recorder):
 
 
 def compile_launch(launched: Launched, arch: int | str) -> Any:
-    """Triton's compiled kernel. Pointers are taken as 16-byte aligned, as torch allocates."""
+    """Compile a launch as Triton would. Pointers are taken as 16-byte aligned, as torch allocates."""
     kernel, kinds, constants = launched.kernel, {}, {}
     for name, value in launched.arguments.items():
         kinds[name] = _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
@@ -148,12 +149,12 @@ def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtyp
     scalars = opt.scalars(0.1, opt.wd, 1)
     # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
     rescale, noop = (torch.full((), x, dtype=torch.float32, device="cpu") for x in (1.0, 0.0))
-    launch = Launch(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
+    launch = LaunchSpec(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
     planner.apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
 
 
 def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
-    """What runs from the second step on: a launch that spills gets more registers then."""
+    """Describe what runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
     code_of, metadata = private.assembly(binary), private.metadata(binary)
     if isinstance(arch, int):
@@ -195,7 +196,7 @@ def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
 
 
 def _elements_of_a_thread(launched: Launched, warp_size: int) -> int:
-    """In one iteration over full blocks."""
+    """Number of elements that a thread has in one iteration over full blocks."""
     constants = launched.arguments
     block = (
         constants["BLOCK_SIZE"] if "BLOCK_SIZE" in constants else constants["BB"] * constants["BR"] * constants["BC"]
@@ -204,14 +205,14 @@ def _elements_of_a_thread(launched: Launched, warp_size: int) -> int:
 
 
 def _bytes(accesses: Counter[int], elements: int, is_driver: bool) -> float:
-    """Per parameter. A thread that accesses less than a byte for each of its elements shares that with others."""
+    """Bytes per parameter. A thread that accesses less than a byte for each of its elements shares that with others."""
     own = sum(bits // 8 * count for bits, count in accesses.items() if bits >= 8 * elements) / elements
     scales = sum(bits // 8 * count for bits, count in accesses.items() if bits < 8 * elements) / BLOCK
     return own + (scales if is_driver else 0)
 
 
 def _masked_bytes(launched: Launched) -> tuple[int, int]:
-    """Loaded and stored per parameter in the code, but never of a matrix: a vector's second moment."""
+    """Bytes per parameter that the code loads and stores, but never of a matrix: a vector's second moment."""
     constants = launched.arguments
     if "IS_UPDATE" not in constants:
         return 0, 0
@@ -241,12 +242,12 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of stack plus local memory, which is where spills go."""
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+    usage_of = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return usage_of["REG"], usage_of["STACK"] + usage_of["LOCAL"]
 
 
 def _tool(name: str, *options: str, cubin: bytes) -> str:
-    """What one of the tools that Triton ships says of a binary."""
+    """Output of one of the tools that Triton ships, for a binary."""
     tool = private.nvidia_tool(name)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"

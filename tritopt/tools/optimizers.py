@@ -1,4 +1,4 @@
-"""Optimizers as users name them: registered, or in a module of their own."""
+"""Names that users have for optimizers: registered ones, or classes in a module of their own."""
 
 from __future__ import annotations
 

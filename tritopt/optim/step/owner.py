@@ -1,4 +1,4 @@
-"""The optimizer, as a step asks it."""
+"""The optimizer, as a step sees it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Owner(Protocol):
 
     param_groups: list[dict[str, Any]]
     state: Any
-    """Dicts by parameter."""
+    """States, dicts by parameter."""
     layouts: Layouts
     """Of parameters whose groups do not say more (`layouts_of`)."""
     max_grad_norm: float | None
@@ -43,5 +43,5 @@ class Owner(Protocol):
         ...
 
     def sparse_error_of(self, group: dict[str, Any]) -> str | None:
-        """Why a group's parameters take no sparse gradients; None: they do."""
+        """Reason why a group's parameters take no sparse gradients; None: they do."""
         ...

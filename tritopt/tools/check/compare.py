@@ -32,7 +32,7 @@ def compare_runs(
             tolerance = _tolerance(case, kind, name)
             if products is not None and not is_state:
                 tolerance = with_products(tolerance, products, case.compute_dtype)
-            gap = _gap(tensor, expected[name], *(found.get(name) for found in neighbours))
+            gap = _gap(tensor, expected[name], *(neighbour.get(name) for neighbour in neighbours))
             error, is_within = largest_error(value, expected[name], start[name], gap, tolerance, case.compute_dtype)
             result.enter(f"{one}_vs_{other}" if name.startswith("weight") else "states", error)
             if not is_within:

@@ -42,7 +42,7 @@ class Instruction:
 
 @dataclass
 class Program:
-    """A kernel."""
+    """A kernel, parsed into blocks."""
 
     name: str
     parameters: list[tuple[str, str]]
