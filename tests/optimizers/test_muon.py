@@ -86,7 +86,8 @@ def step(params: Sequence[torch.nn.Parameter], grads: Sequence[torch.Tensor], **
 def orthogonal(direction: torch.Tensor) -> torch.Tensor:
     """U V^T of its singular value decomposition."""
     u, _, v = torch.linalg.svd(direction.double(), full_matrices=False)
-    return u @ v
+    product: torch.Tensor = u @ v
+    return product
 
 
 # The formula.
@@ -361,7 +362,7 @@ def test_one_step_per_step() -> None:
 
 def test_a_skipped_step_leaves_everything() -> None:
     p = parameter(4, 6, dtype=torch.bfloat16)
-    opt = optim.Muon([p])
+    opt: Any = optim.Muon([p])
     p.grad = random(4, 6, seed=1).bfloat16()
     opt.step()
     before = [p.detach().clone(), opt.state[p]["momentum_buffer"].clone()]

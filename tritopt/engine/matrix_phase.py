@@ -74,7 +74,6 @@ class ApplyMatrices(NamedTuple):
 
     def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> None:
         """Launch all parts; one scratch serves them one after the other."""
-        launch = launch._replace(phases=self.passes)
         key = (
             *(self, launch.preamble, launch.scalars, launch.skip_zero_rescale, launch.draws),
             *(launch.tracked is not None, launch.config, group.stream),
@@ -121,7 +120,8 @@ class _Prepared:
         layouts = layouts_of(phase, group.shapes, group.strides, self._dtype.itemsize)
         self._size = max(layout.size for layout in layouts)
         config = adapted(launch.config or GENERIC, group.formats, group.dtypes)
-        first, second = launch.phases
+        first, second = phase.passes
+        launch = launch._replace(phases=(first, second))  # which of them tracks what goes by identity
         self._parts = []
         for i, layout in enumerate(layouts):
             tables = group.tables(

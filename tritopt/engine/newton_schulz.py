@@ -203,4 +203,5 @@ def norms_of(x: torch.Tensor) -> torch.Tensor:
     """Frobenius norms [matrices, 1, 1], at least fp32: over rows and then over their norms, always in that order."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     rows = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-    return torch.linalg.vector_norm(rows, dim=-1)[:, None, None]
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return norms[:, None, None]

@@ -251,7 +251,9 @@ def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable]) -> list[Launc
         noise = [tasks[i].noise for i in positions]
         strides = [tasks[i].weight[0].stride() for i in positions]
         has_rows = first.rows is not None
-        groups.append(LaunchGroup(positions, first.grad.device, first.formats, dtypes, shapes, noise, strides, has_rows))
+        groups.append(
+            LaunchGroup(positions, first.grad.device, first.formats, dtypes, shapes, noise, strides, has_rows)
+        )
     return groups
 
 

@@ -10,7 +10,6 @@ from tritopt.engine.state_dtype import checked
 from tritopt.optim.defaults import arguments_of, check_flag
 from tritopt.optim.layout import checked_master
 
-
 _OPTIONAL = {"clip_value": None, "flatten": None, "split": None, "split_dim": -2, "ns_dtype": "bf16"}
 """Keys that torch's classes lack, and values that make of a group what it would be there: these are not saved."""
 

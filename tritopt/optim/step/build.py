@@ -16,7 +16,15 @@ from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import OptionsByGroup
-from tritopt.optim.step.members import LaunchPlan, Member, Number, SingleParameter, is_in_norm, launch_for, split_by_group
+from tritopt.optim.step.members import (
+    LaunchPlan,
+    Member,
+    Number,
+    SingleParameter,
+    is_in_norm,
+    launch_for,
+    split_by_group,
+)
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.replay import Replay

@@ -81,7 +81,7 @@ class LaunchPlan(NamedTuple):
     @property
     def is_in_norm(self) -> bool:
         """Whether its members' gradients are clipped by the global norm."""
-        return is_in_norm(self.runs[0][0])
+        return is_in_norm(self.by_group[0][0])
 
 
 def launch_for(
