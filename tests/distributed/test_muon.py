@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from tests.support.world import REASON, World
 from tritopt import optim
-from tritopt.engine import newton_schulz
+from tritopt.engine import matrix_phase, newton_schulz
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import Config
 from tritopt.optim import exchange
 from tritopt.optim.distributed import whole
+from tritopt.tools.replaced import replaced
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]
 
@@ -55,7 +56,7 @@ def check(fused: bool | None, layout: str, state_dtype: str | None) -> list[torc
 
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
-    placements = {
+    placements: dict[str, list[Any]] = {
         "rows": [[Shard(0)]],
         "columns": [[Shard(1)]],
         "all": [[Shard(0)], [Shard(1)], [Replicate()]],
@@ -73,13 +74,8 @@ def check(fused: bool | None, layout: str, state_dtype: str | None) -> list[torc
         done[tuple(stack.shape[-2:])] += stack.shape[:-2].numel()
         real(stack, *rest)
 
-    from tritopt.engine import matrix_phase
-
-    matrix_phase.orthogonalize = counting  # type: ignore[attr-defined]
-    try:
+    with replaced(matrix_phase, "orthogonalize", counting):
         params, opt = train(placements[layout], mesh, fused, state_dtype=state_dtype)
-    finally:
-        matrix_phase.orthogonalize = real  # type: ignore[attr-defined]
     counts: list[Any] = [None] * size
     dist.all_gather_object(counts, dict(done))
     total: Counter[tuple[int, ...]] = Counter()
@@ -150,10 +146,7 @@ def test_work_is_shared_by_cost(worlds: dict[int, World]) -> None:
 def check_units() -> None:
     cut = newton_schulz.Cut(None, None, -2)
     shapes = [(8, 8)] + [(4, 4)] * 4 + [(2, 2)]
-    exchange.UNIT = 16
-    try:
+    with replaced(exchange, "UNIT", 16):
         units = list(exchange._units(range(6), shapes, cut, 2))
-    finally:
-        exchange.UNIT = 2**24
     assert [unit.members for unit in units] == [[0], [1], [2], [3], [4], [5]]
     assert [unit.owner for unit in units] == [0, 1, 1, 1, 1, 1]

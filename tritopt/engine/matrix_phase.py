@@ -87,7 +87,7 @@ class ApplyMatrices(NamedTuple):
         prepared = []
         for group in groups:
             key = ("sharded", self, launch.preamble, launch.scalars, launch.draws, launch.tracked is not None)
-            ready = group.ready((*key, launch.config, group.stream), lambda g=group: _Prepared(self, g, launch, True))
+            ready = group.ready((*key, launch.config, group.stream), partial(_Prepared, self, group, launch, True))
             with on_device_of(group):
                 prepared.append((group, ready, ready.direct(group, launch, directions)))
         if launch.record is None and is_launching():
@@ -142,16 +142,10 @@ class _Prepared:
         first, second = phase.passes
         launch = launch._replace(phases=(first, second))  # which of them tracks what goes by identity
         self._parts = []
+        kind = "shards" if is_sharded else "matrices"
         for i, layout in enumerate(layouts):
             tables = group.tables(
-                (
-                    "shards" if is_sharded else "matrices",
-                    phase.cut,
-                    phase.scratch_bytes,
-                    self._dtype,
-                    config.chunk_size,
-                    i,
-                ),
+                (kind, phase.cut, phase.scratch_bytes, self._dtype, config.chunk_size, i),
                 partial(_tables, layout=layout, chunk_size=config.chunk_size),
             )
             part = Part([group.members[place] for place in layout.members], *tables)
