@@ -198,6 +198,21 @@ def orthogonalize_all(x: torch.Tensor, cut: Cut, iteration: Iteration) -> None:
         x.copy_(matrices.view(x.shape))
 
 
+def orthogonalize_each(directions: Sequence[torch.Tensor], cut: Cut, iteration: Iteration) -> list[torch.Tensor]:
+    """Orthogonalise tensors, those of one shape as a batch; returns new ones of the dtypes that they have."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, direction in enumerate(directions):
+        alike.setdefault((direction.shape, direction.dtype, direction.device), []).append(i)
+    results = list(directions)
+    for places in alike.values():
+        dtype = iteration.dtype or directions[places[0]].dtype
+        batch = torch.stack([directions[i].to(dtype) for i in places])
+        orthogonalize_all(batch, cut, iteration)
+        for i, result in zip(places, batch, strict=True):
+            results[i] = result.to(directions[i].dtype)
+    return results
+
+
 def layouts_of(
     phase: ApplyMatrices, shapes: Sequence[torch.Size], strides: Sequence[tuple[int, ...]], itemsize: int
 ) -> list[Layout]:

@@ -14,6 +14,8 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from tritopt.engine import validate
+
 Quintic: TypeAlias = tuple[float, float, float]
 """Coefficients a, b, c of p(x) = a x + b x^3 + c x^5, which each step applies to the singular values."""
 QUINTIC: Quintic = (3.4445, -4.7750, 2.0315)
@@ -33,6 +35,8 @@ SAFETY = 1.01
 POLAR_EXPRESS = "polar_express"
 RATIOS = ("original", "match_rms_adamw", "spectral_unclamped")
 """Names of `ratio_of`, as torch's `adjust_lr_fn` has them."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": None}
+"""Dtypes of products by their names; None: that of the arithmetic."""
 MAX_STEPS = 99
 """torch refuses more."""
 _TINY = 2.0**-126
@@ -51,6 +55,22 @@ class Iteration(NamedTuple):
     """Factor of the result by the matrix's shape: one of RATIOS."""
     safety: float
     """Factor of the norm that a matrix is divided by."""
+
+
+def iteration_of(
+    coefficients: str | Sequence[float], n_steps: int, dtype: str, eps: float, ratio: str | None
+) -> Iteration:
+    """Settings by the names that users give them. ValueError for what cannot be."""
+    if not 1 <= validate.count("ns_steps", n_steps) <= MAX_STEPS:
+        raise ValueError(f"ns_steps={n_steps!r} must be 1 to {MAX_STEPS}; 5 is usual")
+    if dtype not in DTYPES:
+        raise ValueError(f"ns_dtype={dtype!r} must be one of {', '.join(map(repr, DTYPES))}")
+    if validate.nonnegative("epsilon", eps) == 0:
+        raise ValueError("epsilon=0 must be > 0: a zero gradient would be divided by 0; 1e-7 is usual")
+    if ratio is not None and ratio not in RATIOS:
+        raise ValueError(f"adjust_lr_fn={ratio!r} must be one of {', '.join(map(repr, RATIOS))}, or None")
+    safety = SAFETY if coefficients == POLAR_EXPRESS else 1.0
+    return Iteration(steps_of(coefficients, n_steps), eps, DTYPES[dtype], ratio or RATIOS[0], safety)
 
 
 def steps_of(coefficients: str | Sequence[float], n: int) -> tuple[Quintic, ...]:
@@ -165,6 +185,18 @@ class Cut(NamedTuple):
             views.append(part if self.split_dim == -2 else part.movedim(-2, 2))
             at += n * size
         return views
+
+
+def cut_of(flatten: bool | None, split: int | Sequence[int] | None, split_dim: int) -> Cut:
+    """The matrices of tensors by the words of users. ValueError for what cannot be."""
+    if split_dim not in (-2, -1):
+        raise ValueError(f"split_dim={split_dim!r} must be -2, a matrix's rows, or -1, its columns")
+    if split is None:
+        return Cut(flatten, None, split_dim)
+    sizes = (split,) if isinstance(split, int) else tuple(split)
+    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"split={split!r} must be a number of equal parts, or the sizes of all parts, each at least 1")
+    return Cut(flatten, split if isinstance(split, int) else sizes, split_dim)
 
 
 def orthogonalize(stack: torch.Tensor, iteration: Iteration, ratio: float) -> None:

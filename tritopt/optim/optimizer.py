@@ -25,7 +25,7 @@ from tritopt.optim.layout import AUTO, Layout, Layouts, checked_master
 from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.options import Options as Options
 from tritopt.optim.origin import CLASSES
-from tritopt.optim.param_group import ParamGroup, check_settings, saved
+from tritopt.optim.param_group import ParamGroup, check_settings, naming, saved
 from tritopt.optim.step.members import SingleParameter, lives_on_device
 from tritopt.optim.step.stepper import Stepper
 from tritopt.rule import Rule
@@ -153,10 +153,8 @@ class Optimizer(torch.optim.Optimizer):
             self.check_group(param_group)
             names = param_group.get("param_names") or range(first, first + len(param_group["params"]))
             for name, param in zip(names, param_group["params"], strict=True):
-                try:
+                with naming(name):
                     self.layout_of(param, param_group)
-                except ValueError as error:
-                    raise ValueError(f"parameter {name!r}: {error}") from error
         except Exception:
             self.param_groups.pop()
             raise
@@ -282,17 +280,13 @@ class Optimizer(torch.optim.Optimizer):
         """An optimizer of the class that a group's parameters follow: this one, unless there are several."""
         return self
 
-    def layouts_of(self, group: dict[str, Any]) -> Layouts:
-        """How parameters of a group are kept."""
-        return self.of_class(group).layouts
-
     def first_count(self, state: dict[str, Any]) -> float:
         """Steps that a state stands for which does not show them."""
         return self.layouts.first_count(state)
 
     def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
         """Layout by which a parameter of a group is kept. ValueError if its group says what cannot be."""
-        return self.layouts_of(group).of(param, group, self.rule_of(group))
+        return self.of_class(group).layouts.of(param, group, self.rule_of(group))
 
     def sparse_error_of(self, group: dict[str, Any]) -> str | None:
         """torch's message where a group takes no sparse gradients; None: it takes them."""

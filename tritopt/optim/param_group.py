@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tritopt.engine import validate
@@ -40,6 +41,15 @@ def saved(group: Mapping[str, Any], unsaved: Collection[str]) -> dict[str, Any]:
         for name, value in group.items()
         if name not in unsaved and not (name in _OPTIONAL and value == _OPTIONAL[name])
     }
+
+
+@contextmanager
+def naming(name: Hashable) -> Iterator[None]:
+    """Let a ValueError name the parameter that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
 
 
 def check_settings(cls: type, defaults: Mapping[str, Any], group: dict[str, Any]) -> None:

@@ -7,13 +7,16 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
-from torch.nn.modules.conv import _ConvNd
 
 Settings: TypeAlias = Mapping[str, Any]
 """A param_group without parameters."""
 HEADS = ("lm_head", "head", "output", "classifier", "score", "embed_out")
 """Names of the layer that makes logits."""
 _EMBEDDINGS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+_CONVOLUTIONS = (
+    *(torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d),
+    *(torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d),
+)
 
 
 def routed(
@@ -39,7 +42,7 @@ def routed(
             found[matching[0]].append((name, param))
         elif id(param) in embedded or _is_head(name, module):
             found["embeddings"].append((name, param))
-        elif param.dim() < 2 or isinstance(module, _ConvNd):
+        elif param.dim() < 2 or isinstance(module, _CONVOLUTIONS):
             found["rest"].append((name, param))
         elif param.dim() == 2 or matrices.get("flatten") is not None:
             found["matrices"].append((name, param))

@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.matrix_phase import SCRATCH_BYTES, ApplyMatrices, orthogonalize_all
-from tritopt.engine.newton_schulz import MAX_STEPS, POLAR_EXPRESS, QUINTIC, RATIOS, SAFETY, Cut, Iteration, steps_of
+from tritopt.engine.matrix_phase import SCRATCH_BYTES, ApplyMatrices, orthogonalize_each
+from tritopt.engine.newton_schulz import POLAR_EXPRESS, QUINTIC, cut_of, iteration_of
 from tritopt.kernels.muon import muon_direction, muon_update
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, State, Values
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 
 
 class MuonScalars(NamedTuple):
@@ -43,7 +41,7 @@ class MuonRule(Rule):
     of which is orthogonalised by itself. State: m, the (master) weight's shape, zero at first. Products of a weight
     whose columns are fewer than its rows are of its transpose. Those of one shape are a batch.
 
-    Not in MXNet. For other parameters, biases, norms, embeddings and heads, take another optimizer.
+    Not in MXNet. Biases, norms, embeddings and heads are for another optimizer.
 
     Args:
         learning_rate: per update. Every step moves a matrix by about so much in spectral norm, times the ratio.
@@ -91,22 +89,10 @@ class MuonRule(Rule):
         super().__init__(**common)
         self.momentum = validate.fraction("momentum", momentum)
         self.nesterov = validate.boolean("nesterov", nesterov)
-        if not 1 <= validate.count("ns_steps", ns_steps) <= MAX_STEPS:
-            raise ValueError(f"ns_steps={ns_steps!r} must be 1 to {MAX_STEPS}; 5 is usual")
-        if ns_dtype not in DTYPES:
-            raise ValueError(f"ns_dtype={ns_dtype!r} must be one of {', '.join(map(repr, DTYPES))}")
-        if validate.nonnegative("epsilon", epsilon) == 0:
-            raise ValueError("epsilon=0 must be > 0: a zero gradient would be divided by 0; 1e-7 is usual")
-        if adjust_lr_fn is not None and adjust_lr_fn not in RATIOS:
-            raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r} must be one of {', '.join(map(repr, RATIOS))}, or None")
-        if split_dim not in (-2, -1):
-            raise ValueError(f"split_dim={split_dim!r} must be -2, a matrix's rows, or -1, its columns")
+        self.iteration = iteration_of(ns_coefficients, ns_steps, ns_dtype, epsilon, adjust_lr_fn)
+        self.cut = cut_of(flatten, split, split_dim)
         if validate.count("scratch_bytes", scratch_bytes) < 1:
             raise ValueError(f"scratch_bytes={scratch_bytes!r} must be at least 1")
-        safety = SAFETY if ns_coefficients == POLAR_EXPRESS else 1.0
-        steps = steps_of(ns_coefficients, ns_steps)
-        self.iteration = Iteration(steps, epsilon, DTYPES[ns_dtype], adjust_lr_fn or RATIOS[0], safety)
-        self.cut = Cut(flatten, _checked_split(split), split_dim)
         self.scratch_bytes = scratch_bytes
 
     @property
@@ -132,9 +118,8 @@ class MuonRule(Rule):
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: MuonScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
         parts = self.update_parts(w, g, state, s)
-        (direction,) = self.orthogonalized([next(parts)])
         try:
-            parts.send(direction)
+            parts.send(self.orthogonalized([next(parts)])[0])
         except StopIteration as end:
             weight_and_state: tuple[torch.Tensor, Values] = end.value
         return weight_and_state
@@ -149,17 +134,7 @@ class MuonRule(Rule):
 
     def orthogonalized(self, directions: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """X of each d: those of one shape are a batch."""
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for i, direction in enumerate(directions):
-            alike.setdefault((direction.shape, direction.dtype, direction.device), []).append(i)
-        results = list(directions)
-        for places in alike.values():
-            dtype = self.iteration.dtype or directions[places[0]].dtype
-            batch = torch.stack([directions[i].to(dtype) for i in places])
-            orthogonalize_all(batch, self.cut, self.iteration)
-            for i, result in zip(places, batch, strict=True):
-                results[i] = result.to(directions[i].dtype)
-        return results
+        return orthogonalize_each(directions, self.cut, self.iteration)
 
 
 @register
@@ -173,12 +148,3 @@ class Muon(MuonRule, Optimizer, learning_rate=1e-3):
         except ValueError as error:
             raise ValueError(f"parameter {index!r}: {error}") from error
         return super().create_state(index, weight)
-
-
-def _checked_split(split: Any) -> int | tuple[int, ...] | None:
-    if split is None:
-        return None
-    sizes = (split,) if isinstance(split, int) else tuple(split)
-    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"split={split!r} must be a number of equal parts, or the sizes of all parts, each at least 1")
-    return split if isinstance(split, int) else sizes

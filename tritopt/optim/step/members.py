@@ -47,7 +47,7 @@ def member_of(
     rule: Rule,
 ) -> Member:  # fmt: skip
     """Make the member for a parameter of a group with this rule."""
-    layout = opt.layouts_of(group).of(param, group, rule)
+    layout = opt.of_class(group).layouts.of(param, group, rule)
     return Member(position, name, param, grad, group, rule, layout, _needs_whole(param, group, rule))
 
 

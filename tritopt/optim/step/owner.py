@@ -17,7 +17,6 @@ class Owner(Protocol):
     state: Any
     """States, dicts by parameter."""
     layouts: Layouts
-    """Of parameters whose groups do not say more (`layouts_of`)."""
     max_grad_norm: float | None
     rounding_seed: int
     track: bool
@@ -26,8 +25,8 @@ class Owner(Protocol):
         """The rule with a group's hyperparameters."""
         ...
 
-    def layouts_of(self, group: dict[str, Any]) -> Layouts:
-        """The layouts of a group's class."""
+    def of_class(self, group: dict[str, Any]) -> Owner:
+        """An optimizer of the class that a group's parameters follow."""
         ...
 
     def first_count(self, state: dict[str, Any]) -> float:
