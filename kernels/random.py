@@ -85,10 +85,10 @@ def random_bits16(noise, start, offsets, mask):
             width, gap: length of a row here, and how much longer it is in the whole parameter; gap is 0 where what is
                 here is one run of it.
             step: number of the update, uint32.
-            shift: how many places on among eight neighbours an element takes its bits from; 0 for the weight, i + 1
-                for state i, so that all of them may share a call.
+            shift: number of places, among eight neighbours, to the element whose bits are taken; 0 for the weight,
+                i + 1 for state i, so that all of them may share a call.
         start: the first of the offsets.
-        offsets: of the elements here.
+        offsets: offsets of the elements here.
         mask: None for a full block, where start, first, width and gap are multiples of eight.
 
     A Philox call makes four words of 32 bits, which are enough for eight neighbours:

@@ -81,7 +81,7 @@ kernel_device = "cpu" if INTERPRETED else "cuda"
 def unavailable(tensor: torch.Tensor, way_out: str = "") -> str | None:
     """Reason why the fused path cannot take this tensor, and what to do about it; None if it can.
 
-    way_out: what else the caller can do, such as "pass fused=False to run the reference step".
+    way_out: advice on what else the caller can do, such as "pass fused=False to run the reference step".
     """
     otherwise = way_out and f", or {way_out}"
     if not HAS_TRITON:

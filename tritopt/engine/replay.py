@@ -11,14 +11,14 @@ from tritopt.engine.group import Array, LaunchGroup, refresh_table, upload_table
 
 
 class ReplayTable:
-    """A group, and its table of addresses, but for those of gradients.
+    """Table of addresses of a group; only those of gradients are new in a step.
 
     Args:
-        group: the engine's.
+        group: the engine's group, which was launched.
         members: places of the group's tensors among the gradients that `upload` is given.
         in_launch: places of the same tensors among the tasks of the launch, which `place_of` is for.
         words: int64 [members, pointers + 1], as the group's table has them.
-        columns: those that hold the gradient's address.
+        columns: columns of the table that hold the gradient's address; two for a norm.
     """
 
     def __init__(self, group: LaunchGroup, members: Array, in_launch: Array, words: Array, columns: slice) -> None:

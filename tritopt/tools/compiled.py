@@ -91,7 +91,7 @@ def compile_launches(
 
     Args:
         opt: the optimizer.
-        weight_dtype, grad_dtype, fmt: of the weights, gradients and the weights' storage.
+        weight_dtype, grad_dtype, fmt: dtypes of weights and gradients, and storage format of the weights.
         arch: compute capability of an NVIDIA GPU (90: sm_90, an H100 or H200), or the name of an AMD one ("gfx942").
 
     Raises RuntimeError under TRITON_INTERPRET=1, which replaces kernels by Python.

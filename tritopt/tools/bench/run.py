@@ -92,7 +92,7 @@ class Bench:
 
     Args:
         device: device that the tensors are on.
-        items: what is measured, as `plan` has it.
+        items: cases to measure, as `plan` has them.
         seconds: time to spend altogether; what is left then is refused. None: no limit.
         clock: tells the time in seconds.
         seconds_each: time to spend on each kind of times, for each item, in seconds.
