@@ -54,7 +54,6 @@ def table_of(group: LaunchGroup, places: Array) -> ReplayTable:
     """The table of a group that was just launched. places: its launch's tensors among all gradients, int64."""
     in_launch = np.array(group.members, dtype=np.int64)
     members = places[in_launch]
-    # The addresses that this step has uploaded, and the places of its scalars.
     n_words = len(group.dtypes) + 1
     words = group.host_table[: len(members) * n_words].reshape(-1, n_words).copy()
     column = group.format.n_planes

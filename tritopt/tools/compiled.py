@@ -147,7 +147,7 @@ def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtyp
     state = fresh_state(opt, 0, weight if fmt is PLAIN else fmt.decode(planes, torch.float32))
     task = Task(tuple(planes), fmt, grad, tuple(tensors_of(state)), state_formats=opt.state_formats())
     scalars = opt.scalars(0.1, opt.wd, 1)
-    # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
+    # Under a GradScaler a launch reads the most: a device scalar and a flag.
     rescale, noop = (torch.full((), x, dtype=torch.float32, device="cpu") for x in (1.0, 0.0))
     launch = LaunchSpec(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
     planner.apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)

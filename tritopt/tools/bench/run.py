@@ -218,7 +218,7 @@ class Bench:
             n_copied = min(COPY_BYTES, int(self.device.free_bytes * 0.25))
             self.copy = self.device.copy_bandwidth(2**20 if self._pretends else n_copied)
         seconds = 0.0 if self._pretends else self.seconds_each
-        # Of ours, also for peers: as many sets of tensors for each.
+        # The bytes are ours for peers too, so that each gets as many sets of tensors.
         n_bytes = measure.resident(item.optimizer, fmt) * shapes.elements
         measure.measure(self.device, row, self._make_set(item, shapes), n_bytes, self.copy, seconds)
         if item.peer is not None:
