@@ -68,20 +68,23 @@ class CompiledLaunch(NamedTuple):
     loads: Counter[int]
     """Number of loads from global memory that a thread makes for these, by their width in bits."""
     stores: Counter[int]
+    """Number of stores to global memory that a thread makes for these, by their width in bits."""
     expected_wide_loads: int | None
     """Number of 128-bit loads that the driver needs if each access is that wide; None for other kernels."""
     expected_wide_stores: int | None
+    """Number of 128-bit stores that the driver needs if each access is that wide; None for other kernels."""
     bytes_loaded: float | None
     """Bytes per parameter. A number that a block of neighbours shares counts with its share; what a row shares is taken
     as nothing.
 
-    Of Adafactor's kernels, what they load for matrices, not for vectors.
+    For Adafactor's kernels it is what they load for matrices, not for vectors. None: there is no hot loop.
     """
     bytes_stored: float | None
+    """Bytes per parameter that are stored, counted like `bytes_loaded`. None: there is no hot loop."""
     instructions: float | None
-    """Number of instructions per parameter that are issued on the shortest path."""
+    """Number of instructions per parameter that are issued on the shortest path. None: there is no hot loop."""
     arithmetic: float | None
-    """Number of those that compute."""
+    """Number of those that compute. None: there is no hot loop."""
 
 
 def compile_launches(

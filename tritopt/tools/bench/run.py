@@ -107,7 +107,9 @@ class Bench:
     """Bytes per second, read and written, of torch's copy here; None until it was measured."""
     done: list[Measurement] = field(default_factory=list)
     _checked: dict[tuple[str, str], str | None] = field(default_factory=dict)
+    """Reasons why checks were red, by optimizer and format; None: it was green."""
     _fitting: dict[tuple[str, str, str], tuple[Shapes | None, str | None]] = field(default_factory=dict)
+    """Shapes that there is memory for, or None and the reason why not even the smallest fit, by case."""
     _started: float = 0.0
 
     def __post_init__(self) -> None:
