@@ -116,12 +116,17 @@ def host() -> str:
     ]
     machine = saved["machine"]
     where = f"Medians on two cores of an {machine['cpu']} with torch {machine['torch']}, {machine['date'][:10]}"
-    note = f"{where} (`benchmarks/results/host_cpu.json`). Kernels are replaced by nothing, torch's too."
+    note = (
+        f"{where} (`benchmarks/results/host_cpu.json`). Kernels are replaced by nothing, torch's too; the reference on "
+        "the CPU computes."
+    )
     return f"{table(header, rows, header[1:])}\n\n{note}"
 
 
 def case_of(row: dict[str, Any]) -> str:
-    """Say what a row of host times measured: known fields in words, others by name."""
+    """Say what a row of host times measured: its title, or what earlier runs saved in its place."""
+    if "title" in row:
+        return str(row["title"])
     known = {"tensors", "groups", "clip", "sets"}
     tensors, groups, sets = row["tensors"], row.get("groups", 1), row.get("sets", 1)
     words = [f"{tensors:,} tensors" if groups == 1 else f"{groups:,} groups of {tensors // groups} tensor"]
@@ -154,6 +159,18 @@ def legend() -> str:
     return table(["column", "word", "meaning"], rows)
 
 
+def quickstart() -> str:
+    """The example that trains, saves and resumes."""
+    path = ROOT / "examples" / "quickstart.py"
+    if not path.exists():
+        return ""
+    return (
+        "## Train, save and resume\n\n"
+        "`examples/quickstart.py` trains a small network on scikit-learn's handwritten digits, in seconds on a CPU, "
+        f"and resumes from its checkpoint:\n\n```python\n{path.read_text()}```"
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "optimizers": optimizers,
     "sources": sources,
@@ -161,6 +178,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "memory": memory,
     "numerics": numerics,
     "host": host,
+    "quickstart": quickstart,
     "support torch": lambda: support_table(support.TORCH),
     "support mxnet": lambda: support_table(support.MXNET),
     "support legend": legend,

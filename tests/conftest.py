@@ -8,6 +8,10 @@ from __future__ import annotations
 import importlib.util
 import os
 
+# Workers of pytest-xdist share the cores; threads of torch's would wait for each other in every square root.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if os.environ.get("TRITOPT_PTX"):

@@ -225,7 +225,7 @@ class Rule:
 
 
 def _kept(plane: torch.Tensor) -> torch.Tensor:
-    """A plane of the weight; a copy where autograd may need it after it was overwritten, as a norm's derivative."""
+    """A plane of the weight; a copy where autograd, as for a norm's derivative, needs it after it was overwritten."""
     plane = plane.resolve_neg()
     return plane.clone() if plane.requires_grad and torch.is_grad_enabled() else plane
 

@@ -23,7 +23,8 @@ def sent_by(name: str, layout: str, fused: bool | None = None) -> list[str]:
     pair.set_grads()
     with Communication() as seen:
         pair.many.step()
-    return seen.calls
+    calls: list[str] = seen.calls
+    return calls
 
 
 def check_sent(sharded: dict[str, str]) -> None:

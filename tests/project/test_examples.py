@@ -21,6 +21,8 @@ from tritopt.kernels.language import INTERPRETED
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.xdist_group("digits")  # one worker trains
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_digits.py"
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
@@ -190,56 +190,69 @@ def test_numerics_takes_one_optimizer() -> None:
 
 # Without Triton.
 
+WORKS = [
+    ["list"],
+    ["list", "--markdown"],
+    ["check", "test", "--quick"],
+    ["numerics", "--no-digits", "--steps", "1", "--format", "split16"],
+    ["tune", "--show"],
+    ["inspect", "--help"],
+]
+NEEDS = [
+    ["inspect"],
+    ["inspect", "adamw"],
+    ["inspect", "--diff", str(COUNTS)],
+    ["bench"],
+    ["bench", "--host"],
+    ["bench", "--rehearse"],
+    ["tune"],
+]
 WITHOUT = """
-import sys
+import json, sys
 sys.modules["triton"] = None  # `import triton` then raises ImportError, as where it is not installed
+from typer.testing import CliRunner
 from tritopt.__main__ import app
-app(sys.argv[1:], prog_name="tritopt")
+done = [CliRunner().invoke(app, arguments) for arguments in json.loads(sys.argv[1])]
+failed = lambda run: isinstance(run.exception, Exception)
+print(json.dumps([(run.exit_code, run.stdout, run.stderr, failed(run)) for run in done]))
 """
 
 
-def without_triton(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", WITHOUT, *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**env, "COLUMNS": "200"}, capture_output=True, text=True, check=False)
+class Ended(NamedTuple):
+    """Outcome of a command: exit code and output."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    raised: bool
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["list"],
-        ["list", "--markdown"],
-        ["check", "test", "--quick"],
-        ["numerics", "--no-digits", "--steps", "1", "--format", "split16"],
-        ["tune", "--show"],
-        ["inspect", "--help"],
-    ],
-    ids=" ".join,
-)
-def test_what_works_without_triton(arguments: list[str]) -> None:
-    done = without_triton(*arguments)
+@pytest.fixture(scope="module")
+def without_triton() -> dict[str, Ended]:
+    """Each of these commands in turn, in one process that imports torch once."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
+    command = [sys.executable, "-c", WITHOUT, json.dumps(WORKS + NEEDS)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    ended = [Ended(*fields) for fields in json.loads(done.stdout)]
+    return {" ".join(arguments): outcome for arguments, outcome in zip(WORKS + NEEDS, ended, strict=True)}
+
+
+@pytest.mark.xdist_group("without_triton")
+@pytest.mark.parametrize("arguments", WORKS, ids=" ".join)
+def test_what_works_without_triton(arguments: list[str], without_triton: dict[str, Ended]) -> None:
+    done = without_triton[" ".join(arguments)]
+    assert done.exit_code == 0, done
     if arguments[0] == "list":
         assert done.stdout == run(*arguments, COLUMNS="200").output
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["inspect"],
-        ["inspect", "adamw"],
-        ["inspect", "--diff", str(COUNTS)],
-        ["bench"],
-        ["bench", "--host"],
-        ["bench", "--rehearse"],
-        ["tune"],
-    ],
-    ids=lambda arguments: " ".join(arguments[:2]),
-)
-def test_what_needs_triton_says_how_to_get_it(arguments: list[str]) -> None:
-    done = without_triton(*arguments)
+@pytest.mark.xdist_group("without_triton")
+@pytest.mark.parametrize("arguments", NEEDS, ids=lambda arguments: " ".join(arguments[:2]))
+def test_what_needs_triton_says_how_to_get_it(arguments: list[str], without_triton: dict[str, Ended]) -> None:
+    done = without_triton[" ".join(arguments)]
     said = " ".join(done.stderr.replace("│", " ").split())
-    assert done.returncode in (1, 2)
+    assert done.exit_code in (1, 2)
     assert "Triton, which is not installed: `pip install 'triton>=3.6'`" in said
     assert "use_fused_step" not in said
-    assert "Traceback" not in said
+    assert not done.raised

@@ -79,9 +79,9 @@ def _draw(axes: Axes, name: str, bars: dict[str, dict[str, Traffic]], colors: Th
                                   fontsize=10)  # fmt: skip
                     left += n_bytes
         axes.text(left + 0.3, row, f"{left:.3g}", va="center", fontweight="bold")
-        axes.set_yticks(range(row + 1), list(bars)[: row + 1])
     for i, tensor in enumerate(tensors):
         axes.barh(0, 0, color=colors.series[i % len(colors.series)], label=names.get(tensor, tensor))
+    axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set(title=f"{name}: bytes of a step per parameter", xlabel="read (full colour), then written (faint)")
     axes.spines["left"].set_visible(False)

@@ -47,7 +47,7 @@ def check_path(path: Path) -> None:
         raise ImportError("the plot needs matplotlib: pip install matplotlib")
 
 
-def style(colors: Theme) -> dict[str, Any]:
+def style(colors: Theme) -> Any:
     """Settings of matplotlib under which a figure is made and saved: the same bytes each time, text that stays text."""
     return {
         "svg.hashsalt": "tritopt",
