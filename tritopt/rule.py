@@ -90,6 +90,11 @@ class Rule:
         return ()
 
     @property
+    def product_dtype(self) -> torch.dtype | None:
+        """Dtype that matrix products inside the update are rounded to; None: there are none."""
+        return None
+
+    @property
     def state_kinds(self) -> Mapping[str, str | None]:
         """Kinds of states that may be stored in fewer bits, by name: SIGNED or SQUARES of kernels/formats/states.py.
 

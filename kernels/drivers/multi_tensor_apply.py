@@ -9,6 +9,8 @@ Tables, all in device memory, that the host half (tritopt/engine/plan.py) builds
     partial_ptr  fp64  [n_chunks, N_TOTALS]         sums that this phase emits, per chunk; then what it tracks
     sum_ptr      fp64  [n_tensors, n_earlier]       sums that earlier phases emitted, per tensor
     noise_ptr    int64 [n_tensors, 4]               `Task.noise`, where a format draws
+    scratch_ptr  or None: elements that one phase hands on to the next, for UPDATE_FN one more state
+    scratch_at_ptr  int64 [n_tensors]               a tensor's first element there, at a multiple of 16 bytes
 
 The update function is pure arithmetic on blocks of the compute dtype. It returns the new weight and states, and a phase
 with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
@@ -120,6 +122,8 @@ def multi_tensor_apply(
     sum_ptr,
     noise_ptr,
     n_tensors,
+    scratch_ptr,
+    scratch_at_ptr,
     UPDATE_FN: tl.constexpr,
     PREAMBLE_FN: tl.constexpr,
     SCALARS: tl.constexpr,
@@ -165,6 +169,11 @@ def multi_tensor_apply(
     sums = ()
     if N_EARLIER_SUMS > 0:
         sums = load_tuple(sum_ptr + tensor * N_EARLIER_SUMS, N_EARLIER_SUMS, tl.float64)
+
+    if scratch_ptr is not None:
+        scratch = scratch_ptr + tl.load(scratch_at_ptr + tensor)
+        ptrs = ptrs + (scratch,)
+        aligned_ptrs = aligned_ptrs + (tl.multiple_of(scratch, 16),)
 
     noise = ()
     if noise_ptr is not None:

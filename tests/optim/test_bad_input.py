@@ -67,6 +67,7 @@ TORCHS = [
     if twin(cls)
     for bad in BAD_ARGUMENTS
     if set(bad) <= set(options_of(twin(cls), **bad)) and not (cls.__name__ == "Adafactor" and "eps" in bad)  # a pair
+    if not (cls is optim.Muon and "eps" in bad)  # of any sign in torch: a norm is at least 0
     if not (cls is SGD and any(value is math.nan for value in bad.values()))  # torch's takes NaN, see below
 ]
 OURS = [

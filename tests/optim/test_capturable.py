@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import tritopt
-from tests.support.training import CLASSES, EVERY_CLASS, Params, assert_same, counts, everything, parameters, set_grads
+from tests.support.training import (
+    CLASSES,
+    EVERY_CLASS,
+    OF_MATRICES,
+    Params,
+    assert_same,
+    counts,
+    everything,
+    parameters,
+    set_grads,
+)
 from tritopt import optim
 from tritopt.mxnet.registry import OPTIMIZERS
 from tritopt.rule import Rule
@@ -74,7 +84,7 @@ def test_scalars_are_exact_where_the_power_is(rule: type[Rule], variant: dict[st
 
 
 def shapes_of(cls: Class) -> tuple[tuple[int, ...], ...]:
-    return ((5, 7), (2, 3), (1, 4)) if cls is optim.GroupAdaGrad else ((5, 7), (6,), (2, 3, 2))
+    return ((5, 7), (2, 3), (1, 4)) if cls in OF_MATRICES else ((5, 7), (6,), (2, 3, 2))
 
 
 def follow(cls: Class, capturable: bool, lrs: Sequence[float], each: Callable[[Any], None] | None = None) -> Params:

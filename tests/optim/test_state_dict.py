@@ -130,7 +130,7 @@ def test_a_checkpoint_of_torch_goes_on_as_in_torch(cls: Class) -> None:
     start = clone(params)
     train(theirs, params, range(3, 8))
     train(opt, ours, range(3, 8))
-    assert_follows(ours, params, start, 5)
+    assert_follows(ours, params, start, 5, cls)
 
 
 @WITH_TWIN
@@ -145,7 +145,7 @@ def test_torch_goes_on_from_our_checkpoint(cls: Class) -> None:
     start = clone(params)
     train(opt, params, range(3, 8))
     train(theirs, theirs_params, range(3, 8))
-    assert_follows(params, theirs_params, start, 5)
+    assert_follows(params, theirs_params, start, 5, cls)
 
 
 @WITH_TWIN

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.training import CLASSES, assert_same, everything, options_of, parameters, set_grads
+from tests.support.training import CLASSES, OF_MATRICES, assert_same, everything, options_of, parameters, set_grads
 from tritopt import optim
-from tritopt.engine.driver import Apply
 from tritopt.engine.plan import Planner
 from tritopt.engine.random_keys import noise_key
 from tritopt.engine.state_dtype import stored
@@ -238,11 +237,11 @@ CLASS_AND_NAME = [(cls, name) for i, cls in enumerate(CLASSES) for name in (NAME
 
 @pytest.mark.parametrize(("cls", "name"), [*CLASS_AND_NAME, *[(cls, name) for cls in TYPICAL for name in NAMES]])
 def test_kernel_is_the_reference(cls: Any, name: str) -> None:
-    if not all(isinstance(phase, Apply) for phase in cls.rule().phases):
+    if not all(phase.is_driver for phase in cls.rule().phases):
         master: str | None = "split16"
     else:
         master = {"bf16": "split16", "fp16": "stochastic", "int8": "split8", "fp8": "fp32"}[name]
-    shapes = ((3, 64), (5, 7)) if cls is optim.GroupAdaGrad else SHAPES
+    shapes = ((3, 64), (5, 7)) if cls in OF_MATRICES else SHAPES
     copies = [parameters(BF16, shapes) for _ in range(2)]
     kernel, reference = (
         run(cls, p, range(3), fused=fused, master=master, state_dtype=name)

@@ -62,6 +62,11 @@ class ApplyFactored(NamedTuple):
         """All moments and norms depend on the order of summation."""
         return True
 
+    @property
+    def is_driver(self) -> bool:
+        """Kernels of its own do."""
+        return False
+
     def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
         """Bytes per parameter of matrices (read, written): the gradient three times, the weight twice.
 

@@ -63,6 +63,8 @@ class LaunchGroup:
     """Shapes of the members' gradients."""
     noise: list[tuple[int, int, int, int]] = field(default_factory=list)
     """`Task.noise` of each member."""
+    strides: Sequence[tuple[int, ...]] = ()
+    """Strides of the members' weights, in whose order all their tensors lie."""
     has_rows: bool = False
     """Whether gradients are of some rows of the weights, whose numbers the table's last column points to."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))

@@ -89,8 +89,9 @@ class BoundKernel:
         """Whether Triton would run the same binary: it tells apart None, dtypes and alignment."""
         if all(map(is_, args, self._args)):
             return True
-        if list(map(_kind, args)) != self._kinds:
-            return False
+        for new, old, kind in zip(args, self._args, self._kinds, strict=True):
+            if new is not old and _kind(new) != kind:
+                return False
         self._args = args
         return True
 
@@ -149,6 +150,11 @@ def _kind(arg: Any) -> Any:
 
 
 _is_launching = True
+
+
+def is_launching() -> bool:
+    """Whether launches are made, as they are outside of `no_launches`."""
+    return _is_launching
 
 
 def _nothing(*args: Any) -> None:

@@ -38,6 +38,11 @@ class Phase(Protocol):
         """Whether results depend on the order in which elements are summed."""
         ...
 
+    @property
+    def is_driver(self) -> bool:
+        """Whether the driver loads and stores all tensors, so that formats may draw random bits and sums be tracked."""
+        ...
+
 
 class Tunable(Phase, Protocol):
     """A phase of which engine/tuning may measure how it is launched best."""

@@ -206,7 +206,7 @@ class Planner:
         self._places.put(key, distinct, len(places))
 
     def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[LaunchGroup]:
-        signature = tuple([(_group_key(task), task.grad.shape, task.noise) for task in tasks])
+        signature = tuple([(_group_key(task), task.grad.shape, task.weight[0].stride(), task.noise) for task in tasks])
         plan = self._plans.get(key)
         if plan is None or plan[0] != signature:
             groups = _build_groups(tasks, [group_key for group_key, *_ in signature])
@@ -249,8 +249,11 @@ def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable]) -> list[Launc
         dtypes = tuple(t.dtype for t in first.tensors())
         shapes = [tasks[i].grad.shape for i in positions]
         noise = [tasks[i].noise for i in positions]
+        strides = [tasks[i].weight[0].stride() for i in positions]
         has_rows = first.rows is not None
-        groups.append(LaunchGroup(positions, first.grad.device, first.formats, dtypes, shapes, noise, has_rows))
+        groups.append(
+            LaunchGroup(positions, first.grad.device, first.formats, dtypes, shapes, noise, strides, has_rows)
+        )
     return groups
 
 

@@ -46,6 +46,11 @@ class ApplyRows(NamedTuple):
         """The mean depends on the order in which a row is summed."""
         return True
 
+    @property
+    def is_driver(self) -> bool:
+        """A kernel of its own does."""
+        return False
+
     def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
         """Bytes per parameter (read, written). The gradient is read twice, the second time mostly from the cache."""
         return weight[0] + 2 * grad + states, weight[1] + states

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.driver import Apply
 from tritopt.engine.group import ScalarTable
 from tritopt.engine.launcher import Updates
 from tritopt.engine.phase import LaunchSpec
@@ -147,7 +146,7 @@ class Update(States):
         validate.rescale(self.rescale_grad)
         tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
         on_kernel = [self._runs_fused(index, weight, fused) for index, weight in zip(indices, weights, strict=True)]
-        if self.track and any(on_kernel) and not all(isinstance(phase, Apply) for phase in self.phases):
+        if self.track and any(on_kernel) and not all(phase.is_driver for phase in self.phases):
             refuse(type(self).__name__, "use_fused_step=False")
         self._planner.check_aliases(tuple(indices), indices, tasks)
         return tasks, on_kernel

@@ -36,6 +36,10 @@ class Loads(Protocol):
     may_lack: ClassVar[frozenset[str]]
     _handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]]
 
+    def of_class(self, group: Mapping[str, Any]) -> Loads:
+        """An optimizer of the class that a group's parameters follow."""
+        ...
+
     def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
         """Layout by which a parameter of a group is kept."""
         ...
@@ -57,8 +61,10 @@ def load(opt: Loads, state_dict: dict[str, Any]) -> None:
     state_of = {key: _given(values) for key, values in state_dict["state"].items()}
     saved_names = {_name_of_state(name) for values in state_of.values() if isinstance(values, dict) for name in values}
     _check_sizes(groups, saved_groups)
-    merged = [_merged(group, saved, opt) for group, saved in zip(groups, saved_groups, strict=True)]
-    warning = stranger(opt, saved_groups, saved_names - COMPANIONS)
+    _check_routing(groups, saved_groups)
+    merged = [_merged(group, saved, opt.of_class(group)) for group, saved in zip(groups, saved_groups, strict=True)]
+    is_mixed = any("algorithm" in group for group in groups)
+    warning = None if is_mixed else stranger(opt, saved_groups, saved_names - COMPANIONS)
     _check_groups(opt, merged, warning[0] if warning else "")
     saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     owners = ((param, group) for group in merged for param in group["params"])
@@ -91,6 +97,17 @@ def _check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]
         )
 
 
+def _check_routing(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
+    """ValueError unless each group is of the class that saved it, where there are several classes."""
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        ours, theirs = group.get("algorithm"), saved.get("algorithm")
+        if ours != theirs:
+            raise ValueError(
+                f"loaded state dict: parameter group {i} is {theirs or 'that of a single class'}'s there and "
+                f"{ours or 'that of a single class'}'s here: route parameters as when it was saved"
+            )
+
+
 def _check_groups(opt: Loads, groups: list[dict[str, Any]], whose: str) -> None:
     """ValueError for hyperparameters out of range. whose: what is known of another class that saved them."""
     for group in groups:
@@ -109,9 +126,10 @@ def _loaded_state(
     param, group = owner
     layout = opt.layout_of(param, group)
     expected, fmt = layout.expected, layout.format
-    for name in ("step", *opt.rule.scalar_states):
+    of_class = opt.of_class(group)
+    for name in ("step", *of_class.rule.scalar_states):
         _check_number(key, name, values.get(name, 0.0))
-    _check_states(key, values, expected, opt)
+    _check_states(key, values, expected, of_class)
     values = received(_without_stale_companion(opt, param, values))
     known = {**_other_forms(param, layout.kinds), **expected}
     loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
@@ -122,7 +140,7 @@ def _loaded_state(
     if not is_waiting and not take_companion(param, loaded, fmt):
         without_master.append(key)
     take_states(param, loaded, layout.formats, layout.kinds, expected)
-    opt.layouts.complete_loaded(loaded)
+    layout.owner.complete_loaded(loaded)
     return loaded
 
 

@@ -117,7 +117,7 @@ class Optimizer(torch.optim.Optimizer):
         self._handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {}
         """Versions of state tensors when `state_dict` was last called, if there was no step since."""
         before: Stepper | None = getattr(self, "_stepper", None)
-        self._stepper = Stepper({"step": 0.0, **self.rule.scalar_states})
+        self._stepper = Stepper({"step": 0.0, **(self.rule.scalar_states if hasattr(self, "rule") else {})})
         if before is not None:
             self._stepper.of_graphs = before.of_graphs
 
@@ -139,6 +139,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 "max_grad_norm is the optimizer's, of all gradients together, not a param_group's: pass it beside lr"
             )
+        first = sum(len(group["params"]) for group in self.param_groups)
         super().add_param_group(param_group)
         try:
             for param in param_group["params"]:
@@ -150,12 +151,16 @@ class Optimizer(torch.optim.Optimizer):
                 if param.dtype not in validate.WEIGHT_DTYPES:
                     raise ValueError(f"{type(self).__name__} takes float16 to float64 parameters, not {param.dtype}")
             self.check_group(param_group)
-            for param in param_group["params"]:
-                self.layout_of(param, param_group)
+            names = param_group.get("param_names") or range(first, first + len(param_group["params"]))
+            for name, param in zip(names, param_group["params"], strict=True):
+                try:
+                    self.layout_of(param, param_group)
+                except ValueError as error:
+                    raise ValueError(f"parameter {name!r}: {error}") from error
         except Exception:
             self.param_groups.pop()
             raise
-        self.param_groups[-1] = ParamGroup(param_group, self.unsaved)
+        self.param_groups[-1] = ParamGroup(param_group, self.of_class(param_group).unsaved)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what torch copies, and the option that is in no group."""
@@ -169,7 +174,9 @@ class Optimizer(torch.optim.Optimizer):
         # Without "differentiable", which torch adds here for classes that lack it: no group is to get it.
         self.defaults = defaults
         self._forget()
-        self.param_groups = [ParamGroup({**self.defaults, **group}, self.unsaved) for group in self.param_groups]
+        self.param_groups = [
+            ParamGroup({**self.defaults, **group}, self.of_class(group).unsaved) for group in self.param_groups
+        ]
 
     @property
     def unsaved(self) -> frozenset[str]:
@@ -188,7 +195,8 @@ class Optimizer(torch.optim.Optimizer):
             state_dict["state"] = sendable(state_dict["state"])
             self._handed_out = checkpoint.versions(state_dict["state"])
         if "param_groups" in state_dict:  # a hook may have made another dict of it
-            state_dict["param_groups"] = [saved(group, self.unsaved) for group in state_dict["param_groups"]]
+            groups = state_dict["param_groups"]
+            state_dict["param_groups"] = [saved(group, self.of_class(group).unsaved) for group in groups]
         return state_dict
 
     @uncompiled
@@ -270,9 +278,21 @@ class Optimizer(torch.optim.Optimizer):
             return weight
         return like(param, fmt.decode((local(weight), local(state[fmt.companion])), torch.float32), tuple(param.shape))
 
+    def of_class(self, group: Mapping[str, Any]) -> Optimizer:
+        """An optimizer of the class that a group's parameters follow: this one, unless there are several."""
+        return self
+
+    def layouts_of(self, group: dict[str, Any]) -> Layouts:
+        """How parameters of a group are kept."""
+        return self.of_class(group).layouts
+
+    def first_count(self, state: dict[str, Any]) -> float:
+        """Steps that a state stands for which does not show them."""
+        return self.layouts.first_count(state)
+
     def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
         """Layout by which a parameter of a group is kept. ValueError if its group says what cannot be."""
-        return self.layouts.of(param, group, self.rule_of(group))
+        return self.layouts_of(group).of(param, group, self.rule_of(group))
 
     def sparse_error_of(self, group: dict[str, Any]) -> str | None:
         """torch's message where a group takes no sparse gradients; None: it takes them."""

@@ -12,8 +12,8 @@ from tritopt.optim.defaults import HOW, arguments_of
 
 CLASSES: dict[str, Any] = {}
 """This package's classes by name, which each class of it enters."""
-_NEUTRAL = {*HOW, "maximize", "clip_value"}
-"""Arguments that tell no optimizer from another."""
+_NEUTRAL = {*HOW, "maximize", "clip_value", "flatten", "split", "split_dim", "ns_dtype", "scratch_bytes"}
+"""Arguments that tell no optimizer from another: all have them, or torch's class of the same name lacks them."""
 _TORCH_ONLY = {
     "ASGD": {"step", "eta", "mu", "ax"},
     "LBFGS": {
@@ -29,7 +29,6 @@ _TORCH_ONLY = {
         "prev_loss",
         "al",
     },
-    "Muon": {"momentum_buffer"},
     "Rprop": {"step", "prev", "step_size"},
     "SparseAdam": {"step", "exp_avg", "exp_avg_sq"},
 }
@@ -59,7 +58,7 @@ def known_states() -> frozenset[str]:
 
 def savers_of(saved: Collection[str]) -> list[str]:
     """Classes that keep states of these very names."""
-    saved = {*saved, "step"}  # which torch's SGD and Muon do not keep
+    saved = {*saved, "step"}  # which SGD and Muon do not keep
     return sorted(name for name, variants in _states().items() if saved in [{*names, "step"} for names in variants])
 
 

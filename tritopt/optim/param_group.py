@@ -10,6 +10,9 @@ from tritopt.engine.state_dtype import checked
 from tritopt.optim.defaults import arguments_of, check_flag
 from tritopt.optim.layout import checked_master
 
+_OPTIONAL = {"clip_value": None, "flatten": None, "split": None, "split_dim": -2, "ns_dtype": "bf16"}
+"""Keys that torch's classes lack, and values that make of a group what it would be there: these are not saved."""
+
 
 class ParamGroup(dict[str, Any]):
     """A param_group that has everything for who asks, and for who iterates over it what a checkpoint holds.
@@ -31,11 +34,11 @@ class ParamGroup(dict[str, Any]):
 
 
 def saved(group: Mapping[str, Any], unsaved: Collection[str]) -> dict[str, Any]:
-    """The part of a group that a checkpoint holds: what torch's does, and a bound if there is one."""
+    """The part of a group that a checkpoint holds: what torch's does, and beyond that what is set."""
     return {
         name: value
         for name, value in group.items()
-        if name not in unsaved and not (name == "clip_value" and value is None)
+        if name not in unsaved and not (name in _OPTIONAL and value == _OPTIONAL[name])
     }
 
 

@@ -227,6 +227,8 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
     """128-bit loads and stores that one thread of the driver needs for a full block."""
     constants = launched.arguments
     sizes = [dtype.primitive_bitwidth // 8 for dtype in constants["DTYPES"]]
+    if constants["scratch_ptr"] is not None:
+        sizes.append(constants["scratch_ptr"].dtype.itemsize)
     # Of 8-bit planes none: a thread's elements fill 64 bits, and those of neighbours whole sectors all the same.
     accesses = [per_thread * size // 16 for size in sizes]
     (_, weight_end, load, *_), *states = constants["FORMATS"]

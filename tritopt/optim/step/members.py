@@ -45,7 +45,7 @@ def member_of(
     rule: Rule,
 ) -> Member:  # fmt: skip
     """Make the member for a parameter of a group with this rule."""
-    layout = opt.layouts.of(param, group, rule)
+    layout = opt.layouts_of(group).of(param, group, rule)
     return Member(position, name, param, grad, group, rule, layout, _needs_whole(param, group, rule))
 
 
@@ -56,6 +56,11 @@ def _needs_whole(param: torch.Tensor, group: dict[str, Any], rule: Rule) -> bool
         return False
     has_kernel = all(isinstance(phase, Apply) for phase in rule.phases)
     return not (has_kernel and group["fused"] is not False and unavailable(local(param)) is None)
+
+
+def is_in_norm(member: Member) -> bool:
+    """Whether its gradient counts in the global norm, and is clipped by it."""
+    return bool(member.group.get("in_norm", True))
 
 
 class LaunchPlan(NamedTuple):
@@ -72,6 +77,11 @@ class LaunchPlan(NamedTuple):
     """Whether storing weights or states takes random bits."""
     device: torch.device
     """Device of the members' parts."""
+
+    @property
+    def is_in_norm(self) -> bool:
+        """Whether its members' gradients are clipped by the global norm."""
+        return is_in_norm(self.by_group[0][0])
 
 
 def launch_for(

@@ -17,12 +17,21 @@ class Owner(Protocol):
     state: Any
     """States, dicts by parameter."""
     layouts: Layouts
+    """Of parameters whose groups do not say more (`layouts_of`)."""
     max_grad_norm: float | None
     rounding_seed: int
     track: bool
 
     def rule_of(self, group: dict[str, Any]) -> Rule:
         """The rule with a group's hyperparameters."""
+        ...
+
+    def layouts_of(self, group: dict[str, Any]) -> Layouts:
+        """The layouts of a group's class."""
+        ...
+
+    def first_count(self, state: dict[str, Any]) -> float:
+        """Steps that a state stands for which does not show them."""
         ...
 
     def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:

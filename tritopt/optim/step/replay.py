@@ -22,7 +22,7 @@ from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import OptionsByGroup
-from tritopt.optim.step.members import LaunchPlan, Member, SingleParameter, groups_of, launch_for, params_of
+from tritopt.optim.step.members import LaunchPlan, Member, SingleParameter, groups_of, is_in_norm, launch_for, params_of
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.scalar_table import HostScalars
@@ -85,7 +85,10 @@ class Replay:
             for plan, groups in launched
         }
         self._no_places = np.zeros(len(members), np.int64)
-        self._norm_tables = [_norm_table(group) for group in norm_groups]
+        self.normed = [member for member in self.members if is_in_norm(member)]
+        """Members whose gradients have a global norm."""
+        places = np.flatnonzero([is_in_norm(member) for member in self.members])
+        self._norm_tables = [_norm_table(group, places) for group in norm_groups]
         self._single = single
         self._walk = walk()
         self._options = options
@@ -136,14 +139,15 @@ class Replay:
         return not self.has_other_gradients
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
-        """Sum of squares of each gradient, fp64 [members, 1]."""
+        """Sum of squares of each gradient that is normed, fp64 [members, 1]."""
         if not self._norm_tables:
-            grads: list[Any] = [param.grad for param in self._members_params]
-            return squares(self._planner, ("replayed", *self.positions), self._members_params, grads, reduce)
+            params = [member.param for member in self.normed]
+            grads: list[Any] = [param.grad for param in params]
+            return squares(self._planner, ("replayed", *self.positions), params, grads, reduce)
         for table in self._norm_tables:
             table.upload(self._grads, self._no_places, _NO_SCALARS)
         groups = [table.group for table in self._norm_tables]
-        return self._planner.squares_of(groups, len(self.members), self.device, reduce if reduce else None)
+        return self._planner.squares_of(groups, len(self.normed), self.device, reduce if reduce else None)
 
     def host_scalars(
         self, plan: LaunchPlan, options: OptionsByGroup, scalar_states: ScalarStates
@@ -262,9 +266,12 @@ def _names(named: Sequence[dict[str, Any]]) -> list[list[Any]]:
     return [list(group["param_names"]) for group in named]
 
 
-def _norm_table(group: LaunchGroup) -> ReplayTable:
-    """Table for the norm of a group of gradients: each is the weight and the gradient of its launch."""
-    members = np.array(group.members, dtype=np.int64)
+def _norm_table(group: LaunchGroup, places: Array) -> ReplayTable:
+    """Table for the norm of a group of gradients: each is the weight and the gradient of its launch.
+
+    places: those of the gradients that are normed, among all.
+    """
+    members = places[group.members]
     return ReplayTable(group, members, members, np.zeros((len(members), 3), np.int64), slice(0, 2))
 
 

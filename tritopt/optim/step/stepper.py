@@ -108,7 +108,8 @@ class Stepper:
         undo.replaced.clear()
         for plan, (scalars, table) in zip(step.plans, tables, strict=True):
             launch = step.launch_of(plan, scalars, self._shard_sums)
-            launch = launch.given(_on(rescale, plan.device), _on(found_inf, plan.device), [] if opt.track else None)
+            scale = rescale if plan.is_in_norm else _unclipped(rescale, grad_scale)
+            launch = launch.given(_on(scale, plan.device), _on(found_inf, plan.device), [] if opt.track else None)
             step.launch(opt, plan, table, launch, undo)
             if launch.tracked is not None:
                 self.tracker.add([member.position for members in plan.by_group for member in members], launch.tracked)
@@ -151,7 +152,7 @@ class Stepper:
         def is_shown(position: int) -> bool:
             return opt.layout_of(*owned[position]).shows_numbers
 
-        self._scalar_states.bind(states, device, is_shown, opt.layouts.first_count)
+        self._scalar_states.bind(states, device, is_shown, opt.first_count)
 
     def _step(
         self, opt: Owner, options: OptionsByGroup, on_device: bool, undo: Undo, single: SingleParameter | None
@@ -239,10 +240,10 @@ class Stepper:
     def _gradient_scale(self, opt: Owner, step: Build | Replay, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
         """Factor of the gradients, fp64 [] on the device: loss scale and clip. NaN: skip. None: 1."""
         inverse = None if grad_scale is None else 1.0 / grad_scale.double()
-        if opt.max_grad_norm is None:
+        if opt.max_grad_norm is None or not step.normed:
             return inverse
         if step.reduce is None:
-            step.reduce = self._shard_sums("norm", step.members)
+            step.reduce = self._shard_sums("norm", step.normed)
         sums = step.squares(step.reduce)
         inverse = None if inverse is None else inverse.to(sums.device)
         factor = self._clip(sums, opt.max_grad_norm, inverse, self._planner.record)
@@ -301,6 +302,14 @@ def _scalar(value: object) -> torch.Tensor | None:
     if not isinstance(value, torch.Tensor):
         value = torch.tensor(value, dtype=torch.float32, device="cpu")
     return distributed.whole(value).detach().reshape(())
+
+
+def _unclipped(rescale: torch.Tensor | None, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Factor of gradients that the norm's clip leaves alone, but that are skipped with the others."""
+    if rescale is None:
+        return None
+    inverse = torch.ones_like(rescale) if grad_scale is None else 1.0 / grad_scale.double().to(rescale.device)
+    return torch.where(rescale.isfinite(), inverse, torch.nan)
 
 
 def _on(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from tritopt.engine.driver import Apply
 from tritopt.engine.state_dtype import Choice
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTERS
@@ -174,4 +173,4 @@ def _goes_with(cls: type[Optimizer], variant: dict[str, Any], storage: StorageFo
         return True
     if storage.state_dtype is not None and all(fmt is PLAIN for fmt in formats):
         return False
-    return not storage.weight_format.draws or all(isinstance(phase, Apply) for phase in launches)
+    return not storage.weight_format.draws or all(phase.is_driver for phase in launches)
