@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What all optimizers share; one of each kind looks: (optimizer whose check must notice, kernel file, text that occurs
 # once in it, {what is wrong: the text instead}). Formulas are broken by the MUTATIONS of the optimizers' own tests.
 SHARED: list[tuple[str, str, str, dict[str, str]]] = [
-    ("adamw", "adam.py", "sqrt(var) + s.epsilon", {"epsilon inside the root": "sqrt(var + s.epsilon)"}),
+    ("adamw", "adam.py", "(mean, var, s.epsilon)", {"epsilon inside the root": "(mean, var + s.epsilon, 0.0)"}),
     ("adamw", "adam.py", "s.beta2 * var", {"beta1 for beta2": "s.beta1 * var"}),
     (
         "sgd",
