@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tritopt.engine.driver import Apply, BoundPhase, Part, chunk_tables
-from tritopt.engine.group import LaunchGroup
+from tritopt.engine.group import LaunchGroup, on_device_of
 from tritopt.engine.launcher import is_launching
 from tritopt.engine.newton_schulz import Cut, Iteration, orthogonalize, ratio_of
 from tritopt.engine.phase import LaunchSpec
@@ -80,6 +80,22 @@ class ApplyMatrices(NamedTuple):
         )
         group.ready(key, lambda: _Prepared(self, group, launch))(group, launch)
 
+    def launch_sharded(self, groups: Sequence[LaunchGroup], launch: LaunchSpec, n_tasks: int) -> None:
+        """Launch for shards of matrices: all directions first, `LaunchSpec.exchange`, and then all weights."""
+        assert launch.exchange is not None
+        directions: list[torch.Tensor | None] = [None] * n_tasks
+        prepared = []
+        for group in groups:
+            key = ("sharded", self, launch.preamble, launch.scalars, launch.draws, launch.tracked is not None)
+            ready = group.ready((*key, launch.config, group.stream), lambda g=group: _Prepared(self, g, launch, True))
+            with on_device_of(group):
+                prepared.append((group, ready, ready.direct(group, launch, directions)))
+        if launch.record is None and is_launching():
+            launch.exchange(directions)
+        for group, ready, scratch in prepared:
+            with on_device_of(group):
+                ready.update(group, launch, scratch)
+
 
 class Stack(NamedTuple):
     """Tensors of one shape, next to each other in the scratch."""
@@ -113,11 +129,14 @@ class Layout(NamedTuple):
 class _Prepared:
     """The phase for one group: launches, and stacks of the scratch."""
 
-    def __init__(self, phase: ApplyMatrices, group: LaunchGroup, launch: LaunchSpec) -> None:
+    def __init__(self, phase: ApplyMatrices, group: LaunchGroup, launch: LaunchSpec, is_sharded: bool = False) -> None:
         self._phase = phase
         compute = torch.float64 if group.dtypes[0] == torch.float64 else torch.float32
         self._dtype = phase.iteration.dtype or compute
-        layouts = layouts_of(phase, group.shapes, group.strides, self._dtype.itemsize)
+        if is_sharded:
+            layouts = [_layout_of_shards(group.shapes, group.strides, self._dtype.itemsize)]
+        else:
+            layouts = layouts_of(phase, group.shapes, group.strides, self._dtype.itemsize)
         self._size = max(layout.size for layout in layouts)
         config = adapted(launch.config or GENERIC, group.formats, group.dtypes)
         first, second = phase.passes
@@ -125,7 +144,14 @@ class _Prepared:
         self._parts = []
         for i, layout in enumerate(layouts):
             tables = group.tables(
-                ("matrices", phase.cut, phase.scratch_bytes, self._dtype, config.chunk_size, i),
+                (
+                    "shards" if is_sharded else "matrices",
+                    phase.cut,
+                    phase.scratch_bytes,
+                    self._dtype,
+                    config.chunk_size,
+                    i,
+                ),
                 partial(_tables, layout=layout, chunk_size=config.chunk_size),
             )
             part = Part([group.members[place] for place in layout.members], *tables)
@@ -142,6 +168,31 @@ class _Prepared:
                 for stack in stacks:
                     orthogonalize_all(stack.of(scratch), self._phase.cut, self._phase.iteration)
             update(group, launch, None, scratch)
+
+    def direct(self, group: LaunchGroup, launch: LaunchSpec, directions: list[torch.Tensor | None]) -> torch.Tensor:
+        """Launch the first pass of shards, and enter their directions."""
+        scratch = torch.empty(self._size, dtype=self._dtype, device=group.device)
+        ((direct, stacks, _),) = self._parts
+        direct(group, launch, None, scratch)
+        for place, stack in zip(group.members, stacks, strict=True):
+            directions[place] = stack.of(scratch)[0]
+        return scratch
+
+    def update(self, group: LaunchGroup, launch: LaunchSpec, scratch: torch.Tensor) -> None:
+        """Launch the second pass of shards."""
+        ((*_, update),) = self._parts
+        update(group, launch, None, scratch)
+
+
+def _layout_of_shards(shapes: Sequence[torch.Size], strides: Sequence[tuple[int, ...]], itemsize: int) -> Layout:
+    """Put the parts of a list into one scratch, whatever matrices they are of."""
+    sizes = [-(-shape.numel() * itemsize // _VECTOR) * _VECTOR // itemsize for shape in shapes]
+    at = np.cumsum([0, *sizes])[:-1].astype(np.int64)
+    stacks = [
+        Stack(1, tuple(shape), lie, int(first), size)
+        for shape, lie, first, size in zip(shapes, strides, at, sizes, strict=True)
+    ]
+    return Layout(list(range(len(shapes))), stacks, at, sum(sizes))
 
 
 def orthogonalize_all(x: torch.Tensor, cut: Cut, iteration: Iteration) -> None:

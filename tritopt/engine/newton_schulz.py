@@ -113,7 +113,7 @@ class Cut(NamedTuple):
     """Dimension of the matrix that is split: -2, rows, or -1, columns."""
 
     def shape_of(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Matrices, rows and columns of a tensor, before it is split. ValueError if it has none, or no such parts."""
+        """Matrices, rows and columns of a tensor, before it is split. ValueError if it has none."""
         if len(shape) < 2 or (len(shape) > 2 and self.flatten is None):
             raise ValueError(
                 f"Muon only supports 2D parameters whereas we found a parameter with size: {tuple(shape)}; "
@@ -129,8 +129,12 @@ class Cut(NamedTuple):
             n_matrices, rows, columns = 1, shape[0], math.prod(shape[1:])
         else:
             n_matrices, rows, columns = math.prod(shape[:-2]), shape[-2], shape[-1]
-        self.sizes(rows if self.split_dim == -2 else columns)
         return n_matrices, rows, columns
+
+    def check(self, shape: Sequence[int]) -> None:
+        """ValueError if a tensor has no matrices, or not such parts."""
+        _, rows, columns = self.shape_of(shape)
+        self.sizes(rows if self.split_dim == -2 else columns)
 
     def sizes(self, length: int) -> tuple[int, ...]:
         """Sizes of the parts of a dimension. ValueError if they do not add up."""

@@ -73,6 +73,8 @@ class LaunchSpec(NamedTuple):
     """List that gets what the phases sum up of gradients and updates; None: they sum up nothing."""
     reduce: Reduce | None = None
     """Sum over processes that completes sums of sharded tensors between phases; None: no tensor is sharded."""
+    exchange: Exchange | None = None
+    """Orthogonalisation of directions that are sharded over processes; None: each process has whole matrices."""
     config: Config | None = None
     """Launch configuration of all phases; None: each has what was tuned for it, or the default."""
     record: Recorder | None = None
@@ -102,6 +104,14 @@ class Recorder:
         """Note one launch: number of programs, arguments in order, compile-time arguments and options by name."""
 
 
+class Exchange(Protocol):
+    """Orthogonalisation, once and by one process each, of matrices whose parts several have."""
+
+    def __call__(self, directions: Sequence[torch.Tensor | None]) -> None:
+        """Orthogonalise in place. directions: of each task, which lies as its weight; None where that is empty."""
+        ...
+
+
 class Reduce(Protocol):
     """Sum over processes, of tensors that are sharded."""
 
@@ -114,6 +124,10 @@ class Reduce(Protocol):
 
 def run_phases(groups: Sequence[LaunchGroup], launch: LaunchSpec, n_tasks: int) -> list[torch.Tensor | None]:
     """Launch the phases one after the other; a phase receives the sums of all before it. Returns all sums."""
+    if launch.exchange is not None:
+        (phase,) = launch.phases
+        phase.launch_sharded(groups, launch, n_tasks)  # type: ignore[attr-defined]
+        return [None] * len(groups)
     if len(groups) == 1 and launch.reduce is None:
         with on_device_of(groups[0]):
             total = None

@@ -11,9 +11,10 @@ from typing_extensions import Unpack
 from tritopt.engine.matrix_phase import SCRATCH_BYTES
 from tritopt.engine.newton_schulz import QUINTIC
 from tritopt.kernels.formats.format import Format
-from tritopt.optim.layout import Layouts
+from tritopt.optim.layout import Expected, Layouts
 from tritopt.optim.optimizer import Optimizer, Options, Params
 from tritopt.optimizers.muon import MuonRule
+from tritopt.rule import Rule
 
 
 class MuonLayouts(Layouts):
@@ -22,6 +23,14 @@ class MuonLayouts(Layouts):
     def shows_numbers(self, formats: tuple[Format, ...]) -> bool:
         """Where a format draws random bits."""
         return any(fmt.draws for fmt in formats)
+
+    def expected(
+        self, param: torch.Tensor, group: dict[str, Any], rule: Rule, fmt: Format, formats: Mapping[str, Format]
+    ) -> dict[str, Expected]:
+        """As usual. ValueError for what is no matrix, or has not the parts that its group says."""
+        assert isinstance(rule, MuonRule)
+        rule.cut.check(param.shape)
+        return super().expected(param, group, rule, fmt, formats)
 
 
 class Muon(Optimizer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,13 +124,6 @@ class MuonRule(Rule):
         self.cut.shape_of(shape)
         return [shape]
 
-    def create_state(self, index: Hashable, weight: torch.Tensor) -> State:
-        """The momentum. ValueError that names the weight if it is no matrix."""
-        try:
-            return super().create_state(index, weight)
-        except ValueError as error:
-            raise ValueError(f"parameter {index!r}: {error}") from error
-
     def scalars(self, lr: float, wd: float, count: int) -> MuonScalars:
         """Constant but for the learning rate."""
         ahead = self.momentum if self.nesterov else 1.0
@@ -138,18 +131,48 @@ class MuonRule(Rule):
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: MuonScalars) -> tuple[torch.Tensor, Values]:
         """The recurrence above."""
+        parts = self.update_parts(w, g, state, s)
+        (direction,) = self.orthogonalized([next(parts)])
+        try:
+            parts.send(direction)
+        except StopIteration as end:
+            weight_and_state: tuple[torch.Tensor, Values] = end.value
+        return weight_and_state
+
+    def update_parts(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: MuonScalars, **again: Any
+    ) -> Generator[torch.Tensor, torch.Tensor, tuple[torch.Tensor, Values]]:
+        """The recurrence, which yields d and goes on with X."""
         momentum = s.momentum * state[0] + s.one_minus_momentum * g
-        direction = self._orthogonal(s.ahead * momentum + s.one_minus_ahead * g)
+        direction = yield s.ahead * momentum + s.one_minus_ahead * g
         return s.keep * w - s.lr * direction, (momentum,)
 
-    def _orthogonal(self, direction: torch.Tensor) -> torch.Tensor:
-        x = direction.to(self.iteration.dtype or direction.dtype, copy=True, memory_format=torch.contiguous_format)
-        orthogonalize_all(x[None], self.cut, self.iteration)
-        return x.to(direction.dtype)
+    def orthogonalized(self, directions: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """X of each d: those of one shape are a batch."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for i, direction in enumerate(directions):
+            alike.setdefault((direction.shape, direction.dtype, direction.device), []).append(i)
+        results = list(directions)
+        for places in alike.values():
+            dtype = self.iteration.dtype or directions[places[0]].dtype
+            batch = torch.stack([directions[i].to(dtype) for i in places])
+            orthogonalize_all(batch, self.cut, self.iteration)
+            for i, result in zip(places, batch, strict=True):
+                results[i] = result.to(directions[i].dtype)
+        return results
 
 
 @register
-class Muon(MuonRule, Optimizer, learning_rate=1e-3): ...
+class Muon(MuonRule, Optimizer, learning_rate=1e-3):
+    __doc__ = MuonRule.__doc__
+
+    def create_state(self, index: Hashable, weight: torch.Tensor) -> State:
+        """The momentum. ValueError that names the weight if it is no matrix."""
+        try:
+            self.cut.check(weight.shape)
+        except ValueError as error:
+            raise ValueError(f"parameter {index!r}: {error}") from error
+        return super().create_state(index, weight)
 
 
 def _checked_split(split: Any) -> int | tuple[int, ...] | None:

@@ -9,10 +9,12 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
+from tritopt.engine.matrix_phase import ApplyMatrices
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import unavailable
 from tritopt.engine.row_phase import ApplyRows
 from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
+from tritopt.optim.exchange import Exchange
 from tritopt.optim.layout import Layout
 from tritopt.optim.step.owner import Owner
 from tritopt.rule import Rule
@@ -51,6 +53,8 @@ def member_of(
 
 def _needs_whole(param: torch.Tensor, group: dict[str, Any], rule: Rule) -> bool:
     if not is_sharded(param) or not any(phase.sums_elements for phase in rule.phases):
+        return False
+    if all(isinstance(phase, ApplyMatrices) for phase in rule.phases):
         return False
     if all(isinstance(phase, ApplyRows) for phase in rule.phases) and has_whole_rows(param):
         return False
@@ -91,7 +95,11 @@ def launch_for(
     members = [member for members in plan.by_group for member in members]
     rule = members[0].rule
     sums = shard_sums(plan.key, members) if any(phase.sums_elements for phase in rule.phases) else None
-    return LaunchSpec(rule.phases, scalars, rule.preamble, draws=plan.draws, reduce=sums or None)
+    exchange = None
+    for phase in rule.phases:
+        if isinstance(phase, ApplyMatrices) and any(is_sharded(member.param) for member in members):
+            exchange = Exchange([member.param for member in members], phase.cut, phase.iteration)
+    return LaunchSpec(rule.phases, scalars, rule.preamble, draws=plan.draws, reduce=sums or None, exchange=exchange)
 
 
 class SingleParameter(NamedTuple):
