@@ -218,7 +218,7 @@ class NoScalars(NamedTuple):
 
 
 _SQUARES = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
-_OF_SQUARES = Launch((_SQUARES,), NoScalars, "decoupled")
+_OF_SQUARES = Launch((_SQUARES,), NoScalars, "rescaled")
 
 
 def _words(group: Group, tasks: Sequence[Task], rows: Rows) -> np.ndarray[Any, np.dtype[np.int64]]:

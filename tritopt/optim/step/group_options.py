@@ -151,6 +151,7 @@ def _hyper(opt: Owner, group: dict[str, Any]) -> Hyper:
     way = (
         *map(group.get, ("fused", "differentiable", "multi_precision", "master")),
         tuple(choice.items()) if isinstance(choice, dict) else choice,
+        bound < math.inf,
     )
     return Hyper(rate(group), common, rule, way, bool(group["capturable"] or lives_on_device(group["lr"])))
 

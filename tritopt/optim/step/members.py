@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,6 +13,7 @@ from tritopt.engine.driver import Apply
 from tritopt.engine.phase import Launch
 from tritopt.engine.plan import unavailable
 from tritopt.engine.row_phase import ApplyRows
+from tritopt.kernels.preambles import without_clip
 from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
 from tritopt.optim.layout import Layout
 from tritopt.optim.step.owner import Owner
@@ -77,7 +79,11 @@ def launch_for(bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, li
     members = [member for some in bucket.runs for member in some]
     rule = members[0].rule
     sums = shard_sums(bucket.key, members) if any(phase.sums_elements for phase in rule.phases) else None
-    return Launch(rule.phases, scalars, rule.preamble, draws=bucket.draws, reduce=sums or None)
+    clips = rule.clips and any(
+        validate.bound_or(run[0].group["clip_value"], math.inf) < math.inf for run in bucket.runs
+    )
+    preamble = rule.preamble if clips else without_clip(rule.preamble)
+    return Launch(rule.phases, scalars, preamble, draws=bucket.draws, reduce=sums or None)
 
 
 class Only(NamedTuple):
