@@ -18,8 +18,9 @@ tests/kernels/test_exact.py has the proofs.
 
 from __future__ import annotations
 
-from tritopt.kernels.language import tl, triton
+from tritopt.kernels.language import INTERPRETED, tl, triton
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 ROOT_FROM, ROOT_END = 0x0D000000, 0x7F800000
 """Bits of 2^-101 and of infinity, between which the FMAs round a root right."""
 QUOTIENT_FROM = "0f26800000"
@@ -132,3 +133,75 @@ def quotients_by_roots(n):
     setp.ge.f32 %good, %least, {DIVIDEND_FROM};
     setp.lt.and.u32 %good, %worst, {ROOT_END - ROOT_FROM}, %good;"""
     return _block(fast, test, slow)
+
+
+@triton.constexpr_function
+def _after(n):
+    """$2n, ... of n elements, or'ed with what is left of $n and of the middle one where the bits of $3n are set."""
+    copies = "".join(f" mov.b32 ${i}, %bits;" for i in range(n))
+    return f"""{{
+    .reg .b32 %bits;
+    lop3.b32 %bits, ${n}, ${n + n // 2}, ${3 * n}, 0xA8;
+    or.b32 %bits, %bits, ${2 * n};{copies}
+}}"""
+
+
+@triton.constexpr_function
+def _after_constraints(n):
+    return ",".join(["=&r"] * n + ["r"] * 3 * n)
+
+
+@triton.jit
+def after(x, loaded, zero):
+    """Return x, which on NVIDIA GPUs is not known before `loaded` is: for each element if it is fp32.
+
+    To save registers, NVIDIA's assembler moves loads down to what needs them, behind what needs other loads: a warp
+    waits for memory twice then. What depends on x comes behind all loads.
+
+    zero is 0, int32, which no compiler knows. A thread takes two instructions: (one element | another) & zero | x. They
+    are out of two loads, where a thread's elements take two of 128 bits.
+    """
+    if _INTERPRETED or loaded.dtype != tl.float32:
+        return x
+    else:
+        n: tl.constexpr = pack_of(loaded.numel, n_nvidia_threads(), 8)
+        if n == 0:
+            return x
+        else:
+            operands = [loaded, x, zero]
+            return tl.inline_asm_elementwise(
+                _after(n), _after_constraints(n), operands, dtype=tl.float32, is_pure=True, pack=n
+            )
+
+
+@triton.constexpr_function
+def _four_e4m3():
+    return """{
+    .reg .b16 %low, %high, %a, %b;
+    .reg .b32 %pair;
+    mov.b32 {%low, %high}, $4;
+    cvt.rn.f16x2.e4m3x2 %pair, %low;
+    mov.b32 {%a, %b}, %pair;
+    cvt.f32.f16 $0, %a;
+    cvt.f32.f16 $1, %b;
+    cvt.rn.f16x2.e4m3x2 %pair, %high;
+    mov.b32 {%a, %b}, %pair;
+    cvt.f32.f16 $2, %a;
+    cvt.f32.f16 $3, %b;
+}"""
+
+
+@triton.jit
+def widen_e4m3(code):
+    """Convert bytes that are float8_e4m3fn to fp32; `widens_e4m3` says where."""
+    return tl.inline_asm_elementwise(_four_e4m3(), "=&f,=&f,=&f,=&f,r", [code], dtype=tl.float32, is_pure=True, pack=4)
+
+
+@tl.core.builtin
+def widens_e4m3(code, _semantic=None):
+    """Whether the target has an instruction for that, from sm_89 on, and a thread four bytes."""
+    options = _semantic.builder.options
+    if options.backend_name != "cuda":
+        return tl.constexpr(False)
+    capability = int("".join(filter(str.isdigit, options.arch)))
+    return tl.constexpr(capability >= 89 and code.type.numel >= 4 * 32 * options.num_warps)

@@ -9,17 +9,19 @@ from __future__ import annotations
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.ops import sqrt
 
+_ROUNDS = tl.constexpr(7)
+
 
 @triton.jit
 def philox(key, offsets, step, STREAM: tl.constexpr):
-    """Call Philox4x32-10 on the counters (low word of the offset, high word, step, stream): four uint32 blocks."""
+    """Call Philox4x32-7 on the counters (low word of the offset, high word, step, stream): four uint32 blocks."""
     seed = tl.zeros([], dtype=tl.int64)
     for i in tl.static_range(4):
         seed = seed | (key[i].to(tl.int64) << (16 * i))
     low = offsets.to(tl.uint32)
     zero = low * 0
     third, fourth = zero + step.to(tl.int32).to(tl.uint32), zero + STREAM
-    return tl.philox(seed, low, (offsets >> 32).to(tl.uint32), third, fourth)
+    return tl.philox(seed, low, (offsets >> 32).to(tl.uint32), third, fourth, _ROUNDS)
 
 
 @triton.jit
@@ -135,4 +137,4 @@ def _rounding_words(key, group, step):
     """Call Philox for each group of eight elements: four uint32 blocks."""
     low = group.to(tl.uint32)
     zero = low * 0
-    return tl.philox(key, low, (group >> 32).to(tl.uint32), zero + step, zero + _ROUNDING)
+    return tl.philox(key, low, (group >> 32).to(tl.uint32), zero + step, zero + _ROUNDING, _ROUNDS)

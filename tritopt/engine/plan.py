@@ -224,7 +224,7 @@ class NoScalars(NamedTuple):
 
 
 _SQUARES = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
-_OF_SQUARES = LaunchSpec((_SQUARES,), NoScalars, "decoupled")
+_OF_SQUARES = LaunchSpec((_SQUARES,), NoScalars, "rescaled")
 
 
 def _words(group: LaunchGroup, tasks: Sequence[Task], scalars: ScalarTable) -> np.ndarray[Any, np.dtype[np.int64]]:

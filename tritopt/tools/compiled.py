@@ -23,6 +23,7 @@ from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.formats.weights import format_of
 from tritopt.kernels.language import INTERPRETED
+from tritopt.kernels.preambles import without_clip
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
 from tritopt.tools.hot_loop import hot_loops, parse_gcn, parse_sass
@@ -140,7 +141,9 @@ def compile_launch(launched: Launched, arch: int | str) -> Any:
         kinds[name] = _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if value is None or private.is_constant(kernel, name):
             kinds[name], constants[name] = "constexpr", value
-    return private.compile_for(arch, kernel, kinds, constants, launched.options)
+    is_nvidia = isinstance(arch, int)
+    options = {name: value for name, value in launched.options.items() if is_nvidia or name != "maxnreg"}
+    return private.compile_for(arch, kernel, kinds, constants, options)
 
 
 def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
@@ -152,19 +155,20 @@ def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtyp
     scalars = opt.scalars(0.1, opt.wd, 1)
     # Under a GradScaler a launch reads the most: a device scalar and a flag.
     rescale, noop = (torch.full((), x, dtype=torch.float32, device="cpu") for x in (1.0, 0.0))
-    launch = LaunchSpec(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
+    # Nobody clips elements unless told to.
+    launch = LaunchSpec(opt.phases, type(scalars), without_clip(opt.preamble), rescale, noop, draws=task.draws)
     planner.apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
 
 
-def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
+def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> CompiledLaunch:
     """Describe what runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
     code_of, metadata = private.assembly(binary), private.metadata(binary)
     if isinstance(arch, int):
         registers, spilled = _resources(code_of["cubin"])
-        if "FORMATS" in launched.arguments and spilled and "maxnreg" not in launched.options:
+        if "FORMATS" in launched.arguments and spilled and is_first:
             more = driver.more_registers(registers)
-            return _describe(launched._replace(options={**launched.options, **more}), arch)
+            return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
         has_vectors = _VECTOR.search(code_of["ptx"]) is not None
         code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=code_of["cubin"]) if has_vectors else "")
