@@ -107,7 +107,7 @@ class Rule:
     def scalars(self, lr: float, wd: float, count: int) -> tuple[float, ...]:
         """The NamedTuple that `reference` and the kernel read, computed in double.
 
-        lr, wd: of this parameter at this step, multipliers included. count: its updates, this one included.
+        lr, wd: rates of this parameter at this step, multipliers included. count: its updates, this one included.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no scalars()")
 
@@ -178,7 +178,7 @@ class Rule:
             s: the rule's scalars.
             device_rescale: multiplies the rescale; None: 1.
             encode: stores a result in the planes of a format.
-            noise: what the random bits that formats draw depend on; None: no format draws.
+            noise: source of the random bits that formats draw; None: no format draws.
             tracked: gets what telemetry is made of; None: there is none.
             place: place of the task in `tracked`.
         """

@@ -22,6 +22,7 @@ with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
 
 from __future__ import annotations
 
+from tritopt.kernels.assembly import after
 from tritopt.kernels.drivers.tables import load_last_scalar, load_pointers, load_scalars, load_tuple
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.telemetry import add_terms, track_gradient, track_update, zeros
@@ -71,14 +72,17 @@ def _apply_block(  # noqa: C901
     w = ()  # not None, which Triton 3.6 cannot hand back
     if READS[0]:
         w = FORMATS[0][2](ptrs[: FORMATS[0][1]], offsets, mask, COMPUTE_DTYPE)
-    if READS[1]:
-        g = PREAMBLE_FN(w, g, common[0], common[1], common[2])
     state = ()
     for i in tl.static_range(1, len(FORMATS)):
         if READS[i + 1]:
             planes = ptrs[FORMATS[i][0] : FORMATS[i][1]]
             state = state + (FORMATS[i][2](planes, offsets, mask, COMPUTE_DTYPE),)
 
+    if READS[1]:
+        rescale = common[0]
+        if READS[0] and mask is None:
+            rescale = after(rescale, w, (row_width >> 63).to(tl.int32))
+        g = PREAMBLE_FN(w, g, rescale, common[1], common[2])
     if READS_OFFSETS:
         first = ()
         if mask is None and not HAS_ROWS:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tritopt.kernels.assembly import widen_e4m3, widens_e4m3
 from tritopt.kernels.formats.format import state_format
 from tritopt.kernels.formats.scales import (
     BLOCK,
@@ -23,11 +24,12 @@ from tritopt.kernels.formats.scales import (
     shaped_like,
     store_scales,
 )
-from tritopt.kernels.language import tl, triton
+from tritopt.kernels.language import INTERPRETED, tl, triton
 from tritopt.kernels.memory import in_memory
 from tritopt.kernels.random import random_bits16
 from tritopt.kernels.twins.random import Noise
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 LARGEST = 2**8  # and not 448, so that rounding up does not reach NaN
 LARGEST_SQUARE = 2**16
 TO_E4M3, TO_E5M3 = 2.0**-120, 2.0**-112
@@ -51,11 +53,20 @@ def _rounded_code_twin(scaled: torch.Tensor, codes: torch.Tensor, noise: Noise, 
 
 
 @triton.jit
+def _number(code):
+    """Value of the codes of either sign, fp32. Of 0x7F and 0xFF, which are never stored, 480 or NaN."""
+    if not _INTERPRETED and widens_e4m3(code):
+        return widen_e4m3(code)
+    else:
+        bits = (code.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
+        return bits.to(tl.float32, bitcast=True) * _FROM_E4M3
+
+
+@triton.jit
 def load_fp8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """Load numbers of either sign: the code's times the scale."""
-    code = tl.load(planes[0] + offsets, mask=mask).to(tl.int8, bitcast=True).to(tl.int32)
+    number = _number(tl.load(planes[0] + offsets, mask=mask))
     scale = load_scales(planes, offsets, mask)
-    number = ((code << 20) & -0x78100000).to(tl.float32, bitcast=True) * _FROM_E4M3
     return (number * scale).to(COMPUTE_DTYPE)
 
 

@@ -46,8 +46,8 @@ def _goes_up(scaled, lower, higher, start, offsets, mask, noise):
     `higher` is rounded up to it always, one below `lower` never further down.
     """
     bits = random_bits16(noise, start, offsets, mask)
-    # 2^23 + bits, put together: a conversion takes longer.
-    chance = ((bits | 0x4B000000).to(tl.float32, bitcast=True) - 2.0**23) * 2.0**-16
+    # 128 + bits / 2^16, put together: a conversion takes longer.
+    chance = (bits | 0x43000000).to(tl.float32, bitcast=True) - 128.0
     return chance * (higher - lower) < scaled - lower
 
 
@@ -65,6 +65,10 @@ def _low_bits(x):
     Beside 1.5 * 2^23 the last bit of an fp32 number is a 1.
     """
     return (x + 12582912.0).to(tl.int32, bitcast=True)
+
+
+_LOW_BITS_OF_0 = tl.constexpr(0x4B400000)
+"""Bits of 1.5 * 2^23."""
 
 
 @triton.jit
@@ -146,8 +150,8 @@ def store_int8_squares(planes, offsets, mask, value, start, noise):
     code = floor_of_root(scaled, 8)
     lower, higher = _eighth_power(code), _eighth_power(code + 1.0)
     code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
-    code = tl.where((code == 0) & (value > 0), 1.0, code)
-    tl.store(planes[0] + offsets, _low_bits(code).to(tl.uint8), mask=mask)
+    least = _LOW_BITS_OF_0 + tl.minimum(value.to(tl.int32, bitcast=True), 1)
+    tl.store(planes[0] + offsets, tl.maximum(_low_bits(code), least).to(tl.uint8), mask=mask)
 
 
 def encode_int8_squares(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:

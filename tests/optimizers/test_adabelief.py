@@ -21,8 +21,8 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("adabelief.py", "(surprise * surprise) + s.epsilon", {"epsilon not accumulated": "(surprise * surprise)"}),
     (
         "adabelief.py",
-        "sqrt(var) + s.epsilon)",
-        {"no epsilon beside the root": "sqrt(var))", "no root": "var + s.epsilon)"},
+        "var, s.epsilon)",
+        {"no epsilon beside the root": "var, 0.0)", "no root": "var * var, s.epsilon)"},
     ),
     ("adabelief.py", "return w - s.lr", {"ascends": "return w + s.lr"}),
     (

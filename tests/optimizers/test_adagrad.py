@@ -23,12 +23,12 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "adagrad.py",
-        "sqrt(history) + s.epsilon",
+        "history, s.epsilon)",
         {
-            "epsilon inside the root": "sqrt(history + s.epsilon)",
-            "no root": "history + s.epsilon",
-            "no epsilon": "sqrt(history)",
-            "history before this gradient": "sqrt(history - g * g) + s.epsilon",
+            "epsilon inside the root": "history + s.epsilon, 0.0)",
+            "no root": "history * history, s.epsilon)",
+            "no epsilon": "history, 0.0)",
+            "history before this gradient": "history - g * g, s.epsilon)",
         },
     ),
     ("adagrad.py", "return w - s.lr", {"ascends": "return w + s.lr", "no learning rate": "return w - 1.0"}),

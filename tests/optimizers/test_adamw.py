@@ -39,8 +39,8 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "adamw.py",
-        "sqrt(max_var) + s.epsilon",
-        {"largest not used": "sqrt(var) + s.epsilon", "epsilon inside the root": "sqrt(max_var + s.epsilon)"},
+        "max_var, s.epsilon)",
+        {"largest not used": "var, s.epsilon)", "epsilon inside the root": "max_var + s.epsilon, 0.0)"},
     ),
     (
         "adamw.py",

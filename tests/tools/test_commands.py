@@ -219,7 +219,7 @@ print(json.dumps([(run.exit_code, run.stdout, run.stderr, failed(run)) for run i
 
 
 class Ended(NamedTuple):
-    """How a command ended."""
+    """Outcome of a command: exit code and output."""
 
     exit_code: int
     stdout: str
@@ -234,8 +234,8 @@ def without_triton() -> dict[str, Ended]:
     command = [sys.executable, "-c", WITHOUT, json.dumps(WORKS + NEEDS)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    ended = [Ended(*found) for found in json.loads(done.stdout)]
-    return {" ".join(arguments): found for arguments, found in zip(WORKS + NEEDS, ended, strict=True)}
+    ended = [Ended(*fields) for fields in json.loads(done.stdout)]
+    return {" ".join(arguments): outcome for arguments, outcome in zip(WORKS + NEEDS, ended, strict=True)}
 
 
 @pytest.mark.xdist_group("without_triton")

@@ -333,7 +333,7 @@ def test_saved_results_are_shown_as_they_were_printed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_picture_of_saved_results(dark: bool, tmp_path: Path) -> None:
-    """At most eight formats a panel, each with its label; docs/images has what is drawn."""
+    """A panel has eight formats at most, each with its label; docs/images has what is drawn."""
     pytest.importorskip("matplotlib")
     path = tmp_path / "picture.svg"
     assert run("--load", str(SAVED), "--plot", str(path), *(["--dark"] if dark else [])).exit_code == 0

@@ -32,7 +32,7 @@ def test_spread(wanted: list[float], gap: float) -> None:
 
 
 def luminance(color: str) -> float:
-    """As WCAG 2.1 defines it."""
+    """Relative luminance of a colour, as WCAG 2.1 defines it."""
     parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

@@ -108,7 +108,7 @@ def launch_once(record: KernelRecorder | None, kernel: Any, grid: int, *args: An
     launches.n_begun += 1
     try:
         if _is_launching:
-            # As in BoundKernel: lanes past the end.
+            # Lanes past the end hold 0 / 0, as in BoundKernel.
             with np.errstate(all="ignore"):
                 kernel[(grid, 1, 1)](*args, **constants, enable_fp_fusion=False)
     except Exception:

@@ -81,7 +81,7 @@ kernel_device = "cpu" if INTERPRETED else "cuda"
 def unavailable(tensor: torch.Tensor, way_out: str = "") -> str | None:
     """Reason why the fused path cannot take this tensor, and what to do about it; None if it can.
 
-    way_out: what else the caller can do, such as "pass fused=False to run the reference step".
+    way_out: advice on what else the caller can do, such as "pass fused=False to run the reference step".
     """
     otherwise = way_out and f", or {way_out}"
     if not HAS_TRITON:
@@ -224,7 +224,7 @@ class NoScalars(NamedTuple):
 
 
 _SQUARES = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
-_OF_SQUARES = LaunchSpec((_SQUARES,), NoScalars, "decoupled")
+_OF_SQUARES = LaunchSpec((_SQUARES,), NoScalars, "rescaled")
 
 
 def _words(group: LaunchGroup, tasks: Sequence[Task], scalars: ScalarTable) -> np.ndarray[Any, np.dtype[np.int64]]:

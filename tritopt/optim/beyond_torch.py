@@ -30,7 +30,7 @@ class BeyondTorch(Optimizer):
     """Base of optimizers that torch lacks.
 
     Args:
-        params: as torch's.
+        params: parameters or param_groups, as torch takes them.
         options: the keyword arguments that all have.
         lr, weight_decay: defaults of a param_group.
         own: its other defaults. lr, weight_decay, betas, eps and momentum are checked as torch checks them, the rest

@@ -221,7 +221,7 @@ def _scale(planner: Planner, key: Hashable, tasks: Sequence[Task], factor: torch
                 dtype = compute_dtype(task.grad)
                 task.grad.copy_(task.grad.to(dtype) * here.to(dtype))
             continue
-        # A table begins with what preambles read; where no gradient is read there is none.
+        # Three scalars for preambles come first; no gradient is read, so none of them is.
         table = ScalarTable(torch.cat((here.new_zeros(3), here[None]))[None], np.zeros(len(placed), dtype=np.int64))
         phase = Apply(scale_update, reads_grad=False)
         planner.apply(("scale", key, device), placed, table, LaunchSpec((phase,), Factor, "raw", noop=here == 1))

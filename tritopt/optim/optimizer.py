@@ -303,7 +303,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             if len(now) != len(before) or not all(map(is_, now, before)):
                 check_settings(type(self), self.defaults, group)
-            # As the step does, which reads a rate on the device under capturable.
+            # Under capturable the step reads a rate on the device, and the host would have to wait for it.
             if not (group["capturable"] and isinstance(group["lr"], torch.Tensor)):
                 self._check_rate("lr", group["lr"])
             self._check_rate("weight_decay", group.get("weight_decay", 0.0))

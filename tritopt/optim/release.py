@@ -45,8 +45,8 @@ def release_gradients(model_or_params: torch.nn.Module | Iterable[torch.Tensor],
     turn in backward after the update: autograd then raises, and such a parameter is to be left out here.
 
     Args:
-        model_or_params: those with requires_grad=True are released. Tied ones count once.
-        opt: of `tritopt.optim`; has them all.
+        model_or_params: parameters to release, those with requires_grad=True. Tied ones count once.
+        opt: an optimizer of `tritopt.optim` that has them all.
 
     Returns:
         A handle: `.remove()`, or the end of a `with` block, ends it.

@@ -49,7 +49,7 @@ class AdamRule(Rule):
         learning_rate: per update.
         beta1, beta2: decay rates of the moments, in [0, 1).
         epsilon: added to the root, >= 0.
-        lazy_update: with a row-sparse gradient, update only the rows present.
+        lazy_update: update only the rows present in a row-sparse gradient.
         kwargs: see `Optimizer`.
 
     Raises:

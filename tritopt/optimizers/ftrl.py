@@ -43,7 +43,7 @@ class FtrlRule(Rule):
         learning_rate: per update.
         lamda1: strength of the L1 penalty, >= 0.
         beta: added to the root, >= 0. The larger, the shorter are the first steps.
-        lazy_update: with a row-sparse gradient, update only the rows present; absent rows keep their weight.
+        lazy_update: update only the rows present in a row-sparse gradient; absent rows keep their weight.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:

@@ -55,7 +55,7 @@ class LAMBRule(Rule):
         learning_rate: per update, relative to the weight's norm.
         beta1, beta2: decay rates of the moments, in [0, 1).
         epsilon: added to the root, >= 0.
-        lower_bound, upper_bound: of the weight's norm. None or <= 0: unbounded.
+        lower_bound, upper_bound: bounds on the weight's norm. None or <= 0: unbounded.
         bias_correction: whether to correct the moments for their zero start.
         kwargs: see `Optimizer`.
 

@@ -59,7 +59,7 @@ class LANSRule(Rule):
         learning_rate: per update, relative to the weight's norm.
         beta1, beta2: decay rates of the moments, in [0, 1); beta1 is the mean's share in the step, too.
         epsilon: added to the root, >= 0.
-        lower_bound, upper_bound: of the weight's norm. None or <= 0: unbounded.
+        lower_bound, upper_bound: bounds on the weight's norm. None or <= 0: unbounded.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:

@@ -59,7 +59,7 @@ class LARSRule(SGDRule):
         momentum: share of the last update that is kept, >= 0.
         eta: trust coefficient, >= 0.
         epsilon: added to the norms, >= 0.
-        lazy_update: with a row-sparse gradient, update only the rows present.
+        lazy_update: update only the rows present in a row-sparse gradient.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:

@@ -54,7 +54,7 @@ class NadamRule(Rule):
         learning_rate: per update.
         beta1, beta2: decay rates of the moments, in [0, 1).
         epsilon: added to the root, >= 0.
-        schedule_decay: how fast mu_t warms up from beta1 / 2 to beta1, >= 0; 0: it stays at beta1 / 2.
+        schedule_decay: rate at which mu_t warms up from beta1 / 2 to beta1, >= 0; 0: it stays at beta1 / 2.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:

@@ -54,7 +54,7 @@ class RAdamRule(Rule):
         learning_rate: per update.
         beta1, beta2: decay rates of the moments, in [0, 1).
         epsilon: added to the root, >= 0.
-        rectify_above: of rho_t, the number of gradients that v_t is worth; >= 4, where r_t starts from 0.
+        rectify_above: bound on rho_t, the number of gradients that v_t is worth; >= 4, where r_t starts from 0.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:

@@ -36,7 +36,7 @@ class SGDRule(Rule):
     Args:
         learning_rate: per update.
         momentum: share of the last update that is kept, >= 0.
-        lazy_update: with a row-sparse gradient, update only the rows present.
+        lazy_update: update only the rows present in a row-sparse gradient.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:

@@ -51,7 +51,7 @@ class SGLDRule(Rule):
     Args:
         learning_rate: per update; also the variance of the noise.
         use_fused_step, kwargs: see `Optimizer`.
-        seed: of the noise, an int >= 0.
+        seed: seed of the noise, an int >= 0.
 
     Raises:
         ValueError: seed < 0. TypeError: seed not an int, or at the update an index of another type.

@@ -23,6 +23,7 @@ from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.formats.weights import format_of
 from tritopt.kernels.language import INTERPRETED
+from tritopt.kernels.preambles import without_clip
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
 from tritopt.tools.hot_loop import hot_loops, parse_gcn, parse_sass
@@ -68,20 +69,23 @@ class CompiledLaunch(NamedTuple):
     loads: Counter[int]
     """Number of loads from global memory that a thread makes for these, by their width in bits."""
     stores: Counter[int]
+    """Number of stores to global memory that a thread makes for these, by their width in bits."""
     expected_wide_loads: int | None
     """Number of 128-bit loads that the driver needs if each access is that wide; None for other kernels."""
     expected_wide_stores: int | None
+    """Number of 128-bit stores that the driver needs if each access is that wide; None for other kernels."""
     bytes_loaded: float | None
     """Bytes per parameter. A number that a block of neighbours shares counts with its share; what a row shares is taken
     as nothing.
 
-    Of Adafactor's kernels, what they load for matrices, not for vectors.
+    For Adafactor's kernels it is what they load for matrices, not for vectors. None: there is no hot loop.
     """
     bytes_stored: float | None
+    """Bytes per parameter that are stored, counted like `bytes_loaded`. None: there is no hot loop."""
     instructions: float | None
-    """Number of instructions per parameter that are issued on the shortest path."""
+    """Number of instructions per parameter that are issued on the shortest path. None: there is no hot loop."""
     arithmetic: float | None
-    """Number of those that compute."""
+    """Number of those that compute. None: there is no hot loop."""
 
 
 def compile_launches(
@@ -91,7 +95,7 @@ def compile_launches(
 
     Args:
         opt: the optimizer.
-        weight_dtype, grad_dtype, fmt: of the weights, gradients and the weights' storage.
+        weight_dtype, grad_dtype, fmt: dtypes of weights and gradients, and storage format of the weights.
         arch: compute capability of an NVIDIA GPU (90: sm_90, an H100 or H200), or the name of an AMD one ("gfx942").
 
     Raises RuntimeError under TRITON_INTERPRET=1, which replaces kernels by Python.
@@ -137,7 +141,9 @@ def compile_launch(launched: Launched, arch: int | str) -> Any:
         kinds[name] = _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if value is None or private.is_constant(kernel, name):
             kinds[name], constants[name] = "constexpr", value
-    return private.compile_for(arch, kernel, kinds, constants, launched.options)
+    is_nvidia = isinstance(arch, int)
+    options = {name: value for name, value in launched.options.items() if is_nvidia or name != "maxnreg"}
+    return private.compile_for(arch, kernel, kinds, constants, options)
 
 
 def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
@@ -147,21 +153,22 @@ def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtyp
     state = fresh_state(opt, 0, weight if fmt is PLAIN else fmt.decode(planes, torch.float32))
     task = Task(tuple(planes), fmt, grad, tuple(tensors_of(state)), state_formats=opt.state_formats())
     scalars = opt.scalars(0.1, opt.wd, 1)
-    # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
+    # Under a GradScaler a launch reads the most: a device scalar and a flag.
     rescale, noop = (torch.full((), x, dtype=torch.float32, device="cpu") for x in (1.0, 0.0))
-    launch = LaunchSpec(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
+    # Nobody clips elements unless told to.
+    launch = LaunchSpec(opt.phases, type(scalars), without_clip(opt.preamble), rescale, noop, draws=task.draws)
     planner.apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
 
 
-def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
+def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> CompiledLaunch:
     """Describe what runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
     code_of, metadata = private.assembly(binary), private.metadata(binary)
     if isinstance(arch, int):
         registers, spilled = _resources(code_of["cubin"])
-        if "FORMATS" in launched.arguments and spilled and "maxnreg" not in launched.options:
+        if "FORMATS" in launched.arguments and spilled and is_first:
             more = driver.more_registers(registers)
-            return _describe(launched._replace(options={**launched.options, **more}), arch)
+            return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
         has_vectors = _VECTOR.search(code_of["ptx"]) is not None
         code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=code_of["cubin"]) if has_vectors else "")

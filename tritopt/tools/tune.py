@@ -50,15 +50,19 @@ class Row:
     kernel: str = ""
     """Name of the update function. Empty: nothing here has a choice."""
     size: int | None = None
-    """Number of elements of the scratch, about."""
+    """Number of elements of the scratch, about; None: nothing here has a choice."""
     best: Config | None = None
+    """Fastest configuration; None: nothing was measured."""
     default: Config | None = None
+    """Default configuration, which it is measured against; None: nothing was measured."""
     microseconds: float | None = None
     """Median time of a launch with the best configuration, in microseconds; None: not measured."""
     default_microseconds: float | None = None
+    """Median time of a launch with the default, in microseconds; None: not measured."""
     gigabytes_per_second: float | None = None
     """Rate at which the bytes that must move do so, 10^9 bytes per second; None: not measured."""
     default_gigabytes_per_second: float | None = None
+    """Rate of the default, 10^9 bytes per second; None: not measured."""
     tried: int = 0
     """Number of configurations that ran."""
     reason: str = ""

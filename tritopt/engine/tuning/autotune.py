@@ -193,7 +193,7 @@ def tune(variant: Variant, size: int, device: torch.device, timer: Timer | None 
             except torch.OutOfMemoryError:
                 raise
             except Exception:
-                # Of a configuration that asks for too much of the GPU, whatever type this has in this Triton.
+                # A configuration may ask for too much of the GPU: which error says so differs between Tritons.
                 if config == default:
                     raise
                 continue

@@ -36,11 +36,11 @@ class Build:
     """Step that is built from scratch; `Replay` is the same for the steps that follow.
 
     Args:
-        planner: of the optimizer.
+        planner: the optimizer's planner.
         members: all parameters that have a gradient.
-        tasks: their tensors.
-        rates: their groups' learning rates.
-        fused: whether a kernel updates them.
+        tasks: tensors of the members.
+        rates: learning rates of their groups, by `id` of the group.
+        fused: whether a kernel updates each member.
         single: the parameter, if the step is for one; None: it is for all.
         like: an earlier step with the same states, which need not be described anew; None: there is none.
     """

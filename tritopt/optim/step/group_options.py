@@ -151,6 +151,7 @@ def _options_of(opt: Owner, group: dict[str, Any]) -> GroupOptions:
     build_key = (
         *map(group.get, ("fused", "differentiable", "multi_precision", "master", "algorithm", "in_norm")),
         tuple(choice.items()) if isinstance(choice, dict) else choice,
+        bound < math.inf,
     )
     return GroupOptions(rate(group), common, rule, build_key, bool(group["capturable"] or lives_on_device(group["lr"])))
 

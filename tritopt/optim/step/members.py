@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,6 +14,7 @@ from tritopt.engine.matrix_phase import ApplyMatrices
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import unavailable
 from tritopt.engine.row_phase import ApplyRows
+from tritopt.kernels.preambles import without_clip
 from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
 from tritopt.optim.exchange import Exchange
 from tritopt.optim.layout import Layout
@@ -99,7 +101,10 @@ def launch_for(
     for phase in rule.phases:
         if isinstance(phase, ApplyMatrices) and any(is_sharded(member.param) for member in members):
             exchange = Exchange([member.param for member in members], phase.cut, phase.iteration)
-    return LaunchSpec(rule.phases, scalars, rule.preamble, draws=plan.draws, reduce=sums or None, exchange=exchange)
+    bounds = (validate.bound_or(each[0].group["clip_value"], math.inf) for each in plan.by_group)
+    clips = rule.clips and any(bound < math.inf for bound in bounds)
+    preamble = rule.preamble if clips else without_clip(rule.preamble)
+    return LaunchSpec(rule.phases, scalars, preamble, draws=plan.draws, reduce=sums or None, exchange=exchange)
 
 
 class SingleParameter(NamedTuple):

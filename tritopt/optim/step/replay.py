@@ -46,12 +46,12 @@ class Replay:
     """A step that was built, and made without copies, to be made again. See the module.
 
     Args:
-        planner: of the optimizer.
+        planner: the optimizer's planner.
         opt: the optimizer.
-        options: those of its param_groups.
+        options: options of its param_groups.
         members: all parameters that had a gradient.
         launched: the launches, and for each the engine's groups.
-        norm_groups: those of the gradients' norm, if there was one.
+        norm_groups: groups of the gradients' norm; none if there was no norm.
         single: the parameter, if the step was for one; None: it was for all.
         like: a step that was found to have the same states as this one; None: there is none.
     """

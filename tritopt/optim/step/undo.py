@@ -17,7 +17,7 @@ class Undo:
 
     Args:
         opt: the optimizer.
-        scalar_states: those of its parameters.
+        scalar_states: scalar states of its parameters.
     """
 
     def __init__(self, opt: Owner, scalar_states: ScalarStates) -> None:

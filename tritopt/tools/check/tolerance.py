@@ -40,8 +40,8 @@ TOLERANCES = {
         "half an ulp for the store, two roundings of the weight, and 16 operations that make the movement",
         codes=1,  # as rounding goes up or down by chance
     ),
-    # In place of these two, where a weight or master is stored otherwise. A master is compared as the fp32 number that
-    # is behind it, and an ulp is that of fp32.
+    # Weights and masters that are stored otherwise have these in place of the two. A master is compared as the fp32
+    # number that is behind it, and an ulp is that of fp32.
     "kahan master, truth": Tolerance(
         128, 2, 16, "2^-16: a compensation of 8 bits, below half an ulp of bf16, so that it is one of its weight"
     ),

@@ -81,7 +81,7 @@ class Threads:
         grid: number of programs along x, y, z.
         shared: bytes of shared memory of each.
         memory: global memory.
-        options: how the launch runs.
+        options: options of the launch.
     """
 
     def __init__(
