@@ -37,6 +37,8 @@ def check_sent(sharded: dict[str, str]) -> None:
         elif word == "rows":
             assert by_rows == [], name
             assert by_columns != [], name
+        elif word == "matrices":
+            assert set(by_rows) == set(by_columns) == {"alltoall_base_"}, name
         else:
             assert word == "DTensor", name
             assert by_rows != [], name
