@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from tritopt import optim
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.kernels.language import INTERPRETED
 from tritopt.tools.bench import host
 from tritopt.tools.bench.host import CASES, Case, HostTime, case_times, host_times

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import tritopt
 from tests import mutations
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.engine import plan
 from tritopt.engine.tuning.config import Config
 from tritopt.kernels.formats.int8 import store_int8

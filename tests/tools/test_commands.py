@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.commands import bench as bench_command
 from tritopt.commands import inspect as inspect_command
 from tritopt.commands import numerics as numerics_command
@@ -186,7 +186,7 @@ def test_numerics_takes_one_optimizer() -> None:
 WITHOUT = """
 import sys
 sys.modules["triton"] = None  # `import triton` then raises ImportError, as where it is not installed
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 app(sys.argv[1:], prog_name="tritopt")
 """
 

@@ -39,7 +39,7 @@ def console() -> Console:
     if terminal.is_terminal or os.environ.get("COLUMNS", "").isdecimal():
         return terminal
     # Rich takes 80 columns where the width is unknown, too few for the tables.
-    return Console(markup=False, highlight=False, width=120)
+    return Console(markup=False, highlight=False, width=132)
 
 
 class Column(NamedTuple):
