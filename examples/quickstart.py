@@ -1,10 +1,12 @@
 """Trains a small network on scikit-learn's handwritten digits in bf16, saves it half-way, and resumes from there.
 
-pip install scikit-learn && python examples/quickstart.py
+    pip install scikit-learn && python examples/quickstart.py
+    PYTHONPATH=. python examples/quickstart.py                   # from a checkout that is not installed
+
+Takes seconds on a CPU, where the reference step runs; on a GPU each step is one fused launch.
 """
 
 import tempfile
-from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -37,7 +39,7 @@ def train(model: nn.Module, opt: AdamW, epochs: int) -> None:
 model, opt = start()
 print(f"loss before:  {loss_of(model):.4f}")
 train(model, opt, epochs=4)
-checkpoint = Path(tempfile.gettempdir(), "digits.pt")
+checkpoint = f"{tempfile.gettempdir()}/digits.pt"
 torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, checkpoint)
 train(model, opt, epochs=4)
 print(f"loss after:   {loss_of(model):.4f}")

@@ -38,7 +38,9 @@ def announcement(arguments: Sequence[str]) -> str | None:
     named = len(given[""]) + len(given["--optimizer"])
     n = named or len(list(Path(__file__).parent.glob("optimizers/[a-z]*.py")))
     cases = max(1, n * CASES[quick] * (len(given["--format"]) or N_FORMATS) // N_FORMATS)
-    said = f"tritopt {tritopt.__version__} checks {n} optimizer{'s' * (n > 1)}: about {int(float(f'{cases:.2g}')):,} cases"
+    said = (
+        f"tritopt {tritopt.__version__} checks {n} optimizer{'s' * (n > 1)}: about {int(float(f'{cases:.2g}')):,} cases"
+    )
     if "--compiled" in arguments or (any(map(os.path.exists, GPUS)) and "TRITON_INTERPRET" not in os.environ):
         return f"{said}, whose kernels are compiled first."
     jobs = [int(value) for value in (*given["--jobs"], *given["-j"]) if value.isdecimal()]

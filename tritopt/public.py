@@ -1,8 +1,8 @@
 """The names that `tritopt` has, which takes them from here when it is first asked for one."""
 
-import tritopt.lr_scheduler as lr_scheduler
-import tritopt.optim as optim
-import tritopt.optimizers as optimizers
+import tritopt.lr_scheduler as lr_scheduler  # noqa: F401 (`from tritopt` would ask this module)
+import tritopt.optim as optim  # noqa: F401
+import tritopt.optimizers as optimizers  # noqa: F401
 from tritopt.engine.driver import Apply as Apply
 from tritopt.mxnet.module import ModuleParameters as ModuleParameters
 from tritopt.mxnet.module import module_parameters as module_parameters

@@ -13,7 +13,7 @@ STRANGERS = [("mxnet", "optim"), ("optim", "mxnet")]
 
 
 def files() -> dict[str, Path]:
-    """The package's modules by name, but for the package itself and the command line, which know all."""
+    """The package's modules by name, but for the package itself, its names and the command line, which know all."""
     own = [path for path in (ROOT / "tritopt").rglob("*.py") if "kernels" not in path.parts]
     found = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in own}
     device = {
@@ -21,7 +21,7 @@ def files() -> dict[str, Path]:
         for path in (ROOT / "kernels").rglob("*.py")
     }
     every = {name.removesuffix(".__init__"): path for name, path in {**found, **device}.items()}
-    return {name: path for name, path in every.items() if name not in ("tritopt", "tritopt.__main__")}
+    return {name: path for name, path in every.items() if name not in ("tritopt", "tritopt.public", "tritopt.__main__")}
 
 
 def is_for_types(node: ast.AST) -> bool:

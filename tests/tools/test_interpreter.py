@@ -118,10 +118,17 @@ def outcome(function: Any, *arguments: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", OPERANDS)
 def test_operands_are_made_alike(name: str) -> None:
-    check, broadcast = (getattr(type(SEMANTIC), name) for name in ("binary_op_type_checking_impl", "broadcast_impl_value"))
+    check, broadcast = (
+        getattr(type(SEMANTIC), name) for name in ("binary_op_type_checking_impl", "broadcast_impl_value")
+    )
     for other in OPERANDS.values():
         pair = OPERANDS[name], other
-        for options in ({}, {"div_or_mod": True}, {"allow_lhs_ptr": True, "allow_rhs_ptr": True}, {"arithmetic_check": False}):
+        for options in (
+            {},
+            {"div_or_mod": True},
+            {"allow_lhs_ptr": True, "allow_rhs_ptr": True},
+            {"arithmetic_check": False},
+        ):
             assert outcome(check, *pair, **options) == outcome(check.__wrapped__, *pair, **options)
         if all(isinstance(value, core.tensor) for value in pair):
             assert outcome(broadcast, *pair) == outcome(broadcast.__wrapped__, *pair)

@@ -37,7 +37,9 @@ def check(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Most processes; by default one a core. No use on a GPU.")
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="All numbers, a line for each kind of weights.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="All numbers, a line for each kind of weights.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check optimizers on this machine: fused against reference, both against a float64 truth.

@@ -1,4 +1,4 @@
-"""Cores and memory that processes may share. Imports neither torch nor Triton: the command line asks before they load."""
+"""Cores and memory that processes may share; asked before torch and Triton are imported, and so without them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROCESS_BYTES = 600 * 2**20
 MAX_PROCESSES = 16
 CASES_PER_PROCESS = 16
 """Fewest cases that are worth the start of a process, which takes as long as these."""
-CGROUPS = Path("/sys/fs/cgroup")
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def n_processes(n_cases: int) -> int:
@@ -33,7 +33,7 @@ def cores() -> int:
 
 def free_memory() -> int | None:
     """Measure the bytes that processes may still take, of the machine and of the container; None: unknown here."""
-    found = [1024 * n for name, n in _numbers(Path("/proc/meminfo")) if name == "MemAvailable:"]
+    found = [1024 * n for name, n in _numbers(PROC / "meminfo") if name == "MemAvailable:"]
     for group in _groups():
         limit, used = _text(group / "memory.max"), _text(group / "memory.current")
         if limit.isdecimal() and used.isdecimal():
@@ -45,7 +45,7 @@ def free_memory() -> int | None:
 
 def _groups() -> Iterator[Path]:
     """Find this process's control group and those around it, each of which may set limits (cgroup v2 only)."""
-    for line in _text(Path("/proc/self/cgroup")).splitlines():
+    for line in _text(PROC / "self" / "cgroup").splitlines():
         if line.startswith("0::"):
             own = CGROUPS / line[3:].strip("/")
             yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(CGROUPS))

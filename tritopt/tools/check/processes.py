@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from queue import SimpleQueue
@@ -26,6 +26,8 @@ from tritopt.tools.interpreter import speed_up
 
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tritopt.tools.check.worker import main; main()"
 """Program of a worker, which finds modules where this process does."""
+MANY = 64
+"""Number of cases from which on processes are worth their start where this one could do without them."""
 
 
 def interprets() -> bool:
@@ -44,12 +46,12 @@ def n_processes(selection: Selection, n_cases: int, jobs: int | None = None) -> 
     """
     if selection.target is None and device().type == "cuda":
         return 0
-    n = min(jobs or resources.n_processes(n_cases), n_cases)
     is_fit = selection.target is None and interprets() == INTERPRETED
+    n = min(jobs or (1 if is_fit and n_cases < MANY else resources.n_processes(n_cases)), n_cases)
     return 0 if n <= 1 and is_fit else max(n, 1)
 
 
-def run_cases(selection: Selection, cases: Sequence[Case], n: int) -> Iterator[CheckResult]:
+def run_cases(selection: Selection, cases: Sequence[Case], n: int) -> Generator[CheckResult, None, None]:
     """Check the cases and yield each result in their order; `n` processes share them, 0: this process checks them.
 
     A process that ends while it checks a case fails this case, and another takes its place.
@@ -175,6 +177,6 @@ class _Worker:
 
     def close(self) -> None:
         """Close the pipes."""
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in filter(None, (self._process.stdin, self._process.stdout)):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
