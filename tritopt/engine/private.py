@@ -284,8 +284,6 @@ def wrap_interpreter(
     np_dtype: Callable[[Any], Any],
     unwrap: Callable[[Any], Any],
     constructors: Callable[[Any], tuple[Any, Any]],
-    semantic: Mapping[str, Callable[[Any], Any]],
-    bind: Callable[[Any, Any], Any],
 ) -> None:
     """Replace internals of the interpreter until the process ends, by what is made of each.
 
@@ -294,8 +292,6 @@ def wrap_interpreter(
         np_dtype: of the one that gives NumPy's dtype of a type.
         unwrap: of the one that takes values out of constexpr.
         constructors: of triton.language.core, those of block_type and tensor.
-        semantic: of methods of TritonSemantic, by name.
-        bind: of a built-in function of the language and the semantic that the interpreter calls it with.
     """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     core: Any = importlib.import_module("triton.language.core")
@@ -303,13 +299,6 @@ def wrap_interpreter(
     interpreter._get_np_dtype = np_dtype(interpreter._get_np_dtype)
     core._unwrap_if_constexpr = unwrap(core._unwrap_if_constexpr)
     core.block_type.__init__, core.tensor.__init__ = constructors(core)
-    for name, wrap in semantic.items():
-        setattr(interpreter.TritonSemantic, name, wrap(getattr(interpreter.TritonSemantic, name)))
-
-    def patch_attr(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
-        scope.set_attr(owner, name, bind(member, interpreter.interpreter_semantic))
-
-    interpreter._patch_attr = patch_attr
 
 
 def launches_of_interpreter() -> Any:

@@ -26,12 +26,7 @@ def speed_up() -> None:
     if _is_fast or not INTERPRETED or not private.is_tried_interpreter():
         return
     _is_fast = True
-    semantic = {
-        "binary_op_type_checking_impl": _alike_first,
-        "broadcast_impl_value": _of_one_shape_first,
-        "binary_op_sanitize_overflow_impl": _where_it_is_read,
-    }
-    private.wrap_interpreter(_once_per_launch, _by_name, _plain_first, _with_shared_shapes, semantic, _bound)
+    private.wrap_interpreter(_once_per_launch, _by_name, _plain_first, _with_shared_shapes)
 
 
 class _Nothing:
@@ -142,62 +137,3 @@ def _with_shared_shapes(core: Any) -> tuple[Callable[..., None], Callable[..., N
         self.numel, self.shape = parts
 
     return block_type, tensor
-
-
-_COMPUTED_AS_THEY_ARE = {
-    *("int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("fp32", "fp64"),
-}
-"""Types whose numbers are not promoted for an operation of two of them; the halves are, for a division."""
-
-
-def _alike_first(check_types: Callable[..., Any]) -> Callable[..., Any]:
-    """Return two tensors of one type and shape as they are: nothing is promoted, and nothing broadcast."""
-    from triton.language import core
-
-    tensor = core.tensor
-
-    @functools.wraps(check_types)
-    def checked(self: Any, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(lhs) is tensor and type(rhs) is tensor:
-            name = lhs.dtype.name
-            if name in _COMPUTED_AS_THEY_ARE and (lhs.type is rhs.type or lhs.type.name == rhs.type.name):
-                return lhs, rhs
-        return check_types(self, lhs, rhs, *args, **kwargs)
-
-    return checked
-
-
-def _of_one_shape_first(broadcast: Callable[..., Any]) -> Callable[..., Any]:
-    """Return two numbers as they are, and two blocks whose types share a shape, as `_with_shared_shapes` lets them."""
-
-    @functools.wraps(broadcast)
-    def broadcast_first(self: Any, lhs: Any, rhs: Any) -> Any:
-        left, right = lhs.type, rhs.type
-        if left.is_block() == right.is_block() and (not left.is_block() or left.shape is right.shape):
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
-
-    return broadcast_first
-
-
-def _where_it_is_read(check_overflow: Callable[..., None]) -> Callable[..., None]:
-    """Leave out the check of overflows, which is computed in 64 bits, where no debugging reads it."""
-
-    @functools.wraps(check_overflow)
-    def check(self: Any, *args: Any) -> None:
-        if self.builder.options.debug:
-            check_overflow(self, *args)
-
-    return check
-
-
-def _bound(member: Callable[..., Any], semantic: Any) -> Callable[..., Any]:
-    """Let a function of the language be called with the interpreter's semantic, without a dict made for each call."""
-    function = getattr(member, "__wrapped__", member)  # around it only a check that a semantic was given
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        kwargs["_semantic"] = semantic
-        return function(*args, **kwargs)
-
-    return call
