@@ -191,9 +191,9 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Training:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     training = Training(Config(), arguments.steps, arguments.learning_rate, device)
-    found = checkpoints(arguments.folder)
-    if found:
-        training.load(found[-1][1])
+    saved = checkpoints(arguments.folder)
+    if saved:
+        training.load(saved[-1][1])
         if is_first:
             print(f"resumed at step {training.step}", flush=True)
     while training.step < arguments.steps:

@@ -124,7 +124,7 @@ HOST: list[tuple[str, str, str, dict[str, str]]] = [
     (
         "engine/test_cuda_tuning",
         "engine/tuning/autotune.py",
-        "if found is None and wanted and is_capturing(group.device):",
+        "if cached is None and wanted and is_capturing(group.device):",
         {"measures while a graph is captured": "if False:"},
     ),
 ]
@@ -204,12 +204,12 @@ class Mutation(NamedTuple):
 
 def collect() -> list[Mutation]:
     """The shared ones, those of each optimizer's tests, the host's, and those of compiled code."""
-    found = [*SHARED, *HOST, *COMPILED]
+    entries = [*SHARED, *HOST, *COMPILED]
     for path in sorted((ROOT / "tests" / "optimizers").glob("test_*.py")):
         name = path.stem.removeprefix("test_")
         module = importlib.import_module(f"tests.optimizers.{path.stem}")
-        found.extend((name, *entry) for entry in getattr(module, "MUTATIONS", []))
-    return [Mutation(name, file, old, wrong, new) for name, file, old, texts in found for wrong, new in texts.items()]
+        entries.extend((name, *entry) for entry in getattr(module, "MUTATIONS", []))
+    return [Mutation(name, file, old, wrong, new) for name, file, old, texts in entries for wrong, new in texts.items()]
 
 
 class Outcome(NamedTuple):

@@ -12,9 +12,9 @@ else:
         from importlib import import_module
 
         public = vars(import_module("tritopt.public"))
-        found = {name: value for name, value in public.items() if not name.startswith("_") and name != "tritopt"}
-        globals().update(found)
-        return sorted(found)
+        names = {name: value for name, value in public.items() if not name.startswith("_") and name != "tritopt"}
+        globals().update(names)
+        return sorted(names)
 
     def __getattr__(name: str) -> object:
         if name == "__all__":

@@ -153,11 +153,8 @@ class Rule:
         `noise`: of the random bits that formats take. `tracked` gets what telemetry is made of, for this `place`.
         """
         rescale, bound, wd = common
-        is_skipped = math.isnan(rescale)
-        if device_rescale is not None:
-            rescale *= float(device_rescale)
-            is_skipped |= not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale)
-        if is_skipped:
+        rescale = self._total_rescale(rescale, device_rescale)
+        if math.isnan(rescale):
             if tracked is not None:
                 tracked.append(whole(place, measure(task.grad)))
             return
@@ -168,7 +165,7 @@ class Rule:
             if arrays is not None:
                 self._update_arrays(task, arrays, (rescale, bound, wd), s)
                 return
-        w = task.format.decode([plane.resolve_neg() for plane in task.weight], dtype)
+        w = task.format.decode([_kept(plane) for plane in task.weight], dtype)
         g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
         if g is task.grad:  # where nothing was done to it: a reference may write to what it is given
             g = g.clone()
@@ -197,6 +194,14 @@ class Rule:
         if before is not None and tracked is not None:
             tracked.append(whole(place, measure(task.grad, (before[0], new_weight), (before[1], task.weight[0]))))
 
+    def _total_rescale(self, on_host: float, on_device: torch.Tensor | None) -> float:
+        """Factor of the gradient; NaN where the update is skipped."""
+        if on_device is None:
+            return on_host
+        rescale = on_host * float(on_device)
+        is_skipped = not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale)
+        return math.nan if is_skipped else rescale
+
     def _update_arrays(
         self, task: Task, arrays: list[np.ndarray[Any, Any]], common: tuple[float, float, float], s: Any
     ) -> None:
@@ -210,6 +215,12 @@ class Rule:
         for old, new in zip(state, new_state, strict=True):
             old[...] = new
         w[...] = new_weight
+
+
+def _kept(plane: torch.Tensor) -> torch.Tensor:
+    """A plane of the weight; a copy where autograd may need it after it was overwritten, as a norm's derivative does."""
+    plane = plane.resolve_neg()
+    return plane.clone() if plane.requires_grad and torch.is_grad_enabled() else plane
 
 
 def takes_arrays(reference: Reference) -> Reference:

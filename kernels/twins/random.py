@@ -105,8 +105,8 @@ def normal(key: Key, offsets: torch.Tensor, step: float, stream: int) -> torch.T
     for_size, for_angle = torch.where(is_early, words[0], words[2]), torch.where(is_early, words[1], words[3])
     x = (for_angle >> 2).float() * 2.0**-30
     is_first = (offsets & 1) == 0
-    found = sqrt(_minus_two_log(for_size)) * _sine(torch.where(is_first, x, 1.0 - x))
-    return torch.where((for_angle & torch.where(is_first, 1, 2)) == 0, found, -found)
+    size = sqrt(_minus_two_log(for_size)) * _sine(torch.where(is_first, x, 1.0 - x))
+    return torch.where((for_angle & torch.where(is_first, 1, 2)) == 0, size, -size)
 
 
 def _minus_two_log(word: torch.Tensor) -> torch.Tensor:

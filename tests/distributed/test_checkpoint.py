@@ -49,25 +49,25 @@ def train(model: nn.Module, opt: Any, steps: range) -> None:
 
 
 def snapshot(model: nn.Module, opt: Any) -> dict[str, torch.Tensor]:
-    found = {}
+    tensors = {}
     for name, param in model.named_parameters():
-        found[name] = full(param)
-        found |= {f"{key} of {name}": full(value) for key, value in sorted(opt.state[param].items())}
-    return found
+        tensors[name] = full(param)
+        tensors |= {f"{key} of {name}": full(value) for key, value in sorted(opt.state[param].items())}
+    return tensors
 
 
-def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert list(found) == list(expected)
-    assert any(key.startswith("master_remainder of ") for key in found)
+def compare(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert list(actual) == list(expected)
+    assert any(key.startswith("master_remainder of ") for key in actual)
     for key, value in expected.items():
         # A weight is its master, rounded, and a remainder the rest of it: together they are compared below.
         if not (tolerance and value.dtype in (DTYPE, torch.int16)):
-            assert_same(found[key], value, tolerance, key)
+            assert_same(actual[key], value, tolerance, key)
     names = [key.removeprefix("master_remainder of ") for key in expected if key.startswith("master_remainder of ")]
     for name in names:
         ours, theirs = (
-            SPLIT16.decode((some[name], some[f"master_remainder of {name}"]), torch.float32)
-            for some in (found, expected)
+            SPLIT16.decode((tensors[name], tensors[f"master_remainder of {name}"]), torch.float32)
+            for tensors in (actual, expected)
         )
         assert_same(ours, theirs, tolerance, f"master of {name}")
 

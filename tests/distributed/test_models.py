@@ -62,8 +62,8 @@ def spread_over_the_world(model: nn.Sequential, kind: str) -> nn.Module:
 
 
 def full(tensor: Any) -> torch.Tensor:
-    found = whole(tensor)
-    return found.detach().clone()
+    assembled = whole(tensor)
+    return assembled.detach().clone()
 
 
 def loss_of(model: nn.Module, step: int, rank: int, dtype: torch.dtype) -> torch.Tensor:

@@ -80,11 +80,11 @@ def check_resumed_on_more(folder: Path) -> None:
     compare(resumed, again, CLOSE)
 
 
-def compare(found: Any, expected: Any, tolerance: float) -> None:
-    assert found.scheduler.state_dict() == expected.scheduler.state_dict()
-    for ours, theirs in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+def compare(actual: Any, expected: Any, tolerance: float) -> None:
+    assert actual.scheduler.state_dict() == expected.scheduler.state_dict()
+    for ours, theirs in zip(actual.model.parameters(), expected.model.parameters(), strict=True):
         assert_same(full(ours), full(theirs), tolerance, "weight")
-        mine, its = found.optimizer.state[ours], expected.optimizer.state[theirs]
+        mine, its = actual.optimizer.state[ours], expected.optimizer.state[theirs]
         assert set(mine) == set(its) == {"step", "exp_avg", "exp_avg_sq", "master_remainder"}
         for name, value in its.items():
             assert_same(full(mine[name]), full(value), tolerance, name)

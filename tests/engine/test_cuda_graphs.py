@@ -184,7 +184,7 @@ def test_a_captured_clip_is_kept() -> None:
     def train(device: str, cuda: FakeCuda | None) -> list[torch.Tensor]:
         param = torch.zeros(9).to(device).requires_grad_()
         grad = torch.zeros(9).to(device)
-        found = []
+        results = []
         for number in range(2):
             param.grad = numbers((9,), number).to(device)
             tritopt.clip_grad_norm_([param], 0.5)
@@ -200,8 +200,8 @@ def test_a_captured_clip_is_kept() -> None:
                 norm = tritopt.clip_grad_norm_([param], 0.5)
             else:
                 cuda.replay(graph)
-            found += [grad.cpu().clone(), norm.cpu().clone()]
-        return found
+            results += [grad.cpu().clone(), norm.cpu().clone()]
+        return results
 
     expected = train("cpu", None)
     with FakeCuda().running() as cuda:

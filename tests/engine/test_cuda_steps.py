@@ -61,8 +61,8 @@ def test_a_launch_follows_the_upload_of_its_table() -> None:
             training.opt.param_groups[0]["lr"] = 0.1 + number
             training.opt.step()
             cuda.synchronize()
-            found = [name for name in cuda.log if name in ("upload", "sgd_update")]
-            assert found == ["upload", "sgd_update", "sgd_update", "upload", "sgd_update"]
+            events = [name for name in cuda.log if name in ("upload", "sgd_update")]
+            assert events == ["upload", "sgd_update", "sgd_update", "upload", "sgd_update"]
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -127,8 +127,8 @@ def test_a_table_goes_with_its_stream(lr: float) -> None:
         del training
         gc.collect()
         cuda.synchronize(default)
-        found = [param.detach().cpu() for param in params]
-        assert all(tensor.isfinite().all() for tensor in (*found, *(grad for grad in grads if grad is not None)))
+        weights = [param.detach().cpu() for param in params]
+        assert all(tensor.isfinite().all() for tensor in (*weights, *(grad for grad in grads if grad is not None)))
 
 
 @pytest.mark.parametrize("devices", [["cuda:1"], ["cuda:1", "cuda:0"]])
@@ -162,13 +162,13 @@ def test_a_rescale_on_one_device_reaches_the_others() -> None:
 def test_gradients_are_clipped_where_they_are(device: str) -> None:
     def clipped(device: str) -> list[torch.Tensor]:
         params = [torch.zeros(n).to(device).requires_grad_() for n in (70, 5)]
-        found = []
+        results = []
         for number in range(2):
             for i, param in enumerate(params):
                 param.grad = numbers(param.shape, 10 * number + i).to(device) * 1
-            found.append(tritopt.clip_grad_norm_(params, 0.5))
-            found += [param.grad for param in params if param.grad is not None]
-        return [tensor.cpu() for tensor in found]
+            results.append(tritopt.clip_grad_norm_(params, 0.5))
+            results += [param.grad for param in params if param.grad is not None]
+        return [tensor.cpu() for tensor in results]
 
     expected = clipped("cpu")
     with FakeCuda().running():

@@ -107,15 +107,15 @@ def test_private_names_stand_in_one_file() -> None:
     forbidden = foreign(trees[HERE])
     assert {"_cdata", "_version", "_patch_lang", "_is_zerotensor", "cache_key"} <= forbidden
     own = set(itertools.chain.from_iterable(map(defined, trees.values())))
-    found, expected = [], set(EXCEPTIONS)
+    uses, expected = [], set(EXCEPTIONS)
     for path, tree in trees.items():
         for name, line, is_text in used(tree):
             is_foreign = is_private(name) and (hasattr(torch, name) or (name not in own and not is_text))
             if path != HERE and (name in forbidden or is_foreign):
-                found.append((path, name, line))
-    wrong = [f"{path}:{line}: {name}" for path, name, line in found if (path, name) not in expected]
+                uses.append((path, name, line))
+    wrong = [f"{path}:{line}: {name}" for path, name, line in uses if (path, name) not in expected]
     assert wrong == [], f"wrap these in {HERE}, with what is relied on, and try them here"
-    assert expected <= {(path, name) for path, name, _ in found}, "exceptions that nothing needs"
+    assert expected <= {(path, name) for path, name, _ in uses}, "exceptions that nothing needs"
 
 
 def test_triton_is_reached_through_one_file() -> None:

@@ -34,9 +34,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def file() -> Path:
-    found = tuning_cache.path_of(GPU)
-    assert found is not None
-    return found
+    path = tuning_cache.path_of(GPU)
+    assert path is not None
+    return path
 
 
 def write(text: str | bytes) -> None:
@@ -165,8 +165,8 @@ def test_every_field_must_be_there(name: str) -> None:
 
 
 def test_the_defaults_are_valid() -> None:
-    for found in [config.NVIDIA, config.AMD, config.default_of(0)]:
-        assert config.from_fields(found._asdict()) == found
+    for default in [config.NVIDIA, config.AMD, config.default_of(0)]:
+        assert config.from_fields(default._asdict()) == default
 
 
 def test_a_file_that_cannot_be_read_or_replaced() -> None:

@@ -33,11 +33,11 @@ rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, 
 packed = [(bf16, bf16, fmt) for fmt in MASTERS.values() if fmt is not MASTER_FP32]
 is_all = sys.argv[2] == "all"
 rows = [{"case": "norm", **launch._asdict()} for launch in compile_norm(bf16, arch)]
-rules = {found.rule for found in vars(tritopt.optim).values() if hasattr(found, "rule")}
+rules = {cls.rule for cls in vars(tritopt.optim).values() if hasattr(cls, "rule")}
 own = [rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")]
 torchs = {rule.__name__: with_api(rule) for rule in own}
-found = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
-for name, rule in found.items():
+optimizers = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
+for name, rule in optimizers.items():
     for variant in rule.variants:
         takes_all = all(isinstance(phase, Apply) for phase in rule(**variant).phases)
         wanted = common + (rare if name in ("adamw", "lamb", "sgd", "adan", "lans") else [])
@@ -99,9 +99,9 @@ def test_rows_move_128_bits_at_a_time(rows: list[dict[str, Any]]) -> None:
         "bfloat16 torch.bfloat16 plain": (1 + 1 + 1, 1),
         "float64 torch.float64 plain": (4 + 4 + 4, 4),
     }
-    found = [row for row in rows if row["kernel"].startswith("row_")]
-    assert found
-    for row in found:
+    launches = [row for row in rows if row["kernel"].startswith("row_")]
+    assert launches
+    for row in launches:
         assert wide(row) == expected[row["case"].partition("} torch.")[2]], row["case"]
 
 

@@ -90,26 +90,26 @@ def test_kernel_and_twin_are_equal_in_every_bit(dtype: torch.dtype) -> None:
             draw[(1,)](*drawn, numbers, offsets, STREAM=stream, SIZE=len(offsets), enable_fp_fusion=False)
         assert torch.equal(drawn[0], torch.stack(random.philox(key, offsets, step, stream)))
         assert torch.equal(drawn[1], random.normal(key, offsets, step, stream))
-        for offset, found in zip(offsets.tolist()[::37], drawn[0].T.tolist()[::37], strict=True):
-            assert tuple(found) == scalar_philox((offset & WORD, offset >> 32, step, stream), words)
+        for offset, words_drawn in zip(offsets.tolist()[::37], drawn[0].T.tolist()[::37], strict=True):
+            assert tuple(words_drawn) == scalar_philox((offset & WORD, offset >> 32, step, stream), words)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("first", [0, 64, 2**32 - 64, 2**45])
 def test_a_run_draws_the_same_with_fewer_calls(first: int) -> None:
-    key, found = halves(key_words(7, "weight")), torch.zeros(128)
+    key, drawn = halves(key_words(7, "weight")), torch.zeros(128)
     with np.errstate(all="ignore"):
-        arguments = found, torch.tensor((*key, 3.0)), torch.tensor(first)
+        arguments = drawn, torch.tensor((*key, 3.0)), torch.tensor(first)
         draw_run[(1,)](*arguments, STREAM=0, SIZE=128, enable_fp_fusion=False)
-    assert torch.equal(found, random.normal(key, first + torch.arange(128), 3, 0))
+    assert torch.equal(drawn, random.normal(key, first + torch.arange(128), 3, 0))
 
 
 def test_neighbours_are_independent() -> None:
     """Also those that share a call: no correlation of them, of their sizes or of their squares."""
     n = 100_000
     z = random.normal(halves(key_words(0, 0)), torch.arange(4 * n), 1, 0).double().view(n, 4)
-    for some in (z, z.abs(), z.square()):
-        correlation = torch.corrcoef(some.T) - torch.eye(4, dtype=torch.float64)
+    for powers in (z, z.abs(), z.square()):
+        correlation = torch.corrcoef(powers.T) - torch.eye(4, dtype=torch.float64)
         assert correlation.abs().max() < 5 / n**0.5
 
 
@@ -117,13 +117,13 @@ def test_normal_is_box_and_mullers_to_fp32_precision() -> None:
     """Relatively, near 0 as well: within 4 epsilons."""
     key, offsets = halves(key_words(0, 0)), torch.arange(200_000)
     words = [word.cpu().numpy() for word in random.philox(key, offsets[: len(offsets) // 4], 1, 0)]
-    found = random.normal(key, offsets, 1, 0).double().cpu().numpy().reshape(-1, 4)
+    drawn = random.normal(key, offsets, 1, 0).double().cpu().numpy().reshape(-1, 4)
     for pair in (0, 2):
         radius = np.sqrt(-2 * np.log((words[pair] | 1).astype(np.float32) / 2.0**32))
         x = ((words[pair + 1] >> 2).astype(np.float32) * np.float32(2.0**-30)).astype(np.float64)
         for bit, part in ((1, x), (2, 1 - x)):
             expected = np.where(words[pair + 1] & bit, -1.0, 1.0) * radius * np.sin(np.pi / 2 * part)
-            assert (np.abs(found[:, pair + bit - 1] - expected) <= 4 * 2.0**-23 * np.abs(expected)).all()
+            assert (np.abs(drawn[:, pair + bit - 1] - expected) <= 4 * 2.0**-23 * np.abs(expected)).all()
 
 
 def test_normal_at_the_ends_of_the_words() -> None:

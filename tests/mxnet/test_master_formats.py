@@ -300,10 +300,10 @@ def test_a_weight_that_is_negated_by_a_bit_has_a_master(master: str) -> None:
     opt, weight = create("sgd", master, use_fused_step=False), random(0, 7)
     for each in (weight, torch._neg_view(-weight)):
         state = opt.create_state_multi_precision(0, each)
-        found = MASTERS[master].decode((each, state[0]), F32)
-        assert torch.equal(found, weight.float())
+        decoded = MASTERS[master].decode((each, state[0]), F32)
+        assert torch.equal(decoded, weight.float())
         assert torch.equal(
-            MASTERS["fp32"].decode((each, create("sgd", "fp32").convert_state(0, each, state)[0]), F32), found
+            MASTERS["fp32"].decode((each, create("sgd", "fp32").convert_state(0, each, state)[0]), F32), decoded
         )
 
 

@@ -51,10 +51,10 @@ def test_scalars_are_those_of_the_host(rule: type[Rule], variant: dict[str, Any]
             for i, count in enumerate(COUNTS)
         ]
         for rate in (lr, torch.tensor(lr, dtype=torch.float64)):
-            found = made.scalars_at("p", rate, wd, counts, *numbers.values())
-            assert type(found) is type(expected[0])
-            for i, (column, values) in enumerate(zip(found, zip(*expected, strict=True), strict=True)):
-                name = f"{type(found)._fields[i]} at lr={lr}"  # type: ignore[attr-defined]
+            actual = made.scalars_at("p", rate, wd, counts, *numbers.values())
+            assert type(actual) is type(expected[0])
+            for i, (column, values) in enumerate(zip(actual, zip(*expected, strict=True), strict=True)):
+                name = f"{type(actual)._fields[i]} at lr={lr}"  # type: ignore[attr-defined]
                 assert all(isinstance(value, float | int) for value in values), f"{name} is no number on the host"
                 column = torch.as_tensor(column, dtype=torch.float64).expand(len(COUNTS)).tolist()
                 for count, got, value in zip(COUNTS, column, values, strict=True):
@@ -69,8 +69,8 @@ def test_scalars_are_exact_where_the_power_is(rule: type[Rule], variant: dict[st
         numbers = [0.7] * len(rule.scalar_states)
         expected = made.scalars_at("p", 0.01, wd, count, *numbers)
         tensors = [torch.tensor(x, dtype=torch.float64, device="cpu") for x in (0.01, count, *numbers)]
-        found = made.scalars_at("p", tensors[0], wd, *tensors[1:])
-        assert [float(x) for x in found] == [float(x) for x in expected]
+        actual = made.scalars_at("p", tensors[0], wd, *tensors[1:])
+        assert [float(x) for x in actual] == [float(x) for x in expected]
 
 
 def shapes_of(cls: Class) -> tuple[tuple[int, ...], ...]:

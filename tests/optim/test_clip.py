@@ -103,7 +103,7 @@ def test_nothing_is_written_where_nothing_is_clipped(max_norm: float, is_skipped
 def test_bit_identical_from_run_to_run() -> None:
     params = with_grads(torch.float32)
     again = copies(params)
-    totals = [tritopt.clip_grad_norm_(some, 0.5) for some in (params, again)]
+    totals = [tritopt.clip_grad_norm_(parameters, 0.5) for parameters in (params, again)]
     assert torch.equal(*totals)
     assert_same(grads_of(params), grads_of(again))
 

@@ -185,8 +185,8 @@ def test_clipped_by_hand_between_unscale_and_step() -> None:
 def test_several_groups_and_missing_gradients() -> None:
     params, expected = parameters(), parameters()
     opts: list[Any] = [
-        AdamW(list[Any]([{"params": some[:1], "lr": 0.05}, {"params": some[1:], "betas": (0.5, 0.6)}]), capturable=c)
-        for some, c in ((params, False), (expected, True))
+        AdamW(list[Any]([{"params": owned[:1], "lr": 0.05}, {"params": owned[1:], "betas": (0.5, 0.6)}]), capturable=c)
+        for owned, c in ((params, False), (expected, True))
     ]
     scaled_steps(opts[0], params[:2], range(3))
     plain_steps(opts[1], expected[:2], range(3))

@@ -199,11 +199,11 @@ WRITTEN = {1: 7.0, 4: 2.0**-6}
 """By step, after the first and between two that are replayed: a weight larger than before, and a smaller one."""
 
 
-def is_written(master: str | None, value: torch.Tensor, moved: torch.Tensor, found: torch.Tensor) -> bool:
+def is_written(master: str | None, value: torch.Tensor, moved: torch.Tensor, updated: torch.Tensor) -> bool:
     bound = KEPT[master] and KEPT[master] + 2.0**-15
     if value.dtype == torch.float16:
         bound = KEPT["fp32"] if master == "auto" else bound / 8
-    return bool(((found - (value.float() - moved)).abs() <= bound * value).all())
+    return bool(((updated - (value.float() - moved)).abs() <= bound * value).all())
 
 
 MOVES = [_by_a_new_block]
@@ -244,9 +244,9 @@ def test_a_weight_that_is_written_in_any_way_is_the_truth(
         opt.step()
         if fused and step > 1:
             assert (opt._stepper._last is warm) == (writes != MOVES or step not in WRITTEN)
-        for write, value, p, found in zip(writes, values, params, opt.master_weights(), strict=False):
+        for write, value, p, updated in zip(writes, values, params, opt.master_weights(), strict=False):
             assert p.grad is not None
-            assert is_written(master, value, 2.0**-10 * p.grad.float(), found), write.__name__
+            assert is_written(master, value, 2.0**-10 * p.grad.float(), updated), write.__name__
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["kernel", "reference"])
@@ -267,8 +267,8 @@ def test_it_is_the_truth_for_the_other_face(
         grads = [p.detach() for p in parameters(dtype, ((3, 5),) * len(weights), seed=step + 1)]
         opt.update_multi_precision(indices, weights, grads, states)
         for write, value, p, grad, state in zip(writes, values, weights, grads, states, strict=False):
-            found = fmt.decode((p, state[0]) if fmt.companion else (p,), torch.float32)
-            assert is_written(master, value, 2.0**-10 * grad.float(), found), write.__name__
+            updated = fmt.decode((p, state[0]) if fmt.companion else (p,), torch.float32)
+            assert is_written(master, value, 2.0**-10 * grad.float(), updated), write.__name__
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["kernel", "reference"])
@@ -316,11 +316,11 @@ def test_master_weights_are_masters_where_there_are_some() -> None:
     opt = optim.AdamW([{"params": params[:3]}, {"params": params[3:4]}, last])
     assert_same(opt.master_weights(), [p.detach() for p in params])
     train(opt, params, range(1, 2))
-    found = opt.master_weights()
-    assert [weight.dtype for weight in found] == [
+    masters = opt.master_weights()
+    assert [weight.dtype for weight in masters] == [
         torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16,
     ]  # fmt: skip
-    for i, (p, weight) in enumerate(zip(params, found, strict=True)):
+    for i, (p, weight) in enumerate(zip(params, masters, strict=True)):
         assert opt.state[p].keys() & COMPANIONS == {0: {"master_remainder"}, 2: {"master_param"}}.get(i, set())
         assert (weight.data_ptr() == p.data_ptr()) == (i not in (0, 2))
         assert not weight.requires_grad

@@ -78,7 +78,7 @@ def train(make: Any, write: Callable[[State, str], None], name: str, device_numb
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(3, 2)) for _ in range(3)]
     opt = make(params)
-    found: list[Any] = []
+    history: list[Any] = []
     for step in range(7):
         generator = torch.Generator().manual_seed(step)
         for i, param in enumerate(params):
@@ -89,10 +89,10 @@ def train(make: Any, write: Callable[[State, str], None], name: str, device_numb
             write(opt.state[params[2]], name)
         opt.step()
         numbers = [float(opt.state[param][name]) for param in params]
-        found.append((numbers, torch.cat([param.detach().clone() for param in params])))
+        history.append((numbers, torch.cat([param.detach().clone() for param in params])))
     saved = copy.deepcopy(opt.state_dict())["state"]
-    assert [float(saved[i][name]) for i in range(3)] == found[-1][0]
-    return found
+    assert [float(saved[i][name]) for i in range(3)] == history[-1][0]
+    return history
 
 
 COUNTS = [("AdamW", "step"), ("NAdam", "step"), ("Adagrad", "step"), ("RAdam", "step")]
@@ -106,8 +106,8 @@ CASES += [("NAdam", "mu_product", write) for write in ("nothing", "shared", "sha
 def test_numbers_count_as_torchs_do(write: str, name: str, number: str, options: dict[str, Any]) -> None:
     theirs = train(lambda params: getattr(torch.optim, name)(params, foreach=False), WRITES[write], number)
     ours = train(lambda params: getattr(optim, name)(params, **options), WRITES[write], number)
-    for (expected, expected_weights), (found, weights) in zip(theirs, ours, strict=True):
-        assert found == pytest.approx(expected, rel=1e-6)
+    for (expected, expected_weights), (actual, weights) in zip(theirs, ours, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-6)
         torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
 
 

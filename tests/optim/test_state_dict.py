@@ -47,9 +47,9 @@ def make(cls: type, params: Any, **options: Any) -> Any:
 
 def variants(cls: Class) -> list[dict[str, Any]]:
     """Options that change which states there are."""
-    found: list[dict[str, Any]] = [{}]
+    arguments: list[dict[str, Any]] = [{}]
     known = options_of(cls, amsgrad=True, momentum=0.9, centered=True)
-    return found + [{name: value} for name, value in known.items() if name != "lr"]
+    return arguments + [{name: value} for name, value in known.items() if name != "lr"]
 
 
 CASES = pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_a_bf16_checkpoint_of_torch_gets_masters_with_one_warning(cls: Class) ->
     for i, p in enumerate(params):
         for name, value in saved["state"][i].items():
             if isinstance(value, torch.Tensor):
-                found = opt.state[p][name]
-                assert found.dtype == torch.float32
-                assert torch.equal(found, value.float())
+                loaded_state = opt.state[p][name]
+                assert loaded_state.dtype == torch.float32
+                assert torch.equal(loaded_state, value.float())
     train(opt, params, range(3, 5))
     assert not torch.equal(opt.master_weights()[0], params[0].detach().float())
 

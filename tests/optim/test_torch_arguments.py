@@ -60,13 +60,13 @@ TOGETHER: list[dict[str, Any]] = [{"fused": True, "foreach": True}, {"fused": Tr
 
 
 def torch_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    found: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, name)
-    return found
+    cls: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, name)
+    return cls
 
 
 def our_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    found: Callable[..., torch.optim.Optimizer] = getattr(tritopt.optim, name)
-    return found
+    cls: Callable[..., torch.optim.Optimizer] = getattr(tritopt.optim, name)
+    return cls
 
 
 def parameter(*shape: int) -> torch.nn.Parameter:
@@ -74,24 +74,24 @@ def parameter(*shape: int) -> torch.nn.Parameter:
 
 
 def bad_arguments() -> list[Any]:
-    found = []
+    params = []
     for name in NAMES:
         known = inspect.signature(torch_class(name)).parameters
         cases = [*BAD_RATES, *BAD.get(name, [])]
         cases += BAD_BETAS if "betas" in known else []
         cases += [{"eps": -1.0}] if "eps" in known and name != "Adafactor" else []
         cases += TOGETHER if "fused" in known else []
-        found += [pytest.param(name, case, id=f"{name}-{case}".replace("\n", "")) for case in cases]
-    return found
+        params += [pytest.param(name, case, id=f"{name}-{case}".replace("\n", "")) for case in cases]
+    return params
 
 
 @pytest.mark.parametrize(("name", "arguments"), bad_arguments())
 def test_bad_argument_has_torchs_error(name: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(Exception) as expected:  # noqa: PT011 - whatever torch raises
         torch_class(name)([parameter(3)], **arguments)
-    with pytest.raises(expected.type) as found:
+    with pytest.raises(expected.type) as raised:
         our_class(name)([parameter(3)], **arguments)
-    assert str(found.value) == str(expected.value)
+    assert str(raised.value) == str(expected.value)
 
 
 def shared() -> Any:
@@ -116,9 +116,9 @@ def shared() -> Any:
 def test_bad_parameters_have_torchs_error(name: str, params: Callable[[], Any]) -> None:
     with pytest.raises(Exception) as expected:  # noqa: PT011 - whatever torch raises
         torch_class(name)(params())
-    with pytest.raises(expected.type) as found:
+    with pytest.raises(expected.type) as raised:
         our_class(name)(params())
-    assert str(found.value) == str(expected.value)
+    assert str(raised.value) == str(expected.value)
 
 
 @pytest.mark.parametrize("name", NAMES)

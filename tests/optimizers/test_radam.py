@@ -73,14 +73,14 @@ def distances_to_torch(n_steps: int, **arguments: Any) -> list[float]:
     theirs = torch.optim.RAdam([parameter], lr=LR, betas=(BETA1, 0.9), eps=1e-3, weight_decay=WD)
     ours = tritopt.create("radam", learning_rate=LR, beta1=BETA1, beta2=0.9, epsilon=1e-3, wd=WD, **arguments)
     state = ours.create_state(0, weight)
-    found = []
+    distances = []
     for _ in range(n_steps):
         weight.copy_(parameter.detach())
         parameter.grad = torch.randn(4, 5, dtype=torch.float64, generator=generator)
         ours.update([0], [weight], [parameter.grad], [state])
         theirs.step()
-        found.append(float((weight - parameter.detach()).abs().max()))
-    return found
+        distances.append(float((weight - parameter.detach()).abs().max()))
+    return distances
 
 
 @pytest.mark.parametrize("use_fused_step", [True, False])

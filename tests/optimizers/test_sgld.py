@@ -119,10 +119,10 @@ def test_noise_is_normal_and_white() -> None:
     """As MXNet's, whose moments over as many numbers the recorded trajectories hold; each within 4 deviations."""
     z = drawn(tritopt.create("sgld", learning_rate=0.04), (N,))[0].double() / 0.2
     moments = [float(z.pow(k).mean()) for k in (1, 2, 3, 4)]
-    for found, expected, deviation in zip(
+    for moment, expected, deviation in zip(
         moments, (0, 1, 0, 3), (1, math.sqrt(2), math.sqrt(15), math.sqrt(96)), strict=True
     ):
-        assert found == pytest.approx(expected, abs=4 * deviation / math.sqrt(N))
+        assert moment == pytest.approx(expected, abs=4 * deviation / math.sqrt(N))
     for lag in (1, 2, 32, 1024, 2**16):
         assert abs(correlation(z[:-lag], z[lag:])) < 4
 

@@ -98,8 +98,8 @@ def test_all_parts_run_and_pass(run: Callable[..., Finished]) -> None:
     assert len(done.files) <= 8
     checks = [call for call in done.calls if "tritopt check" in call]
     assert len(checks) == 2
-    found = json.loads((done.out / "check.json").read_text())
-    assert (found["passed"], len(found["rows"]), found["unfinished"]) == (True, len(checks), [])
+    report = json.loads((done.out / "check.json").read_text())
+    assert (report["passed"], len(report["rows"]), report["unfinished"]) == (True, len(checks), [])
     # Nothing runs beside what is measured.
     alone = ["tritopt bench --seconds", "tritopt bench --host", "test_host_time", "test_large.py"]
     places = [next(i for i, call in enumerate(done.calls) if part in call) for part in alone]

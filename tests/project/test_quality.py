@@ -59,7 +59,7 @@ def test_every_launch_forbids_contraction() -> None:
                 spreads = path.is_relative_to(ROOT / "tritopt") and any(word.arg is None for word in call.keywords)
                 says = path.read_text() if spreads else ast.unparse(call)
                 launches.append((place(path, call), "enable_fp_fusion" in says))
-            case ast.Name(id="Launcher"):
+            case ast.Name(id="BoundKernel"):
                 launches.append((place(path, call), "enable_fp_fusion" in path.read_text()))
     assert len(launches) >= 12
     assert [where for where, is_exact in launches if not is_exact] == []

@@ -183,8 +183,8 @@ def test_every_barrier_of_a_reduction_is_needed(record: Record) -> None:
     n_shown = 0
     for start, end in barriers:
         broken = Machine(parse(ptx[:start] + ptx[end:]), compiled.metadata.shared)
-        found = [outcome(broken, arguments, sums, Options(warp_seed=seed, watches=False)) for seed in seeds]
-        n_shown += any(one != wanted for one in found)
+        outcomes = [outcome(broken, arguments, sums, Options(warp_seed=seed, watches=False)) for seed in seeds]
+        n_shown += any(one != wanted for one in outcomes)
         assert "race in shared memory" in str(outcome(broken, arguments, sums, Options()))
     # Triton 3.6 has all warps read a sum that only the first one stores: what the others read does not matter.
     assert n_shown == len(barriers) or (len(barriers) == 5 and n_shown == 2)

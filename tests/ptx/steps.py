@@ -41,12 +41,12 @@ def sums(cls: Any) -> bool:
 
 def tensors(opt: Any, params: Sequence[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
     """Weights and states, by name."""
-    found = {}
+    by_name = {}
     for i, param in enumerate(params):
-        found[f"weight {i}"] = param.detach()
+        by_name[f"weight {i}"] = param.detach()
         state = opt.state.get(param, {})
-        found |= {f"{name} {i}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return found
+        by_name |= {f"{name} {i}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return by_name
 
 
 def assert_bits(ours: torch.Tensor, expected: torch.Tensor, name: str) -> None:
@@ -97,15 +97,15 @@ def assert_follows_reference(
         # Elementwise kernels of fp32 share no memory.
         shuffle(record, step, warps=sums(cls) or dtype != FP32)
         launches = record.launches.total()
-        for opt, some in runs:
+        for opt, owned in runs:
             if before_step is not None:
                 before_step(opt, step)
-            set_gradients(some, layouts, dtype if grad_dtype is None else grad_dtype, step)
+            set_gradients(owned, layouts, dtype if grad_dtype is None else grad_dtype, step)
             opt.step()
         assert record.launches.total() > launches
-        found, expected = tensors(ours, params), tensors(reference, others)
-        assert found.keys() == expected.keys()
-        for name, tensor in found.items():
+        actual, expected = tensors(ours, params), tensors(reference, others)
+        assert actual.keys() == expected.keys()
+        for name, tensor in actual.items():
             if is_exact:
                 assert_bits(tensor, expected[name], f"step {step}, {name}")
             else:
@@ -136,13 +136,13 @@ def test_other_gpus(record: Record, cls: Any) -> None:
 
 def test_sums_differ_between_gpus_in_the_last_bits_at_most() -> None:
     """Triton 3.9 adds pairs first for sm_100: runs on other GPUs have other last bits (engine/tuning/config.py)."""
-    sizes, random, found = (100, 1025, 8195, 30000), torch.Generator().manual_seed(0), []
-    some = [torch.randn(size, generator=random) for size in sizes]
+    sizes, random, norms = (100, 1025, 8195, 30000), torch.Generator().manual_seed(0), []
+    tensors = [torch.randn(size, generator=random) for size in sizes]
     for capability in (80, 90, 100):
         with switch_on(capability):
-            found.append(plan.norms(some))
-    assert torch.equal(found[0], found[1])
-    torch.testing.assert_close(found[1], found[2], rtol=1e-7, atol=0)
+            norms.append(plan.norms(tensors))
+    assert torch.equal(norms[0], norms[1])
+    torch.testing.assert_close(norms[1], norms[2], rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_launch_configurations(record: Record, cls: Any, config: Config, monkeyp
 @pytest.mark.parametrize("cls", [optim.SGD, optim.Adagrad], ids=lambda cls: cls.__name__)
 def test_sparse_gradients(record: Record, cls: Any) -> None:
     """As an embedding's: some rows, some of them twice."""
-    rows, found = torch.tensor([0, 3, 3, 8]), []
+    rows, runs = torch.tensor([0, 3, 3, 8]), []
     for path in (None, False):
         random = torch.Generator().manual_seed(0)
         param = torch.nn.Parameter(torch.randn(9, 70, generator=random))
@@ -258,10 +258,10 @@ def test_sparse_gradients(record: Record, cls: Any) -> None:
             grad = torch.randn(4, 70, generator=random)
             param.grad = torch.sparse_coo_tensor(rows[None], grad, param.shape, check_invariants=True)
             opt.step()
-        found.append(tensors(opt, [param]))
+        runs.append(tensors(opt, [param]))
     assert record.launches.total() == 3
-    for name, tensor in found[0].items():
-        assert_bits(tensor, found[1][name], name)
+    for name, tensor in runs[0].items():
+        assert_bits(tensor, runs[1][name], name)
 
 
 @pytest.mark.parametrize(

@@ -222,12 +222,12 @@ def test_fma_rounds_once() -> None:
     near = np.nextafter(-(a * b), random.choice([-np.inf, np.inf], n).astype(np.float32))
     half = np.ldexp(a * b, random.integers(-26, 26, n)).astype(np.float32)
     c = np.where(random.random(n) < 0.5, near, half).astype(np.float32)
-    found = compute(
+    results = compute(
         "fma.rn.f32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32", *([int(v) for v in x.view(np.uint32)] for x in (a, b, c)),
         n_threads=992,
     )  # fmt: skip
     wrong = 0
-    for x, y, z, bits in zip(a, b, c, found, strict=True):
+    for x, y, z, bits in zip(a, b, c, results, strict=True):
         exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
         value = Fraction(float(np.uint32(bits).view(np.float32)))
         gap = abs(value - exact)

@@ -109,14 +109,14 @@ class GoldenCase:
 
     def decisions(self) -> tuple[str, ...]:
         """Decisions that keep tritopt from following this trajectory, keys of DECISIONS; () if it must be followed."""
-        found = {
+        holds_of = {
             "M6": self.optimizer == "AdamW" and "fused_step_differ" in self.flags and not self.use_fused_step,
             "M7": self.optimizer == "LANS" and "fused_step_differ" in self.flags and not self.use_fused_step,
             "M8": "nadam_shared_schedule" in self.flags,
             "M21": "fused_norm_of_fp16_weight" in self.flags and self.use_fused_step,
             "M24": self.first_step_of_unequal_rates() < self.steps,
         }
-        return tuple(name for name, holds in found.items() if holds)
+        return tuple(name for name, holds in holds_of.items() if holds)
 
     def comparable_steps(self) -> int:
         """Leading steps in which the weights can be compared."""
@@ -386,9 +386,9 @@ def _check_states(
 
 def _check_counts(outcome: Comparison, case: GoldenCase, result: ReplayResult) -> None:
     for name in ("index_update_count", "num_update"):
-        found, gold = getattr(result, name), getattr(case, name)
-        if found != gold:
-            outcome.violations.append(f"{name} is {found} instead of {gold}")
+        count, gold = getattr(result, name), getattr(case, name)
+        if count != gold:
+            outcome.violations.append(f"{name} is {count} instead of {gold}")
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tritopt.optim
-from tritopt.engine.phase import Launch, run_phases
+from tritopt.engine.phase import LaunchSpec, run_phases
 
 Params = list[torch.nn.Parameter]
 
@@ -57,13 +57,13 @@ def counts(opt: Any, params: Sequence[torch.Tensor]) -> list[float]:
     owned = [(p, group) for group in opt.param_groups for p in group["params"]]
     place_of = {id(p): i for i, (p, _) in enumerate(owned)}
     places = [place_of[id(p)] for p in params]
-    found: list[float] = opt._stepper._numbers.get("step", places).tolist()
-    for p, place, count in zip(params, places, found, strict=True):
+    steps: list[float] = opt._stepper._scalar_states.get("step", places).tolist()
+    for p, place, count in zip(params, places, steps, strict=True):
         state = opt.state.get(p, {})
         assert ("step" in state) == opt.layout_of(*owned[place]).shows_numbers
         if "step" in state:
             assert (float(state["step"]), state["step"].dtype, state["step"].shape) == (count, torch.float32, ())
-    return found
+    return steps
 
 
 def train(
@@ -89,29 +89,29 @@ def options_of(cls: Any, **wanted: Any) -> dict[str, Any]:
     return {name: value for name, value in {"lr": lr, **wanted}.items() if name in known and name not in refused}
 
 
-def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Launch]]:
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, LaunchSpec]]:
     """A list that gets, for each pass over phases, the number of groups of tensors and what is launched for them."""
-    found: list[tuple[int, Launch]] = []
+    launches: list[tuple[int, LaunchSpec]] = []
 
-    def recording(groups: Sequence[Any], launch: Launch, n_tasks: int) -> Any:
-        found.append((len(groups), launch))
+    def recording(groups: Sequence[Any], launch: LaunchSpec, n_tasks: int) -> Any:
+        launches.append((len(groups), launch))
         return run_phases(groups, launch, n_tasks)
 
     for name, module in list(sys.modules.items()):
         if name.startswith("tritopt.") and getattr(module, "run_phases", None) is run_phases:
             monkeypatch.setattr(module, "run_phases", recording)
-    return found
+    return launches
 
 
 def everything(opt: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Copies of all weights and state tensors, in an order that is always the same."""
-    found = []
+    tensors = []
     for group in opt.param_groups:
         for p in group["params"]:
-            found.append(p.detach().clone())
+            tensors.append(p.detach().clone())
             state = opt.state.get(p, {})
-            found += [state[name].detach().clone() for name in sorted(state) if isinstance(state[name], torch.Tensor)]
-    return found
+            tensors += [state[name].detach().clone() for name in sorted(state) if isinstance(state[name], torch.Tensor)]
+    return tensors
 
 
 def assert_same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:

@@ -161,17 +161,17 @@ def test_registered_optimizers_pass(cls: type[tritopt.Optimizer]) -> None:
 
 
 def test_full_check_covers_every_combination() -> None:
-    found = find_cases([tritopt.SGD])
-    assert len(set(map(str, found))) == len(found) == 50
+    cases = find_cases([tritopt.SGD])
+    assert len(set(map(str, cases))) == len(cases) == 50
     assert set(find_cases([tritopt.SGD], quick=True)[0].arguments) == {"learning_rate"}
-    assert all(c.variant for c in found if c.state_dtype), "without momentum there is no state"
-    assert {c.state_dtype for c in found} == {None, *STATE_FORMATS}
-    assert {c.option for c in found if c.state_dtype} == {"wd, clip, rescale"}
+    assert all(c.variant for c in cases if c.state_dtype), "without momentum there is no state"
+    assert {c.state_dtype for c in cases} == {None, *STATE_FORMATS}
+    assert {c.option for c in cases if c.state_dtype} == {"wd, clip, rescale"}
 
 
 @pytest.mark.parametrize("cls", [tritopt.Ftrl, tritopt.GroupAdaGrad, tritopt.Test, Ported])
 def test_no_state_takes_another_format(cls: type[tritopt.Optimizer]) -> None:
-    assert not [found for found in find_cases([cls]) if found.state_dtype]
+    assert not [case for case in find_cases([cls]) if case.state_dtype]
 
 
 class PortedSign(Ported):
@@ -229,11 +229,11 @@ def test_sums_that_cancel_before_their_sign_is_taken(monkeypatch: pytest.MonkeyP
 def test_gradients_stay_as_drawn_but_for_a_few(
     cls: type[tritopt.Optimizer], jumps: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = run._jumps
+    original = run._jumps
     counted: list[int] = []
 
     def counting(*args: Any) -> list[torch.Tensor]:
-        masks = found(*args)
+        masks = original(*args)
         counted.extend(int(mask.sum()) for mask in masks)
         return masks
 
@@ -370,9 +370,9 @@ def test_neighbours(name: str, kind: str) -> None:
     if name == "int8":
         given = [-2, -1, 0, 1, 126] if kind == SIGNED else [254, 255, 0, 1, 126]
         higher = [-1, 0, 1, 2, 127] if kind == SIGNED else [255, 255, 1, 2, 127]
-        before, after = (torch.tensor(some, dtype=fmt.dtypes[0], device="cpu") for some in (given, higher))
-        found = contender._neighbour(fmt, (before, planes[-1][:1]), 1)
-        assert torch.equal(found, fmt.decode((after, planes[-1][:1]), torch.float32))
+        before, after = (torch.tensor(codes_of, dtype=fmt.dtypes[0], device="cpu") for codes_of in (given, higher))
+        neighbour = contender._neighbour(fmt, (before, planes[-1][:1]), 1)
+        assert torch.equal(neighbour, fmt.decode((after, planes[-1][:1]), torch.float32))
 
 
 def test_neighbours_lie_in_memory_as_the_state_does() -> None:
@@ -387,9 +387,9 @@ def test_neighbours_lie_in_memory_as_the_state_does() -> None:
     assert number.stride() == low.stride() == high.stride() == weight.stride()
     scale = torch.ones(11, 6, device="cpu")
     scale[9:, 5] = 1024.0
-    for found, step in ((low, -1), (number, 0), (high, 1)):
+    for neighbour, step in ((low, -1), (number, 0), (high, 1)):
         code = codes.float() + step
-        assert torch.equal(found, code**3 * code.abs() * scale)
+        assert torch.equal(neighbour, code**3 * code.abs() * scale)
 
 
 @pytest.mark.parametrize(("config", "block"), [(run.SMALL, 0), (run.SMALL_OF_STATES, BLOCK)])

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tritopt.engine.tuning.config import Config
 from tritopt.mxnet import registry
 from tritopt.tools import numerics, resources, tune
 from tritopt.tools.bench import host, measure
+from tritopt.tools.bench.contestants import Case
 from tritopt.tools.check import CheckResult
 from tritopt.tools.check.cases import unchecked
 from tritopt.tools.check.worker import Selection
@@ -285,16 +286,18 @@ def test_bench(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
     bench_command._print(Done())  # type: ignore[arg-type]
     assert_fits(capsys.readouterr().out, width, "TransformerEngine", "3.250", "times", "1.25")
-    monkeypatch.setattr(host, "CASES", host.CASES[:1])
     times: Any = {"ms": 0.5, "best_ms": 0.25, "cold_ms": 1.0, "ratio": 0.125}
-    monkeypatch.setattr(
-        host,
-        "case_times",
-        lambda case, *_: [
-            host.HostTime("torch foreach", case.tensors, case.groups, case.clip, case.sets, "nothing", **times)
-        ],
-    )
-    assert_fits(run("bench", "--host").output.partition("replaced,")[0], width, "foreach", "0.500", "0.12")
+    names = ("torch foreach", "optimi")
+
+    def case_times(case: Case, *_: object) -> list[host.HostTime]:
+        rows = [host.HostTime(name, *case, case.title, "nothing", **times) for name in names]
+        rows[1].ms, rows[1].refused = None, "RuntimeError: needs a GPU"
+        return rows
+
+    monkeypatch.setattr(host, "case_times", case_times)
+    table, _, below = run("bench", "--host").output.partition("replaced,")
+    assert_fits(table, width, *names, "0.500", "0.12", *{word for case in host.CASES for word in case.title.split()})
+    assert f"{host.CASES[0].title}, optimi: RuntimeError: needs a GPU" in below
 
 
 def test_words_are_broken_only_where_no_column_may_go() -> None:
@@ -311,8 +314,11 @@ def test_words_are_broken_only_where_no_column_may_go() -> None:
 
 
 @pytest.fixture
-def _registers_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "OPTIMIZERS", dict(registry.OPTIMIZERS))
+def _registers_for_now() -> Iterator[None]:
+    known = dict(registry.OPTIMIZERS)
+    yield
+    registry.OPTIMIZERS.clear()
+    registry.OPTIMIZERS.update(known)
 
 
 @pytest.mark.usefixtures("_registers_for_now")
@@ -324,8 +330,8 @@ def test_optimizers_by_position(command: str, tmp_path: Path, monkeypatch: pytes
     quick = ["--quick"] if command == "check" else []
     result = run(command, "Test", "mine:Mine", *quick, "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    rows = found["rows"] if command == "check" else found
+    document = json.loads(result.stdout)
+    rows = document["rows"] if command == "check" else document
     assert {row["optimizer"] for row in rows} == {"test", "mine"}
     for name, hint in (("adamww", "did you mean 'adamw'"), ("nowhere:Mine", "cannot import"), ("x", "my_module:My")):
         result = run(command, name, COLUMNS="200")

@@ -45,12 +45,12 @@ def run(*arguments: str) -> Any:
 def rows() -> list[LaunchRecord]:
     """The default cases, those of optimizers that were never saved included, compiled afresh."""
     pytest.importorskip("triton")
-    return [row for found in inspect_cases(select_cases().cases, 1) for row in found]
+    return [row for records in inspect_cases(select_cases().cases, 1) for row in records]
 
 
 def differences(saved: Sequence[LaunchRecord], now: Sequence[LaunchRecord]) -> list[str]:
     """What counts as a change: everything if the compiler is the same, else what the kernels ask of it."""
-    found = []
+    lines = []
     for change in compare(saved, now):
         if saved[0].triton != now[0].triton:
             if change.column in ("triton", "programs", "shared_bytes", "milliseconds", "bound"):
@@ -58,8 +58,8 @@ def differences(saved: Sequence[LaunchRecord], now: Sequence[LaunchRecord]) -> l
             is_known = change.column in ROOM and None not in (change.saved, change.now)
             if is_known and abs(change.now - change.saved) <= ROOM[change.column] * change.saved:
                 continue
-        found.append(f"{change.case.label} {change.kernel}: {change.column} {change.saved} -> {change.now}")
-    return found
+        lines.append(f"{change.case.label} {change.kernel}: {change.column} {change.saved} -> {change.now}")
+    return lines
 
 
 def test_the_compiled_code_is_as_committed(rows: list[LaunchRecord]) -> None:
@@ -300,8 +300,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     def committed(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[LaunchRecord]]:
         asked.extend(cases)
         for case in cases:
-            found = [row for row in SAVED if row.case._replace(gpu="") == case._replace(gpu="")]
-            yield [replace(row, gpu=case.gpu) for row in found]
+            saved = [row for row in SAVED if row.case._replace(gpu="") == case._replace(gpu="")]
+            yield [replace(row, gpu=case.gpu) for row in saved]
 
     monkeypatch.setattr(report, "inspect_cases", committed)
     return asked
@@ -372,8 +372,8 @@ def test_diff(compiled: list[Case], tmp_path: Path) -> None:
     # Times are for another GPU then, and not compared.
     assert run("--diff", str(file), "--optimizer", "sgd", "--gpu", "h100").exit_code == 0
     saved_with(instructions=None, bytes_loaded=None, elements=None)
-    found = run("--diff", str(file), "--json")
-    assert (found.exit_code, len(json.loads(found.stdout))) == (0, len(SAVED))
+    result = run("--diff", str(file), "--json")
+    assert (result.exit_code, len(json.loads(result.stdout))) == (0, len(SAVED))
 
 
 def test_a_launch_more_or_without_hot_loop_is_worse() -> None:

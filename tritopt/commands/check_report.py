@@ -120,11 +120,11 @@ class Report:
 
 def _words(name: str) -> list[str]:
     """Break the name of a storage format into lines of a column's title."""
-    found = []
+    words = []
     for word in re.findall(r"\+?[^+-]+-?", name):
         half = len(word) // 2
-        found += [f"{word[:half]}-", word[half:]] if len(word) > LONGEST_WORD else [word]
-    return found
+        words += [f"{word[:half]}-", word[half:]] if len(word) > LONGEST_WORD else [word]
+    return words
 
 
 def _blocks(columns: Sequence[str], widths: Mapping[str, int], room: int) -> list[list[str]]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from tritopt.kernels.language import HAS_TRITON
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+AsDark = Annotated[bool, typer.Option("--dark", help="Draw for a dark page.")]
 AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
 Targets = Annotated[
     list[str] | None,

@@ -68,8 +68,8 @@ def inspect(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
-        found = report.inspect_cases(selection.cases)
-        shown = with_progress(found, "compiling", len(selection.cases), not as_json)
+        records = report.inspect_cases(selection.cases)
+        shown = with_progress(records, "compiling", len(selection.cases), not as_json)
         rows = [row for of_case in shown for row in of_case]
     except RuntimeError as error:
         typer.echo(str(error), err=True)

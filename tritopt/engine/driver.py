@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from tritopt.engine import private
-from tritopt.engine.group import Group
-from tritopt.engine.launcher import Launcher
-from tritopt.engine.phase import Launch
+from tritopt.engine.group import LaunchGroup
+from tritopt.engine.launcher import BoundKernel
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning import autotune
 from tritopt.engine.tuning.config import Config, adapted
@@ -66,26 +66,26 @@ class Apply(NamedTuple):
         read = weight[0] * self.reads_weight + grad * self.reads_grad + states * self.reads_states
         return read, weight[1] * self.writes_weight + states * self.writes_states
 
-    def source(self, group: Group, launch: Launch, n_earlier: int) -> str:
+    def source(self, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> str:
         """Hash of the driver, of the functions that it is given, and of what the phase reads, writes and sums."""
         functions = (multi_tensor_apply, PREAMBLES[launch.preamble].kernel)
         sources = [private.source_key(function) for function in functions]
         given = phase_constants(self, launch, group, n_earlier)["SOURCE_HASH"]
         return hashlib.sha256(repr((given, sources, self[1:])).encode()).hexdigest()[:16]
 
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+    def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> torch.Tensor | None:
         """Launch the driver, and where sums are emitted the second stage of the reduction."""
         n_earlier = 0 if sums is None else sums.shape[1]
         is_tracked = launch.tracked is not None
         how = (launch.preamble, launch.scalars, launch.skip_zero_rescale, launch.draws, is_tracked, n_earlier)
         key = (self, *how, _config_of(self, group, launch, n_earlier), group.stream)
-        return group.ready(key, lambda: _Applied(self, group, launch, n_earlier))(group, launch, sums)
+        return group.ready(key, lambda: _BoundPhase(self, group, launch, n_earlier))(group, launch, sums)
 
 
-class _Applied:
+class _BoundPhase:
     """A phase's launches for one group, with the tables and the scratch that they need."""
 
-    def __init__(self, phase: Apply, group: Group, launch: Launch, n_earlier_sums: int) -> None:
+    def __init__(self, phase: Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier_sums: int) -> None:
         config = _config_of(phase, group, launch, n_earlier_sums)
         self._tensor_table, self._chunk_table = group.tables(
             ("chunks", config.chunk_size), partial(chunk_tables, chunk_size=config.chunk_size)
@@ -105,19 +105,16 @@ class _Applied:
             "enable_fp_fusion": False,
         }
         self._apply = self._launcher()
-        self._sum = Launcher(
+        self._sum = BoundKernel(
             sum_partials, self._n_tensors, {"N_SUMS": self._n_totals, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
         )
         # What is tracked is read later, perhaps after other steps: it gets memory of its own each time.
         self._scratch = None if launch.tracked is not None else self._fresh(group)
 
-    def __call__(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+    def __call__(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> torch.Tensor | None:
         partials, totals = self._scratch or self._fresh(group)
-        apply: Callable[..., Any] = self._apply
-        sum_up: Callable[..., Any] = self._sum
-        if launch.record is not None:
-            apply, sum_up = (launcher.noting(launch.record.kernel) for launcher in (self._apply, self._sum))
-        compiled = apply(
+        compiled = self._apply(
+            launch.record,
             group.device_table,
             self._tensor_table,
             self._chunk_table,
@@ -128,12 +125,12 @@ class _Applied:
             self._noise,
             self._n_tensors,
         )
-        if private.n_spills(compiled) and self._variant not in _MORE_REGISTERS:
-            _MORE_REGISTERS[self._variant] = more_registers(private.n_registers(compiled))
+        if private.n_spills(compiled) and self._variant not in _OPTIONS_OF_SPILLED:
+            _OPTIONS_OF_SPILLED[self._variant] = more_registers(private.n_registers(compiled))
             self._apply = self._launcher()
         if totals is None:
             return None
-        sum_up(partials, self._tensor_table, totals, self._n_chunks, self._n_tensors)
+        self._sum(launch.record, partials, self._tensor_table, totals, self._n_chunks, self._n_tensors)
         if launch.tracked is not None and any(self._tracks):
             columns = (*self._tracks[0], *self._tracks[1])
             launch.tracked.append(Tracked(group.members, columns, totals[:, self._n_sums :]))
@@ -141,18 +138,18 @@ class _Applied:
             return totals
         return totals[:, : self._n_sums].contiguous() if self._n_sums else None
 
-    def _launcher(self) -> Launcher:
-        more = _MORE_REGISTERS.get(self._variant, {})
-        return Launcher(multi_tensor_apply, self._n_chunks, {**self._constants, **more})
+    def _launcher(self) -> BoundKernel:
+        more = _OPTIONS_OF_SPILLED.get(self._variant, {})
+        return BoundKernel(multi_tensor_apply, self._n_chunks, {**self._constants, **more})
 
-    def _fresh(self, group: Group) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _fresh(self, group: LaunchGroup) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Partial sums and sums of tensors, if there are any."""
         if not self._n_totals:
             return None, None
         return group.empty(self._n_chunks, self._n_totals), group.empty(self._n_tensors, self._n_totals)
 
 
-_MORE_REGISTERS: dict[Hashable, dict[str, int]] = {}
+_OPTIONS_OF_SPILLED: dict[Hashable, dict[str, int]] = {}
 """Options of launches that spilled the first time."""
 
 
@@ -164,7 +161,7 @@ def more_registers(n: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": min(n + 32, 255)}
 
 
-def tracks_of(phase: Apply, launch: Launch) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def tracks_of(phase: Apply, launch: LaunchSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What a phase sums up of the gradient, and of the update: each by one phase of the step."""
     if launch.tracked is None:
         return (), ()
@@ -172,7 +169,7 @@ def tracks_of(phase: Apply, launch: Launch) -> tuple[tuple[str, ...], tuple[str,
     return OF_GRADIENT if phase is reader else (), OF_UPDATE if phase.writes_weight else ()
 
 
-def _config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> Config:
+def _config_of(phase: Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> Config:
     """The launch's configuration or, if it has none, the phase's choice; adapted to what is stored."""
     if launch.config is not None:
         return adapted(launch.config, group.formats, group.dtypes)
@@ -185,7 +182,7 @@ def _config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> Co
     return chosen[0]
 
 
-def _noise_table(group: Group) -> Callable[[object], tuple[np.ndarray[Any, Any]]]:
+def _noise_table(group: LaunchGroup) -> Callable[[object], tuple[np.ndarray[Any, Any]]]:
     return lambda _: (np.array(group.noise, dtype=np.int64),)
 
 
@@ -198,7 +195,7 @@ def chunk_tables(shapes: Sequence[torch.Size], chunk_size: int) -> tuple[np.ndar
     return tensors, np.repeat(np.arange(len(sizes), dtype=np.int32), chunks)
 
 
-def phase_constants(phase: Apply, launch: Launch, group: Group, n_earlier_sums: int) -> dict[str, Any]:
+def phase_constants(phase: Apply, launch: LaunchSpec, group: LaunchGroup, n_earlier_sums: int) -> dict[str, Any]:
     """The driver's compile-time arguments for one phase, but for the launch's sizes."""
     formats, dtypes = group.formats, group.dtypes
     n_states = len(formats) - 1

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from tritopt.engine import driver
-from tritopt.engine.group import Group
+from tritopt.engine.group import LaunchGroup
 from tritopt.engine.launcher import launch_once
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.row_phase import group_constants
 from tritopt.engine.tuning.config import GENERIC, Config
 from tritopt.kernels.drivers.factored_apply import (
@@ -69,7 +69,7 @@ class ApplyFactored(NamedTuple):
         """
         return 3 * grad + 2 * weight[0] + 2 * states, weight[1] + states
 
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> None:
+    def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> None:
         """All of them; see the kernels' module."""
         config = launch.config or GENERIC
         shape_table, tile_counts, line_table, sizes, *flat = group.tables(
@@ -89,7 +89,7 @@ class ApplyFactored(NamedTuple):
             "num_warps": config.num_warps,
         }
         without = partial(_without, common)
-        once = partial(launch_once, None if launch.record is None else launch.record.kernel)
+        once = partial(launch_once, launch.record)
         flags = (launch.rescale, launch.noop)
         table, n_tensors = group.device_table, len(group.members)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from tritopt.engine.group import Group, on_device_of
+from tritopt.engine.group import LaunchGroup, on_device_of
 from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning.config import Config
 
@@ -15,7 +15,7 @@ from tritopt.engine.tuning.config import Config
 class Phase(Protocol):
     """One launch over a group, or a few that belong together."""
 
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+    def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> torch.Tensor | None:
         """Run it. `sums`: of the phases before, fp64 [tensors, sums]; returns those that this one emits, or None."""
         ...
 
@@ -42,12 +42,12 @@ class Phase(Protocol):
 class Tunable(Phase, Protocol):
     """A phase of which engine/tuning may measure how it is launched best."""
 
-    def source(self, group: Group, launch: Launch, n_earlier: int) -> str:
+    def source(self, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> str:
         """Hash of all source that decides its kernel. n_earlier: number of sums per tensor that it receives."""
         ...
 
 
-class Launch(NamedTuple):
+class LaunchSpec(NamedTuple):
     """Settings that the tasks of one step have in common."""
 
     phases: Sequence[Phase]
@@ -56,12 +56,12 @@ class Launch(NamedTuple):
     preamble: str
     """A key of kernels/preambles.py."""
     rescale: torch.Tensor | None = None
-    """Device scalar that multiplies the rows' rescale; NaN or Inf skips the update."""
+    """Device scalar that multiplies the rescale in each set of scalars; NaN or Inf skips the update."""
     noop: torch.Tensor | None = None
     """Device flag; anything but 0 skips the update."""
     skip_zero_rescale: bool = False
     draws: bool = False
-    """Whether storing takes random bits; rows then end with the step."""
+    """Whether storing takes random bits; a set of scalars then ends with the step."""
     tracked: list[Tracked] | None = None
     """Receives what the phases sum up of gradients and updates; None: they sum up nothing."""
     reduce: Reduce | None = None
@@ -73,10 +73,12 @@ class Launch(NamedTuple):
 
     @property
     def n_scalars(self) -> int:
-        """Length of a row: rescale, clip bound, wd, the optimizer's, and perhaps the step."""
+        """Length of a set of scalars: rescale, clip bound, wd, the optimizer's, and the step if `draws`."""
         return 3 + len(self.scalars._fields) + self.draws  # type: ignore[attr-defined]
 
-    def given(self, rescale: torch.Tensor | None, noop: torch.Tensor | None, tracked: list[Tracked] | None) -> Launch:
+    def given(
+        self, rescale: torch.Tensor | None, noop: torch.Tensor | None, tracked: list[Tracked] | None
+    ) -> LaunchSpec:
         """The launch of one step, with what comes with that."""
         if rescale is None and noop is None and tracked is None:
             return self
@@ -86,7 +88,7 @@ class Launch(NamedTuple):
 class Recorder:
     """Told what a step would launch, in place of launching it; tools compile or measure that. Sums are not formed."""
 
-    def phase(self, phase: Phase, group: Group, launch: Launch, n_earlier: int) -> None:
+    def phase(self, phase: Phase, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> None:
         """Note a phase of a group, before its launches. n_earlier: number of sums per tensor that it receives."""
 
     def kernel(self, kernel: Any, grid: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
@@ -103,14 +105,14 @@ class Reduce(Protocol):
         ...
 
 
-def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[torch.Tensor | None]:
+def run_phases(groups: Sequence[LaunchGroup], launch: LaunchSpec, n_tasks: int) -> list[torch.Tensor | None]:
     """Launch the phases one after the other; a phase receives the sums of all before it. Returns all sums."""
     if len(groups) == 1 and launch.reduce is None:
         with on_device_of(groups[0]):
-            found = None
+            total = None
             for phase in launch.phases:
-                found = _joined(found, _launched(phase, groups[0], launch, found))
-        return [found]
+                total = _joined(total, _launched(phase, groups[0], launch, total))
+        return [total]
     sums: list[torch.Tensor | None] = [None] * len(groups)
     for phase in launch.phases:
         emitted = []
@@ -123,14 +125,14 @@ def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[to
     return sums
 
 
-def _launched(phase: Phase, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+def _launched(phase: Phase, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> torch.Tensor | None:
     if launch.record is not None:
         launch.record.phase(phase, group, launch, 0 if sums is None else sums.shape[1])
     return phase.launch(group, launch, sums)
 
 
 def _reduce(
-    reduce: Reduce, groups: Sequence[Group], sums: Sequence[torch.Tensor | None], n_tasks: int, n_sums: int
+    reduce: Reduce, groups: Sequence[LaunchGroup], sums: Sequence[torch.Tensor | None], n_tasks: int, n_sums: int
 ) -> None:
     """One vector for all groups: a process whose shards are all empty takes part like the others."""
     total = torch.zeros(n_tasks, n_sums, dtype=torch.float64, device=reduce.device)

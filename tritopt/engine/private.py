@@ -284,6 +284,8 @@ def wrap_interpreter(
     np_dtype: Callable[[Any], Any],
     unwrap: Callable[[Any], Any],
     constructors: Callable[[Any], tuple[Any, Any]],
+    patch_attr: Callable[[Any, Any], Any],
+    methods: Callable[[Any, Any], Mapping[str, Any]],
 ) -> None:
     """Replace internals of the interpreter until the process ends, by what is made of each.
 
@@ -292,6 +294,8 @@ def wrap_interpreter(
         np_dtype: of the one that gives NumPy's dtype of a type.
         unwrap: of the one that takes values out of constexpr.
         constructors: of triton.language.core, those of block_type and tensor.
+        patch_attr: of the function that replaces one function of triton.language, and of the semantics that it passes.
+        methods: of the class of these semantics and that of handles, methods of the first by their names.
     """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     core: Any = importlib.import_module("triton.language.core")
@@ -299,6 +303,10 @@ def wrap_interpreter(
     interpreter._get_np_dtype = np_dtype(interpreter._get_np_dtype)
     core._unwrap_if_constexpr = unwrap(core._unwrap_if_constexpr)
     core.block_type.__init__, core.tensor.__init__ = constructors(core)
+    interpreter._patch_attr = patch_attr(interpreter._patch_attr, interpreter.interpreter_semantic)
+    semantic = type(interpreter.interpreter_semantic)
+    for name, method in methods(semantic, interpreter.TensorHandle).items():
+        setattr(semantic, name, method)
 
 
 def launches_of_interpreter() -> Any:

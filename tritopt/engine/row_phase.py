@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from tritopt.engine import driver
-from tritopt.engine.group import Group
+from tritopt.engine.group import LaunchGroup
 from tritopt.engine.launcher import launch_once
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.tuning.config import GENERIC
 from tritopt.kernels.drivers.row_apply import row_apply
 from tritopt.kernels.language import tl
@@ -50,7 +50,7 @@ class ApplyRows(NamedTuple):
         """Bytes per parameter (read, written). The gradient is read twice, the second time mostly from the cache."""
         return weight[0] + 2 * grad + states, weight[1] + states
 
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> None:
+    def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> None:
         """One launch; rows that fit into less than a block get a smaller one and fewer warps."""
         config = launch.config or GENERIC
         matrix_table, row_table = group.tables("rows", row_tables)
@@ -60,7 +60,7 @@ class ApplyRows(NamedTuple):
         block_size = min(max(1 << (longest - 1).bit_length(), smallest), config.block_size)
         functions = (self.mean, self.state, self.update, group.format.load, group.format.store)
         launch_once(
-            None if launch.record is None else launch.record.kernel,
+            launch.record,
             row_apply,
             len(row_table),
             group.device_table,
@@ -86,7 +86,7 @@ def row_tables(shapes: Sequence[torch.Size]) -> tuple[np.ndarray[Any, Any], np.n
     return matrices, np.repeat(np.arange(len(rows), dtype=np.int32), rows)
 
 
-def group_constants(group: Group, launch: Launch) -> dict[str, Any]:
+def group_constants(group: LaunchGroup, launch: LaunchSpec) -> dict[str, Any]:
     """Compile-time arguments that say how a group's tensors are stored and what its scalars are called."""
     moved = group.dtypes[: group.format.n_planes + 1]  # by whole vectors: the weight's planes and the gradient
     return {

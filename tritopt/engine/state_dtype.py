@@ -94,7 +94,9 @@ def format_of_planes(planes: Sequence[torch.Tensor], kind: str | None) -> Format
     dtypes = tuple(plane.dtype for plane in planes)
     if len(planes) == 1:
         return PLAIN
-    found = [by_kind[kind] for by_kind in STATE_FORMATS.values() if kind in by_kind and by_kind[kind].dtypes == dtypes]
-    if not found:
+    matching = [
+        by_kind[kind] for by_kind in STATE_FORMATS.values() if kind in by_kind and by_kind[kind].dtypes == dtypes
+    ]
+    if not matching:
         raise ValueError(f"a state cannot be stored in {', '.join(map(str, dtypes))}")
-    return found[0]
+    return matching[0]

@@ -76,25 +76,25 @@ class Tracker:
 
     def sums(self, names: Sequence[Hashable]) -> torch.Tensor:
         """fp64 [tensors, COLUMNS], on the CPU; NaN for tensors that had no step."""
-        found = torch.full((len(names), len(COLUMNS)), torch.nan, dtype=torch.float64, device="cpu")
+        sums = torch.full((len(names), len(COLUMNS)), torch.nan, dtype=torch.float64, device="cpu")
         launches: dict[int, torch.Tensor] = {}
         for row, name in enumerate(names):
             if name in self._last:
                 tracked, size, place = self._last[name]
                 if id(tracked) not in launches:
                     launches[id(tracked)] = _joined(tracked, size)
-                found[row] = launches[id(tracked)][place]
-        return found
+                sums[row] = launches[id(tracked)][place]
+        return sums
 
 
 def _joined(tracked: Sequence[Tracked], size: int) -> torch.Tensor:
     """fp64 [size, COLUMNS], 0 where a tensor has no elements here."""
-    found = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device="cpu")
+    table = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device="cpu")
     for places, columns, values in tracked:
         at = [COLUMNS.index(column) for column in columns]
         for place, row in zip(places, values.cpu(), strict=True):
-            found[place, at] = row
-    return found
+            table[place, at] = row
+    return table
 
 
 def telemetry(names: Sequence[Hashable], sizes: Sequence[int], sums: torch.Tensor) -> Telemetry:

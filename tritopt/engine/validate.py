@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -110,8 +111,8 @@ def same_length(**lists: Any) -> None:
         if not isinstance(items, list | tuple):
             raise TypeError(f"{name} must be a list or a tuple beside a list of indices, got {items!r:.60}")
     if len({len(items) for items in lists.values()}) > 1:
-        found = ", ".join(f"{len(items)} {name}" for name, items in lists.items())
-        raise ValueError(f"one of each per parameter, got {found}")
+        lengths = ", ".join(f"{len(items)} {name}" for name, items in lists.items())
+        raise ValueError(f"one of each per parameter, got {lengths}")
 
 
 def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
@@ -140,6 +141,18 @@ def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
         raise ValueError(f"parameter {index!r}: gradient on {grad.device}, weight on {weight.device}; move one")
     if grad.dtype == torch.float64 != weight.dtype:
         raise TypeError(f"parameter {index!r}: a float64 gradient needs a float64 weight, not {weight.dtype}")
+
+
+def not_spread(index: Hashable, weight: Any, grad: Any) -> None:
+    """TypeError for a DTensor, whose elements lie in several processes."""
+    # Whoever made one has imported the module, which a torch built without torch.distributed does not have.
+    module = sys.modules.get("torch.distributed.tensor")
+    for name, tensor in (("weight", weight), ("gradient", grad)):
+        if module is not None and isinstance(tensor, module.DTensor):
+            raise TypeError(
+                f"parameter {index!r}: the {name} is a DTensor, which is spread over processes: take the class of "
+                "tritopt.optim, or pass .to_local() of weight and gradient to an optimizer that is elementwise"
+            )
 
 
 def has_memory(index: Hashable, name: str, tensor: torch.Tensor) -> None:

@@ -56,18 +56,20 @@ class Rates(Rule):
         attributes, arguments = self.sym_info
         return {name: float(attributes[name][attribute]) for name in arguments if attribute in attributes.get(name, {})}
 
-    def _multiplied(self, value: float, indices: Sequence[Hashable], kind: str) -> list[float]:
-        multipliers: dict[Any, float] = getattr(self, kind)
+    def _multiplied(self, value: float, indices: Sequence[Hashable], attribute: str) -> list[float]:
+        multipliers: dict[Any, float] = getattr(self, attribute)
         if not (self.param_dict or multipliers):
             return [value] * len(indices)
-        products = [value * self._multiplier(index, kind, multipliers) for index in indices]
+        products = [value * self._multiplier(index, attribute, multipliers) for index in indices]
         if not all(map(math.isfinite, products)):
             index, product = next((i, p) for i, p in zip(indices, products, strict=True) if not math.isfinite(p))
-            raise ValueError(f"parameter {index!r}: {kind} makes {value!r} into {product!r}; give a finite multiplier")
+            raise ValueError(
+                f"parameter {index!r}: {attribute} makes {value!r} into {product!r}; give a finite multiplier"
+            )
         return products
 
-    def _multiplier(self, index: Hashable, kind: str, multipliers: Mapping[Any, float]) -> float:
-        carried = getattr(self.param_dict.get(index), kind, None)  # an nn.Parameter may carry none
+    def _multiplier(self, index: Hashable, attribute: str, multipliers: Mapping[Any, float]) -> float:
+        carried = getattr(self.param_dict.get(index), attribute, None)  # an nn.Parameter may carry none
         if carried is not None:
             return float(carried)
         if index in multipliers:

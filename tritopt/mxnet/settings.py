@@ -51,12 +51,12 @@ def check_settings(opt: Update) -> None:
         validate.boolean("use_fused_step", opt.use_fused_step)
     cls: Any = type(opt)
     own = _hyperparameters(cls)
-    names = [name for some in own.values() for name in some if name in vars(opt)]
+    names = [name for arguments in own.values() for name in arguments if name in vars(opt)]
     values = [opt.master, opt.state_dtype, *[getattr(opt, name) for name in names]]
     if len(values) == len(opt._checked) and all(map(is_, values, opt._checked)):
         return
-    for rule, some in own.items():
-        rule(**{name: getattr(opt, name) for name in some if name in vars(opt)})
+    for rule, arguments in own.items():
+        rule(**{name: getattr(opt, name) for name in arguments if name in vars(opt)})
     if own and cls.__module__.startswith("tritopt."):
         cls(master=opt.master, state_dtype=opt.state_dtype)
     opt._checked = tuple(values)

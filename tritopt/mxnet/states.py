@@ -98,7 +98,7 @@ class States(Rates):
         if len(values) != len(wanted) or not all(map(is_planes, values)):
             return inner  # the next step says what is wrong
         plain = self._plain_dtype(weight)
-        found = []
+        converted = []
         for name, value, fmt in zip(self.state_names, values, wanted, strict=True):
             planes = value if isinstance(value, tuple) else (value,)
             old = format_of_planes(planes, self.state_kinds.get(name))
@@ -107,10 +107,10 @@ class States(Rates):
             elif [plane.dtype for plane in planes] != list(fmt.dtypes):
                 planes = stored(fmt, old.decode(planes, plain if fmt is PLAIN else torch.float32))
                 value = planes if len(planes) > 1 else planes[0]
-            found.append(value)
-        if all(new is old for new, old in zip(found, values, strict=True)):
+            converted.append(value)
+        if all(new is old for new, old in zip(converted, values, strict=True)):
             return inner
-        return found[0] if len(found) == 1 else tuple(found)
+        return converted[0] if len(converted) == 1 else tuple(converted)
 
     def _plain_dtype(self, weight: torch.Tensor) -> torch.dtype:
         """Dtype of a state of this weight that is stored as it is."""

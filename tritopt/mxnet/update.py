@@ -11,9 +11,9 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Rows
+from tritopt.engine.group import ScalarTable
 from tritopt.engine.launcher import Updates
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner, Task, unavailable
 from tritopt.engine.random_keys import noise_key
 from tritopt.engine.replay import mark_written
@@ -28,22 +28,24 @@ from tritopt.mxnet.states import States, is_planes, structure
 from tritopt.rule import State, Values
 
 
-class ParameterRows(NamedTuple):
-    """Scalars of an update."""
+class ParameterScalars(NamedTuple):
+    """Scalars of an update: each different set once, and which of them each parameter has."""
 
     scalars: list[Any]
-    """The rule's, of each different row."""
+    """NamedTuples of the rule's scalars, one per set."""
     values: list[tuple[float, ...]]
-    """Rows of rescale, clip bound, decay, the rule's scalars, and the step in [0, STEPS)."""
-    row_of: np.ndarray[Any, np.dtype[np.int64]]
-    """Place of each parameter's row among them."""
+    """Sets of rescale, clip bound, decay, the rule's scalars, and the step in [0, STEPS)."""
+    place_of: np.ndarray[Any, np.dtype[np.int64]]
+    """Place of each parameter's set in `values`, int64 [parameters]."""
 
-    def of_launch(self, launched: Launched) -> Rows:
-        """The rows of its parameters, with the step where it draws."""
+    def of_launch(self, launched: Launched) -> ScalarTable:
+        """Table of a launch's parameters, with the step where it draws."""
         values = np.array(self.values, dtype=np.float64)
         if not launched.draws:
             values = np.ascontiguousarray(values[:, :-1])
-        return Rows(values, self.row_of if len(launched.places) == len(self.row_of) else self.row_of[launched.places])
+        return ScalarTable(
+            values, self.place_of if len(launched.places) == len(self.place_of) else self.place_of[launched.places]
+        )
 
 
 class Update(States):
@@ -105,13 +107,13 @@ class Update(States):
     ) -> Repeated | None:
         """An earlier update of these parameters that this one repeats."""
         try:
-            found: Replay | None = self._planner.replays.get(_key(key, indices, weights))
+            replay: Replay | None = self._planner.replays.get(_key(key, indices, weights))
         except TypeError:  # an index that cannot be hashed, which the checks refuse
             return None
         validate.rescale(self.rescale_grad)
-        if found is None or self._skips(self._rescale()[0]):
+        if replay is None or self._skips(self._rescale()[0]):
             return None
-        return found.repeated(self, weights, grads, states)
+        return replay.repeated(self, weights, grads, states)
 
     @torch.no_grad()
     def _run_again(self, repeated: Repeated) -> None:
@@ -124,11 +126,11 @@ class Update(States):
                 self._apply(replay.indices, tasks, on_kernel, updates)
                 return
             rescale, device_rescale = self._rescale()
-            rows = self._rows(replay.indices, lrs, rescale)
+            scalars = self._parameter_scalars(replay.indices, lrs, rescale)
             for launched in replay.launched:
-                launch = self._launch(type(rows.scalars[0]), launched.draws, launched.device, device_rescale)
+                launch = self._launch(type(scalars.scalars[0]), launched.draws, launched.device, device_rescale)
                 updates.begin(launched.indices)
-                replay.launch(launched, rows.of_launch(launched), self._planner.configured(launch))
+                replay.launch(launched, scalars.of_launch(launched), self._planner.configured(launch))
                 if launch.tracked is not None:
                     self._tracker.add(launched.indices, launch.tracked)
         mark_written(repeated.written)
@@ -201,7 +203,7 @@ class Update(States):
         """
         lrs = self._get_lrs(indices)
         rescale, device_rescale = self._rescale()
-        rows = self._rows(indices, lrs, rescale)
+        scalars = self._parameter_scalars(indices, lrs, rescale)
         if self.track:
             self._sizes.update((index, task.grad.numel()) for index, task in zip(indices, tasks, strict=True))
         if self._skips(rescale):
@@ -213,46 +215,48 @@ class Update(States):
         for i in live:
             if on_kernel[i]:
                 by_launch.setdefault((tasks[i].draws, tasks[i].grad.device), []).append(i)
-        found = []
+        replayable = []
         for (draws, device), places in by_launch.items():
-            launch = self._launch(type(rows.scalars[0]), draws, device, device_rescale)
+            launch = self._launch(type(scalars.scalars[0]), draws, device, device_rescale)
             launched = Launched([indices[i] for i in places], places, draws, device)
             updates.begin(launched.indices)
             groups = self._planner.apply(
                 tuple(launched.indices),
                 [tasks[i] for i in places],
-                rows.of_launch(launched),
+                scalars.of_launch(launched),
                 launch,
             )
             if groups is not None:
-                found.append(launched._replace(groups=tuple(groups)))
+                replayable.append(launched._replace(groups=tuple(groups)))
             if launch.tracked is not None:
                 self._tracker.add(launched.indices, launch.tracked)
         for i in live:
             if not on_kernel[i]:
-                place = rows.row_of[i]
-                row, scalars = rows.values[place], rows.scalars[place]
-                self._apply_reference(indices[i], tasks[i], row, scalars, device_rescale, updates)
-        return found
+                place = scalars.place_of[i]
+                values, of_rule = scalars.values[place], scalars.scalars[place]
+                self._apply_reference(indices[i], tasks[i], values, of_rule, device_rescale, updates)
+        return replayable
 
     def _apply_reference(
         self,
         index: Hashable,
         task: Task,
-        row: tuple[float, ...],
+        values: tuple[float, ...],
         scalars: Any,
         device_rescale: torch.Tensor | None,
         updates: Updates[Hashable],
     ) -> None:
-        noise = Noise(*task.noise, row[-1]) if task.draws else None
+        noise = Noise(*task.noise, values[-1]) if task.draws else None
         tracked: list[Tracked] | None = [] if self.track else None
         updates.begin([index], task.versions)
-        self.apply_reference(task, row[:3], scalars, device_rescale, noise=noise, tracked=tracked)
+        self.apply_reference(task, values[:3], scalars, device_rescale, noise=noise, tracked=tracked)
         if tracked is not None:
             self._tracker.add([index], tracked)
 
-    def _launch(self, scalars: type, draws: bool, device: torch.device, device_rescale: torch.Tensor | None) -> Launch:
-        return Launch(
+    def _launch(
+        self, scalars: type, draws: bool, device: torch.device, device_rescale: torch.Tensor | None
+    ) -> LaunchSpec:
+        return LaunchSpec(
             self.phases,
             scalars,
             self.preamble,
@@ -262,7 +266,7 @@ class Update(States):
             tracked=[] if self.track else None,
         )
 
-    def _rows(self, indices: Sequence[Hashable], lrs: Sequence[float], rescale: float) -> ParameterRows:
+    def _parameter_scalars(self, indices: Sequence[Hashable], lrs: Sequence[float], rescale: float) -> ParameterScalars:
         wds = self._get_wds(indices)
         counts = list(map(self._index_update_count.__getitem__, indices))
         bound = validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
@@ -272,14 +276,14 @@ class Update(States):
             keys = [(*key, index) for key, index in zip(keys, indices, strict=True)]
         places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         scalars: list[Any] = []
-        rows = []
+        values = []
         for lr, wd, count, *index in places:
             scalars.append(self.scalars_of(index[0], lr, wd, count) if index else self.scalars(lr, wd, count))
-            rows.append((rescale, bound, wd, *scalars[-1], float(count % STEPS)))
-        row_of = np.zeros(len(keys), np.int64)
-        if len(rows) > 1:
-            row_of[:] = list(map(places.__getitem__, keys))
-        return ParameterRows(scalars, rows, row_of)
+            values.append((rescale, bound, wd, *scalars[-1], float(count % STEPS)))
+        place_of = np.zeros(len(keys), np.int64)
+        if len(values) > 1:
+            place_of[:] = list(map(places.__getitem__, keys))
+        return ParameterScalars(scalars, values, place_of)
 
     def _skips(self, rescale: float) -> bool:
         """Whether this rescale, on the host, leaves weights and states alone."""

@@ -48,7 +48,7 @@ class Updater:
             index, grad, weight = [index], [grad], [weight]
         validate.same_length(indices=index, gradients=grad, weights=weight)
         indices = list(index)
-        if any(issubclass(kind, bytes) for kind in set(map(type, indices))):
+        if any(issubclass(cls, bytes) for cls in set(map(type, indices))):
             indices = [_decoded(i) for i in index]
             if isinstance(index, list):
                 index[:] = indices
@@ -207,13 +207,13 @@ def _unpack_optimizer(packed: dict[str, Any]) -> Optimizer:
 
 def _scheduler_classes() -> dict[str, type[lr_scheduler.LRScheduler]]:
     """LRScheduler and its subclasses by name; the nearest to the base has the name that several share."""
-    found: dict[str, type[lr_scheduler.LRScheduler]] = {}
+    classes: dict[str, type[lr_scheduler.LRScheduler]] = {}
     level = [lr_scheduler.LRScheduler]
     while level:
         for cls in level:
-            found.setdefault(cls.__name__, cls)
+            classes.setdefault(cls.__name__, cls)
         level = [subclass for cls in level for subclass in cls.__subclasses__()]
-    return found
+    return classes
 
 
 def _require_plain(value: Any, path: str) -> None:

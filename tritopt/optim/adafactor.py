@@ -29,10 +29,10 @@ class FactoredLayouts(Layouts):
         self, param: torch.Tensor, group: dict[str, Any], rule: Rule, fmt: Format, formats: Mapping[str, Format]
     ) -> dict[str, Expected]:
         """Without the empty one."""
-        found = super().expected(param, group, rule, fmt, formats)
+        planes = super().expected(param, group, rule, fmt, formats)
         if param.dim() <= 1:
-            del found["row_var"]
-        return found
+            del planes["row_var"]
+        return planes
 
     def planes(self, layout: Layout, state: State) -> Values:
         """The rule's states, the empty one included."""

@@ -55,10 +55,10 @@ def load(opt: Loads, state_dict: dict[str, Any]) -> None:
         state_dict = pre_hook(opt, state_dict) or state_dict
     groups, saved_groups = opt.param_groups, deepcopy(state_dict["param_groups"])
     state_of = {key: _given(values) for key, values in state_dict["state"].items()}
-    found = {_name_of_state(name) for values in state_of.values() if isinstance(values, dict) for name in values}
+    saved_names = {_name_of_state(name) for values in state_of.values() if isinstance(values, dict) for name in values}
     _check_sizes(groups, saved_groups)
     merged = [_merged(group, saved, opt) for group, saved in zip(groups, saved_groups, strict=True)]
-    warning = stranger(opt, saved_groups, found - COMPANIONS)
+    warning = stranger(opt, saved_groups, saved_names - COMPANIONS)
     _check_groups(opt, merged, warning[0] if warning else "")
     saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     owners = ((param, group) for group in merged for param in group["params"])
@@ -183,9 +183,9 @@ def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapp
         return value.clone() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
     is_real = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.dtype == expected[name].dtype)
     if not is_real:
-        found = value.dtype if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        given = value.dtype if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         raise ValueError(
-            f"loaded state dict: {name} of parameter {key!r} is {found}, and must be a tensor of real numbers"
+            f"loaded state dict: {name} of parameter {key!r} is {given}, and must be a tensor of real numbers"
         )
     shape, dtype, per_block = expected[name]
     if tuple(value.shape) != shape:
@@ -202,13 +202,13 @@ def _other_forms(param: torch.Tensor, kinds: Mapping[str, str | None]) -> dict[s
     """Of companions and states in other formats, which a checkpoint may have."""
     shape = tuple(param.shape)
     formats = [fmt for fmt in MASTERS.values() if fmt.companion and param.dtype in fmt.weight_dtypes]
-    found = {fmt.companion: Expected(shape, fmt.dtype_of_companion(param.dtype)) for fmt in formats}
+    planes = {fmt.companion: Expected(shape, fmt.dtype_of_companion(param.dtype)) for fmt in formats}
     plain = torch.promote_types(torch.float32, param.dtype)
     for name, kind in kinds.items():
         if kind is not None:
             for fmt in (PLAIN, *[of_kind[kind] for of_kind in STATE_FORMATS.values()]):
-                found.update(expected_planes(name, fmt, shape, plain))
-    return found
+                planes.update(expected_planes(name, fmt, shape, plain))
+    return planes
 
 
 def _name_of_state(key: str) -> str:
@@ -219,20 +219,20 @@ def _name_of_state(key: str) -> str:
 def _check_states(key: Any, values: Mapping[str, Any], expected: Mapping[str, Expected], opt: Loads) -> None:
     """ValueError for states of another optimizer, and for some that lack others."""
     numbers = {"step", *opt.rule.scalar_states}
-    found = {_name_of_state(name) for name in values} - COMPANIONS
-    if not found:
+    saved = {_name_of_state(name) for name in values} - COMPANIONS
+    if not saved:
         return
     needed = (set(map(_name_of_state, expected)) | numbers) - COMPANIONS
     own = states_of_class(type(opt))
     # What users keep beside is no optimizer's, and none of ours.
-    foreign = (found - own) & known_states() if found & own else found
-    missing = needed - found - opt.may_lack
+    foreign = (saved - own) & known_states() if saved & own else saved
+    missing = needed - saved - opt.may_lack
     if not missing:  # and of each state all planes, where it has several
         codes = {name.removesuffix("_scale") for name in values if _ENDING.search(name) and _name_of_state(name) in own}
         missing = {plane for name in codes for plane in (name, f"{name}_scale")} - values.keys()
     if not foreign and not missing:
         return
-    savers = [name for name in savers_of(found) if name != type(opt).__name__]
+    savers = [name for name in savers_of(saved) if name != type(opt).__name__]
     whose = "another optimizer's" + (f", such as {' or '.join(savers)}" if savers else "")
     has = f"loaded state dict: parameter {key!r} has {', '.join(sorted(values))}"
     if foreign:

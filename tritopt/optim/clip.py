@@ -14,9 +14,9 @@ import torch
 from tritopt.engine import private, validate
 from tritopt.engine.device import current_stream, is_capturing, on_device, share_with_streams
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Rows
-from tritopt.engine.launcher import Launcher
-from tritopt.engine.phase import Launch
+from tritopt.engine.group import ScalarTable
+from tritopt.engine.launcher import BoundKernel, KernelRecorder
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner, Task, compute_dtype, unavailable
 from tritopt.engine.warning import warn
 from tritopt.kernels.drivers.multi_tensor_norm import clip_factor
@@ -141,10 +141,10 @@ def squares(
     reduce = ShardSums(params) if reduce is None else reduce
     if all(unavailable(part) is None for part in parts):
         return planner.squares(key, parts, reduce if reduce else None)
-    found = torch.stack([norm(part.to(compute_dtype(part))).square().to(parts[0].device) for part in parts])
+    sums = torch.stack([norm(part.to(compute_dtype(part))).square().to(parts[0].device) for part in parts])
     if reduce:
-        reduce(found[:, None])
-    return found
+        reduce(sums[:, None])
+    return sums
 
 
 class Clip:
@@ -155,7 +155,7 @@ class Clip:
         """Of the last step, fp32 []; overwritten by the next."""
         self._factor, self._bound = (torch.empty(0, dtype=torch.float64, device="cpu") for _ in range(2))
         self._max_norm = math.nan
-        self._launch: Launcher | None = None
+        self._launch: BoundKernel | None = None
         self._stream = 0
         self._is_captured = False
         """Whether a CUDA graph captured the last launch."""
@@ -164,34 +164,43 @@ class Clip:
         """What its launches read and write."""
         return self.norm, self._factor, self._bound
 
-    def __call__(self, found: torch.Tensor, max_norm: float, inverse: torch.Tensor | None) -> torch.Tensor:
-        """What gradients are multiplied by, fp64 []: at most `inverse`, that of a loss scale; NaN skips the update."""
-        if unavailable(found) is not None:
-            norm = found.sum().sqrt()
+    def __call__(
+        self,
+        squares: torch.Tensor,
+        max_norm: float,
+        inverse: torch.Tensor | None,
+        record: KernelRecorder | None,
+    ) -> torch.Tensor:
+        """What gradients are multiplied by, fp64 []: at most `inverse`, that of a loss scale; NaN skips the update.
+
+        record: told of the launch in place of making it, as `LaunchSpec.record` is of those of phases.
+        """
+        if unavailable(squares) is not None:
+            norm = squares.sum().sqrt()
             norm = norm if inverse is None else norm * inverse
             self.norm = norm.float()
             factor = torch.where(norm.isfinite(), _factor(norm, max_norm), torch.nan)
             return factor if inverse is None else factor * inverse
-        stream, is_capture = current_stream(found.device), is_capturing(found.device)
-        known = self.norm if self.norm is not None and self.norm.device == found.device else None
+        stream, is_capture = current_stream(squares.device), is_capturing(squares.device)
+        known = self.norm if self.norm is not None and self.norm.device == squares.device else None
         if known is None:
-            self.norm = torch.full((), torch.nan, dtype=torch.float32, device=found.device)
+            self.norm = torch.full((), torch.nan, dtype=torch.float32, device=squares.device)
         elif stream != self._stream:
             share_with_streams([known])
         # What a graph captures is its own: it writes that with its replays, and nobody before them. The norm is of
         # whichever step was the last, replayed or not.
         if is_capture or self._is_captured or known is None or stream != self._stream:
-            self._factor, self._bound = (torch.empty((), dtype=torch.float64, device=found.device) for _ in range(2))
+            self._factor, self._bound = (torch.empty((), dtype=torch.float64, device=squares.device) for _ in range(2))
             self._max_norm = math.nan
             constants = {"EPSILON": EPSILON, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
-            self._launch, self._stream = Launcher(clip_factor, 1, constants), stream
+            self._launch, self._stream = BoundKernel(clip_factor, 1, constants), stream
         self._is_captured = is_capture
         if max_norm != self._max_norm:
             self._max_norm = max_norm
             self._bound.fill_(max_norm)
-        with on_device(found.device):
+        with on_device(squares.device):
             assert self._launch is not None
-            self._launch(found, found.numel(), self._bound, inverse, self.norm, self._factor)
+            self._launch(record, squares, squares.numel(), self._bound, inverse, self.norm, self._factor)
         return self._factor
 
 
@@ -205,17 +214,17 @@ def _scale(planner: Planner, key: Hashable, tasks: Sequence[Task], factor: torch
     for task in tasks:
         if not private.is_zero_tensor(task.grad):  # which has no memory, and stays what it is
             by_device.setdefault(task.grad.device, []).append(task)
-    for device, some in by_device.items():
+    for device, placed in by_device.items():
         here = factor.to(device)
-        if unavailable(some[0].grad) is not None:
-            for task in some:
+        if unavailable(placed[0].grad) is not None:
+            for task in placed:
                 dtype = compute_dtype(task.grad)
                 task.grad.copy_(task.grad.to(dtype) * here.to(dtype))
             continue
-        # A row begins with what preambles read; where no gradient is read there is none.
-        row = Rows(torch.cat((here.new_zeros(3), here[None]))[None], np.zeros(len(some), dtype=np.int64))
+        # A table begins with what preambles read; where no gradient is read there is none.
+        table = ScalarTable(torch.cat((here.new_zeros(3), here[None]))[None], np.zeros(len(placed), dtype=np.int64))
         phase = Apply(scale_update, reads_grad=False)
-        planner.apply(("scale", key, device), some, row, Launch((phase,), Factor, "raw", noop=here == 1))
+        planner.apply(("scale", key, device), placed, table, LaunchSpec((phase,), Factor, "raw", noop=here == 1))
 
 
 def _dense(grad: torch.Tensor) -> torch.Tensor:

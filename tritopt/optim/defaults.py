@@ -55,14 +55,14 @@ def arguments_of(cls: Any) -> Mapping[str, Any]:
 
 @cache
 def _arguments_of(cls: Any) -> Mapping[str, Any]:
-    found: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for base in cls.__mro__:
         init = vars(base).get("__init__")
         parameters = inspect.signature(init).parameters if inspect.isfunction(init) else {}
         for name, parameter in parameters.items():
             if parameter.default is not parameter.empty:
-                found.setdefault(name, parameter.default)
-    return MappingProxyType(found)
+                defaults.setdefault(name, parameter.default)
+    return MappingProxyType(defaults)
 
 
 def check_kind(name: str, value: Any, like: Any) -> None:

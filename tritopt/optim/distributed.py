@@ -51,9 +51,9 @@ def aligned(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
             return grad
         return grad.redistribute(param.device_mesh, param.placements)
     if is_dtensor(grad) or is_dtensor(param):
-        kinds = [f"a {'DTensor' if is_dtensor(t) else 'plain tensor'} of shape {tuple(t.shape)}" for t in (grad, param)]
+        said = [f"a {'DTensor' if is_dtensor(t) else 'plain tensor'} of shape {tuple(t.shape)}" for t in (grad, param)]
         raise TypeError(
-            f"the gradient is {kinds[0]}, its parameter {kinds[1]}: give a DTensor parameter a gradient made by "
+            f"the gradient is {said[0]}, its parameter {said[1]}: give a DTensor parameter a gradient made by "
             "distribute_tensor or DTensor.from_local on the parameter's device_mesh, and a plain one grad.full_tensor()"
         )
     return grad
@@ -255,8 +255,11 @@ class ShardSums:
                     if not placement.is_replicate():
                         rows.setdefault(tensor.device_mesh.get_group(dim), []).append(i)
         self._rows = [
-            (group, None if len(found) == len(tensors) else torch.tensor(found, dtype=torch.int64, device=self.device))
-            for group, found in rows.items()
+            (
+                group,
+                None if len(places) == len(tensors) else torch.tensor(places, dtype=torch.int64, device=self.device),
+            )
+            for group, places in rows.items()
         ]
 
     def __bool__(self) -> bool:

@@ -26,7 +26,7 @@ from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.options import Options as Options
 from tritopt.optim.origin import CLASSES
 from tritopt.optim.param_group import ParamGroup, check_settings, saved
-from tritopt.optim.step.members import Only, lives_on_device
+from tritopt.optim.step.members import SingleParameter, lives_on_device
 from tritopt.optim.step.stepper import Stepper
 from tritopt.rule import Rule
 
@@ -224,7 +224,7 @@ class Optimizer(torch.optim.Optimizer):
         self._update()
         return loss
 
-    def _update(self, only: Only | None = None) -> None:
+    def _update(self, single: SingleParameter | None = None) -> None:
         self._handed_out = {}
         is_captured = is_capturing()
         if is_captured:
@@ -232,10 +232,10 @@ class Optimizer(torch.optim.Optimizer):
         if torch.is_inference_mode_enabled():
             # What is made there could not be written outside of it.
             with torch.inference_mode(False):
-                self._update(only)
+                self._update(single)
             return
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            self._stepper.update(self, only, is_captured)
+            self._stepper.update(self, single, is_captured)
 
     def _check_capturable(self) -> None:
         if not all(group["capturable"] for group in self.param_groups):

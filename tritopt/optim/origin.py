@@ -57,10 +57,10 @@ def known_states() -> frozenset[str]:
     return frozenset().union(*(names for variants in _states().values() for names in variants))
 
 
-def savers_of(found: Collection[str]) -> list[str]:
+def savers_of(saved: Collection[str]) -> list[str]:
     """Classes that keep states of these very names."""
-    found = {*found, "step"}  # which torch's SGD and Muon do not keep
-    return sorted(name for name, variants in _states().items() if found in [{*names, "step"} for names in variants])
+    saved = {*saved, "step"}  # which torch's SGD and Muon do not keep
+    return sorted(name for name, variants in _states().items() if saved in [{*names, "step"} for names in variants])
 
 
 @cache

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tritopt.engine import validate
 from tritopt.optim.distributed import is_dtensor
 from tritopt.optim.optimizer import Optimizer
-from tritopt.optim.step.members import Only
+from tritopt.optim.step.members import SingleParameter
 
 _NAMED = 4  # parameters in an error's text
 _lock = threading.Lock()  # autograd runs the hooks of each device in a thread of its own
@@ -119,23 +119,23 @@ class GradientRelease:
         with _lock:
             if param.grad is None:  # a hook that ran before has taken it
                 return
-            only = self._only(param)
+            single = self._single(param)
             if id(param) in self._done:
                 raise RuntimeError(
-                    f"the gradient of parameter {only.name!r} was released, and arrives a second time before "
+                    f"the gradient of parameter {single.name!r} was released, and arrives a second time before "
                     "opt.step(): call opt.step() after each backward; to add up gradients of several, use `with "
                     "release_gradients(...):` around the last one only"
                 )
-            _check_options(self._opt, [only.group])
+            _check_options(self._opt, [single.group])
             _check_unscaled(self._opt)
             if not self._is_checked:  # wrapped after release_gradients
-                _check_not_distributed([(only.name, param)])
+                _check_not_distributed([(single.name, param)])
                 self._is_checked = True
-            self._opt._update(only)
+            self._opt._update(single)
             param.grad = None
             self._done.add(id(param))
 
-    def _only(self, param: torch.Tensor) -> Only:
+    def _single(self, param: torch.Tensor) -> SingleParameter:
         groups = self._opt.param_groups
         sizes = [len(group["params"]) for group in groups]
         place = self._places.get(id(param))
@@ -148,7 +148,7 @@ class GradientRelease:
                 "are released: remove() the handle before taking parameters out"
             )
         group = groups[place[0]]
-        return Only(place[2], _name_of(group, place[1], place[2]), param, group)
+        return SingleParameter(place[2], _name_of(group, place[1], place[2]), param, group)
 
     def _before_step(self, opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._done:
@@ -181,10 +181,12 @@ def _trainable(model_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> lis
     for name, param in pairs:
         if not isinstance(param, torch.Tensor):
             raise TypeError(f"release_gradients takes a module or a list of parameters; {name!r} is {type(param)}")
-    found = list({id(param): (name, param) for name, param in reversed(pairs) if param.requires_grad}.values())[::-1]
-    if not found:
+    trainable = list({id(param): (name, param) for name, param in reversed(pairs) if param.requires_grad}.values())[
+        ::-1
+    ]
+    if not trainable:
         raise ValueError("release_gradients: none of the parameters has requires_grad=True")
-    return found
+    return trainable
 
 
 def _check_known(named: Sequence[tuple[Hashable, torch.Tensor]], opt: Optimizer) -> None:

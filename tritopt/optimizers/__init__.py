@@ -28,5 +28,5 @@ from tritopt.optimizers.sgld import SGLD as SGLD
 from tritopt.optimizers.signum import Signum as Signum
 from tritopt.optimizers.test import Test as Test
 
-if not TYPE_CHECKING:  # which reads no list that is computed
+if not TYPE_CHECKING:  # a checker reads the imports above, and no list that is made at run time
     __all__ = [name for name, value in list(globals().items()) if isinstance(value, type)]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import driver, private
-from tritopt.engine.phase import Launch, Recorder
+from tritopt.engine.phase import LaunchSpec, Recorder
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.tuning.config import AMD, NVIDIA
 from tritopt.kernels.formats.format import PLAIN, Format
@@ -148,7 +148,7 @@ def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtyp
     scalars = opt.scalars(0.1, opt.wd, 1)
     # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
     rescale, noop = (torch.full((), x, dtype=torch.float32, device="cpu") for x in (1.0, 0.0))
-    launch = Launch(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
+    launch = LaunchSpec(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
     planner.apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
 
 
@@ -239,8 +239,8 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of stack plus local memory, which is where spills go."""
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+    usage_of = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return usage_of["REG"], usage_of["STACK"] + usage_of["LOCAL"]
 
 
 def _tool(name: str, *options: str, cubin: bytes) -> str:

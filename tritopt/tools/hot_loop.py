@@ -122,7 +122,7 @@ def parse_gcn(text: str) -> Code:
             target = re.search(r"\.LBB\w+", match["rest"]) if name.startswith(("s_branch", "s_cbranch")) else None
             # Lanes are taken to be active, so what skips a block for want of them does not jump.
             is_skip, is_always = name == "s_cbranch_execz", name in ("s_branch", "s_cbranch_execnz")
-            found = _GCN_ACCESS.match(name)
+            access = _GCN_ACCESS.match(name)
             instructions.append(
                 Instruction(
                     name,
@@ -130,7 +130,7 @@ def parse_gcn(text: str) -> Code:
                     falls_through=not is_always and name not in ("s_endpgm", "s_setpc_b64"),
                     calls=name == "s_swappc_b64",
                     is_arithmetic=name.startswith("v_"),
-                    access=(found[1], _gcn_width(found[2])) if found else None,
+                    access=(access[1], _gcn_width(access[2])) if access else None,
                 )
             )
     return Code(instructions, labels)
@@ -198,15 +198,17 @@ def hot_loops(code: Code) -> list[HotLoop]:
     loops = [loop for loop in loops if loop.path]
     inner = [loop for loop in loops if not any(loop.holds(other) for other in loops)]
     # An unrolled loop leaves iterations over, for straight code around it or for a loop that is not unrolled.
-    remainders = [found for block in _blocks(code, inner) if _is_wide(found := _accesses(block))]
+    remainders = [accesses for block in _blocks(code, inner) if _is_wide(accesses := _accesses(block))]
     whole = [loop for loop in inner if all(_ratio(other.accesses, loop.accesses) < 2 for other in inner)]
     remainders += [loop.accesses for loop in inner if loop not in whole]
-    return [_described(loop, max([1, *[_ratio(loop.accesses, found) for found in remainders]])) for loop in whole]
+    return [_described(loop, max([1, *[_ratio(loop.accesses, accesses) for accesses in remainders]])) for loop in whole]
 
 
 def _blocks(code: Code, loops: Sequence[_Loop]) -> Iterator[Sequence[Instruction]]:
     """Yield runs of instructions outside of the loops, up to the next branch or label."""
-    ends = {at + 1 for at, found in enumerate(code.instructions) if found.label or not found.falls_through}
+    ends = {
+        at + 1 for at, instruction in enumerate(code.instructions) if instruction.label or not instruction.falls_through
+    }
     cuts = sorted({0, len(code.instructions), *code.labels.values(), *ends})
     for first, end in pairwise(cuts):
         if not any(loop.first <= first <= loop.last for loop in loops):
@@ -219,12 +221,12 @@ def _described(loop: _Loop, times_unrolled: int) -> HotLoop:
         Counter({bits: count // times_unrolled for (kind, bits), count in accesses.items() if kind == wanted})
         for wanted in ("load", "store")
     )
-    n_arithmetic = sum(found.is_arithmetic for found in loop.path)
+    n_arithmetic = sum(instruction.is_arithmetic for instruction in loop.path)
     return HotLoop(len(loop.path) / times_unrolled, n_arithmetic / times_unrolled, loads, stores)
 
 
 def _accesses(instructions: Sequence[Instruction]) -> Counter[tuple[str, int]]:
-    return Counter(found.access for found in instructions if found.access)
+    return Counter(instruction.access for instruction in instructions if instruction.access)
 
 
 def _is_wide(accesses: Counter[tuple[str, int]]) -> bool:

@@ -33,14 +33,14 @@ def cores() -> int:
 
 def free_memory() -> int | None:
     """Measure the bytes that processes may still take, of the machine and of the container; None: unknown here."""
-    found = [1024 * n for name, n in _numbers(PROC / "meminfo") if name == "MemAvailable:"]
+    free = [1024 * n for name, n in _numbers(PROC / "meminfo") if name == "MemAvailable:"]
     for group in _groups():
         limit, used = _text(group / "memory.max"), _text(group / "memory.current")
         if limit.isdecimal() and used.isdecimal():
             # What is kept of files makes room when it is needed.
             kept = sum(n for name, n in _numbers(group / "memory.stat") if name in ("active_file", "inactive_file"))
-            found.append(int(limit) - int(used) + kept)
-    return min(found, default=None)
+            free.append(int(limit) - int(used) + kept)
+    return min(free, default=None)
 
 
 def _groups() -> Iterator[Path]:

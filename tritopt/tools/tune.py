@@ -10,8 +10,8 @@ import torch
 
 from tritopt import optim
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group
-from tritopt.engine.phase import Launch, Phase, Recorder
+from tritopt.engine.group import LaunchGroup
+from tritopt.engine.phase import LaunchSpec, Phase, Recorder
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Timer, Variant
 from tritopt.engine.tuning.config import Config
@@ -30,15 +30,15 @@ def find_sizes(names: Sequence[str] | None = None) -> list[int]:
     >>> find_sizes(["large", "25_600_000"])
     [134217728, 16777216]
     """
-    found = []
+    sizes = []
     for name in names or SIZES:
         elements = SIZES.get(name) or (int(name) if name.replace("_", "").isdecimal() else 0)
         if elements < 1:
             known = ", ".join(SIZES)
             nearest = did_you_mean(name, list(SIZES))
             raise ValueError(f"unknown size {name!r}{nearest} known: {known}, or a number of elements")
-        found.append(config.size_of(elements))
-    return list(dict.fromkeys(found))
+        sizes.append(config.size_of(elements))
+    return list(dict.fromkeys(sizes))
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class Tuning:
         timer: Timer | None = None,
         gpu: str | None = None,
     ) -> None:
-        found = autotune.gpu_of(device)
-        if found is None and (gpu is None or timer is None):
+        detected = autotune.gpu_of(device)
+        if detected is None and (gpu is None or timer is None):
             raise ValueError(f"only a GPU can be tuned for, and {device} is none")
-        self._device, self._timer, self._gpu = device, timer, gpu or found or ""
+        self._device, self._timer, self._gpu = device, timer, gpu or detected or ""
         self._rows: list[tuple[Row, Variant | None]] = []
         """Rows to be, with what is measured for them; None: nothing."""
         seen = set()
@@ -139,12 +139,12 @@ class _Variants(Recorder):
     """The phases of a step that have a choice."""
 
     def __init__(self) -> None:
-        self.found: list[Variant] = []
+        self.collected: list[Variant] = []
 
-    def phase(self, phase: Phase, group: Group, launch: Launch, n_earlier: int) -> None:
+    def phase(self, phase: Phase, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> None:
         """Keep it, if it has a choice."""
         if isinstance(phase, Apply) and autotune.has_choice(phase, group, launch):
-            self.found.append(autotune.variant_of(phase, group, launch, n_earlier))
+            self.collected.append(autotune.variant_of(phase, group, launch, n_earlier))
 
 
 def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torch.device) -> list[Variant]:
@@ -158,12 +158,12 @@ def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torc
     planner, recording = opt._stepper._planner, _Variants()
     planner.config, planner.record = config.GENERIC, recording
     opt.step()
-    return recording.found
+    return recording.collected
 
 
 def shipped_rows() -> list[dict[str, Any]]:
     """The default of each architecture."""
-    return [{"gpu": gpu, **found._asdict()} for gpu, found in (("NVIDIA", config.NVIDIA), ("AMD", config.AMD))]
+    return [{"gpu": gpu, **default._asdict()} for gpu, default in (("NVIDIA", config.NVIDIA), ("AMD", config.AMD))]
 
 
 def cached_rows() -> list[dict[str, Any]]:

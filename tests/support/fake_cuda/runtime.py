@@ -124,7 +124,7 @@ class FakeCuda:
         patch.setattr(interpreter.GridExecutor, "__call__", launches.wrap(interpreter.GridExecutor.__call__))
         patch.setattr(plan, "kernel_device", "cuda")
         # What is in C asks torch for addresses, past what a subclass says of its own.
-        patch.setattr(walk, "_found", [walk.MEANT])
+        patch.setattr(walk, "_chosen", [walk.MEANT])
 
     @contextmanager
     def running(self) -> Iterator[FakeCuda]:

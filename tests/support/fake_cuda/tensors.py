@@ -116,8 +116,8 @@ class Operations(TorchDispatchMode):
                 self._stream_of(tensor.device.index).synchronize()
             return _call(func, [_here(x) for x in flat], spec)
         if func.is_view:
-            found = _call(func, [_here(x) for x in flat], spec)
-            return tree_map(lambda x: CudaTensor(x, tensors[0].owner, self), found)
+            result = _call(func, [_here(x) for x in flat], spec)
+            return tree_map(lambda x: CudaTensor(x, tensors[0].owner, self), result)
         _check_devices(func, flat)
         return self._queued(str(func), func, flat, spec, tensors)
 

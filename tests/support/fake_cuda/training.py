@@ -54,8 +54,8 @@ class Training:
         """Weights, states and the gradients' norm."""
         states = [value for param in self.params for value in self.opt.state[param].values()]
         norm = self.opt.grad_norm
-        found = [*self.params, *states, *([] if norm is None else [norm])]
-        return [tensor.detach().cpu().clone() for tensor in found if isinstance(tensor, torch.Tensor)]
+        values = [*self.params, *states, *([] if norm is None else [norm])]
+        return [tensor.detach().cpu().clone() for tensor in values if isinstance(tensor, torch.Tensor)]
 
 
 def on_cpu(
@@ -73,9 +73,9 @@ def numbers(shape: Sequence[int], seed: int) -> torch.Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+def assert_same(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
     """Bit by bit."""
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from tritopt.engine.device import is_capturing
-from tritopt.engine.group import Group, on_device_of, upload_table
-from tritopt.engine.phase import Launch, Tunable
+from tritopt.engine.group import LaunchGroup, on_device_of, upload_table
+from tritopt.engine.phase import LaunchSpec, Tunable
 from tritopt.engine.tuning import cache
 from tritopt.engine.tuning.cache import Entry, Key
 from tritopt.engine.tuning.config import GENERIC, Config, default_of, size_of
@@ -65,7 +65,7 @@ class Variant(NamedTuple):
     phase: Tunable
     formats: tuple[Format, ...]
     dtypes: tuple[torch.dtype, ...]
-    launch: Launch
+    launch: LaunchSpec
     source: str
     """Hash of all source that decides its kernel."""
     n_earlier: int
@@ -102,12 +102,12 @@ class Variant(NamedTuple):
         return [*planes[0], 1.0, *(n for state in planes[1:] for n in state)]
 
 
-def variant_of(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Variant:
+def variant_of(phase: Tunable, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> Variant:
     """The phase as it is launched for this group."""
     return Variant(phase, group.formats, group.dtypes, launch, phase.source(group, launch, n_earlier), n_earlier)
 
 
-def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Config:
+def choose(phase: Tunable, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> Config:
     """The configuration for a phase of a group, before `config.adapted`. The same while this process lives.
 
     What this process has chosen before, else what the cache on disk has, else what `tune` finds if TRITOPT_AUTOTUNE=1,
@@ -123,11 +123,11 @@ def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Conf
     with _LOCK:
         place = (group.device, key)
         if place not in _CHOSEN:
-            found = cache.read(gpu).get(key)
-            if found is None and wanted and is_capturing(group.device):
+            cached = cache.read(gpu).get(key)
+            if cached is None and wanted and is_capturing(group.device):
                 return default_of(size)  # what is met again outside of the capture may still be tuned
-            _CHOSEN[place] = default_of(size) if found is None else found.config
-            if found is None and wanted:
+            _CHOSEN[place] = default_of(size) if cached is None else cached.config
+            if cached is None and wanted:
                 try:
                     tuned = tune(variant, size, group.device)
                 except Exception as error:
@@ -139,7 +139,7 @@ def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Conf
         return _CHOSEN[place]
 
 
-def has_choice(phase: Tunable, group: Group, launch: Launch) -> bool:
+def has_choice(phase: Tunable, group: LaunchGroup, launch: LaunchSpec) -> bool:
     """Whether the configuration changes nothing that is computed, and is worth a measurement."""
     # A gradient of some rows has their numbers behind it: small, and never twice alike.
     return not phase.n_sums and launch.tracked is None and not group.has_rows
@@ -273,7 +273,7 @@ class Scratch:
         if variant.launch.draws:
             self._scalars[0, -1] = 1.0  # the step
         scalar = torch.ones((), device=device, dtype=torch.float64)
-        self._launch = Launch(
+        self._launch = LaunchSpec(
             variant.launch.phases,
             variant.launch.scalars,
             variant.launch.preamble,
@@ -285,7 +285,7 @@ class Scratch:
         n_sums = variant.n_earlier
         self._sums = torch.ones(len(lengths), n_sums, dtype=torch.float64, device=device) if n_sums else None
         noise = [(i, 0, 0, 0) for i in range(len(lengths))]
-        self._group = Group(list(range(len(lengths))), device, variant.formats, variant.dtypes, shapes, noise)
+        self._group = LaunchGroup(list(range(len(lengths))), device, variant.formats, variant.dtypes, shapes, noise)
         upload_table(self._group, self._words, self._scalars)
 
     def launch(self, config: Config) -> None:

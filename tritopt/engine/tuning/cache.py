@@ -74,10 +74,10 @@ def files() -> list[Path]:
 
 def clear() -> list[Path]:
     """Delete the files of all GPUs, and return which they were; OSError if one cannot be deleted."""
-    found = files()
-    for path in found:
+    paths = files()
+    for path in paths:
         path.unlink(missing_ok=True)
-    return found
+    return paths
 
 
 def path_of(gpu: str) -> Path | None:
@@ -89,8 +89,8 @@ def path_of(gpu: str) -> Path | None:
 def read(gpu: str) -> dict[Key, Entry]:
     """What is known for a GPU, as its file has it now."""
     path = path_of(gpu)
-    found, entries = (gpu, {}) if path is None else _contents(path)
-    return entries if found == gpu else {}
+    cached_gpu, entries = (gpu, {}) if path is None else _contents(path)
+    return entries if cached_gpu == gpu else {}
 
 
 def known() -> dict[str, dict[Key, Entry]]:

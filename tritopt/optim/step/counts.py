@@ -154,14 +154,14 @@ class ScalarStates:
     def shared(self, positions: Sequence[int]) -> list[float] | None:
         """The numbers of these parameters, where all have the same; on the CPU, after steps were advanced."""
         at = self._at(positions)
-        found = []
+        common = []
         for name, vector in self._vectors.items():
             values = (self._exact if name == "step" else vector).numpy()
-            some = values[at] if isinstance(at, slice) else values[at.numpy()]
-            if not (some == some[0]).all():
+            own = values[at] if isinstance(at, slice) else values[at.numpy()]
+            if not (own == own[0]).all():
                 return None
-            found.append(float(some[0]))
-        return found
+            common.append(float(own[0]))
+        return common
 
     def tensors(self) -> list[torch.Tensor]:
         """All that steps read and write on the device."""

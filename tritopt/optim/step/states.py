@@ -58,8 +58,8 @@ class Complete:
             self._together = {member.position for member in members}
 
 
-def create_missing(opt: Owner, members: Sequence[Member], numbers: ScalarStates, replaced: Replaced) -> None:
-    """Complete states, whose numbers are bound. `replaced` gets what they were before."""
+def create_missing(opt: Owner, members: Sequence[Member], scalar_states: ScalarStates, replaced: Replaced) -> None:
+    """Complete states, whose scalar states are bound. `replaced` gets what they were before."""
     for member in members:
         param, layout = member.param, member.layout
         expected, fmt, formats = layout.expected, layout.format, layout.formats
@@ -77,8 +77,11 @@ def create_missing(opt: Owner, members: Sequence[Member], numbers: ScalarStates,
         ):
             continue
         if opt.layouts.begins_anew(state):
-            numbers.begin_anew(member.position)
-        made = {**state, **(numbers.views(member.position) if layout.shows_numbers and "step" not in state else {})}
+            scalar_states.begin_anew(member.position)
+        made = {
+            **state,
+            **(scalar_states.views(member.position) if layout.shows_numbers and "step" not in state else {}),
+        }
         take_companion(param, made, fmt)
         take_states(param, made, formats, layout.kinds, expected)
         part = member.part(param).detach()
@@ -100,7 +103,7 @@ def create_missing(opt: Owner, members: Sequence[Member], numbers: ScalarStates,
             continue
         replaced.append((param, kept))
         opt.state[param] = made
-        numbers.take(member.position)
+        scalar_states.take(member.position)
 
 
 def put_back(opt: Owner, replaced: Replaced) -> None:

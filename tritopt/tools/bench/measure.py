@@ -86,13 +86,13 @@ class Measurement:
 
 def params_of(optimizer: str, shapes: Sequence[Shape], dtype: torch.dtype, where: torch.device) -> list[Any]:
     """Make parameters with gradients. What has numbers per row takes a vector as a matrix of one row."""
-    found = []
+    params = []
     for shape in shapes:
         size = (1, *shape) if optimizer == "GroupAdaGrad" and len(shape) < 2 else shape
         param = torch.nn.Parameter(torch.empty(size, dtype=dtype, device=where).normal_(0, 1))
         param.grad = torch.empty_like(param).normal_(0, GRADIENT)
-        found.append(param)
-    return found
+        params.append(param)
+    return params
 
 
 def make(optimizer: str, fmt: StorageFormat, params: Sequence[Any]) -> optim.Optimizer:

@@ -194,9 +194,12 @@ class Bench:
         if self._pretends:
             return miniature(model), None
         free = self.device.free_bytes
-        found = model.fitting(MEMORY * free, need)
+        shapes = model.fitting(MEMORY * free, need)
         smallest = model.shapes(1).elements
-        return found, f"needs {need * smallest / 2**30:.1f} GiB, and {free / 2**30:.1f} are free" if not found else None
+        return (
+            shapes,
+            f"needs {need * smallest / 2**30:.1f} GiB, and {free / 2**30:.1f} are free" if not shapes else None,
+        )
 
     def _out_of_time(self, share: float = 1 - FOR_COUNTS) -> str | None:
         if self.seconds is not None and self.clock() - self._started > share * self.seconds:
@@ -288,10 +291,10 @@ def gate(optimizer: str, fmt: StorageFormat) -> str | None:
 
 def _variant(opt: Any, group: dict[str, Any]) -> dict[str, Any]:
     """Tell the arguments that `opt` constructs its rule with."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, target in opt.arguments.items():
-        found.update([(target, group[name])] if isinstance(target, str) else zip(target, group[name], strict=True))
-    return found
+        arguments.update([(target, group[name])] if isinstance(target, str) else zip(target, group[name], strict=True))
+    return arguments
 
 
 def _states(opt: Any, choice: Any) -> Any:

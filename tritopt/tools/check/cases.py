@@ -176,7 +176,7 @@ def find_cases(
         formats: keys of CHECKED, of which to list the cases; none: of all.
     """
     check_formats(formats)
-    found = []
+    cases = []
     chosen = {name: grad_dtypes for name, grad_dtypes in CHECKED.items() if not formats or name in formats}
     for cls in registered() if classes is None else classes:
         for variant, (name, grad_dtypes), option in product(cls.variants, chosen.items(), OPTIONS):
@@ -189,8 +189,8 @@ def find_cases(
                 continue
             for grad_dtype in grad_dtypes[:1] if quick else grad_dtypes:
                 stored = storage.dtype, grad_dtype, storage.master, storage.state_dtype
-                found.append(Case(cls, dict(variant), *stored, option))
-    return found
+                cases.append(Case(cls, dict(variant), *stored, option))
+    return cases
 
 
 def _goes_with(cls: type[Optimizer], variant: dict[str, Any], storage: StorageFormat) -> bool:

@@ -29,7 +29,7 @@ def compare_runs(
             if case.rereads_states and not is_state:
                 value = torch.where(_differ(name, ours, expected), expected[name], tensor)
             tolerance = _tolerance(case, kind, name)
-            gap = _gap(tensor, expected[name], *(found.get(name) for found in neighbours))
+            gap = _gap(tensor, expected[name], *(neighbour.get(name) for neighbour in neighbours))
             error, is_within = largest_error(value, expected[name], start[name], gap, tolerance, case.compute_dtype)
             result.enter(f"{one}_vs_{other}" if name.startswith("weight") else "states", error)
             if not is_within:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -73,3 +75,11 @@ def described(cls: type[optim.Optimizer], fmt: StorageFormat) -> dict[str, Any]:
         "arguments": fmt.arguments,
         "weight_dtype": str(fmt.dtype).removeprefix("torch."),
     }
+
+
+def load(path: Path) -> list[FormatResult]:
+    """Read results that `tritopt numerics --json` printed; ValueError for a file that holds anything else."""
+    try:
+        return [FormatResult(**record) for record in json.loads(path.read_text())]
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold what `tritopt numerics --json` prints: {error}") from error
