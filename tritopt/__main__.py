@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 
 import tritopt
@@ -18,8 +19,8 @@ SECONDS = {False: 0.16, True: 0.1}
 """Time of a case in Triton's interpreter on one core, by whether checks are quick; about."""
 START_SECONDS = 6
 """Time to import torch and Triton, twice: the processes that run the cases do it, too."""
-GPUS = ("/dev/nvidia0", "/dev/kfd")
-"""Devices, one of which is there where NVIDIA's or AMD's driver has a GPU."""
+GPUS = ("/dev/nvidia[0-9]*", "/dev/kfd")
+"""Patterns of devices, one of which is there where NVIDIA's or AMD's driver has a GPU."""
 
 
 def announcement(arguments: Sequence[str]) -> str | None:
@@ -38,24 +39,25 @@ def announcement(arguments: Sequence[str]) -> str | None:
     named = len(given[""]) + len(given["--optimizer"])
     n = named or len(list(Path(__file__).parent.glob("optimizers/[a-z]*.py")))
     cases = max(1, n * CASES[quick] * (len(given["--format"]) or N_FORMATS) // N_FORMATS)
-    said = (
-        f"tritopt {tritopt.__version__} checks {n} optimizer{'s' * (n > 1)}: about {int(float(f'{cases:.2g}')):,} cases"
-    )
-    if "--compiled" in arguments or (any(map(os.path.exists, GPUS)) and "TRITON_INTERPRET" not in os.environ):
+    about = f"about {int(float(f'{cases:.2g}')):,} cases"
+    said = f"tritopt {tritopt.__version__} checks {n} optimizer{'s' * (n > 1)}: {about}"
+    if "--compiled" in arguments or (any(map(glob, GPUS)) and "TRITON_INTERPRET" not in os.environ):
         return f"{said}, whose kernels are compiled first."
     jobs = [int(value) for value in (*given["--jobs"], *given["-j"]) if value.isdecimal()]
     processes = min([resources.n_processes(cases), *jobs])
     seconds = START_SECONDS + cases * SECONDS[quick] / max(1, processes)
     takes = f"{10 * round(seconds / 10) or 10} seconds" if seconds < 95 else f"{round(seconds / 60)} minutes"
-    return f"{said}, {takes} with {processes} process{'es' * (processes > 1)}."
+    return f"{said} and {takes} with {processes} process{'es' * (processes > 1)}."
 
 
 def main() -> None:
     """Run the command line."""
     if said := announcement(sys.argv[1:]):
         print(said, flush=True)
-    from tritopt.commands.app import app
-
+    try:
+        from tritopt.commands.app import app
+    except KeyboardInterrupt:
+        sys.exit(130)
     app(prog_name="tritopt")
 
 

@@ -31,8 +31,9 @@ MANY = 64
 
 
 def interprets() -> bool:
-    """Whether checks run in Triton's interpreter: asked for, or for want of a GPU. The latter takes other processes,
-    since Triton has looked at TRITON_INTERPRET when this one imported the kernels.
+    """Tell whether checks run in Triton's interpreter, because TRITON_INTERPRET=1 or for want of a GPU.
+
+    The latter takes other processes: Triton looked at the variable when this one imported the kernels.
     """
     return INTERPRETED or (HAS_TRITON and not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ)
 
