@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-PROCESS_BYTES = 600 * 2**20
-"""Memory of one process of a check, with room: torch, Triton and the tensors took 430 MiB with torch 2.13 on Linux."""
+PROCESS_BYTES = 500 * 2**20
+"""Memory of one process of a check, with room: it took 330 MiB, 400 with kernels compiled, with torch 2.13 on Linux."""
 MAX_PROCESSES = 16
 CASES_PER_PROCESS = 16
 """Fewest cases that are worth the start of a process, which takes as long as these."""
