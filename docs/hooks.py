@@ -70,9 +70,9 @@ def sources() -> str:
 
 
 def differences() -> str:
-    """How single optimizers depart from MXNet's."""
-    found = {name: docs.differences(registry.find(name)) for name in registry.names()}
-    rows = [[f"[{name}](../optimizers/{name}.md)", text] for name, text in found.items() if text]
+    """Departures of single optimizers from MXNet's."""
+    texts = {name: docs.differences(registry.find(name)) for name in registry.names()}
+    rows = [[f"[{name}](../optimizers/{name}.md)", text] for name, text in texts.items() if text]
     return table(["optimizer", "differs from MXNet's in"], rows)
 
 
@@ -91,7 +91,7 @@ def memory() -> str:
 
 
 def numerics() -> str:
-    """What the formats cost and lose, from saved results."""
+    """Costs and losses of the formats, from saved results."""
     rows = [[f"`{name}`", *cells] for name, cells in summary(load(RESULTS / "numerics_adamw.json")).items()]
     header = ["format", *(column.title for column in COLUMNS)]
     return table(header, rows, header[1:])
@@ -109,19 +109,24 @@ def host() -> str:
     rows = [
         [
             case,
-            *(milliseconds(found.get(name, {}).get("ms")) for name in contestants),
-            *(milliseconds(found.get(name, {}).get("cold_ms")) for name in cold),
+            *(milliseconds(times.get(name, {}).get("ms")) for name in contestants),
+            *(milliseconds(times.get(name, {}).get("cold_ms")) for name in cold),
         ]
-        for case, found in by_case.items()
+        for case, times in by_case.items()
     ]
     machine = saved["machine"]
     where = f"Medians on two cores of an {machine['cpu']} with torch {machine['torch']}, {machine['date'][:10]}"
-    note = f"{where} (`benchmarks/results/host_cpu.json`). Kernels are replaced by nothing, torch's too."
+    note = (
+        f"{where} (`benchmarks/results/host_cpu.json`). Kernels are replaced by nothing, torch's too; the reference on "
+        "the CPU computes."
+    )
     return f"{table(header, rows, header[1:])}\n\n{note}"
 
 
 def case_of(row: dict[str, Any]) -> str:
-    """Say what a row of host times measured: known fields in words, others by name."""
+    """Say what a row of host times measured: its title, or what earlier runs saved in its place."""
+    if "title" in row:
+        return str(row["title"])
     known = {"tensors", "groups", "clip", "sets"}
     tensors, groups, sets = row["tensors"], row.get("groups", 1), row.get("sets", 1)
     words = [f"{tensors:,} tensors" if groups == 1 else f"{groups:,} groups of {tensors // groups} tensor"]
@@ -132,12 +137,12 @@ def case_of(row: dict[str, Any]) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Format a time."""
+    """Format a time in milliseconds."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def support_table(face: str) -> str:
-    """What each optimizer takes in a face: `tritopt list --support`."""
+    """Table of what each optimizer takes in a face: `tritopt list --support`."""
     cells = [record.cells() for record in support.supported() if record.face == face]
     for row in cells:
         row["optimizer"] = f"[{row['optimizer']}](optimizers/{row['optimizer'].lower()}.md)"
@@ -154,6 +159,18 @@ def legend() -> str:
     return table(["column", "word", "meaning"], rows)
 
 
+def quickstart() -> str:
+    """The example that trains, saves and resumes."""
+    path = ROOT / "examples" / "quickstart.py"
+    if not path.exists():
+        return ""
+    return (
+        "## Train, save and resume\n\n"
+        "`examples/quickstart.py` trains a small network on scikit-learn's handwritten digits, in seconds on a CPU, "
+        f"and resumes from its checkpoint:\n\n```python\n{path.read_text()}```"
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "optimizers": optimizers,
     "sources": sources,
@@ -161,12 +178,13 @@ PARTS: dict[str, Callable[[], str]] = {
     "memory": memory,
     "numerics": numerics,
     "host": host,
+    "quickstart": quickstart,
     "support torch": lambda: support_table(support.TORCH),
     "support mxnet": lambda: support_table(support.MXNET),
     "support legend": legend,
     "step": lambda: f"<figure>{(ROOT / 'docs' / 'images' / 'step.svg').read_text()}</figure>",
 }
-"""What pages may ask for, by name."""
+"""Functions that make the parts which pages may ask for, by name."""
 
 
 DOCSTRING = "    options:\n      show_root_heading: false\n      show_root_toc_entry: false"
@@ -191,7 +209,7 @@ def call(name: str, cls: type, first: str = "") -> str:
 def page_of(name: str) -> tuple[str, str]:
     """Title and text of an optimizer's page: both faces, with their recurrences."""
     cls = registry.find(name)
-    face = {known.lower(): found for known, found in torch_classes().items()}.get(name)
+    face = {known.lower(): of_torch for known, of_torch in torch_classes().items()}.get(name)
     title = face.__name__ if face else cls.__name__
     parts = [f"# {title}"]
     if face is not None:

@@ -76,7 +76,7 @@ class Training:
         self.step = state["step"]
 
     def digest(self) -> str:
-        """Of weights, masters and moments: equal only if all bits are."""
+        """Digest of weights, masters and moments: equal only if all bits are."""
         digest = hashlib.sha256(str(self.step).encode())
         for param in self.model.parameters():
             for tensor in (param.detach(), *(value for _, value in sorted(self.optimizer.state[param].items()))):

@@ -49,7 +49,7 @@ def measure(
 
 @triton.jit
 def zeros(N: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """N blocks of zeros."""
+    """Make N blocks of zeros, one for each sum."""
     values = ()
     for _ in tl.static_range(N):
         values = values + (tl.zeros([SIZE], dtype=DTYPE),)

@@ -41,7 +41,7 @@ def build(case: str, is_sharded: bool | None = None) -> tuple[nn.Module, Any]:
 
 
 def train(model: nn.Module, opt: Any, steps: range) -> None:
-    """On the same data in all processes: averages over 1, 2 and 4 equal gradients are exact."""
+    """Train on the same data in all processes: averages over 1, 2 and 4 equal gradients are exact."""
     for step in steps:
         opt.zero_grad()
         loss_of(model, step, 0, DTYPE).backward()
@@ -227,7 +227,7 @@ def alone(
 
 
 def flat(value: Any) -> list[Any]:
-    """What is in it, in an order that is always the same."""
+    """List what is in a state dict, in an order that is always the same."""
     if isinstance(value, dict):
         return [item for key in sorted(value, key=str) for item in (key, *flat(value[key]))]
     if isinstance(value, list | tuple):
@@ -245,7 +245,8 @@ def test_round_trips(name: str, flatten: bool, worlds: dict[int, World], tmp_pat
 
 
 def check_round_trips(name: str, flatten: bool, folder: Path) -> None:
-    """Of a class of ours and of torch's, each into fresh ones and such that have stepped, in all directions."""
+    """Load checkpoints of ours and of torch's class into fresh optimizers and such that have stepped, in all
+    directions."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)

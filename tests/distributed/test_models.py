@@ -156,7 +156,7 @@ def check_zero() -> None:
 
 
 def test_zero_clips_by_the_norm_of_a_part(worlds: dict[int, World]) -> None:
-    """What the documentation warns of, and the way that it shows."""
+    """The documentation warns of this, and here is how it shows."""
     worlds[2].run(check_zero_clips)
 
 

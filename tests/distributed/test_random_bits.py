@@ -91,7 +91,7 @@ def test_columns_and_odd_places_are_the_same_in_replicas(master: str, worlds: di
 
 
 def check_replicas(master: str) -> None:
-    """Of shards split elsewhere: the ranks that hold the same elements round them alike, kernel and reference too."""
+    """Ranks that hold the same elements of a sharded tensor round them alike, kernel and reference too."""
     from torch.distributed.tensor import Replicate, Shard
 
     mesh = mesh_of(2, 2)
@@ -120,7 +120,7 @@ def stored(pair: Pair) -> list[torch.Tensor]:
 
 @pairs
 def test_saved_by_two_and_resumed(name: str, master: str, worlds: dict[int, World], tmp_path: Path) -> None:
-    """With a kernel or by the reference, whichever was at work before."""
+    """Kernel and reference go on from each other's checkpoints."""
     worlds[2].run(save_and_go_on, name, master, tmp_path)
     for size, fused in ((1, False), (2, False), (4, None)):
         worlds[size].run(load_and_go_on, name, master, fused, tmp_path)
@@ -138,7 +138,7 @@ def build(name: str, master: str, fused: bool | None = None) -> tuple[nn.Module,
 
 
 def train(model: nn.Module, opt: Any, steps: range) -> None:
-    """On the same data in all processes: averages over 1, 2 and 4 equal gradients are exact."""
+    """Train on the same data in all processes: averages over 1, 2 and 4 equal gradients are exact."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         opt.zero_grad()

@@ -23,7 +23,8 @@ def sent_by(name: str, layout: str, fused: bool | None = None) -> list[str]:
     pair.set_grads()
     with Communication() as seen:
         pair.many.step()
-    return seen.calls
+    calls: list[str] = seen.calls
+    return calls
 
 
 def check_sent(sharded: dict[str, str]) -> None:
@@ -36,6 +37,8 @@ def check_sent(sharded: dict[str, str]) -> None:
         elif word == "rows":
             assert by_rows == [], name
             assert by_columns != [], name
+        elif word == "matrices":
+            assert set(by_rows) == set(by_columns) == {"alltoall_base_"}, name
         else:
             assert word == "DTensor", name
             assert by_rows != [], name

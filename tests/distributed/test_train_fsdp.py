@@ -23,7 +23,7 @@ STEPS = 16
 
 
 class StoppedError(Exception):
-    """In the place of a kill."""
+    """Error that takes the place of a kill."""
 
 
 def run(folder: Path, *more: str) -> Any:
@@ -90,10 +90,12 @@ def compare(actual: Any, expected: Any, tolerance: float) -> None:
             assert_same(full(mine[name]), full(value), tolerance, name)
 
 
-def test_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "mixed"])
+def test_torchrun(optimizer: str, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         str(ROOT / "examples" / "train_fsdp.py"), "--steps", "2", "--folder", str(tmp_path / "run"),
+        "--optimizer", optimizer,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)

@@ -57,7 +57,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """As many candidates as the interpreter has time for."""
+    """Patch in as few candidates as the interpreter has time for."""
     candidates = [DEFAULT, Config(128, 128, 64, 1), Config(128, 256, 64, 1)]
     monkeypatch.setattr(autotune, "candidates", lambda variant, best: iter(candidates))
     return candidates
@@ -447,7 +447,7 @@ def test_blocks_hold_whole_scales_and_less_of_fp64() -> None:
 
 
 def test_bytes_of_a_variant() -> None:
-    """As README's table of formats has them, without the norm's."""
+    """Bytes are those of README's table of formats, without the norm's."""
     assert variant_of(name="master").moved == (16, 14)
     assert sum(variant_of(name="split8+int8").moved) == 12.125
     assert variant_of(name="split8+int8").resident == 7 + 2 * 2 / 64

@@ -121,7 +121,7 @@ def other_rate(training: Graphed) -> None:
 
 
 def test_a_norm_whose_plan_was_evicted_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the step that made it, by the plans of other launches."""
+    """Plans of other launches evict it in the very step that made it."""
     expected = on_cpu(optim.AdamW, [None] * 4, torch.float32, max_grad_norm=0.5)
     monkeypatch.setattr(recent, "MIN_ENTRIES", 1)
     monkeypatch.setattr(Recent.__init__, "__defaults__", (1,))

@@ -33,7 +33,7 @@ CASES: list[tuple[type[optim.Optimizer], torch.dtype, dict[str, Any]]] = [
 IDS = [f"{cls.__name__}-{i}" for i, (cls, *_) in enumerate(CASES)]
 every_case = pytest.mark.parametrize(("cls", "dtype", "options"), CASES, ids=IDS)
 most_cases = pytest.mark.parametrize(("cls", "dtype", "options"), CASES[:-1], ids=IDS[:-1])
-"""Without Adafactor, whose dozens of launches a step take the interpreter long."""
+"""Cases of all optimizers but Adafactor, whose dozens of launches a step take the interpreter long."""
 
 
 @every_case
@@ -68,7 +68,7 @@ def test_a_launch_follows_the_upload_of_its_table() -> None:
 @pytest.mark.parametrize("first", [0, 1])
 @most_cases
 def test_two_streams_in_turn(first: int, cls: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Whichever of them runs first as far as it can."""
+    """Either of them runs first, as far as it can."""
     expected = on_cpu(cls, STEPS, dtype, **options)
     with FakeCuda().running() as cuda:
         streams = [cuda.current_stream(0), cuda.new_stream()]
@@ -90,7 +90,7 @@ def test_two_streams_in_turn(first: int, cls: Any, dtype: torch.dtype, options: 
 def test_an_optimizer_may_go_before_its_launches_have_run(
     cls: Any, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    """Its tables are read on one stream, and were made on another, which uses their memory again meanwhile."""
+    """Tables are read on one stream, and were made on another, which uses their memory again meanwhile."""
     expected = on_cpu(cls, [None] * 3, dtype, **options)
     with FakeCuda().running() as cuda:
         default, side = cuda.current_stream(0), cuda.new_stream()
@@ -112,7 +112,7 @@ def test_an_optimizer_may_go_before_its_launches_have_run(
 
 @pytest.mark.parametrize("lr", [0.1, 0.2])
 def test_a_table_goes_with_its_stream(lr: float) -> None:
-    """Also where nothing is new on the other stream, or nothing but a number."""
+    """A table is uploaded anew though nothing but the stream is new, or nothing but a number."""
     with FakeCuda().running() as cuda:
         default, side = cuda.current_stream(0), cuda.new_stream()
         training = Training(optim.SGD, ["cuda:0"], lr=0.1)

@@ -194,7 +194,7 @@ def test_offsets_beyond_2_to_the_31(small_chunks: None) -> None:
     group = LaunchGroup([0], weight.device, (PLAIN,), (torch.float16, torch.float16), [weight.shape])
     constants = driver.phase_constants(Apply(add_scaled), launch, group, 0)
     multi_tensor_apply[(1,)](
-        torch.tensor(words), tensors, torch.zeros(1, dtype=torch.int32), None, None, None, None, None, 1,
+        torch.tensor(words), tensors, torch.zeros(1, dtype=torch.int32), None, None, None, None, None, 1, None, None,
         **constants, CHUNK_SIZE=chunk, BLOCK_SIZE=16, TAIL_SIZE=16, enable_fp_fusion=False,
     )  # fmt: skip
     assert weight[-40:].tolist() == [1.0] * 40

@@ -28,7 +28,7 @@ class Gpu:
         self.group = LaunchGroup([0], torch.device("cuda", 0), (PLAIN,), (torch.float32,) * 2, [torch.Size([4])])
 
     def step(self, grad: int) -> Any:
-        """What the launches of a step read."""
+        """Return what the launches of a step read."""
         upload_table(self.group, np.array([[8, grad, 0]], np.int64), np.array([[1.0, 2.0]]))
         assert self.group.device_table is not None
         return self.group.device_table

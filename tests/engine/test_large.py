@@ -13,7 +13,7 @@ from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import INTERPRETED
 
 PERIOD = 7
-"""Of the gradients. 2^32 is no multiple, so what is written in the wrong place has the wrong value."""
+"""Period of the gradients. 2^32 is no multiple, so what is written in the wrong place has the wrong value."""
 RATE, DECAY = 2.0**-4, 0.125
 WINDOW = 1024
 NEEDED = 48 * 2**30

@@ -160,7 +160,7 @@ def test_a_launch_that_spills_gets_more_registers_from_the_next_step_on() -> Non
 
 
 class Kernel:
-    """In place of a jitted function."""
+    """Stand-in for a jitted function."""
 
     arg_names = ("pointer", "n", "SIZE")
 

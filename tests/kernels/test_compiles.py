@@ -24,7 +24,6 @@ from tritopt.tools.cost import bytes_per_parameter
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS
 from tritopt.kernels.formats.states import STATE_FORMATS
-from tritopt.engine.driver import Apply
 from tritopt.mxnet.optimizer import with_api
 from tritopt.mxnet.registry import OPTIMIZERS
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -39,7 +38,7 @@ torchs = {rule.__name__: with_api(rule) for rule in own}
 optimizers = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
 for name, rule in optimizers.items():
     for variant in rule.variants:
-        takes_all = all(isinstance(phase, Apply) for phase in rule(**variant).phases)
+        takes_all = all(phase.is_driver for phase in rule(**variant).phases)
         wanted = common + (rare if name in ("adamw", "lamb", "sgd", "adan", "lans") else [])
         wanted += packed if takes_all and (is_all or name in ("adamw", "lion", "signum")) else []
         wanted = [(*dtypes_and_format, None) for dtypes_and_format in wanted]
@@ -63,7 +62,7 @@ print(json.dumps(rows))
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """In a process of its own: this one interprets kernels."""
+    """Compile in a process of its own: this one interprets kernels."""
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -137,6 +136,6 @@ def test_kernels_say_their_name(rows: list[dict[str, Any]]) -> None:
 
 
 def test_one_worker_compiles(request: pytest.FixtureRequest) -> None:
-    """Where pytest-xdist does not keep groups together, silently, each worker compiles all of it."""
+    """Each worker would compile all of it if pytest-xdist did not keep groups together, silently."""
     if getattr(request.config.option, "loadgroup", False):
         assert request.node.nodeid.endswith("@compiles")

@@ -183,7 +183,7 @@ def edges_of(dtype: torch.dtype) -> torch.Tensor:
 
 @EVERY_FORMAT
 def test_kernel_loads_what_its_twin_does(fmt: Format, dtype: torch.dtype) -> None:
-    """And what it loads is shown as the very weight that was loaded, whatever stands beside that."""
+    """A loaded value is also shown as the very weight that was loaded, whatever stands beside that."""
     compute, name = (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
     for planes, n in product(every_plane(fmt, dtype), (SIZE, SIZE - BLOCK - 3)):
         value = torch.full((SIZE,), 77.0, dtype=compute)

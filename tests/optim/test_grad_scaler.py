@@ -219,7 +219,7 @@ def test_a_scaler_that_is_switched_off() -> None:
 
 
 def test_plain_steps_after_scaled_ones() -> None:
-    """And the scaler leaves nothing behind on the optimizer."""
+    """The scaler leaves nothing behind on the optimizer."""
     params, expected = parameters(), parameters()
     opt, plain = AdamW(params, lr=0.01), AdamW(expected, lr=0.01, capturable=True)
     scaled_steps(opt, params, range(3))

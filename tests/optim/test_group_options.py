@@ -97,7 +97,7 @@ CLASSES = [cls for cls in vars(optim).values() if isinstance(cls, type) and hasa
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_rates_in_a_vector_give_the_rows_that_one_by_one_give(cls: Any) -> None:
-    """To the bit: a resumed run starts with the slow way."""
+    """Equality is to the bit: a resumed run starts with the slow way."""
     groups = [{"params": [torch.ones(2, 2, requires_grad=True)], "lr": 0.01 * 1.37**i} for i in range(5)]
     decay = 0.0 if cls is optim.GroupAdaGrad else 0.01  # which has none
     groups.append({"params": [torch.ones(2, 2, requires_grad=True)], "lr": 0.01, "weight_decay": decay})
@@ -155,3 +155,21 @@ def test_hooks_see_a_step_as_it_was_called() -> None:
         handle.remove()
     opt.step()
     assert len(before.seen) == 1
+
+
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.SGD], ids=lambda cls: cls.__name__)
+def test_a_bound_that_comes_and_goes_between_steps(cls: Any) -> None:
+    """Without one, the launch is of a preamble that does not clip, also where a step is replayed."""
+    pytest.importorskip("triton")
+    grads = torch.linspace(-2, 2, 300)
+    weights = []
+    for fused in (None, False):
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 300)) for _ in range(2)]
+        opt = cls([{"params": [param]} for param in params], lr=0.1, weight_decay=0.1, fused=fused)
+        for bounds in [(None, None)] * 3 + [(None, 0.25)] * 3 + [(0.125, 0.25)] + [(None, None)] * 3:
+            for param, group, bound in zip(params, opt.param_groups, bounds, strict=True):
+                param.grad, group["clip_value"] = grads.clone(), bound
+            opt.step()
+        weights.append(torch.stack([param.detach() for param in params]))
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0][0], weights[0][1])

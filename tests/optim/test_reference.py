@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.support.training import CLASSES, options_of
+from tests.support.training import CLASSES, OF_MATRICES, options_of
 from tritopt import optim
 from tritopt.engine import arrays
 
@@ -26,7 +26,7 @@ def parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
 
 def train(cls: Any, dtype: torch.dtype, n_steps: int = 3, **options: Any) -> list[torch.Tensor]:
     params = parameters(dtype)
-    if cls in (optim.GroupAdaGrad,):
+    if cls in OF_MATRICES:
         params = [p for p in params if p.dim() == 2]
     opt = cls(params, fused=False, **options_of(cls), **options)
     generator = torch.Generator("cpu").manual_seed(1)

@@ -36,7 +36,7 @@ Parameters = Sequence[torch.Tensor]
 
 
 def loss_of(params: Parameters, step: int) -> torch.Tensor:
-    """Its gradients depend on the weights: a wrong update shows in all that follow."""
+    """Loss whose gradients depend on the weights: a wrong update shows in all that follow."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(step)
     terms = [(p.float() * torch.randn(p.shape, generator=generator)).sin().sum() for p in params]
     return torch.stack(terms).sum()
@@ -466,7 +466,7 @@ def test_without_its_optimizer_gradients_stay() -> None:
 
 
 def refused(error: type[Exception], match: str, opt: Any, params: Any) -> None:
-    """By release_gradients, which leaves no hook behind."""
+    """Expect an error of release_gradients, which leaves no hook behind."""
     with pytest.raises(error, match=match):
         release_gradients(params, opt)
     owned = opt.param_groups[0]["params"]
@@ -596,7 +596,8 @@ def test_a_weight_that_is_read_after_its_update_is_autograd_s_error() -> None:
 
 
 def refused_distributed() -> None:
-    """In a process group: a wrapper is found around the module, around a list, and after the release; DTensors."""
+    """Expect errors in a process group: for a wrapper around the module, around a list, and after the release; for
+    DTensors."""
     from torch.distributed.fsdp import fully_shard
 
     inner = torch.nn.Linear(4, 4)

@@ -524,7 +524,7 @@ def test_a_name_that_changes_decides_on_random_bits() -> None:
 
 
 def test_states_that_are_moved_to_shared_memory_stay_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who sends a state_dict to another process once does not pay for it in every step."""
+    """A state_dict that is sent to another process once does not cost anything in every later step."""
     params = parameters()
     opt = options(params, optim.AdamW)
     for step in range(3):
@@ -564,7 +564,7 @@ def test_a_sparse_gradient_is_noticed() -> None:
 
 
 def both_ways(run: Callable[[Callable[[optim.Optimizer], None]], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """What `run` returns where it leaves warm steps alone, and where each of its steps starts cold."""
+    """Return what `run` returns where it leaves warm steps alone, and where each of its steps starts cold."""
     return [run(lambda opt: None), run(forget)]
 
 
@@ -673,7 +673,7 @@ def test_inference_mode(inside: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("how", ["values", "dicts", "all"])
 def test_replaced_states_are_given_back(how: str) -> None:
-    """Who moves states to the host between two phases of training wants the device's memory."""
+    """Moving states to the host between two phases of training gives back the device's memory."""
     params = parameters()
     opt = options(params, optim.AdamW)
     for step in range(3):

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import tritopt
-from tests.support.training import CLASSES, options_of, parameters, record_launches, set_grads
+from tests.support.training import CLASSES, OF_MATRICES, options_of, parameters, record_launches, set_grads
 from tritopt import optim
-from tritopt.engine.driver import Apply
 from tritopt.engine.plan import Planner
 from tritopt.engine.telemetry import TensorTelemetry
 from tritopt.engine.tuning.config import Config
@@ -21,7 +20,7 @@ from tritopt.kernels.formats.weights import MASTERS
 
 BF16 = torch.bfloat16
 SHAPES = ((3, 50), (9,), (0,), ())
-TRACKED = [cls for cls in CLASSES if all(isinstance(phase, Apply) for phase in cls.rule().phases)]
+TRACKED = [cls for cls in CLASSES if all(phase.is_driver for phase in cls.rule().phases)]
 UNTRACKED = [cls for cls in CLASSES if cls not in TRACKED]
 
 
@@ -50,7 +49,8 @@ def assert_close(actual: list[TensorTelemetry], expected: list[TensorTelemetry],
 @pytest.mark.parametrize("master", [*MASTERS, None])
 @pytest.mark.parametrize("cls", TRACKED, ids=lambda cls: cls.__name__)
 def test_kernel_sums_up_what_the_reference_does(cls: Any, master: str | None) -> None:
-    copies = [parameters(BF16, SHAPES) for _ in range(2)]
+    shapes = ((3, 50), (9, 1), (0, 2), (1, 1)) if cls in OF_MATRICES else SHAPES
+    copies = [parameters(BF16, shapes) for _ in range(2)]
     kernel, reference = (
         run(cls, p, fused=fused, master=master) for p, fused in zip(copies, (None, False), strict=True)
     )
@@ -102,7 +102,7 @@ def test_steps_are_the_same_and_stay_warm(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("fused", [None, False], ids=["kernel", "reference"])
 def test_weights_that_are_stuck_show(fused: bool | None) -> None:
-    """Of bf16 alone: the updates are below half a step of the numbers near 1."""
+    """Weights in bf16 alone are stuck: the updates are below half a step of the numbers near 1."""
     weight = torch.nn.Parameter(torch.ones(100, dtype=BF16))
     opts = {m: optim.SGD([weight], lr=1e-4, master=m, track=True, fused=fused) for m in (None, "stochastic")}
     by_master = {}

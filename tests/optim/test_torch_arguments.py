@@ -170,7 +170,7 @@ def test_nesterov_with_dampening_is_refused_in_a_group_too() -> None:
 
 
 def sparse_grad(seed: int) -> torch.Tensor:
-    """Of [5, 3], with a row that is there twice."""
+    """Sparse gradient of shape [5, 3], with a row that is there twice."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     rows = torch.tensor([[0, 3, 3]])
     return torch.sparse_coo_tensor(rows, torch.randn(3, 3, generator=generator), (5, 3), check_invariants=True)
@@ -207,7 +207,7 @@ def test_refused_sparse_gradient_changes_nothing(name: str) -> None:
 )
 @pytest.mark.parametrize("fused", [None, False])
 def test_sparse_gradients_that_torch_takes(name: str, arguments: dict[str, Any], fused: bool | None) -> None:
-    """And a checkpoint of theirs, in which torch's momentum is sparse."""
+    """A checkpoint of torch's is taken too, whose momentum is sparse."""
     param, other = parameter(5, 3), parameter(5, 3)
     ours, theirs = our_class(name)([param], **arguments, fused=fused), torch_class(name)([other], **arguments)
     for seed in range(8):
@@ -321,7 +321,7 @@ def test_sgd_begins_a_buffer_that_the_checkpoint_does_not_have() -> None:
 
 @pytest.mark.parametrize("fused", [None, False])
 def test_sgd_begins_a_buffer_when_momentum_is_switched_on(fused: bool | None) -> None:
-    """And keeps it where it is switched off for a while."""
+    """The buffer is kept where momentum is switched off for a while."""
     params = [parameter(3), parameter(3)]
     opts = [
         torch_class("SGD")([params[0]], lr=0.1, dampening=0.5),
@@ -369,7 +369,7 @@ def test_adagrad_shares_its_sums(n_before: int, fused: bool | None) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "SGD"])
 def test_step_saved_as_a_number_is_taken(name: str) -> None:
-    """As torch's optimizers of 2021 saved it."""
+    """torch's optimizers of 2021 saved it so."""
     params = [parameter(3), parameter(3)]
     opts = [torch_class(name)([params[0]]), our_class(name)([params[1]])]
     for opt, param in zip(opts, params, strict=True):

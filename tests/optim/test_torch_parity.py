@@ -99,7 +99,7 @@ def accepts(case: Case) -> bool:
 
 
 def arguments_of(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """What torch's constructor takes of the options."""
+    """Select those of the options that torch's constructor takes."""
     kept = {key: value for key, value in case.options if key not in ("capturable", "groups", "scheduler")}
     return {**kept, "lr": rate_of(case, dtype)}
 
@@ -134,11 +134,11 @@ ALL = [case for name in OPTIONS for case in cases(name)]
 
 
 class Run(NamedTuple):
-    """What came out, fp64 on the CPU."""
+    """Result of a run, fp64 on the CPU."""
 
     weights: list[torch.Tensor]
     moved: list[torch.Tensor]
-    """How far each element went."""
+    """Distance that each element went."""
 
 
 class Problem:
@@ -170,7 +170,8 @@ class Problem:
         return [torch.nn.Parameter(tensor) for tensor in made]
 
     def set_grads(self, step: int, params: Sequence[torch.nn.Parameter]) -> None:
-        """Of a step; some have none at times, one gets its first late, and not all are laid out like the parameter."""
+        """Set the gradients of a step; some have none at times, one gets its first late, and not all are laid out like
+        the parameter."""
         for i, (param, grad) in enumerate(zip(params, self.grads[step], strict=True)):
             is_missing = (i == 1 and step % 5 == 3) or (i == 4 and step < 2)
             param.grad = None if is_missing else torch.empty_like(param).copy_(grad)
@@ -178,7 +179,7 @@ class Problem:
                 param.grad = param.grad.contiguous()
 
     def outcome(self, params: Sequence[torch.nn.Parameter]) -> Run:
-        """Of a run from these starts."""
+        """Result of a run from these starts."""
         weights = [param.detach().double().cpu() for param in params]
         return Run(weights, [(w - start.double()).abs() for w, start in zip(weights, self.starts, strict=True)])
 
@@ -248,7 +249,7 @@ def errors(actual: Run, expected: Run) -> list[float]:
 
 
 def bounds(case: Case, dtype: torch.dtype, n_steps: int = STEPS) -> Iterator[float]:
-    """What the errors of each tensor may be."""
+    """Bounds on the errors of each tensor."""
     expected = truth(case, n_steps)
     unit = torch.finfo(dtype).eps
     for error, weight, moved in zip(

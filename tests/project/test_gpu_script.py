@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Finished:
-    """What a run left behind."""
+    """Files and output that a run left behind."""
 
     def __init__(self, done: subprocess.CompletedProcess[str], out: Path, calls: Path) -> None:
         self.code, self.printed = done.returncode, done.stdout + done.stderr

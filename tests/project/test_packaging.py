@@ -85,7 +85,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(source: Path, out: Path, *arguments: str, **environment: str) -> Path:
-    """Without --sdist or --wheel: an sdist, and the wheel out of that sdist."""
+    """Build an sdist and the wheel out of that sdist, or what --sdist or --wheel asks for."""
     pytest.importorskip("build")
     pytest.importorskip("setuptools", minversion="77")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), *arguments, str(source)]

@@ -39,8 +39,10 @@ class Block(NamedTuple):
 
 def blocks(language: str) -> list[Block]:
     """All blocks in this language."""
-    found = [(page, match) for page in PAGES for match in BLOCK.finditer(page.read_text())]
-    every = [Block(page.relative_to(ROOT).as_posix(), m["marker"] or "", m["language"], m["code"]) for page, m in found]
+    matches = [(page, match) for page in PAGES for match in BLOCK.finditer(page.read_text())]
+    every = [
+        Block(page.relative_to(ROOT).as_posix(), m["marker"] or "", m["language"], m["code"]) for page, m in matches
+    ]
     return [block for block in every if block.language == language]
 
 
@@ -114,17 +116,17 @@ def test_own_optimizer_passes_the_check(tmp_path: Path) -> None:
 
 def commands() -> list[str]:
     """Every `tritopt ...` in the pages, in blocks and in lines of text."""
-    found: set[str] = set()
+    used: set[str] = set()
     for page in PAGES:
         text = page.read_text()
-        found.update(re.findall(r"^tritopt [^#\n]*", "\n".join(m["code"] for m in BLOCK.finditer(text)), re.MULTILINE))
-        found.update(re.findall(r"`(tritopt [^`\n]*)`", BLOCK.sub("", text)))
-    return sorted(command.partition(" > ")[0].strip() for command in found if "COMMAND" not in command)
+        used.update(re.findall(r"^tritopt [^#\n]*", "\n".join(m["code"] for m in BLOCK.finditer(text)), re.MULTILINE))
+        used.update(re.findall(r"`(tritopt [^`\n]*)`", BLOCK.sub("", text)))
+    return sorted(command.partition(" > ")[0].strip() for command in used if "COMMAND" not in command)
 
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With names and options that exist; nothing is run."""
+    """Names and options exist; nothing is run."""
     monkeypatch.chdir(tmp_path)
     _, name, *arguments = shlex.split(command)
     group = typer.main.get_command(app)

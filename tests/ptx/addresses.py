@@ -35,7 +35,7 @@ def huge(dtype: torch.dtype, n: int = N) -> torch.Tensor:
 
 
 def windows(tensor: torch.Tensor, per: int = 1) -> list[torch.Tensor]:
-    """What each of the programs has; of a tensor that has one element for so many."""
+    """Split a tensor into what each of the programs has; it may have one element for so many."""
     return [tensor[i * CHUNK // per : (i + 1) * CHUNK // per] for i in PROGRAMS]
 
 

@@ -131,7 +131,7 @@ class GoldenCase:
         return self.steps
 
     def tolerance(self) -> float:
-        """What the path that MXNet recorded allows, or the decisions: both paths of tritopt are exact."""
+        """Tolerance of the path that MXNet recorded, or of the decisions: both paths of tritopt are exact."""
         allowed = [DECISIONS[name] or 0 for name in self.decisions()]
         if self.dtype == torch.float64:
             allowed.append(TOLERANCE_FLOAT64[PATHS[self.use_fused_step]])
@@ -143,7 +143,7 @@ class GoldenCase:
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What tritopt made of a case; fewer steps than recorded if it was cut short."""
+    """Result that tritopt made of a case; fewer steps than recorded if it was cut short."""
 
     weights: list[Tensors]
     states: list[Tensors]
@@ -393,7 +393,7 @@ def _check_counts(outcome: Comparison, case: GoldenCase, result: ReplayResult) -
 
 @dataclass
 class Row:
-    """What became of the cases of one optimizer on one path."""
+    """Outcome of the cases of one optimizer on one path."""
 
     run: int = 0
     passed: int = 0
@@ -425,7 +425,7 @@ def run_all(cases: Iterable[GoldenCase], paths: Iterable[str], steps: int | None
 
 
 def fused_device() -> str:
-    """Where the fused path runs: on the GPU unless Triton interprets its kernels."""
+    """Device of the fused path: the GPU unless Triton interprets its kernels."""
     return "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
 
@@ -440,7 +440,7 @@ def table_of(rows: dict[str, Row]) -> Table:
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "directory", nargs="?", type=Path, default=BUNDLED, help="with manifest.json (default: %(default)s)"

@@ -65,7 +65,7 @@ def spread(value: torch.Tensor, layout: Layout) -> DTensor:
 
 
 def pending(value: torch.Tensor, layout: Layout) -> DTensor:
-    """As a gradient whose sum over the processes has yet to be carried out."""
+    """Lay out a gradient whose sum over the processes has yet to be carried out."""
     mesh, _ = layout
     return DTensor.from_local(value / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
 
@@ -104,7 +104,7 @@ class Pair:
             shared.grad = (pending if is_pending else spread)(plain.grad, layout)
 
     def step(self, is_pending: bool = False) -> None:
-        """Of both."""
+        """Step with both optimizers."""
         self.set_grads(is_pending)
         if dist.get_rank() == 0:
             self.one.step()

@@ -103,7 +103,7 @@ def test_contestants_take_turns_whose_first_steps_are_told_apart(monkeypatch: py
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("clip", [False, True])
 def test_no_kernel_runs(name: str, clip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gradients of 1 and a decay every weight would move."""
+    """Every weight would move, with gradients of 1 and a decay."""
     made: list[torch.nn.Parameter] = []
     groups = contestants.groups_of
 

@@ -109,13 +109,13 @@ def undefined_update(w, g, state, s):  # type: ignore[no-untyped-def]
 
 
 class Undefined(tritopt.Test):
-    """NaN everywhere."""
+    """Optimizer whose weights are NaN everywhere."""
 
     phases = (tritopt.Apply(undefined_update, reads_states=False, writes_states=False),)
 
 
 class Ported(tritopt.Optimizer):
-    """As MXNet has them: overrides `create_state` and `step`, no kernel."""
+    """Optimizer that is written as MXNet's are: it overrides `create_state` and `step`, and has no kernel."""
 
     def create_state(self, index: Any, weight: torch.Tensor) -> Any:
         return torch.zeros_like(weight)
@@ -138,14 +138,14 @@ class Greedy(Ported):
 
 
 class Counting(Ported):
-    """Its state is a number."""
+    """Optimizer whose state is a number."""
 
     def create_state(self, index: Any, weight: torch.Tensor) -> Any:
         return 7
 
 
 class Coarse(tritopt.Test):
-    """Its reference computes in bf16."""
+    """Optimizer whose reference computes in bf16."""
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Any, s: Any) -> Any:
         return (w - s.lr * g.to(torch.bfloat16)) if w.dtype == torch.float32 else w - s.lr * g, state
@@ -185,7 +185,7 @@ class PortedSign(Ported):
 
 
 class LateSign(PortedSign):
-    """In fp32 and below it takes the sign of the momentum before the step."""
+    """Optimizer that takes, in fp32 and below, the sign of the momentum before the step."""
 
     def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         before = [state.clone() for state in states]
@@ -254,7 +254,7 @@ def store_without_shift(planes, offsets, mask, value, start, noise):  # type: ig
 
 
 class Fixed:
-    """In place of random bits: those that round to nearest, or always up."""
+    """Stand-in for random bits: those that round to nearest, or always up."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -323,7 +323,7 @@ def test_a_wrong_format_is_far_from_the_truth(wrong: Any, monkeypatch: pytest.Mo
 
 @needs_kernels
 def test_states_that_sums_round_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a moment was rounded apart, LANS makes another weight of it, and rightly so."""
+    """LANS makes another weight of a moment that was rounded apart, and rightly so."""
     lans, sgd = case(tritopt.LANS, state_dtype="int8"), case(tritopt.SGD, state_dtype="int8", momentum=0.9)
     monkeypatch.setitem(STATE_FORMATS["int8"], SIGNED, INT8._replace(encode=rounds_up))
     row = check_case(lans)
@@ -351,7 +351,7 @@ OF_STATES = [(name, kind) for name, kinds in STATE_FORMATS.items() for kind in k
 
 @pytest.mark.parametrize(("name", "kind"), OF_STATES)
 def test_neighbours(name: str, kind: str) -> None:
-    """Of every number that a format has, at scales 1 and 4 in turn."""
+    """Neighbours of every number that a format has, at scales 1 and 4 in turn."""
     fmt = STATE_FORMATS[name][kind]
     n = 256 ** fmt.dtypes[0].itemsize
     codes = torch.arange(n, device="cpu").to(torch.int8 if n == 256 else torch.int16).view(fmt.dtypes[0])
@@ -779,7 +779,7 @@ def test_program_runs_the_kernels_with_or_without_gpu(here: Path) -> None:
 
 
 def test_mutations_fit_the_code() -> None:
-    """What `python -m tests.mutations` breaks exists, once; running it takes minutes."""
+    """Every text that `python -m tests.mutations` breaks exists, once; running it takes minutes."""
     for mutation in mutations.collect():
         text = mutations.path_of(mutation, ROOT).read_text()
         assert text.count(mutation.old) == 1, mutation

@@ -1,4 +1,4 @@
-"""What commands have in common: tables on narrow terminals, optimizers by position, a machine without Triton."""
+"""Behaviour that commands share: tables on narrow terminals, optimizers by position, a machine without Triton."""
 
 from __future__ import annotations
 
@@ -365,63 +365,69 @@ def test_numerics_takes_one_optimizer() -> None:
 
 # Without Triton.
 
+WORKS = [
+    ["list"],
+    ["list", "--markdown"],
+    ["check", "test", "--quick"],
+    ["numerics", "--no-digits", "--steps", "1", "--format", "split16"],
+    ["tune", "--show"],
+    ["inspect", "--help"],
+]
+NEEDS = [
+    ["inspect"],
+    ["inspect", "adamw"],
+    ["inspect", "--diff", str(COUNTS)],
+    ["bench"],
+    ["bench", "--host"],
+    ["bench", "--rehearse"],
+    ["tune"],
+]
 WITHOUT = """
 import json, sys
 sys.modules["triton"] = None  # `import triton` then raises ImportError, as where it is not installed
 from typer.testing import CliRunner
 from tritopt.commands.app import app
-for arguments in json.load(sys.stdin):
-    done = CliRunner().invoke(app, arguments)
-    print(json.dumps([done.exit_code, done.stdout, done.output, repr(done.exception)]))
+done = [CliRunner().invoke(app, arguments) for arguments in json.loads(sys.argv[1])]
+failed = lambda run: isinstance(run.exception, Exception)
+print(json.dumps([(run.exit_code, run.stdout, run.stderr, failed(run)) for run in done]))
 """
-WORKS = [
-    ["list"], ["list", "--markdown"], ["check", "test", "--quick"],
-    ["numerics", "--no-digits", "--steps", "1", "--format", "split16"], ["tune", "--show"], ["inspect", "--help"],
-]  # fmt: skip
-NEEDS_TRITON = [
-    ["inspect"], ["inspect", "adamw"], ["inspect", "--diff", str(COUNTS)],
-    ["bench"], ["bench", "--host"], ["bench", "--rehearse"], ["tune"],
-]  # fmt: skip
 
 
-class Outcome(NamedTuple):
-    """What became of a command."""
+class Ended(NamedTuple):
+    """Outcome of a command: exit code and output."""
 
-    code: int
+    exit_code: int
     stdout: str
-    output: str
-    exception: str
+    stderr: str
+    raised: bool
 
 
 @pytest.fixture(scope="module")
-def without_triton() -> dict[tuple[str, ...], Outcome]:
-    """All of these commands in one process, which takes seconds to start."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    commands = [*WORKS, *NEEDS_TRITON]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT], cwd=ROOT, env={**env, "COLUMNS": "200"}, input=json.dumps(commands),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def without_triton() -> dict[str, Ended]:
+    """Each of these commands in turn, in one process that imports torch once."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
+    command = [sys.executable, "-c", WITHOUT, json.dumps(WORKS + NEEDS)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    outcomes = [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
-    return dict(zip(map(tuple, commands), outcomes, strict=True))
+    ended = [Ended(*fields) for fields in json.loads(done.stdout)]
+    return {" ".join(arguments): outcome for arguments, outcome in zip(WORKS + NEEDS, ended, strict=True)}
 
 
+@pytest.mark.xdist_group("without_triton")
 @pytest.mark.parametrize("arguments", WORKS, ids=" ".join)
-def test_what_works_without_triton(arguments: list[str], without_triton: dict[tuple[str, ...], Outcome]) -> None:
-    done = without_triton[tuple(arguments)]
-    assert done.code == 0, done
+def test_what_works_without_triton(arguments: list[str], without_triton: dict[str, Ended]) -> None:
+    done = without_triton[" ".join(arguments)]
+    assert done.exit_code == 0, done
     if arguments[0] == "list":
         assert done.stdout == run(*arguments, COLUMNS="200").output
 
 
-@pytest.mark.parametrize("arguments", NEEDS_TRITON, ids=lambda arguments: " ".join(arguments[:2]))
-def test_what_needs_triton_says_how_to_get_it(
-    arguments: list[str], without_triton: dict[tuple[str, ...], Outcome]
-) -> None:
-    done = without_triton[tuple(arguments)]
-    said = " ".join(done.output.replace("│", " ").split())
-    assert done.code in (1, 2)
+@pytest.mark.xdist_group("without_triton")
+@pytest.mark.parametrize("arguments", NEEDS, ids=lambda arguments: " ".join(arguments[:2]))
+def test_what_needs_triton_says_how_to_get_it(arguments: list[str], without_triton: dict[str, Ended]) -> None:
+    done = without_triton[" ".join(arguments)]
+    said = " ".join(done.stderr.replace("│", " ").split())
+    assert done.exit_code in (1, 2)
     assert "Triton, which is not installed: `pip install 'triton>=3.6'`" in said
     assert "use_fused_step" not in said
-    assert done.exception.startswith("SystemExit"), "a traceback"
+    assert not done.raised

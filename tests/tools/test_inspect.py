@@ -31,7 +31,7 @@ SAVED = report.load(COUNTS)
 COUNTED = {row.optimizer for row in SAVED}
 REFRESH = f"if that is meant: tritopt inspect --save tests/data/{COUNTS.name}"
 ROOM = {"instructions": 0.15, "arithmetic": 0.2, "registers": 0.3}
-"""For what another version of Triton makes, as a share. 3.6 and 3.9 differ by 0.12, 0.15 and 0.25."""
+"""Room for what another version of Triton makes, as a share. 3.6 and 3.9 differ by 0.12, 0.15 and 0.25."""
 
 
 def run(*arguments: str) -> Any:
@@ -49,7 +49,7 @@ def rows() -> list[LaunchRecord]:
 
 
 def differences(saved: Sequence[LaunchRecord], now: Sequence[LaunchRecord]) -> list[str]:
-    """What counts as a change: everything if the compiler is the same, else what the kernels ask of it."""
+    """List the changes that count: all if the compiler is the same, else those of what the kernels ask of it."""
     lines = []
     for change in compare(saved, now):
         if saved[0].triton != now[0].triton:
@@ -68,7 +68,7 @@ def test_the_compiled_code_is_as_committed(rows: list[LaunchRecord]) -> None:
 
 
 def test_the_committed_cases_are_the_default_ones() -> None:
-    """Of every optimizer that has any: a new one is counted when the counts are next saved."""
+    """Committed cases are of every optimizer that has any: a new one is counted when the counts are next saved."""
     default = [case for case in select_cases().cases if case.optimizer in COUNTED]
     assert [step.rows[0].case for step in steps_of(SAVED)] == default, REFRESH
 
@@ -161,7 +161,7 @@ $__internal_0_sqrt:
 
 
 def test_a_hot_loop_is_counted_along_its_shortest_way() -> None:
-    """Without the call, though it is shorter, and without the rare branch; loops of single words are not hot."""
+    """The call is left out, though it is shorter, and so is the rare branch; loops of single words are not hot."""
     (loop,) = hot_loops(parse_sass(SASS))
     # LDG LDG BSSY MUFU BRA, FMUL 4 FFMA, BSYNC BRA.U, STG BRA
     assert loop == HotLoop(14, 6, Counter({128: 1, 16: 1}), Counter({128: 1}))

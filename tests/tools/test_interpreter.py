@@ -32,7 +32,7 @@ NUMBERS = (0, 1, -1, True, 2.5, -0.0, 300, 70_000, 2**31, 2**40, 2**64 - 1, 1e30
 
 
 def described(constructed: Any) -> dict[str, str]:
-    """What an object says of itself; tuples of Triton's are described by their values."""
+    """Describe an object as it does itself; tuples of Triton's are described by their values."""
     return {
         name: repr(value.values) if isinstance(value, core.tuple) else repr(value)
         for name, value in vars(constructed).items()

@@ -23,7 +23,7 @@ OF_MXNET = [record for record in RECORDS if record.face == MXNET]
 EACH_TORCH = pytest.mark.parametrize("record", OF_TORCH, ids=lambda record: record.optimizer)
 EACH_MXNET = pytest.mark.parametrize("record", OF_MXNET, ids=lambda record: record.optimizer)
 SHAPE = (4, 64)
-"""Of rows that get scales."""
+"""Shape whose rows get scales."""
 
 
 def parameter(dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
@@ -31,7 +31,7 @@ def parameter(dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
 
 
 def take_a_step(record: Support, param: torch.nn.Parameter, **options: Any) -> Any:
-    """With a gradient of ones; the weight has moved."""
+    """Make a step with a gradient of ones, and see that the weight has moved."""
     cls = getattr(optim, record.optimizer)
     opt = cls([param], **{**options_of(cls), **options})
     before = param.detach().clone()
@@ -42,7 +42,7 @@ def take_a_step(record: Support, param: torch.nn.Parameter, **options: Any) -> A
 
 
 def rows_of(gradient: torch.Tensor) -> torch.Tensor:
-    """The same, sparse: of its rows 1 and 2 alone."""
+    """Sparse gradient of rows 1 and 2 alone."""
     rows = torch.tensor([1, 2])
     return torch.sparse_coo_tensor(rows[None], gradient[rows], gradient.shape)
 
@@ -81,7 +81,7 @@ def test_masters_of_mxnet(master: str, record: Support) -> None:
 
 def states_of(record: Support) -> dict[str, Any]:
     """The dtypes in which the states are stored under state_dtype="int8", by name, under all constructor arguments."""
-    found: dict[str, set[bool]] = {}
+    are_narrow: dict[str, set[bool]] = {}
     cls = getattr(optim, record.optimizer)
     for variant in cls.rule.variants:
         param = parameter()
@@ -94,15 +94,15 @@ def states_of(record: Support) -> dict[str, Any]:
         opt.step()
         for name, value in opt.state[param].items():
             if getattr(value, "ndim", 0) and not name.endswith("_scale"):
-                found.setdefault(name.removesuffix("_int8"), set()).add(name.endswith("_int8"))
-    return found
+                are_narrow.setdefault(name.removesuffix("_int8"), set()).add(name.endswith("_int8"))
+    return are_narrow
 
 
 @EACH_TORCH
 def test_states(record: Support) -> None:
-    found = states_of(record)
-    assert {name for name, narrow in found.items() if True in narrow} == set(record.narrow)
-    assert {name for name, narrow in found.items() if False in narrow} == set(record.wide)
+    are_narrow = states_of(record)
+    assert {name for name, narrow in are_narrow.items() if True in narrow} == set(record.narrow)
+    assert {name for name, narrow in are_narrow.items() if False in narrow} == set(record.wide)
 
 
 @EACH_MXNET
@@ -224,6 +224,6 @@ def test_command() -> None:
     assert "Lion" not in table
     records = json.loads(run("--support", "--json"))
     assert [record["optimizer"] for record in records] == [record.optimizer for record in RECORDS]
-    header, rule, *rows = run("--support", "--markdown", "adafactor").splitlines()[:3]
+    header, _, *rows = run("--support", "--markdown", "adafactor").splitlines()[:3]
     assert header.startswith("| face | optimizer | launches | masters |")
     assert "fp32, split16, kahan" in rows[0]

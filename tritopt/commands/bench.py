@@ -1,4 +1,4 @@
-"""The command `tritopt bench`."""
+"""The command `tritopt bench`: its options, and how it prints."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a step takes on this GPU, beside the bandwidth of a copy and beside other libraries.
+    """Measure what a step takes on this GPU, beside the bandwidth of a copy and beside other libraries.
 
     Every optimizer and format is checked before it is measured: a red check gets no numbers, and exit code 1.
     """

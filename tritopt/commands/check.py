@@ -1,4 +1,4 @@
-"""The command `tritopt check`."""
+"""The command `tritopt check`: its options, and how it prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `tritopt list`."""
+"""The command `tritopt list`: its options, and how it prints."""
 
 from __future__ import annotations
 

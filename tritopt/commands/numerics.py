@@ -1,4 +1,4 @@
-"""The command `tritopt numerics`."""
+"""The command `tritopt numerics`: its options, and how it prints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tritopt.commands.console import AsDark, AsJson, AsMarkdown, Column, Line, c
 from tritopt.tools import numerics as report
 from tritopt.tools.environment import device
 from tritopt.tools.numerics import plot as plotting
+from tritopt.tools.plotting import check_path
 
 
 def numerics(
@@ -39,7 +40,7 @@ def numerics(
     as_json: AsJson = False,
     markdown: AsMarkdown = False,
 ) -> None:
-    """What each storage format costs in bytes, and how far it leads from a float64 truth.
+    """Show what each storage format costs in bytes, and how far it leads from a float64 truth.
 
     On a small network (scikit-learn's digits) and on a synthetic stress. Takes minutes; --steps 100 takes seconds.
     """
@@ -48,7 +49,7 @@ def numerics(
             raise ValueError(f"one optimizer at a time: {target} or --optimizer {optimizer}")
         formats, cls = report.find_formats(storage), report.find_optimizer(target or optimizer or "AdamW")
         for path in plot or ():
-            plotting.check_path(path)
+            check_path(path)
         if load is not None:
             rows = [row for row in report.load(load) if not storage or row.format in storage]
             if not rows:

@@ -53,40 +53,46 @@ class LaunchGroup:
     """Tasks of one device, list of formats and of dtypes: they share a launch."""
 
     members: list[int]
+    """Places of the tasks among those of the launch."""
     device: torch.device
     formats: tuple[Format, ...]
-    """Of the weight and of each state."""
+    """Formats of the weight and of each state."""
     dtypes: tuple[torch.dtype, ...]
     """Dtypes of the pointer table's columns: the weight's planes, gradient, states, and int64 if `has_rows`."""
     shapes: list[torch.Size]
-    """Of the members' gradients."""
+    """Shapes of the members' gradients."""
     noise: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Of the members: `Task.noise`."""
+    """`Task.noise` of each member."""
+    strides: Sequence[tuple[int, ...]] = ()
+    """Strides of the members' weights, in whose order all their tensors lie."""
     has_rows: bool = False
     """Whether gradients are of some rows of the weights, whose numbers the table's last column points to."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
+    """The driver's table on the host: addresses and places of scalars, behind them the scalars' fp64 as int64."""
     device_table: torch.Tensor | None = None
+    """The driver's table on the device, int64; None: it must be made anew."""
     stream: int = 0
+    """Handle of the stream that `device_table` was made on."""
     staging: list[torch.Tensor] = field(default_factory=list)
-    """Pinned, for tables that are uploaded while CUDA graphs are captured: each replay reads its own again."""
+    """Pinned memory for tables that are uploaded while CUDA graphs are captured: each replay reads its own again."""
     captured: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Tables that replays of CUDA graphs read: the pinned one and its copy on the device, a pair for each upload."""
     is_captured: bool = False
     """Whether `device_table` is a CUDA graph's, which each replay writes and nobody before the first."""
     writer: object = None
-    """Who has written `host_table` last, and may trust that it is as they left it; None: nobody who comes again."""
+    """Token of the replay that wrote `host_table` last and may trust it; None: a built step wrote it."""
     configs: dict[Hashable, Any] = field(default_factory=dict)
-    """Launch configurations that phases have chosen."""
+    """Launch configurations that phases have chosen, by what they depend on beside the group."""
     _ready: list[tuple[Any, Any]] = field(default_factory=list)
     _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def format(self) -> Format:
-        """Of the weight."""
+        """Format of the weight."""
         return self.formats[0]
 
     def tables(self, name: Hashable, build: Callable[[Sequence[torch.Size]], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """What `build` makes of the shapes, arrays on the device; made and uploaded once."""
+        """Tables that `build` makes of the shapes, its arrays on the device; made and uploaded once per name."""
         if name not in self._tables:
             made = build(self.shapes)
             self._tables[name] = tuple(
@@ -95,7 +101,7 @@ class LaunchGroup:
         return self._tables[name]
 
     def ready(self, key: tuple[Any, ...], make: Callable[[], Prepared]) -> Prepared:
-        """What was made for an equal key. A few tuples are compared, since hashing kernels takes longer."""
+        """Return what was made for an equal key, or make it. Few tuples are compared: hashing kernels takes longer."""
         for known, prepared in self._ready:
             if known == key:
                 return prepared  # type: ignore[no-any-return]
@@ -114,7 +120,7 @@ class LaunchGroup:
 
     @property
     def places(self) -> torch.Tensor:
-        """The members, int64 on the device."""
+        """Places of the members among the tasks of the launch, int64 on the device."""
         (places,) = self.tables("places", lambda _: (np.array(self.members, dtype=np.int64),))
         return places  # type: ignore[no-any-return]
 
@@ -140,7 +146,10 @@ def upload_table(group: LaunchGroup, words: Array, scalars: Array | torch.Tensor
 
 
 def refresh_table(group: LaunchGroup, n_words: int, scalars: Array | torch.Tensor, is_dirty: bool = False) -> None:
-    """Likewise, where the addresses already stand in `group.host_table`. `is_dirty`: and others than the device has."""
+    """Bring the driver's table to the device where its addresses already stand in `group.host_table`.
+
+    is_dirty: whether these addresses are others than the device has.
+    """
     stream = current_stream(group.device)
     is_capture = is_capturing(group.device)
     # A graph's table is for its own replays, and what the host has uploaded before may be another's by then.
@@ -208,5 +217,5 @@ def _no_staging(group: LaunchGroup) -> str:
 
 
 def on_device_of(group: LaunchGroup) -> AbstractContextManager[Any]:
-    """`on_device`."""
+    """Make a group's device the current one, which launches go to."""
     return on_device(group.device)

@@ -25,7 +25,7 @@ class Phase(Protocol):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Names of what is launched."""
+        """Names of the update functions that are launched."""
         ...
 
     @property
@@ -36,6 +36,11 @@ class Phase(Protocol):
     @property
     def sums_elements(self) -> bool:
         """Whether results depend on the order in which elements are summed."""
+        ...
+
+    @property
+    def is_driver(self) -> bool:
+        """Whether the driver loads and stores all tensors, so that formats may draw random bits and sums be tracked."""
         ...
 
 
@@ -51,25 +56,29 @@ class LaunchSpec(NamedTuple):
     """Settings that the tasks of one step have in common."""
 
     phases: Sequence[Phase]
+    """Phases of the step, in order."""
     scalars: type
     """The NamedTuple of the optimizer's scalars."""
     preamble: str
     """A key of kernels/preambles.py."""
     rescale: torch.Tensor | None = None
-    """Device scalar that multiplies the rescale in each set of scalars; NaN or Inf skips the update."""
+    """Device scalar, fp64, that multiplies the rescale in each set of scalars; NaN or Inf skips the update. None: 1."""
     noop: torch.Tensor | None = None
-    """Device flag; anything but 0 skips the update."""
+    """Device flag; anything but 0 skips the update. None: nothing does."""
     skip_zero_rescale: bool = False
+    """Whether a product of 0 with `rescale` skips the update as NaN does."""
     draws: bool = False
     """Whether storing takes random bits; a set of scalars then ends with the step."""
     tracked: list[Tracked] | None = None
-    """Receives what the phases sum up of gradients and updates; None: they sum up nothing."""
+    """List that gets what the phases sum up of gradients and updates; None: they sum up nothing."""
     reduce: Reduce | None = None
-    """Completes sums whose tensors are sharded over processes, between phases."""
+    """Sum over processes that completes sums of sharded tensors between phases; None: no tensor is sharded."""
+    exchange: Exchange | None = None
+    """Orthogonalisation of directions that are sharded over processes; None: each process has whole matrices."""
     config: Config | None = None
     """Launch configuration of all phases; None: each has what was tuned for it, or the default."""
     record: Recorder | None = None
-    """Told of the launches, of which none is made; None: they are made."""
+    """Receiver that is told of the launches, of which none is made; None: they are made."""
 
     @property
     def n_scalars(self) -> int:
@@ -86,7 +95,7 @@ class LaunchSpec(NamedTuple):
 
 
 class Recorder:
-    """Told what a step would launch, in place of launching it; tools compile or measure that. Sums are not formed."""
+    """Receiver of what a step would launch, in place of launching it, for tools that compile or measure it."""
 
     def phase(self, phase: Phase, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> None:
         """Note a phase of a group, before its launches. n_earlier: number of sums per tensor that it receives."""
@@ -95,18 +104,30 @@ class Recorder:
         """Note one launch: number of programs, arguments in order, compile-time arguments and options by name."""
 
 
+class Exchange(Protocol):
+    """Orthogonalisation, once and by one process each, of matrices whose parts several have."""
+
+    def __call__(self, directions: Sequence[torch.Tensor | None]) -> None:
+        """Orthogonalise in place. directions: of each task, which lies as its weight; None where that is empty."""
+        ...
+
+
 class Reduce(Protocol):
-    """Adds up over processes."""
+    """Sum over processes, of tensors that are sharded."""
 
     device: torch.device
 
     def __call__(self, sums: torch.Tensor) -> None:
-        """In place: fp64 [tasks, sums], of all tasks, also of those that are empty here."""
+        """Add up sums in place: fp64 [tasks, sums], of all tasks, also of those that are empty here."""
         ...
 
 
 def run_phases(groups: Sequence[LaunchGroup], launch: LaunchSpec, n_tasks: int) -> list[torch.Tensor | None]:
     """Launch the phases one after the other; a phase receives the sums of all before it. Returns all sums."""
+    if launch.exchange is not None:
+        (phase,) = launch.phases
+        phase.launch_sharded(groups, launch, n_tasks)  # type: ignore[attr-defined]
+        return [None] * len(groups)
     if len(groups) == 1 and launch.reduce is None:
         with on_device_of(groups[0]):
             total = None

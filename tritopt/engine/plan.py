@@ -35,15 +35,15 @@ class Task(NamedTuple):
     grad: torch.Tensor
     state: tuple[torch.Tensor, ...]
     rows: torch.Tensor | None = None
-    """int64: which rows of the weight and the states the rows of the gradient are for; None: all, in order."""
+    """Numbers of the weight's and states' rows that the gradient's rows are for, int64; None: all, in order."""
     noise: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Key, first position, width and gap of the random bits, where a format draws: `Noise` says what they are."""
     state_formats: tuple[Format, ...] = ()
-    """Of each state, whose planes stand in `state` one after the other. Empty: all plain."""
+    """Format of each state, whose planes stand in `state` one after the other. Empty: all plain."""
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """Of the weight and of each state."""
+        """Formats of the weight and of each state."""
         return (self.format, *(self.state_formats or (PLAIN,) * len(self.state)))
 
     @property
@@ -61,7 +61,7 @@ class Task(NamedTuple):
         return {id(planes[-1]) for planes, fmt in zip(self.states(), self.formats[1:], strict=True) if fmt.block}
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """In the order of the driver's pointer table."""
+        """All tensors, in the order of the driver's pointer table."""
         return (*self.weight, self.grad, *self.state, *(() if self.rows is None else (self.rows,)))
 
     def written(self) -> tuple[torch.Tensor, ...]:
@@ -69,7 +69,7 @@ class Task(NamedTuple):
         return (*self.weight, *self.state)
 
     def versions(self) -> list[int]:
-        """How often autograd was told of writes to them."""
+        """Version counters of `written()`, by which autograd knows of writes; 0 for tensors of inference mode."""
         parts = map(private.local_part, self.written())
         return [0 if part.is_inference() else private.version_of(part) for part in parts]
 
@@ -79,9 +79,9 @@ kernel_device = "cpu" if INTERPRETED else "cuda"
 
 
 def unavailable(tensor: torch.Tensor, way_out: str = "") -> str | None:
-    """Why the fused path cannot take this tensor and what to do about it, or None if it can.
+    """Reason why the fused path cannot take this tensor, and what to do about it; None if it can.
 
-    way_out: what else the caller can do, such as "pass fused=False to run the reference step".
+    way_out: advice on what else the caller can do, such as "pass fused=False to run the reference step".
     """
     otherwise = way_out and f", or {way_out}"
     if not HAS_TRITON:
@@ -185,7 +185,7 @@ class Planner:
         return sums
 
     def groups_of_squares(self, key: Hashable) -> list[LaunchGroup] | None:
-        """Those of the last `squares` with this key; None if there was none, or it had to go for others."""
+        """Groups of the last `squares` with this key; None if there was none, or it had to go for others."""
         plan = self._plans.get(("squares", key))
         return None if plan is None else plan[1]
 
@@ -206,7 +206,7 @@ class Planner:
         self._places.put(key, distinct, len(places))
 
     def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[LaunchGroup]:
-        signature = tuple([(_group_key(task), task.grad.shape, task.noise) for task in tasks])
+        signature = tuple([(_group_key(task), task.grad.shape, task.weight[0].stride(), task.noise) for task in tasks])
         plan = self._plans.get(key)
         if plan is None or plan[0] != signature:
             groups = _build_groups(tasks, [group_key for group_key, *_ in signature])
@@ -224,7 +224,7 @@ class NoScalars(NamedTuple):
 
 
 _SQUARES = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
-_OF_SQUARES = LaunchSpec((_SQUARES,), NoScalars, "decoupled")
+_OF_SQUARES = LaunchSpec((_SQUARES,), NoScalars, "rescaled")
 
 
 def _words(group: LaunchGroup, tasks: Sequence[Task], scalars: ScalarTable) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -233,7 +233,7 @@ def _words(group: LaunchGroup, tasks: Sequence[Task], scalars: ScalarTable) -> n
 
 
 def _group_key(task: Task) -> Hashable:
-    """What tasks of one group have in common."""
+    """Key that tasks of one group have in common: device, names of formats, dtypes."""
     names = tuple([fmt.name for fmt in task.formats])
     return task.grad.device, names, tuple([t.dtype for t in task.tensors()])
 
@@ -249,8 +249,11 @@ def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable]) -> list[Launc
         dtypes = tuple(t.dtype for t in first.tensors())
         shapes = [tasks[i].grad.shape for i in positions]
         noise = [tasks[i].noise for i in positions]
+        strides = [tasks[i].weight[0].stride() for i in positions]
         has_rows = first.rows is not None
-        groups.append(LaunchGroup(positions, first.grad.device, first.formats, dtypes, shapes, noise, has_rows))
+        groups.append(
+            LaunchGroup(positions, first.grad.device, first.formats, dtypes, shapes, noise, strides, has_rows)
+        )
     return groups
 
 

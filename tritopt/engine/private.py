@@ -235,7 +235,7 @@ def compile_for(
         kernel: the jit function.
         kinds: Triton's name of each argument's type; pointers are taken as 16-byte aligned.
         constants: values of arguments that are compile-time ones, as the kernel says or as they are None.
-        options: of the launch.
+        options: options of the launch.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -287,15 +287,16 @@ def wrap_interpreter(
     patch_attr: Callable[[Any, Any], Any],
     methods: Callable[[Any, Any], Mapping[str, Any]],
 ) -> None:
-    """Replace internals of the interpreter until the process ends, by what is made of each.
+    """Replace internals of the interpreter until the process ends.
 
     Args:
-        patch_lang: of the function that replaces triton.language in a kernel's names.
-        np_dtype: of the one that gives NumPy's dtype of a type.
-        unwrap: of the one that takes values out of constexpr.
-        constructors: of triton.language.core, those of block_type and tensor.
-        patch_attr: of the function that replaces one function of triton.language, and of the semantics that it passes.
-        methods: of the class of these semantics and that of handles, methods of the first by their names.
+        patch_lang: takes the function that replaces triton.language in a kernel's names, and returns another.
+        np_dtype: takes the function that gives NumPy's dtype of a type, and returns another.
+        unwrap: takes the function that takes values out of constexpr, and returns another.
+        constructors: takes triton.language.core, and returns constructors of block_type and tensor.
+        patch_attr: takes the function that replaces one function of triton.language, and the semantics that it
+            passes; returns another such function.
+        methods: takes the class of these semantics and that of handles; returns methods of the first by name.
     """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     core: Any = importlib.import_module("triton.language.core")

@@ -25,7 +25,7 @@ class Recent(Generic[Value]):
         self._size = 0
 
     def __len__(self) -> int:
-        """Number of entries."""
+        """Number of entries that are kept."""
         return len(self._entries)
 
     def get(self, key: Hashable) -> Value | None:

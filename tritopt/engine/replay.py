@@ -11,14 +11,14 @@ from tritopt.engine.group import Array, LaunchGroup, refresh_table, upload_table
 
 
 class ReplayTable:
-    """A group, and its table of addresses, but for those of gradients.
+    """Table of addresses of a group; only those of gradients are new in a step.
 
     Args:
-        group: the engine's.
+        group: the engine's group, which was launched.
         members: places of the group's tensors among the gradients that `upload` is given.
         in_launch: places of the same tensors among the tasks of the launch, which `place_of` is for.
         words: int64 [members, pointers + 1], as the group's table has them.
-        columns: those that hold the gradient's address.
+        columns: columns of the table that hold the gradient's address; two for a norm.
     """
 
     def __init__(self, group: LaunchGroup, members: Array, in_launch: Array, words: Array, columns: slice) -> None:
@@ -54,7 +54,6 @@ def table_of(group: LaunchGroup, places: Array) -> ReplayTable:
     """The table of a group that was just launched. places: its launch's tensors among all gradients, int64."""
     in_launch = np.array(group.members, dtype=np.int64)
     members = places[in_launch]
-    # The addresses that this step has uploaded, and the places of its scalars.
     n_words = len(group.dtypes) + 1
     words = group.host_table[: len(members) * n_words].reshape(-1, n_words).copy()
     column = group.format.n_planes

@@ -27,24 +27,29 @@ class ApplyRows(NamedTuple):
     mean: Any
     """The @triton.jit function of what is averaged over a row."""
     state: Any
-    """That of a row's new states, given the mean."""
+    """The @triton.jit function of a row's new states, given the mean."""
     update: Any
-    """That of the new weight, given the new states."""
+    """The @triton.jit function of the new weight, given the new states."""
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The update function's name."""
+        """Name of the update function, as a tuple of one."""
         return (str(self.update.__name__),)
 
     @property
     def n_sums(self) -> int:
-        """None leaves the phase."""
+        """0: no sum leaves the phase."""
         return 0
 
     @property
     def sums_elements(self) -> bool:
         """The mean depends on the order in which a row is summed."""
         return True
+
+    @property
+    def is_driver(self) -> bool:
+        """A kernel of its own does."""
+        return False
 
     def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
         """Bytes per parameter (read, written). The gradient is read twice, the second time mostly from the cache."""

@@ -1,4 +1,4 @@
-"""Which format each state of an optimizer is stored in, and the tensors that this takes."""
+"""Choice of the format that each state of an optimizer is stored in, and the tensors that this takes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _checked_name(value: Any, of: str) -> str:
 
 
 def formats_of(choice: Choice, kinds: Mapping[str, str | None]) -> tuple[Format, ...]:
-    """Of each state. `kinds`: SIGNED or SQUARES by name, None for a state that must stay as it is.
+    """Format of each state. kinds: SIGNED or SQUARES by name, None for a state that must stay as it is.
 
     Raises:
         ValueError: a name that is no state's, or a format that its state must not have.

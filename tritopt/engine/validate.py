@@ -162,12 +162,12 @@ def has_memory(index: Hashable, name: str, tensor: torch.Tensor) -> None:
 
 
 class WayOut(NamedTuple):
-    """What a face of the package advises where a state does not fit its weight."""
+    """Advice of a face of the package where a state does not fit its weight."""
 
     create: str
-    """In place of a state that cannot stand beside the weight."""
+    """Advice in place of a state that cannot stand beside the weight."""
     convert: str
-    """For a state in another format."""
+    """Advice for a state in another format."""
 
 
 MXNETS = WayOut(
@@ -243,7 +243,7 @@ def no_aliases(owners: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> N
 
     `owners[i]` is the parameter that `tensors[i]` belongs to.
     """
-    has_memory = [tensor.device.type != "meta" for tensor in tensors]
+    has_memory = [not tensor.is_meta for tensor in tensors]
     owners = [owner for owner, has in zip(owners, has_memory, strict=True) if has]
     tensors = [tensor for tensor, has in zip(tensors, has_memory, strict=True) if has]
     extents = [_extent(tensor) for tensor in tensors]
@@ -272,8 +272,8 @@ def _earlier_overlap(order: Any, position: int, starts: Any, extents: Sequence[i
 
 def _extent(tensor: torch.Tensor) -> int:
     """Bytes from the first element to the end of the last."""
-    if tensor.numel() == 0:
-        return 0
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int((last + 1) * tensor.element_size())
 

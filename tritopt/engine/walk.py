@@ -1,4 +1,4 @@
-"""What a replayed step asks of every tensor of a list: whether it is the one it was, and where it lies.
+"""Questions that a replayed step asks of every tensor of a list: whether it is the one it was, and where it lies.
 
 In Python a step of 400 parameters with their gradients and states takes 1.6 to 3.5 ms for these questions, longer than
 torch's own fused step. tritopt/engine/walk.c asks the same in C, in 15 to 70 ns a tensor, through torch's interfaces
@@ -33,7 +33,7 @@ from tritopt.kernels.language import HAS_TRITON
 
 
 class Walk(Protocol):
-    """The questions."""
+    """Questions about tensors, states and param_groups, answered in C or in Python."""
 
     def are(self, tensors: list[torch.Tensor], said: Any, addresses: Array) -> bool:
         """Whether `describe` says this of them, and that is where they lie, int64 [tensors]."""
@@ -68,12 +68,12 @@ class Walk(Protocol):
 
 
 def n_words(tensors: list[Any]) -> int:
-    """Of the words with which `Walk.describe` describes these."""
+    """Number of words with which `Walk.describe` describes these."""
     return sum(2 + 2 * (0 if tensor is None else tensor.dim()) for tensor in tensors)
 
 
 def known_states(walk: Walk, dicts: list[dict[str, Any]]) -> tuple[Any, Array]:
-    """What `Walk.states_are` compares. It holds no state alive: whoever replaces one wants its memory back.
+    """Record for `Walk.states_are`. It holds no state alive: whoever replaces one wants its memory back.
 
     Returns what is said of the tensors, and int64: for each dict (identity, number of values, where in words the
     description of its tensors begins), then for each value (its key's identity, its own, address), -1 where there is
@@ -176,13 +176,13 @@ IN_PYTHON: Walk = SimpleNamespace(
 
 @dataclass(frozen=True)
 class Choice:
-    """The walk of this process."""
+    """The walk of this process, and where it comes from."""
 
     walk: Walk
     origin: str
     """Language, and how it got here, for a reader."""
     complaint: str = ""
-    """Why it is the slow one though nobody asked for that; "" if it is as it should be."""
+    """Reason why it is the slow one though nobody asked for that; "" if it is as it should be."""
 
 
 MEANT = Choice(IN_PYTHON, "Python, as TRITOPT_WALK says")

@@ -46,28 +46,28 @@ class Optimizer(Update):
         param_idx2name: names by index, for multipliers by name.
         wd: weight decay, a factor of the weight per unit of learning rate.
         clip_gradient: bound on each *element* of the rescaled gradient (not on a norm). None or <= 0: off.
-        learning_rate: per update. None: the scheduler's own base, or 0.01 without a scheduler.
+        learning_rate: rate per update. None: the scheduler's own base, or 0.01 without a scheduler.
         lr_scheduler: called with `num_update`; `learning_rate`, if given, becomes its `base_lr`.
         sym: anything with MXNet's `attr_dict()` and `list_arguments()`; its `__lr_mult__`/`__wd_mult__` are read.
         begin_num_update: count that every parameter starts from.
         multi_precision: keep a master and fp32 states for fp16 and bf16 weights.
-        master: how it is kept. "fp32": a copy. "split16": 16 bits that complete a bf16 weight to exactly the fp32
+        master: format of the master. "fp32": a copy. "split16": 16 bits that complete a bf16 weight to exactly the fp32
             master, for the same trajectory; such a weight is the master rounded to nearest, away from zero at a tie.
             "split8": 8 bits in their place, rounded stochastically. "kahan": what the weight lacks, in its dtype;
             updates below 2^-17 of a bf16 weight can be lost. "stochastic": nothing beside a bf16 weight, which is
             rounded stochastically. None: as without multi_precision. An optimizer that overrides `step` sees fp32
             masters, so it takes "fp32" or None.
-        state_dtype: how states are stored: "fp32", "bf16", "fp16", "int8", "fp8" (torch's dtypes do as well), or a dict
+        state_dtype: format of states: "fp32", "bf16", "fp16", "int8", "fp8" (torch's dtypes do as well), or a dict
             of these by name of the state, the others fp32. All but fp32 round stochastically; the last three share a
             scale among 64 neighbours in memory (kernels/formats/scales.py). A state that would not bear it stays fp32:
             see `state_kinds`. None: the (master) weight's dtype.
-        rounding_seed: of the bits of stochastic rounding, which are a function of it, the index, the count and the
-            element.
+        rounding_seed: seed of the bits of stochastic rounding, which are a function of it, the index, the count and
+            the element.
         track: sum up in each step, from registers, what `telemetry` shows.
         param_dict: objects by index, such as `nn.Parameter`, whose `lr_mult`/`wd_mult` attributes are read live.
         aggregate_num: tensors per call that an Updater makes. None: all at once.
         use_fused_step: True: fused or an error. False: the reference `step`. None: fused where it can run.
-        lazy_update: with a row-sparse gradient, update only the rows present; for optimizers that support it.
+        lazy_update: update only the rows present in a row-sparse gradient; for optimizers that support it.
 
     Raises:
         ValueError: a hyperparameter out of its range. TypeError: one of the wrong type, or an unknown keyword.

@@ -22,14 +22,15 @@ class Launched(NamedTuple):
     """One launch of an update."""
 
     indices: list[Hashable]
-    """Its parameters'."""
+    """Indices of the launch's parameters."""
     places: list[int]
-    """Their places among all of the update."""
+    """Places of these parameters among all of the update."""
     draws: bool
     """Whether a set of scalars ends with the step, which random bits depend on."""
     device: torch.device
+    """Device of the parameters."""
     groups: tuple[LaunchGroup, ...] = ()
-    """The engine's, once it was made."""
+    """The engine's groups that were launched; none before that."""
 
 
 class Replay:

@@ -29,7 +29,7 @@ def parameters_of(function: Callable[..., Any] | None) -> list[str]:
 def _hyperparameters(cls: Any) -> dict[Any, tuple[str, ...]]:
     """The package's rules that a class stands on, and what the constructor of each takes.
 
-    One by one, since a class may settle what the one above it takes.
+    They are asked one by one, since a class may settle what the one above it takes.
     """
     own = [one for one in cls.__mro__ if one.__module__.startswith("tritopt.optimizers.")]
     return {one: tuple(parameters_of(vars(one).get("__init__"))) for one in own if not issubclass(one, Rates)}

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from tritopt.engine.driver import Apply
 from tritopt.engine.plan import is_low_precision
 from tritopt.engine.state_dtype import FP32, Choice, checked, format_of_planes, formats_of, stored
 from tritopt.engine.warning import warn
@@ -136,7 +135,7 @@ class States(Rates):
                 f"parameter {index!r}: master={self.master!r} completes bfloat16 weights, not {weight.dtype}: take "
                 "master='fp32' or 'kahan'"
             )
-        if fmt.draws and not all(isinstance(phase, Apply) for phase in self.phases):
+        if fmt.draws and not all(phase.is_driver for phase in self.phases):
             raise ValueError(
                 f"parameter {index!r}: master={self.master!r} is not for {type(self).__name__}, whose kernels draw no "
                 "random bits: take 'fp32', 'split16' or 'kahan'"
@@ -146,7 +145,7 @@ class States(Rates):
     def _masters(
         self, indices: Sequence[Hashable], weights: Sequence[torch.Tensor], states: Sequence[State]
     ) -> list[bool]:
-        """Which weights have a companion; ValueError for a state without the one that it must have."""
+        """Whether each weight has a companion; ValueError for a state without the one that it must have."""
         formats = [self._format_of(*item) for item in zip(indices, weights, strict=True)]
         for index, weight, state, fmt in zip(indices, weights, states, formats, strict=True):
             if fmt.companion and not self._has_companion(fmt, weight, state):

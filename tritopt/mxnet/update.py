@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.driver import Apply
 from tritopt.engine.group import ScalarTable
 from tritopt.engine.launcher import Updates
 from tritopt.engine.phase import LaunchSpec
@@ -20,6 +19,7 @@ from tritopt.engine.replay import mark_written
 from tritopt.engine.telemetry import Tracked, Tracker, refuse, whole
 from tritopt.engine.walk import warn_if_slow
 from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.preambles import without_clip
 from tritopt.kernels.telemetry import measure
 from tritopt.kernels.twins.random import STEPS, Noise
 from tritopt.mxnet.replay import Launched, Repeated, Replay, can_be_replayed
@@ -147,7 +147,7 @@ class Update(States):
         validate.rescale(self.rescale_grad)
         tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
         on_kernel = [self._runs_fused(index, weight, fused) for index, weight in zip(indices, weights, strict=True)]
-        if self.track and any(on_kernel) and not all(isinstance(phase, Apply) for phase in self.phases):
+        if self.track and any(on_kernel) and not all(phase.is_driver for phase in self.phases):
             refuse(type(self).__name__, "use_fused_step=False")
         self._planner.check_aliases(tuple(indices), indices, tasks)
         return tasks, on_kernel
@@ -259,7 +259,7 @@ class Update(States):
         return LaunchSpec(
             self.phases,
             scalars,
-            self.preamble,
+            self.preamble if self._clip_bound() < math.inf else without_clip(self.preamble),
             None if device_rescale is None else device_rescale.to(device),
             skip_zero_rescale=self.skips_zero_rescale,
             draws=draws,
@@ -269,7 +269,7 @@ class Update(States):
     def _parameter_scalars(self, indices: Sequence[Hashable], lrs: Sequence[float], rescale: float) -> ParameterScalars:
         wds = self._get_wds(indices)
         counts = list(map(self._index_update_count.__getitem__, indices))
-        bound = validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
+        bound = self._clip_bound()
         self._known_scalars = {}  # of this step alone: hyperparameters may be assigned between steps
         keys: list[Any] = list(zip(lrs, wds, counts, strict=True))
         if type(self).scalars_of is not Update.scalars_of or "scalars_of" in vars(self) or self.is_per_parameter:
@@ -284,6 +284,10 @@ class Update(States):
         if len(values) > 1:
             place_of[:] = list(map(places.__getitem__, keys))
         return ParameterScalars(scalars, values, place_of)
+
+    def _clip_bound(self) -> float:
+        """Bound of the gradients' elements; infinity where there is none."""
+        return validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
 
     def _skips(self, rescale: float) -> bool:
         """Whether this rescale, on the host, leaves weights and states alone."""

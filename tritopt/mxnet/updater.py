@@ -26,7 +26,7 @@ class Updater:
     updated `aggregate_num` tensors at a time (infinity: the whole list at once), otherwise one tensor at a time.
 
     Args:
-        optimizer: what to apply.
+        optimizer: the optimizer to apply.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

@@ -30,7 +30,7 @@ EPSILON = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 
 class Factor(NamedTuple):
-    """What the scaling reads besides tensors."""
+    """Scalars that the scaling reads beside tensors: the factor."""
 
     factor: float
 
@@ -136,7 +136,7 @@ def squares(
     grads: Sequence[torch.Tensor],
     reduce: ShardSums | None = None,
 ) -> torch.Tensor:
-    """Sum of squares of each gradient, fp64 [grads], likewise."""
+    """Sum of squares of each gradient, fp64 [grads], over all processes that share the parameters."""
     parts = [_dense(local(aligned(grad, param)).detach()) for grad, param in zip(grads, params, strict=True)]
     reduce = ShardSums(params) if reduce is None else reduce
     if all(unavailable(part) is None for part in parts):
@@ -152,7 +152,7 @@ class Clip:
 
     def __init__(self) -> None:
         self.norm: torch.Tensor | None = None
-        """Of the last step, fp32 []; overwritten by the next."""
+        """Norm of the last step's gradients, fp32 []; overwritten by the next. None before the first."""
         self._factor, self._bound = (torch.empty(0, dtype=torch.float64, device="cpu") for _ in range(2))
         self._max_norm = math.nan
         self._launch: BoundKernel | None = None
@@ -161,7 +161,7 @@ class Clip:
         """Whether a CUDA graph captured the last launch."""
 
     def held(self) -> tuple[torch.Tensor | None, ...]:
-        """What its launches read and write."""
+        """Tensors that its launches read and write."""
         return self.norm, self._factor, self._bound
 
     def __call__(
@@ -171,7 +171,7 @@ class Clip:
         inverse: torch.Tensor | None,
         record: KernelRecorder | None,
     ) -> torch.Tensor:
-        """What gradients are multiplied by, fp64 []: at most `inverse`, that of a loss scale; NaN skips the update.
+        """Factor of the gradients, fp64 []: at most `inverse`, that of a loss scale; NaN skips the update.
 
         record: told of the launch in place of making it, as `LaunchSpec.record` is of those of phases.
         """
@@ -221,7 +221,7 @@ def _scale(planner: Planner, key: Hashable, tasks: Sequence[Task], factor: torch
                 dtype = compute_dtype(task.grad)
                 task.grad.copy_(task.grad.to(dtype) * here.to(dtype))
             continue
-        # A table begins with what preambles read; where no gradient is read there is none.
+        # Three scalars for preambles come first; no gradient is read, so none of them is.
         table = ScalarTable(torch.cat((here.new_zeros(3), here[None]))[None], np.zeros(len(placed), dtype=np.int64))
         phase = Apply(scale_update, reads_grad=False)
         planner.apply(("scale", key, device), placed, table, LaunchSpec((phase,), Factor, "raw", noop=here == 1))
@@ -233,5 +233,5 @@ def _dense(grad: torch.Tensor) -> torch.Tensor:
 
 
 def _stored(grad: torch.Tensor) -> torch.Tensor:
-    """What of a gradient is in memory: scaling it scales the gradient, duplicates of a sparse one included."""
+    """The values of a gradient in memory: scaling them scales the gradient, duplicates of a sparse one included."""
     return grad.detach() if grad.layout == torch.strided else private.stored_values(grad.detach())

@@ -42,7 +42,7 @@ def _with_remainder(values: Any, old: torch.dtype, wanted: torch.dtype) -> Any:
 def take_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> bool:
     """Bring the master in a state into this format, or make it from the weight. False if that was rounded.
 
-    One of a weight of another dtype, as it is after `model.to(dtype)`, says nothing of this weight and is dropped.
+    That of a weight of another dtype, as it is after `model.to(dtype)`, says nothing of this weight and is dropped.
     """
     old = next((other for other in MASTERS.values() if other.companion in state), None)
     if old is not None and not completes(param, state, old):

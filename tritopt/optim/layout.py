@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt.engine.driver import Apply
 from tritopt.engine.plan import is_low_precision
 from tritopt.engine.state_dtype import FP32, checked, formats_of
 from tritopt.kernels.formats.format import PLAIN, Format
@@ -49,9 +48,11 @@ class Layout(NamedTuple):
     """Whether the step stands in the state."""
 
     state_formats: tuple[Format, ...]
-    """The formats alone."""
+    """Formats of the states, in the rule's order."""
     draws: bool
     """Whether storing takes random bits."""
+    owner: Layouts
+    """The layouts of the class that this one is of."""
 
 
 class Layouts:
@@ -139,6 +140,7 @@ class Layouts:
             self.shows_numbers((fmt, *formats.values())),
             tuple(formats.values()),
             any(one.draws for one in (fmt, *formats.values())),
+            self,
         )
 
     def _format_of(self, param: torch.Tensor, group: dict[str, Any], rule: Rule) -> Format:
@@ -160,7 +162,7 @@ class Layouts:
                 f"master={group['master']!r} is not for differentiable=True: it is made of bits, through which nothing "
                 "can be differentiated: take 'auto', 'fp32' or 'kahan'"
             )
-        if fmt.draws and not all(isinstance(phase, Apply) for phase in rule.phases):
+        if fmt.draws and not all(phase.is_driver for phase in rule.phases):
             raise ValueError(
                 f"master={group['master']!r} is not for {self._name}, whose kernels draw no random bits: take "
                 "'fp32', 'split16' or 'kahan'"

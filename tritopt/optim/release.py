@@ -22,7 +22,7 @@ _lock = threading.Lock()  # autograd runs the hooks of each device in a thread o
 
 
 def release_gradients(model_or_params: torch.nn.Module | Iterable[torch.Tensor], opt: Optimizer) -> GradientRelease:
-    """From now on, `loss.backward()` updates each parameter when its gradient is final, and frees the gradient.
+    """Let `loss.backward()` update each parameter when its gradient is final, and free the gradient.
 
         release_gradients(model, opt)
         for batch in batches:
@@ -45,8 +45,8 @@ def release_gradients(model_or_params: torch.nn.Module | Iterable[torch.Tensor],
     turn in backward after the update: autograd then raises, and such a parameter is to be left out here.
 
     Args:
-        model_or_params: those with requires_grad=True are released. Tied ones count once.
-        opt: of `tritopt.optim`; has them all.
+        model_or_params: parameters to release, those with requires_grad=True. Tied ones count once.
+        opt: an optimizer of `tritopt.optim` that has them all.
 
     Returns:
         A handle: `.remove()`, or the end of a `with` block, ends it.
@@ -80,11 +80,11 @@ def release_gradients(model_or_params: torch.nn.Module | Iterable[torch.Tensor],
 
 
 class GradientRelease:
-    """What `release_gradients` returns: ends the release by `remove()` or at the end of a `with` block."""
+    """Handle that `release_gradients` returns: `remove()` or the end of a `with` block ends the release."""
 
     def __init__(self, params: Sequence[torch.Tensor], opt: Optimizer) -> None:
         self.params = list(params)
-        """Those that are updated in backward."""
+        """Parameters that are updated in backward."""
         self._opt = opt
         self._done: set[int] = set()
         self._sizes: list[int] = []
@@ -98,24 +98,24 @@ class GradientRelease:
         _active.add(self)
 
     def remove(self) -> None:
-        """From now on gradients stay, and `opt.step()` updates."""
+        """End the release: gradients stay, and `opt.step()` updates."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         _active.discard(self)
 
     def __enter__(self) -> GradientRelease:
-        """Itself."""
+        """Return the handle itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Remove."""
+        """End the release, as `remove` does."""
         self.remove()
 
     def update(self, param: torch.Tensor) -> None:
-        """A parameter whose gradient is final."""
+        """Update a parameter whose gradient is final."""
         with _lock:
             if param.grad is None:  # a hook that ran before has taken it
                 return
@@ -243,7 +243,7 @@ def _check_not_distributed(named: Sequence[tuple[Hashable, torch.Tensor]]) -> No
 
 
 def _places_in(opt: Optimizer) -> dict[int, tuple[int, int, int]]:
-    """Of each parameter's id: its group, its place there and among all."""
+    """Group, place there and place among all of each parameter, by its id."""
     places = [(i, j, param) for i, group in enumerate(opt.param_groups) for j, param in enumerate(group["params"])]
     return {id(param): (i, j, position) for position, (i, j, param) in enumerate(places)}
 

@@ -52,7 +52,7 @@ class Listing:
     kernels: tuple[str, ...]
     """Names of update functions, one per launch. Empty: no kernel."""
     states: tuple[str, ...]
-    """Names of states."""
+    """Names of states, in the rule's order."""
     moved: dict[str, Traffic]
     """Bytes that a step moves, by name of PRECISIONS, but for those that the optimizer refuses. Empty: no kernel."""
     resident: dict[str, float]
@@ -96,7 +96,7 @@ def phase_traffic(
 
 
 def _moved(opt: Optimizer, weight: tuple[float, float], grad: float, states: float) -> list[Traffic]:
-    """What each phase moves of tensors of this many bytes per parameter."""
+    """Bytes that each phase moves of tensors of this many bytes per parameter."""
     return [Traffic(*map(_shortest, phase.traffic(weight, grad, states))) for phase in opt.phases]
 
 

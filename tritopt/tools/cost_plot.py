@@ -50,15 +50,15 @@ def save_plot(classes: Sequence[type[Optimizer]], path: Path, dark: bool = False
 
 def bars_of(cls: type[Optimizer]) -> dict[str, dict[str, Traffic]]:
     """Bytes per parameter, by format and by tensor: `traffic_by_tensor` for each format that the optimizer takes."""
-    found = {}
+    traffic_of = {}
     for storage in find_formats(FORMATS):
         try:
             opt = cls(**storage.rule_arguments)
-            found[storage.name] = traffic_by_tensor(opt, storage.dtype, storage.dtype, storage.weight_format)
+            traffic_of[storage.name] = traffic_by_tensor(opt, storage.dtype, storage.dtype, storage.weight_format)
         except ValueError:
             if not cls().phases:
                 raise
-    return found
+    return traffic_of
 
 
 def _draw(axes: Axes, name: str, bars: dict[str, dict[str, Traffic]], colors: Theme) -> None:
@@ -66,7 +66,7 @@ def _draw(axes: Axes, name: str, bars: dict[str, dict[str, Traffic]], colors: Th
     first = ("gradient", "weight", "master")
     states = dict.fromkeys(tensor for parts in bars.values() for tensor in parts if tensor not in first)
     tensors = [*first, *states]
-    for row, (storage, parts) in enumerate(bars.items()):
+    for row, parts in enumerate(bars.values()):
         left = 0.0
         for tensor, traffic in parts.items():
             color = colors.series[tensors.index(tensor) % len(colors.series)]
@@ -79,9 +79,9 @@ def _draw(axes: Axes, name: str, bars: dict[str, dict[str, Traffic]], colors: Th
                                   fontsize=10)  # fmt: skip
                     left += n_bytes
         axes.text(left + 0.3, row, f"{left:.3g}", va="center", fontweight="bold")
-        axes.set_yticks(range(row + 1), list(bars)[: row + 1])
     for i, tensor in enumerate(tensors):
         axes.barh(0, 0, color=colors.series[i % len(colors.series)], label=names.get(tensor, tensor))
+    axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set(title=f"{name}: bytes of a step per parameter", xlabel="read (full colour), then written (faint)")
     axes.spines["left"].set_visible(False)

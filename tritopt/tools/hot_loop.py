@@ -59,8 +59,6 @@ class HotLoop:
     """Number of stores to global memory by their width in bits."""
 
 
-# NVIDIA
-
 _SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<rest>[^;]*);")
 _SASS_LABEL = re.compile(r"^(\.L_x_\d+):")
 _SASS_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
@@ -100,8 +98,6 @@ def parse_sass(text: str) -> Code:
     return Code(instructions, labels)
 
 
-# AMD
-
 _GCN_LINE = re.compile(r"^\s+(?P<name>[a-z]\w*)(?P<rest>[^;]*)")
 _GCN_LABEL = re.compile(r"^(\.LBB\w+):")
 _GCN_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+)")
@@ -109,7 +105,7 @@ _GCN_WIDTHS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "ss
 
 
 def parse_gcn(text: str) -> Code:
-    """Parse Triton's "amdgcn"."""
+    """Parse Triton's "amdgcn", the assembly of AMD's GPUs."""
     instructions: list[Instruction] = []
     labels = {}
     for line in text.splitlines():
@@ -139,9 +135,6 @@ def parse_gcn(text: str) -> Code:
 def _gcn_width(kind: str) -> int:
     kind = kind.split("_")[0]
     return 32 * int(kind[-1]) if kind.startswith("dwordx") else _GCN_WIDTHS[kind]
-
-
-# Both
 
 
 @dataclass(frozen=True)

@@ -175,34 +175,32 @@ def _with_known_types(semantic: Any, handle: Any) -> dict[str, Callable[..., Any
 
     handle: class of what holds a NumPy array.
     """
+    binary, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
+    overflow = semantic.binary_op_sanitize_overflow_impl
+
+    @functools.wraps(overflow)
+    def in_debug(self: Any, lhs: Any, rhs: Any, op: Any) -> None:
+        # The operation is done once more in 64 bits, for an assertion that is one in debug mode only.
+        if self.builder.options.debug:
+            overflow(self, lhs, rhs, op)
+
+    return {
+        binary.__name__: _of_both(binary, handle),
+        broadcast.__name__: _to_one_shape(broadcast),
+        overflow.__name__: in_debug,
+    }
+
+
+def _of_both(binary: Callable[..., Any], handle: Any) -> Callable[..., Any]:
+    """Give both operands one type and shape, as `binary` does."""
     from triton.language import core
 
     tensor = core.tensor
-    binary, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
-    overflow = semantic.binary_op_sanitize_overflow_impl
     # By the names of both types, which say all of them, and flags: what each operand is repeated to; None: nothing.
     known: dict[Any, tuple[Any, Any]] = {}
-    as_is: set[Any] = set()
 
     def repeated(self: Any, value: Any, type_: Any) -> Any:
         return value if type_ is None else tensor(self.builder.create_splat(type_, value.handle), type_)
-
-    def is_repeated(new: Any, old: Any) -> bool:
-        return new is old or (not old.type.is_block() and new.type.scalar.name == old.type.name)
-
-    def constant(number: Any, beside: Any) -> Any:
-        """A number as a block like the operand beside it; None where another type may become of it, and for 0."""
-        if number == 0:  # which older versions make otherwise
-            return None
-        type_, kind = beside.type, type(number)
-        name = type_.scalar.name
-        dtype = _FLOATS.get(name) if kind is float or kind is int else None
-        if dtype is None and kind is int and name in _BOUNDS:
-            least, greatest = _BOUNDS[name]
-            dtype = _INTEGERS[name] if least <= number <= greatest else None
-        if dtype is None:
-            return None
-        return tensor(handle(np.full(type_.shape if type_.is_block() else 1, number, dtype), type_.scalar), type_)
 
     @functools.wraps(binary)
     def of_both(self: Any, lhs: Any, rhs: Any, *flags: Any, **named: Any) -> Any:
@@ -213,14 +211,41 @@ def _with_known_types(semantic: Any, handle: Any) -> dict[str, Callable[..., Any
                 first, second = known[key]
                 return repeated(self, lhs, first), repeated(self, rhs, second)
             new = binary(self, lhs, rhs, *flags)
-            if is_repeated(new[0], lhs) and is_repeated(new[1], rhs):
+            if _is_repeated(new[0], lhs) and _is_repeated(new[1], rhs):
                 known[key] = None if new[0] is lhs else new[0].type, None if new[1] is rhs else new[1].type
             return new
         if is_first != is_second and not named and all(flags[2:3]):  # a type that both have is looked for
-            made = constant(rhs, lhs) if is_first else constant(lhs, rhs)
-            if made is not None:
+            number, beside = (rhs, lhs) if is_first else (lhs, rhs)
+            dtype = _dtype_of_constant(number, beside.type.scalar.name)
+            if dtype is not None:
+                shape = beside.type.shape if beside.type.is_block() else 1
+                made = tensor(handle(np.full(shape, number, dtype), beside.type.scalar), beside.type)
                 return (lhs, made) if is_first else (made, rhs)
         return binary(self, lhs, rhs, *flags, **named)
+
+    return of_both
+
+
+def _is_repeated(new: Any, old: Any) -> bool:
+    """Whether an operand is the old one, or that scalar for each element of a block."""
+    return new is old or (not old.type.is_block() and new.type.scalar.name == old.type.name)
+
+
+def _dtype_of_constant(number: Any, name: str) -> np.dtype[Any] | None:
+    """Dtype of a number beside an operand of this type; None where another type may become of it, and for 0."""
+    if number == 0:  # which older versions make otherwise
+        return None
+    kind = type(number)
+    if name in _FLOATS and (kind is float or kind is int):
+        return _FLOATS[name]
+    if kind is int and name in _BOUNDS and _BOUNDS[name][0] <= number <= _BOUNDS[name][1]:
+        return _INTEGERS[name]
+    return None
+
+
+def _to_one_shape(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    """Give both operands one shape, as `broadcast` does."""
+    as_is: set[Any] = set()
 
     @functools.wraps(broadcast)
     def to_one_shape(self: Any, lhs: Any, rhs: Any) -> Any:
@@ -232,14 +257,4 @@ def _with_known_types(semantic: Any, handle: Any) -> dict[str, Callable[..., Any
             as_is.add(key)
         return new
 
-    @functools.wraps(overflow)
-    def in_debug(self: Any, lhs: Any, rhs: Any, op: Any) -> None:
-        # The operation is done once more in 64 bits, for an assertion that is one in debug mode only.
-        if self.builder.options.debug:
-            overflow(self, lhs, rhs, op)
-
-    return {
-        binary.__name__: of_both,
-        broadcast.__name__: to_one_shape,
-        overflow.__name__: in_debug,
-    }
+    return to_one_shape

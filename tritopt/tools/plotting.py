@@ -1,4 +1,4 @@
-"""Parts that pictures share: paths, colours of a light and a dark page, labels that do not overlap. Needs matplotlib."""
+"""Parts that pictures share: paths, colours of light and dark pages, labels that do not overlap. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Theme(NamedTuple):
     """Colours of a page."""
 
     ink: str
-    """Text and axes."""
+    """Colour of text and axes."""
     paper: str
-    """Background of what must be readable on top of lines; the page itself stays transparent."""
+    """Colour behind what must be readable on top of lines; the page itself stays transparent."""
     faint: str
-    """Grid."""
+    """Colour of the grid."""
     series: tuple[str, ...]
     """Colours of lines, eight of them."""
 
@@ -35,7 +35,7 @@ DARK = Theme("#E4E4E4", "#1E2129", "#454A57", ("#4BA3DB", *OKABE_ITO[1:7], "#FFF
 
 
 def theme(dark: bool) -> Theme:
-    """Choose the colours."""
+    """Choose the colours of a light or a dark page."""
     return DARK if dark else LIGHT
 
 
@@ -47,7 +47,7 @@ def check_path(path: Path) -> None:
         raise ImportError("the plot needs matplotlib: pip install matplotlib")
 
 
-def style(colors: Theme) -> dict[str, Any]:
+def style(colors: Theme) -> Any:
     """Settings of matplotlib under which a figure is made and saved: the same bytes each time, text that stays text."""
     return {
         "svg.hashsalt": "tritopt",
@@ -72,7 +72,7 @@ def style(colors: Theme) -> dict[str, Any]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure, without a date."""
+    """Write a figure to a file, without a date."""
     figure.savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 

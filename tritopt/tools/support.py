@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tritopt.engine.driver import Apply
+from tritopt.engine.matrix_phase import ApplyMatrices
 from tritopt.engine.row_phase import ApplyRows
 from tritopt.kernels.formats.weights import MASTERS
 from tritopt.mxnet import registry
@@ -33,6 +34,7 @@ LEGEND: dict[str, dict[str, str]] = {
         "local": "each process updates its part of a DTensor, and nothing is sent",
         "sums": "each process updates its part; one small vector of norms is summed over the processes for each phase "
         "that needs them",
+        "matrices": "each matrix is sent to the process that orthogonalises it, and back",
         "rows": "nothing is sent where each row lies in one process; otherwise DTensor's operations, in the reference",
         "DTensor": "DTensor's operations, in the reference; on a GPU `fused=True` is an error",
         "no": "a DTensor is an error: take `tritopt.optim`",
@@ -55,12 +57,12 @@ LEGEND: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Support:
-    """What one optimizer takes in one face."""
+    """Support of one optimizer in one face."""
 
     optimizer: str
     """Name of the class in tritopt.optim, or the name that tritopt.create takes."""
     face: str
-    """TORCH or MXNET."""
+    """Name of the face, TORCH or MXNET."""
     launches: int
     """Number of kernels that a step launches; 0: there is no kernel."""
     masters: tuple[str, ...]
@@ -168,7 +170,7 @@ def _of_rule(cls: type[Rule], state_keys: Mapping[str, str]) -> dict[str, Any]:
         "launches": max(sum(len(phase.kernels) for phase in rule.phases) for rule in variants),
         "narrow": tuple(name for name, are_narrow in kinds.items() if True in are_narrow),
         "wide": tuple(name for name, are_narrow in kinds.items() if False in are_narrow),
-        "telemetry": "yes" if all(isinstance(phase, Apply) for phase in phases) else "reference",
+        "telemetry": "yes" if all(phase.is_driver for phase in phases) else "reference",
     }
 
 
@@ -178,6 +180,8 @@ def _sharded(cls: type[Rule]) -> str:
         return "local"
     if all(isinstance(phase, Apply) for phase in phases):
         return "sums"
+    if all(isinstance(phase, ApplyMatrices) for phase in phases):
+        return "matrices"
     return "rows" if all(isinstance(phase, ApplyRows) for phase in phases) else "DTensor"
 
 

@@ -21,11 +21,11 @@ from tritopt.tools.numerics import StorageFormat
 FORMATS = ("fp32", "master", "split16+bf16", "split8+int8")
 """Storage formats that are tuned if none is named."""
 SIZES = {"small": 2**21, "medium": 2**25, "large": 2**27}
-"""Elements of lists that are tuned for if none is named."""
+"""Sizes of lists in elements that are tuned for if none is named."""
 
 
 def find_sizes(names: Sequence[str] | None = None) -> list[int]:
-    """The sizes that stand for these names or numbers of elements (None: SIZES); ValueError for any other.
+    """Sizes that stand for these names or numbers of elements (None: SIZES); ValueError for any other.
 
     >>> find_sizes(["large", "25_600_000"])
     [134217728, 16777216]
@@ -48,21 +48,25 @@ class Row:
     optimizer: str
     format: str
     kernel: str = ""
-    """The update function. Empty: nothing here has a choice."""
+    """Name of the update function. Empty: nothing here has a choice."""
     size: int | None = None
-    """Elements of the scratch, about."""
+    """Number of elements of the scratch, about; None: nothing here has a choice."""
     best: Config | None = None
+    """Fastest configuration; None: nothing was measured."""
     default: Config | None = None
+    """Default configuration, which it is measured against; None: nothing was measured."""
     microseconds: float | None = None
-    """Time of a launch with the best configuration, median."""
+    """Median time of a launch with the best configuration, in microseconds; None: not measured."""
     default_microseconds: float | None = None
+    """Median time of a launch with the default, in microseconds; None: not measured."""
     gigabytes_per_second: float | None = None
-    """Bytes that must move, in that time."""
+    """Rate at which the bytes that must move do so, 10^9 bytes per second; None: not measured."""
     default_gigabytes_per_second: float | None = None
+    """Rate of the default, 10^9 bytes per second; None: not measured."""
     tried: int = 0
-    """Configurations that ran."""
+    """Number of configurations that ran."""
     reason: str = ""
-    """Why there is no measurement."""
+    """Reason why there is no measurement; empty: there is one."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with configurations by name."""
@@ -109,11 +113,11 @@ class Tuning:
                     self._rows.append((Row(cls.__name__, storage.name, key.kernel, key.size), variant))
 
     def __len__(self) -> int:
-        """How many rows there will be."""
+        """Number of rows that there will be."""
         return len(self._rows)
 
     def rows(self) -> Iterator[Row]:
-        """Measure, one after the other."""
+        """Measure one phase after the other, and yield a row for each."""
         for row, variant in self._rows:
             yield row if variant is None or row.size is None else self._measured(row, variant, row.size)
 
@@ -142,7 +146,7 @@ class _Variants(Recorder):
         self.collected: list[Variant] = []
 
     def phase(self, phase: Phase, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> None:
-        """Keep it, if it has a choice."""
+        """Keep a phase, if it has a choice."""
         if isinstance(phase, Apply) and autotune.has_choice(phase, group, launch):
             self.collected.append(autotune.variant_of(phase, group, launch, n_earlier))
 
@@ -162,12 +166,12 @@ def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torc
 
 
 def shipped_rows() -> list[dict[str, Any]]:
-    """The default of each architecture."""
+    """Rows of the defaults, one for each architecture."""
     return [{"gpu": gpu, **default._asdict()} for gpu, default in (("NVIDIA", config.NVIDIA), ("AMD", config.AMD))]
 
 
 def cached_rows() -> list[dict[str, Any]]:
-    """What the cache on disk has, a row for each GPU, phase and size."""
+    """Rows of what the cache on disk has, one for each GPU, phase and size."""
     return [
         {"gpu": gpu, **key._asdict(), **cache.as_json(entry)}
         for gpu, entries in cache.known().items()

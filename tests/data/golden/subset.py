@@ -26,7 +26,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def features(case: Case, optional_kwargs: set[str]) -> set[str]:
-    """What a case exercises, as strings; `optional_kwargs` are those that some case of its optimizer has."""
+    """Describe what a case exercises, as strings; `optional_kwargs` are those that some case of its optimizer has."""
     parts = {json.dumps([case[key] for key in ("tag", "dtype", "multi_precision", "use_fused_step")])}
     parts |= {f"{name}={case['kwargs'].get(name, 'absent')}" for name in optional_kwargs}
     parts |= {f"flag {flag}" for flag in case.get("flags", [])}

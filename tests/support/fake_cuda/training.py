@@ -46,7 +46,7 @@ class Training:
             param.grad = grad * 1 if is_present else None
 
     def step(self, number: int, present: Collection[int] | None = None) -> None:
-        """One step."""
+        """Make one step."""
         self.set_grads(number, present)
         self.opt.step()
 
@@ -61,7 +61,7 @@ class Training:
 def on_cpu(
     cls: type[optim.Optimizer], steps: Sequence[Collection[int] | None], dtype: torch.dtype, **options: Any
 ) -> list[torch.Tensor]:
-    """What steps with gradients at these positions come to."""
+    """Weights that steps with gradients at these positions come to on the CPU."""
     training = Training(cls, ["cpu"], dtype, **options)
     for number, present in enumerate(steps):
         training.step(number, present)
@@ -74,7 +74,7 @@ def numbers(shape: Sequence[int], seed: int) -> torch.Tensor:
 
 
 def assert_same(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
-    """Bit by bit."""
+    """Assert that tensors are equal bit by bit."""
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype

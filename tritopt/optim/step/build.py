@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
-from tritopt.engine.driver import Apply
 from tritopt.engine.group import LaunchGroup, ScalarTable
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner, Task, unavailable
@@ -17,7 +16,15 @@ from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import OptionsByGroup
-from tritopt.optim.step.members import LaunchPlan, Member, Number, SingleParameter, launch_for, split_by_group
+from tritopt.optim.step.members import (
+    LaunchPlan,
+    Member,
+    Number,
+    SingleParameter,
+    is_in_norm,
+    launch_for,
+    split_by_group,
+)
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.replay import Replay
@@ -26,14 +33,14 @@ from tritopt.optim.step.undo import Undo
 
 
 class Build:
-    """See the module; `Replay` is the same for the steps that follow.
+    """Step that is built from scratch; `Replay` is the same for the steps that follow.
 
     Args:
-        planner: of the optimizer.
+        planner: the optimizer's planner.
         members: all parameters that have a gradient.
-        tasks: their tensors.
-        rates: their groups' learning rates.
-        fused: whether a kernel updates them.
+        tasks: tensors of the members.
+        rates: learning rates of their groups, by `id` of the group.
+        fused: whether a kernel updates each member.
         single: the parameter, if the step is for one; None: it is for all.
         like: an earlier step with the same states, which need not be described anew; None: there is none.
     """
@@ -57,7 +64,7 @@ class Build:
         self.plans = [
             LaunchPlan(
                 key,
-                split_by_group([members[i] for i in places], members[0].rule.is_per_parameter),
+                split_by_group([members[i] for i in places], members[places[0]].rule.is_per_parameter),
                 places,
                 *key[-2:],
                 key[2],
@@ -67,10 +74,12 @@ class Build:
         self.reduce: ShardSums | None = None
         """Reduction of the gradients' norm over processes; None until it was asked for."""
         self.positions = [member.position for member in self.members]
+        self.normed = [member for member in self.members if is_in_norm(member)]
+        """Those whose gradients have a global norm."""
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
-        """Sum of squares of each gradient, fp64 [members]."""
-        params, grads = [member.param for member in self.members], [member.grad for member in self.members]
+        """Sum of squares of each gradient that is normed, fp64 [members]."""
+        params, grads = [member.param for member in self.normed], [member.grad for member in self.normed]
         return squares(self._planner, self._key, params, grads, reduce)
 
     def host_scalars(
@@ -87,7 +96,7 @@ class Build:
 
     @property
     def _key(self) -> Hashable:
-        return tuple(member.position for member in self.members)
+        return tuple(member.position for member in self.normed)
 
     def launch(self, opt: Owner, plan: LaunchPlan, table: ScalarTable, launch: LaunchSpec, undo: Undo) -> None:
         """Update the plan's parameters, by a kernel or by the reference."""
@@ -107,7 +116,7 @@ class Build:
             self._launched.append((plan, []))
 
     def finish(self) -> None:
-        """After the last launch."""
+        """Tell autograd of the writes, after the last launch."""
         distributed.mark_written(member.param for member in self.members)
 
     def next(self, opt: Owner, options: OptionsByGroup) -> Replay | None:
@@ -118,7 +127,7 @@ class Build:
             return None
         if not all(isinstance(state, dict) for state in opt.state.values()):  # torch lets users keep anything there
             return None
-        has_norm = opt.max_grad_norm is not None and any(plan.is_fused for plan in self.plans)
+        has_norm = opt.max_grad_norm is not None and any(plan.is_fused and plan.is_in_norm for plan in self.plans)
         norm_groups = self._planner.groups_of_squares(self._key) if has_norm else []
         if norm_groups is None:  # so many plans that this one had to go
             return None
@@ -132,7 +141,7 @@ def _is_plain(member: Member, task: Task) -> bool:
 
 
 def runs_fused(opt: Owner, member: Member) -> bool:
-    """Whether a kernel updates it. RuntimeError if one must and cannot."""
+    """Whether a kernel updates a member. RuntimeError if one must and cannot."""
     wanted, part = member.group["fused"], local(member.param)
     if wanted is False or member.group.get("differentiable"):
         return False
@@ -149,7 +158,7 @@ def runs_fused(opt: Owner, member: Member) -> bool:
 def check_tracked(opt: Owner, members: Sequence[Member], fused: Sequence[bool]) -> None:
     """ValueError if there is no telemetry of a member."""
     for member, is_fused in zip(members, fused, strict=True):
-        if is_fused and not all(isinstance(phase, Apply) for phase in member.rule.phases):
+        if is_fused and not all(phase.is_driver for phase in member.rule.phases):
             refuse(type(opt).__name__, "fused=False")
         if member.needs_whole:
             raise ValueError(
@@ -170,7 +179,9 @@ def _by_launch(
         if signature not in known:
             lr, rule = rates[id(member.group)], member.rule
             is_left_alone = rule.skips_zero_lr and not isinstance(lr, torch.Tensor) and lr == 0
-            key = (rule.phases, rule.preamble, *signature[2:], member.layout.draws)
+            # Rules that share a kernel may have other scalars.
+            what = (type(rule), is_in_norm(member), *rule.phases)
+            key = (what, rule.preamble, *signature[2:], member.layout.draws)
             known[signature] = [] if is_left_alone else places_of.setdefault(key, [])
         known[signature].append(i)
     return places_of

@@ -1,4 +1,4 @@
-"""What an optimizer keeps per parameter as a single number: the step, and for NAdam a product."""
+"""Numbers that an optimizer keeps per parameter: the step, and for NAdam a product."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class ScalarStates:
         self._exact = torch.empty(0, dtype=torch.float64, device=CPU)
         """Steps, fp64 [parameters]; where the vector has another number, somebody wrote that."""
         self._tensors: list[dict[str, torch.Tensor]] = []
-        """Of each parameter, those in its state."""
+        """Tensors in the state of each parameter, by name of the number."""
         self._taken: set[int] = set()
         """Positions of parameters that had a state when numbers were bound, or got one since."""
         self._elsewhere: list[tuple[str, int, torch.Tensor]] = []
         """Tensors in shared memory, with their names and positions."""
         self._places: Recent[torch.Tensor | slice] = Recent()
         self._of_lists: dict[int, tuple[Sequence[int], torch.Tensor | slice]] = {}
-        """By `id` of lists, which are kept and must not change."""
+        """Places by `id` of lists of positions, which are kept and must not change."""
 
     @property
     def is_shared(self) -> bool:

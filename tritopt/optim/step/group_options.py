@@ -149,8 +149,9 @@ def _options_of(opt: Owner, group: dict[str, Any]) -> GroupOptions:
     common = (-1.0 if group.get("maximize") else 1.0, bound, float(group.get("weight_decay", 0.0)))
     choice = group["state_dtype"]
     build_key = (
-        *map(group.get, ("fused", "differentiable", "multi_precision", "master")),
+        *map(group.get, ("fused", "differentiable", "multi_precision", "master", "algorithm", "in_norm")),
         tuple(choice.items()) if isinstance(choice, dict) else choice,
+        bound < math.inf,
     )
     return GroupOptions(rate(group), common, rule, build_key, bool(group["capturable"] or lives_on_device(group["lr"])))
 

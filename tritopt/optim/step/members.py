@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,10 +10,13 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
+from tritopt.engine.matrix_phase import ApplyMatrices
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import unavailable
 from tritopt.engine.row_phase import ApplyRows
+from tritopt.kernels.preambles import without_clip
 from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
+from tritopt.optim.exchange import Exchange
 from tritopt.optim.layout import Layout
 from tritopt.optim.step.owner import Owner
 from tritopt.rule import Rule
@@ -24,9 +28,9 @@ class Member(NamedTuple):
     """A parameter that has a gradient in this step."""
 
     position: int
-    """Among all parameters of the optimizer."""
+    """Position among all parameters of the optimizer."""
     name: Hashable
-    """From named parameters, otherwise the position."""
+    """Name, where parameters are named; otherwise the position."""
     param: torch.Tensor
     grad: torch.Tensor
     group: dict[str, Any]
@@ -36,7 +40,7 @@ class Member(NamedTuple):
     """Whether sums over a sharded tensor are left to DTensor's operations, because no launch completes them."""
 
     def part(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What of the parameter, its gradient or a state takes part in the step here."""
+        """Part of a tensor (the parameter, its gradient or a state) that takes part in the step here."""
         return tensor if self.needs_whole else local(tensor)
 
 
@@ -44,18 +48,25 @@ def member_of(
     opt: Owner, position: int, name: Hashable, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any],
     rule: Rule,
 ) -> Member:  # fmt: skip
-    """A parameter of a group with this rule."""
-    layout = opt.layouts.of(param, group, rule)
+    """Make the member for a parameter of a group with this rule."""
+    layout = opt.of_class(group).layouts.of(param, group, rule)
     return Member(position, name, param, grad, group, rule, layout, _needs_whole(param, group, rule))
 
 
 def _needs_whole(param: torch.Tensor, group: dict[str, Any], rule: Rule) -> bool:
     if not is_sharded(param) or not any(phase.sums_elements for phase in rule.phases):
         return False
+    if all(isinstance(phase, ApplyMatrices) for phase in rule.phases):
+        return False
     if all(isinstance(phase, ApplyRows) for phase in rule.phases) and has_whole_rows(param):
         return False
     has_kernel = all(isinstance(phase, Apply) for phase in rule.phases)
     return not (has_kernel and group["fused"] is not False and unavailable(local(param)) is None)
+
+
+def is_in_norm(member: Member) -> bool:
+    """Whether its gradient counts in the global norm, and is clipped by it."""
+    return bool(member.group.get("in_norm", True))
 
 
 class LaunchPlan(NamedTuple):
@@ -71,6 +82,12 @@ class LaunchPlan(NamedTuple):
     draws: bool
     """Whether storing weights or states takes random bits."""
     device: torch.device
+    """Device of the members' parts."""
+
+    @property
+    def is_in_norm(self) -> bool:
+        """Whether its members' gradients are clipped by the global norm."""
+        return is_in_norm(self.by_group[0][0])
 
 
 def launch_for(
@@ -80,7 +97,14 @@ def launch_for(
     members = [member for members in plan.by_group for member in members]
     rule = members[0].rule
     sums = shard_sums(plan.key, members) if any(phase.sums_elements for phase in rule.phases) else None
-    return LaunchSpec(rule.phases, scalars, rule.preamble, draws=plan.draws, reduce=sums or None)
+    exchange = None
+    for phase in rule.phases:
+        if isinstance(phase, ApplyMatrices) and any(is_sharded(member.param) for member in members):
+            exchange = Exchange([member.param for member in members], phase.cut, phase.iteration)
+    bounds = (validate.bound_or(each[0].group["clip_value"], math.inf) for each in plan.by_group)
+    clips = rule.clips and any(bound < math.inf for bound in bounds)
+    preamble = rule.preamble if clips else without_clip(rule.preamble)
+    return LaunchSpec(rule.phases, scalars, preamble, draws=plan.draws, reduce=sums or None, exchange=exchange)
 
 
 class SingleParameter(NamedTuple):
@@ -143,7 +167,7 @@ def split_by_group(members: Sequence[Member], each: bool = False) -> list[list[M
 
 
 def lives_on_device(lr: Any) -> bool:
-    """Whether reading it would wait for a device."""
+    """Whether reading a learning rate would wait for a device."""
     return isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
 
 

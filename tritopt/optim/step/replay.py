@@ -22,7 +22,7 @@ from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
 from tritopt.optim.step.group_options import OptionsByGroup
-from tritopt.optim.step.members import LaunchPlan, Member, SingleParameter, groups_of, launch_for, params_of
+from tritopt.optim.step.members import LaunchPlan, Member, SingleParameter, groups_of, is_in_norm, launch_for, params_of
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.scalar_table import HostScalars
@@ -39,19 +39,19 @@ class _Update(NamedTuple):
     """Tables of its groups; none where the reference updates it."""
     scalars: HostScalars
     launches: list[LaunchSpec]
-    """At most one element; empty until first use."""
+    """The launch as it was first made: at most one element, none until first use."""
 
 
 class Replay:
     """A step that was built, and made without copies, to be made again. See the module.
 
     Args:
-        planner: of the optimizer.
+        planner: the optimizer's planner.
         opt: the optimizer.
-        options: those of its param_groups.
+        options: options of its param_groups.
         members: all parameters that had a gradient.
         launched: the launches, and for each the engine's groups.
-        norm_groups: those of the gradients' norm, if there was one.
+        norm_groups: groups of the gradients' norm; none if there was no norm.
         single: the parameter, if the step was for one; None: it was for all.
         like: a step that was found to have the same states as this one; None: there is none.
     """
@@ -85,7 +85,10 @@ class Replay:
             for plan, groups in launched
         }
         self._no_places = np.zeros(len(members), np.int64)
-        self._norm_tables = [_norm_table(group) for group in norm_groups]
+        self.normed = [member for member in self.members if is_in_norm(member)]
+        """Members whose gradients have a global norm."""
+        places = np.flatnonzero([is_in_norm(member) for member in self.members])
+        self._norm_tables = [_norm_table(group, places) for group in norm_groups]
         self._single = single
         self._walk = walk()
         self._options = options
@@ -136,14 +139,15 @@ class Replay:
         return not self.has_other_gradients
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
-        """Sum of squares of each gradient, fp64 [members, 1]."""
+        """Sum of squares of each gradient that is normed, fp64 [members, 1]."""
         if not self._norm_tables:
-            grads: list[Any] = [param.grad for param in self._members_params]
-            return squares(self._planner, ("replayed", *self.positions), self._members_params, grads, reduce)
+            params = [member.param for member in self.normed]
+            grads: list[Any] = [param.grad for param in params]
+            return squares(self._planner, ("replayed", *self.positions), params, grads, reduce)
         for table in self._norm_tables:
             table.upload(self._grads, self._no_places, _NO_SCALARS)
         groups = [table.group for table in self._norm_tables]
-        return self._planner.squares_of(groups, len(self.members), self.device, reduce if reduce else None)
+        return self._planner.squares_of(groups, len(self.normed), self.device, reduce if reduce else None)
 
     def host_scalars(
         self, plan: LaunchPlan, options: OptionsByGroup, scalar_states: ScalarStates
@@ -178,15 +182,15 @@ class Replay:
         run_phases([replay_table.group for replay_table in tables], launch, len(plan.places))
 
     def finish(self) -> None:
-        """Autograd must learn of writes that it did not make."""
+        """Tell autograd of writes that it did not make."""
         torch.autograd.graph.increment_version(self._members_params)
 
     def next(self, opt: Owner, options: OptionsByGroup) -> Replay:
-        """The next step may be like this one."""
+        """Return itself: the next step may be like this one."""
         return self
 
     def _states_now(self, opt: Owner) -> list[dict[str, Any]]:
-        """Of all parameters, in the order of their first step: to look them up one by one takes longer."""
+        """States of all parameters, in the order of their first step: to look them up one by one takes longer."""
         return list(opt.state.values()) if self._single is None else [opt.state.get(self._single.param, {})]
 
     def _owners_now(self, opt: Owner) -> list[Any]:
@@ -243,17 +247,17 @@ class Replay:
         return True
 
     def _weights(self) -> list[torch.Tensor]:
-        """Of the members, what is here."""
+        """Parts of the members' parameters that are here."""
         return list(map(local, self._members_params)) if self._is_sharded else self._members_params
 
 
 def _settings(opt: Owner) -> tuple[Any, ...]:
-    """What is in no group, and decides which launches a step takes, or the random bits."""
+    """Settings that are in no group, and decide which launches a step takes, or the random bits."""
     return opt.max_grad_norm is None, opt.track, opt.rounding_seed
 
 
 def _named(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those whose parameters have names."""
+    """The groups whose parameters have names."""
     return [group for group in groups if group.get("param_names")]
 
 
@@ -262,13 +266,16 @@ def _names(named: Sequence[dict[str, Any]]) -> list[list[Any]]:
     return [list(group["param_names"]) for group in named]
 
 
-def _norm_table(group: LaunchGroup) -> ReplayTable:
-    """A gradient's norm is that of a weight which is the gradient."""
-    members = np.array(group.members, dtype=np.int64)
+def _norm_table(group: LaunchGroup, places: Array) -> ReplayTable:
+    """Table for the norm of a group of gradients: each is the weight and the gradient of its launch.
+
+    places: those of the gradients that are normed, among all.
+    """
+    members = places[group.members]
     return ReplayTable(group, members, members, np.zeros((len(members), 3), np.int64), slice(0, 2))
 
 
 def _without_gradients(members: Sequence[Member]) -> list[Member]:
-    """A gradient that is kept here would take its memory for as long as steps are alike."""
+    """Members without their gradients, whose memory would otherwise be taken for as long as steps are alike."""
     nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     return [member._replace(grad=nothing) for member in members]

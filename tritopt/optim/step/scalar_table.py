@@ -54,7 +54,7 @@ class HostScalars:
     """
 
     def __init__(self, by_group: ByGroup, draws: bool, positions: list[int]) -> None:
-        """positions: those of all members of the step."""
+        """Take the members of one launch. positions: those of all members of the step."""
         self._by_group = by_group
         self._draws = draws
         own = [member.position for members in by_group for member in members]

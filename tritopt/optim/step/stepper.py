@@ -64,12 +64,13 @@ class Stepper:
         """All parameters of these steps."""
         self._complete = Complete()
         self._options_of: dict[int, OptionsByGroup] = {}
-        """Of steps for one parameter, by its position; likewise the next."""
+        """Options of steps for one parameter, by its position."""
         self._replay_of: dict[int, Replay] = {}
+        """Steps for one parameter that may be made again, by its position."""
         self.of_graphs: list[Any] = []
         """Steps, tables and scalars that CUDA graphs have captured, and read with each replay."""
         self._streams: dict[torch.device, int] = {}
-        """Those of the last step whose scalars were formed on the device."""
+        """Current streams of the last step whose scalars were formed on the device, by device."""
 
     def update(self, opt: Owner, single: SingleParameter | None = None, is_captured: bool = False) -> None:
         """Update every parameter that has a gradient, or only one. Checks all before it writes anything.
@@ -77,7 +78,7 @@ class Stepper:
         After a failure or an interrupt, parameters that no kernel was launched for have the weights, states and counts
         that they had.
 
-        is_captured: by a CUDA graph, whose replays will read and write the memory of this step.
+        is_captured: whether a CUDA graph captures the step, whose replays will read and write the memory of this step.
         """
         validate.clip_bound("max_grad_norm", opt.max_grad_norm)
         self.grad_norm = None
@@ -107,7 +108,8 @@ class Stepper:
         undo.replaced.clear()
         for plan, (scalars, table) in zip(step.plans, tables, strict=True):
             launch = step.launch_of(plan, scalars, self._shard_sums)
-            launch = launch.given(_on(rescale, plan.device), _on(found_inf, plan.device), [] if opt.track else None)
+            scale = rescale if plan.is_in_norm else _unclipped(rescale, grad_scale)
+            launch = launch.given(_on(scale, plan.device), _on(found_inf, plan.device), [] if opt.track else None)
             step.launch(opt, plan, table, launch, undo)
             if launch.tracked is not None:
                 self.tracker.add([member.position for members in plan.by_group for member in members], launch.tracked)
@@ -150,12 +152,12 @@ class Stepper:
         def is_shown(position: int) -> bool:
             return opt.layout_of(*owned[position]).shows_numbers
 
-        self._scalar_states.bind(states, device, is_shown, opt.layouts.first_count)
+        self._scalar_states.bind(states, device, is_shown, opt.first_count)
 
     def _step(
         self, opt: Owner, options: OptionsByGroup, on_device: bool, undo: Undo, single: SingleParameter | None
     ) -> Build | Replay | None:
-        """What is to be done, checked."""
+        """The step to make, checked: an earlier one again, or one that is built. None: there is no gradient."""
         like = None
         for earlier in self._candidates(opt, single):
             is_there = self._scalar_states.device == (earlier.device if on_device else CPU)
@@ -191,7 +193,7 @@ class Stepper:
         return Build(self._planner, members, tasks, options.rates, fused, single, None if undo.replaced else like)
 
     def telemetry(self, opt: Owner) -> Telemetry:
-        """`Optimizer.telemetry`."""
+        """Telemetry of the last step, as `Optimizer.telemetry` shows it."""
         check_asked(opt.track, type(opt).__name__)
         params = params_of(opt, None)
         sums = self.tracker.sums(range(len(params)))
@@ -236,12 +238,12 @@ class Stepper:
             self._replays.put(_with_gradients(params_of(opt, None)), step, len(step.members))
 
     def _gradient_scale(self, opt: Owner, step: Build | Replay, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
-        """What gradients are multiplied by, fp64 [] on the device: loss scale and clip. NaN: skip."""
+        """Factor of the gradients, fp64 [] on the device: loss scale and clip. NaN: skip. None: 1."""
         inverse = None if grad_scale is None else 1.0 / grad_scale.double()
-        if opt.max_grad_norm is None:
+        if opt.max_grad_norm is None or not step.normed:
             return inverse
         if step.reduce is None:
-            step.reduce = self._shard_sums("norm", step.members)
+            step.reduce = self._shard_sums("norm", step.normed)
         sums = step.squares(step.reduce)
         inverse = None if inverse is None else inverse.to(sums.device)
         factor = self._clip(sums, opt.max_grad_norm, inverse, self._planner.record)
@@ -273,7 +275,7 @@ class Stepper:
         return step.host_scalars(plan, options, self._scalar_states)
 
     def _shard_sums(self, key: Hashable, members: Sequence[Member]) -> ShardSums:
-        """Of these parameters; made once, because that uploads."""
+        """Sums over processes for these parameters; made once, because that uploads."""
         if not any(is_dtensor(member.param) for member in members):
             return ShardSums([])
         key = (key, tuple(member.position for member in members))
@@ -284,7 +286,7 @@ class Stepper:
 
 
 def _owned(opt: Owner) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-    """All parameters, and their groups."""
+    """All parameters with their groups."""
     return [(param, group) for group in opt.param_groups for param in group["params"]]
 
 
@@ -294,12 +296,20 @@ def _with_gradients(params: Sequence[torch.Tensor]) -> bytes:
 
 
 def _scalar(value: object) -> torch.Tensor | None:
-    """What a GradScaler left on the optimizer, as a tensor []."""
+    """Number that a GradScaler left on the optimizer, as a tensor []; None: it left none."""
     if value is None:
         return None
     if not isinstance(value, torch.Tensor):
         value = torch.tensor(value, dtype=torch.float32, device="cpu")
     return distributed.whole(value).detach().reshape(())
+
+
+def _unclipped(rescale: torch.Tensor | None, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Factor of gradients that the norm's clip leaves alone, but that are skipped with the others."""
+    if rescale is None:
+        return None
+    inverse = torch.ones_like(rescale) if grad_scale is None else 1.0 / grad_scale.double().to(rescale.device)
+    return torch.where(rescale.isfinite(), inverse, torch.nan)
 
 
 def _on(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

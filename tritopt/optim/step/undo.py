@@ -1,4 +1,4 @@
-"""What a step has changed before its kernels run, to be taken back where it fails."""
+"""Changes of a step before its kernels run, to be taken back where it fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Undo:
 
     Args:
         opt: the optimizer.
-        scalar_states: those of its parameters.
+        scalar_states: scalar states of its parameters.
     """
 
     def __init__(self, opt: Owner, scalar_states: ScalarStates) -> None:
@@ -36,7 +36,7 @@ class Undo:
         self._before, self._positions = self._scalar_states.copies(on_host), positions
 
     def __call__(self) -> None:
-        """Put back."""
+        """Put back states and numbers of parameters that were not updated."""
         put_back(self._opt, self.replaced)
         if self._before is not None:
             updated = {member.position for member in self.updates.written()}

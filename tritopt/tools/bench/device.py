@@ -31,7 +31,7 @@ class Memory(NamedTuple):
     extra: int
     """Bytes beyond what was allocated before, at the most."""
     allocations: int
-    """Number of allocations."""
+    """Number of allocations that it asks for."""
 
 
 class Device:

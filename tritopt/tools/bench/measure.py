@@ -46,7 +46,7 @@ class Measurement:
     """Name of our storage format, which a peer stands beside."""
     contestant: str
     stores: str
-    """How weights, then states are stored, in words; by a peer in its own way."""
+    """Storage of weights, then of states, in words; by a peer in its own way."""
     ms: float | None = None
     """Milliseconds of a step among others, on end: of GPU or host, the slower. A median, as all times are."""
     device_ms: float | None = None

@@ -32,7 +32,7 @@ class Peer:
     moved: float
     """Bytes per parameter that its step must move as it stores things, gradient included, without a clip."""
     stores: str
-    """How weights, then states are stored, in words. Gradients have the weights' dtype."""
+    """Storage of weights, then of states, in words. Gradients have the weights' dtype."""
     dtype: torch.dtype = FP32
     """Dtype of weights and gradients."""
     arguments: dict[str, Any] = field(default_factory=dict)

@@ -21,9 +21,9 @@ class Target(NamedTuple):
     name: str
     required: float
     worst: Callable[[Sequence[float]], float]
-    """min where more is better, max where less is."""
+    """Function that picks the worst number: min where more is better, max where less is."""
     numbers: Numbers
-    """The numbers that it is about."""
+    """Function that selects the numbers that the target is about."""
     percent: bool = False
     unit: str = ""
 
@@ -45,7 +45,7 @@ class Judged(NamedTuple):
     """The worst of the numbers; None: there is none."""
     verdict: Verdict
     of: int
-    """Number of numbers that there were."""
+    """Number of numbers that the target was about."""
 
 
 def _shares(model: tuple[str, ...] | None, optimizers: tuple[str, ...]) -> Numbers:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from tritopt.engine.driver import Apply
 from tritopt.engine.state_dtype import Choice
 from tritopt.engine.validate import did_you_mean
 from tritopt.kernels.formats.format import PLAIN
@@ -54,11 +53,11 @@ class Case:
     weight_dtype: torch.dtype
     grad_dtype: torch.dtype
     master: str | None
-    """How masters are kept, the optimizer's argument; None: no multi_precision."""
+    """Format of masters, the optimizer's argument; None: no multi_precision."""
     state_dtype: Choice
-    """How states are stored, the optimizer's argument; None: in the (master) weight's dtype."""
+    """Format of states, the optimizer's argument; None: the (master) weight's dtype."""
     option: str
-    """Key of OPTIONS."""
+    """Key of OPTIONS, whose arguments the case has."""
 
     @property
     def storage(self) -> str:
@@ -114,9 +113,9 @@ class CheckResult:
     weight_dtype: str
     grad_dtype: str
     master: str | None
-    """How the weights' master is kept, a key of MASTERS. None: there is none."""
+    """Format of the weights' master, a key of MASTERS. None: there is none."""
     state_dtype: Choice
-    """How states are stored. None: in the (master) weight's dtype."""
+    """Format of states. None: the (master) weight's dtype."""
     fused_vs_reference: float | None = None
     """Largest error of the weights, fused against reference. None: not compared."""
     fused_vs_truth: float | None = None
@@ -204,4 +203,4 @@ def _goes_with(cls: type[Optimizer], variant: dict[str, Any], storage: StorageFo
         return True
     if storage.state_dtype is not None and all(fmt is PLAIN for fmt in formats):
         return False
-    return not storage.weight_format.draws or all(isinstance(phase, Apply) for phase in launches)
+    return not storage.weight_format.draws or all(phase.is_driver for phase in launches)

@@ -26,7 +26,7 @@ class Contender:
     optimizer: Optimizer
     weights: list[torch.Tensor]
     master: str | None
-    """How masters are kept, a key of MASTERS; None: there are none. The truth's weights stand for both."""
+    """Format of masters, a key of MASTERS; None: there are none. The truth's weights stand for both."""
 
     def __post_init__(self) -> None:
         self.optimizer.set_lr_mult(LR_MULT)

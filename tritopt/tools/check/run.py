@@ -45,7 +45,7 @@ def run_checks(classes: Sequence[type[Optimizer]] | None = None, quick: bool = F
 def check_case(case: Case, n_steps: int = 3, config: Config | None = None) -> CheckResult:
     """Run one case. Whatever an optimizer raises makes a failed result.
 
-    config: how kernels are launched; None: in small blocks in the interpreter, otherwise as tuned or by default.
+    config: launch configuration of kernels; None: in small blocks in the interpreter, otherwise as tuned or by default.
     """
     result = unchecked(case)
     if config is None and INTERPRETED:

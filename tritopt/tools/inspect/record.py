@@ -20,11 +20,11 @@ class Case(NamedTuple):
     arguments: dict[str, Any]
     """Arguments of the optimizer."""
     storage: str
-    """Key of tritopt.tools.storage.FORMATS."""
+    """Storage format, a key of tritopt.tools.storage.FORMATS."""
     grad_dtype: str | None
     """Key of GRAD_DTYPES; None: the gradients have the weights' dtype."""
     gpu: str
-    """Key of tritopt.tools.gpus.GPUS."""
+    """GPU, a key of tritopt.tools.gpus.GPUS."""
 
     @property
     def compiled_as(self) -> str:

@@ -130,6 +130,3 @@ def digits_result(
     return FormatResult(
         **described(cls, fmt), problem="digits", case=DIGITS, steps=steps, lr=lr, weight_decay=decay, **outcome
     )
-
-
-# The report.

@@ -76,11 +76,11 @@ def save_plot(results: Sequence[FormatResult], path: Path, dark: bool = False) -
 
 def _by_format(results: Sequence[FormatResult]) -> dict[str, dict[str, FormatResult]]:
     """Results by format and case, without the truth's and those of formats that were refused."""
-    found: dict[str, dict[str, FormatResult]] = {}
+    by_format: dict[str, dict[str, FormatResult]] = {}
     for result in results:
         if result.format != TRUTH.name and not result.refused:
-            found.setdefault(result.format, {})[result.case] = result
-    return found
+            by_format.setdefault(result.format, {})[result.case] = result
+    return by_format
 
 
 def _worst(cases: Cases, names: Sequence[str]) -> float | None:

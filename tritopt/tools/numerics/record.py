@@ -30,6 +30,7 @@ class FormatResult:
     lr: float
     weight_decay: float = 0.0
     gradient_rms: float | None = None
+    """Root mean square of the stress's gradients; None: the problem has none of its own."""
     resident: float | None = None
     """Bytes per parameter of weight, gradient and states, of the tensors that were allocated."""
     moved: float | None = None
@@ -51,7 +52,7 @@ class FormatResult:
 
 
 class Movement(NamedTuple):
-    """Distance that weights went, beside the truth's; as in FormatResult."""
+    """Distance that weights went, beside the truth's; as in FormatResult. None where the truth does not move."""
 
     kept: float | None
     drift: float | None
