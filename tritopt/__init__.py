@@ -2,6 +2,7 @@
 
 from tritopt import lr_scheduler as lr_scheduler
 from tritopt import optim as optim
+from tritopt import optimizer as optimizer
 from tritopt import optimizers as optimizers
 from tritopt.engine.driver import Apply as Apply
 from tritopt.mxnet.module import ModuleParameters as ModuleParameters

@@ -1,0 +1,3 @@
+"""Names of `mxnet.optimizer.contrib`."""
+
+from tritopt.optimizers.groupadagrad import GroupAdaGrad as GroupAdaGrad
