@@ -17,6 +17,7 @@ from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32
 from tritopt.mxnet import registry
 from tritopt.mxnet.constructor import constructor_of, unknown_keywords
+from tritopt.mxnet.multipliers import Factors
 from tritopt.mxnet.rates import initial_lr
 from tritopt.mxnet.replay import Repeated
 from tritopt.mxnet.settings import check_settings
@@ -152,6 +153,7 @@ class Optimizer(Update):
         self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
         self.lr_mult: dict[Any, float] = {}
         self.wd_mult: dict[Any, float] = {}
+        self._factors = {"lr_mult": Factors(), "wd_mult": Factors()}
         self.set_lr_mult({})
         self.set_wd_mult({})
         self._planner = Planner()

@@ -13,10 +13,12 @@ import torch
 from tritopt import lr_scheduler
 from tritopt.engine import validate
 from tritopt.mxnet import registry
+from tritopt.mxnet.multipliers import packed, unpacked
 from tritopt.mxnet.optimizer import Optimizer
 
 _OPTIMIZER = "optimizer"
 _SCHEDULER = "lr_scheduler"
+_MULTIPLIERS = ("lr_mult", "wd_mult")
 
 
 class Updater:
@@ -170,38 +172,41 @@ def _device_id(weight: torch.Tensor) -> int:
 
 def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     attributes = optimizer.__getstate__()
-    for name in ("_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes", "_checked"):
+    for name in ("_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes", "_checked", "_factors"):
         del attributes[name]
+    attributes.update({kind: packed(attributes[kind]) for kind in _MULTIPLIERS})
     device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)
     schedule, name = attributes.pop(_SCHEDULER), type(optimizer).__name__.lower()
     if registry.OPTIMIZERS.get(name) is not type(optimizer):
         raise TypeError(f"{type(optimizer)!r} is not what {name!r} brings back; register it to dump it")
-    packed: dict[str, Any] = {"name": name, "attributes": attributes, "device": device}
+    found: dict[str, Any] = {"name": name, "attributes": attributes, "device": device}
     if schedule is not None:
         if _scheduler_classes().get(type(schedule).__name__) is not type(schedule):
             raise TypeError(
                 f"lr_scheduler={schedule!r} is not what {type(schedule).__name__!r} brings back; rename "
                 "its class, or call get_states(dump_optimizer=False)"
             )
-        packed[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}
-    _require_plain(packed, type(optimizer).__name__)
-    return packed
+        found[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}
+    _require_plain(found, type(optimizer).__name__)
+    return found
 
 
-def _unpack_optimizer(packed: dict[str, Any]) -> Optimizer:
-    if not isinstance(packed["attributes"], dict):
-        raise TypeError(f"its attributes are {packed['attributes']!r:.60}")
-    optimizer = object.__new__(registry.find(packed["name"]))
+def _unpack_optimizer(saved: dict[str, Any]) -> Optimizer:
+    if not isinstance(saved["attributes"], dict):
+        raise TypeError(f"its attributes are {saved['attributes']!r:.60}")
+    optimizer = object.__new__(registry.find(saved["name"]))
     Optimizer.__init__(optimizer)
-    optimizer.__setstate__(packed["attributes"])
-    optimizer._set_current_device(packed["device"])
+    optimizer.__setstate__(saved["attributes"])
+    for kind in _MULTIPLIERS:
+        setattr(optimizer, kind, unpacked(getattr(optimizer, kind)))
+    optimizer._set_current_device(saved["device"])
     optimizer.lr_scheduler = None
-    if _SCHEDULER in packed:
-        name = packed[_SCHEDULER]["class"]
+    if _SCHEDULER in saved:
+        name = saved[_SCHEDULER]["class"]
         if name not in _scheduler_classes():
             raise ValueError(f"it has an lr_scheduler of class {name!r}; import or define that class first")
         schedule = optimizer.lr_scheduler = object.__new__(_scheduler_classes()[name])
-        schedule.__dict__.update(packed[_SCHEDULER]["attributes"])
+        schedule.__dict__.update(saved[_SCHEDULER]["attributes"])
     return optimizer
 
 
