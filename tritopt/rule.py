@@ -153,11 +153,8 @@ class Rule:
         `noise`: of the random bits that formats take. `tracked` gets what telemetry is made of, for this `place`.
         """
         rescale, bound, wd = common
-        is_skipped = math.isnan(rescale)
-        if device_rescale is not None:
-            rescale *= float(device_rescale)
-            is_skipped |= not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale)
-        if is_skipped:
+        rescale = self._total_rescale(rescale, device_rescale)
+        if math.isnan(rescale):
             if tracked is not None:
                 tracked.append(whole(place, measure(task.grad)))
             return
@@ -196,6 +193,14 @@ class Rule:
         encode(task.format, task.weight, new_weight, noise)
         if before is not None and tracked is not None:
             tracked.append(whole(place, measure(task.grad, (before[0], new_weight), (before[1], task.weight[0]))))
+
+    def _total_rescale(self, on_host: float, on_device: torch.Tensor | None) -> float:
+        """Factor of the gradient; NaN where the update is skipped."""
+        if on_device is None:
+            return on_host
+        rescale = on_host * float(on_device)
+        is_skipped = not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale)
+        return math.nan if is_skipped else rescale
 
     def _update_arrays(
         self, task: Task, arrays: list[np.ndarray[Any, Any]], common: tuple[float, float, float], s: Any

@@ -99,7 +99,7 @@ clip.unavailable = lambda tensor: None
 norm = clip.Clip()
 for inverse in (None, torch.ones((), dtype=torch.float64)):
     for _ in range(2):
-        norm(torch.ones(5, 1, dtype=torch.float64), 1.0, inverse)
+        norm(torch.ones(5, 1, dtype=torch.float64), 1.0, inverse, None)
 found["clip"] = len(launches)
 print(json.dumps(found))
 """
@@ -180,13 +180,13 @@ def test_within_no_launches_nothing_is_launched(monkeypatch: pytest.MonkeyPatch)
     kernel, x = Kernel(), torch.zeros(4)
     inside, outside = (Launcher(kernel, 3, {"SIZE": 4, "num_warps": 1, "enable_fp_fusion": False}) for _ in range(2))
     with no_launches():
-        assert inside(x, 1) is None
-        inside(x, 1)
-    inside(x, 1)  # bound within
+        assert inside(None, x, 1) is None
+        inside(None, x, 1)
+    inside(None, x, 1)  # bound within
     assert kernel.calls == []
-    assert outside(x, 1) is kernel
+    assert outside(None, x, 1) is kernel
     assert kernel.calls == [((3, 1, 1), (x, 1), {"SIZE": 4, "num_warps": 1, "enable_fp_fusion": False})]
-    outside(x, 1)
+    outside(None, x, 1)
     assert kernel.calls[1:] == [((3, 1, 1), (x, 1, 4), {})]  # what Triton compiled, by position
 
 
@@ -194,8 +194,8 @@ def test_arguments_of_another_kind_go_by_way_of_triton(monkeypatch: pytest.Monke
     monkeypatch.setattr(launcher, "INTERPRETED", False)
     kernel, x = Kernel(), torch.zeros(8)
     bound = Launcher(kernel, 1, {"SIZE": 4, "enable_fp_fusion": False})
-    bound(x, 1)
+    bound(None, x, 1)
     for other, is_new in ((torch.zeros(8), False), (x[1:], True), (x.double(), True), (None, True), (x, True)):
         kernel.calls.clear()
-        bound(other, 1)
+        bound(None, other, 1)
         assert bool(kernel.calls[0][2]) == is_new

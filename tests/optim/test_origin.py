@@ -100,6 +100,17 @@ def test_another_classs_hyperparameters_are_left_out() -> None:
     assert group["lower_bound"] == 0.5
 
 
+def test_a_name_that_means_something_else_is_refused_by_its_value() -> None:
+    """AdEMAMix's alpha weighs a mean; as RMSprop's decay rate it would make a mean of squares negative."""
+    opt = optim.RMSprop(parameters())
+    with pytest.raises(ValueError, match=r"alpha=5\.0 must be in \[0, 1\].* not those of RMSprop but of AdEMAMix"):
+        opt.load_state_dict(saved_by(optim.AdEMAMix, False))
+    assert opt.param_groups[0]["alpha"] == 0.99
+    with pytest.raises(ValueError, match=r"alpha=1\.5 must be in \[0, 1\]"):
+        optim.RMSprop(parameters(), alpha=1.5)
+    optim.RMSprop(parameters(), alpha=1.0)
+
+
 def test_checkpoints_of_older_versions_have_fewer_flags() -> None:
     saved = saved_by(torch.optim.AdamW, True)
     for name in ("foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"):

@@ -7,7 +7,7 @@ import io
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,6 +32,9 @@ from tests.support.training import (
     train,
     twin,
 )
+from tritopt.engine.launcher import n_launches
+from tritopt.engine.phase import Recorder
+from tritopt.kernels.drivers.multi_tensor_norm import clip_factor
 from tritopt.optim import Adam, AdamW
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -72,6 +75,36 @@ def test_groups_with_options_of_their_own_share_the_launches(cls: Class, monkeyp
         for opt in singles:
             opt.step()
     assert_same(params, apart)
+
+
+class Kernels(Recorder):
+    """Kernels that a step would launch, in order."""
+
+    def __init__(self) -> None:
+        self.noted: list[Any] = []
+
+    def kernel(self, kernel: Any, grid: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
+        """Note it."""
+        self.noted.append(kernel)
+
+
+@EVERY_CLASS
+def test_a_recorder_is_told_of_every_launch(cls: Class) -> None:
+    """It hears of a step that is built, then of one that is replayed, each with the norm and the clip."""
+    launched, recorded = parameters(), parameters()
+    opt, other = make(cls, launched, max_grad_norm=1.0), make(cls, recorded, max_grad_norm=1.0)
+    other._stepper._planner.record = kernels = Kernels()
+    for step in range(2):
+        for params in (launched, recorded):
+            set_grads(params, step)
+        before = n_launches()
+        opt.step()
+        launches = n_launches() - before
+        other.step()
+        assert n_launches() - before == launches == len(kernels.noted)
+        assert kernels.noted.count(clip_factor) == 1
+        kernels.noted.clear()
+    assert_same(recorded, parameters())
 
 
 @EVERY_CLASS

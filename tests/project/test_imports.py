@@ -27,21 +27,13 @@ def files() -> dict[str, Path]:
     return {name: path for name, path in every.items() if name not in ("tritopt", "tritopt.__main__")}
 
 
-def is_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
 def imports() -> dict[str, set[str]]:
-    """Modules that each module imports anywhere in it, but for what only a type checker reads."""
+    """Modules that each module imports anywhere in it, in its functions and for a type checker alone too."""
     known = files()
     found: dict[str, set[str]] = {}
     for name, path in known.items():
         targets = found.setdefault(name, set())
-        tree = ast.parse(path.read_text())
-        unread = {inner for node in ast.walk(tree) if is_for_types(node) for inner in ast.walk(node)}
-        for node in ast.walk(tree):
-            if node in unread:
-                continue
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names if alias.name in known}
             elif isinstance(node, ast.ImportFrom) and node.module:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,11 @@ def test_words_are_broken_only_where_no_column_may_go() -> None:
 
 
 @pytest.fixture
-def _registers_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "OPTIMIZERS", dict(registry.OPTIMIZERS))
+def _registers_for_now() -> Iterator[None]:
+    known = dict(registry.OPTIMIZERS)
+    yield
+    registry.OPTIMIZERS.clear()
+    registry.OPTIMIZERS.update(known)
 
 
 @pytest.mark.usefixtures("_registers_for_now")

@@ -113,11 +113,8 @@ class _Applied:
 
     def __call__(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
         partials, totals = self._scratch or self._fresh(group)
-        apply: Callable[..., Any] = self._apply
-        sum_up: Callable[..., Any] = self._sum
-        if launch.record is not None:
-            apply, sum_up = (launcher.noting(launch.record.kernel) for launcher in (self._apply, self._sum))
-        compiled = apply(
+        compiled = self._apply(
+            launch.record,
             group.device_table,
             self._tensor_table,
             self._chunk_table,
@@ -133,7 +130,7 @@ class _Applied:
             self._apply = self._launcher()
         if totals is None:
             return None
-        sum_up(partials, self._tensor_table, totals, self._n_chunks, self._n_tensors)
+        self._sum(launch.record, partials, self._tensor_table, totals, self._n_chunks, self._n_tensors)
         if launch.tracked is not None and any(self._tracks):
             columns = (*self._tracks[0], *self._tracks[1])
             launch.tracked.append(Tracked(group.members, columns, totals[:, self._n_sums :]))

@@ -89,7 +89,7 @@ class ApplyFactored(NamedTuple):
             "num_warps": config.num_warps,
         }
         without = partial(_without, common)
-        once = partial(launch_once, None if launch.record is None else launch.record.kernel)
+        once = partial(launch_once, launch.record)
         flags = (launch.rescale, launch.noop)
         table, n_tensors = group.device_table, len(group.members)
 

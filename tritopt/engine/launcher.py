@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import is_
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,13 @@ from tritopt.engine import private
 from tritopt.kernels.language import INTERPRETED
 
 Owner = TypeVar("Owner")
-Record: TypeAlias = Callable[[Any, int, tuple[Any, ...], Mapping[str, Any]], None]
-"""Takes kernel, number of programs, arguments, and constants of a launch (engine/phase.py: `Recorder.kernel`)."""
+
+
+class KernelRecorder(Protocol):
+    """What is told of launches in place of making them; every way to launch asks for it first."""
+
+    def kernel(self, kernel: Any, grid: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
+        """Note one launch, as `Recorder.kernel` of engine/phase.py has it."""
 
 
 class Launcher:
@@ -41,11 +46,15 @@ class Launcher:
         self._run: Any = None
         self._rest: tuple[Any, ...] = ()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, record: KernelRecorder | None, *args: Any) -> Any:
         """Launch with these arguments, the kernel's first ones in order. Returns what Triton compiled, if it is new.
 
-        Tensors must lie where they did as long as they are the same objects.
+        Tensors must lie where they did as long as they are the same objects. record: told of the launch, which then
+        is not made, unless it is None.
         """
+        if record is not None:
+            record.kernel(self._kernel, self._grid[0], args, self._constants)
+            return None
         # Before, since an interrupt may come at any moment: a kernel that may have run is one that has.
         launches.n_begun += 1
         try:
@@ -53,10 +62,6 @@ class Launcher:
         except Exception:
             launches.n_begun -= 1
             raise
-
-    def noting(self, record: Record) -> Callable[..., None]:
-        """Return what takes the arguments of a launch and tells `record` of it, in place of making it."""
-        return lambda *args: record(self._kernel, self._grid[0], args, self._constants)
 
     def _launch(self, args: tuple[Any, ...]) -> Any:
         if self._run is not None and self._binds_as_before(args):
@@ -90,14 +95,14 @@ class Launcher:
         return True
 
 
-def launch_once(record: Record | None, kernel: Any, grid: int, *args: Any, **constants: Any) -> None:
+def launch_once(record: KernelRecorder | None, kernel: Any, grid: int, *args: Any, **constants: Any) -> None:
     """Launch a kernel that is not bound, since its tables and constants differ from launch to launch.
 
     Contraction to fma, which changes bits, is forbidden. record: told of the launch, which then is not made, unless it
     is None.
     """
     if record is not None:
-        record(kernel, grid, args, {**constants, "enable_fp_fusion": False})
+        record.kernel(kernel, grid, args, {**constants, "enable_fp_fusion": False})
         return
     launches.n_begun += 1
     try:

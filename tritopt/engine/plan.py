@@ -110,7 +110,7 @@ class Planner:
     config: Config | None = None
     """`Launch.config` of all its launches; tools and tests set it, and the next, before the first step."""
     record: Recorder | None = None
-    """`Launch.record` of all its launches."""
+    """`Launch.record` of all its launches, and told of those that a step makes beside its phases."""
 
     def __init__(self) -> None:
         self._plans: Recent[tuple[Hashable, list[Group]]] = Recent()

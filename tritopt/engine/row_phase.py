@@ -60,7 +60,7 @@ class ApplyRows(NamedTuple):
         block_size = min(max(1 << (longest - 1).bit_length(), smallest), config.block_size)
         functions = (self.mean, self.state, self.update, group.format.load, group.format.store)
         launch_once(
-            None if launch.record is None else launch.record.kernel,
+            launch.record,
             row_apply,
             len(row_table),
             group.device_table,

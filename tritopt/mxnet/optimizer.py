@@ -15,7 +15,6 @@ from tritopt.engine.telemetry import Telemetry, Tracker, check_asked, telemetry
 from tritopt.engine.warning import warn
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32
-from tritopt.mxnet import registry
 from tritopt.mxnet.constructor import constructor_of, unknown_keywords
 from tritopt.mxnet.multipliers import Factors
 from tritopt.mxnet.rates import initial_lr
@@ -75,8 +74,8 @@ class Optimizer(Update):
         ValueError: a hyperparameter out of its range. TypeError: one of the wrong type, or an unknown keyword.
     """
 
-    opt_registry: ClassVar[dict[str, type[Optimizer]]] = registry.OPTIMIZERS
-    create_optimizer = staticmethod(registry.create)
+    opt_registry: ClassVar[dict[str, type[Optimizer]]] = {}
+    """Registered classes by lower-cased class name."""
 
     supports_lazy_update: ClassVar[bool] = False
     rule: ClassVar[type[Rule]]
@@ -162,6 +161,11 @@ class Optimizer(Update):
         """Values of attributes that `check_settings` has found right."""
 
     @staticmethod
+    def create_optimizer(name: str, **kwargs: Any) -> Optimizer:
+        """MXNet's other name of `tritopt.create`."""
+        return find(name)(**kwargs)
+
+    @staticmethod
     def register(cls: OptimizerClass) -> OptimizerClass:
         """Class decorator: make `cls` known to `create` under its lower-cased name.
 
@@ -170,7 +174,7 @@ class Optimizer(Update):
         """
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
             raise TypeError(f"register() takes an Optimizer subclass, got {cls!r}")
-        name, known = cls.__name__.lower(), registry.OPTIMIZERS
+        name, known = cls.__name__.lower(), Optimizer.opt_registry
         old = known.get(name)
         if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
             new_name, old_name = (f"{one.__module__}.{one.__qualname__}" for one in (cls, old))
@@ -297,6 +301,17 @@ class Optimizer(Update):
 register = Optimizer.register
 
 
+def find(name: str) -> type[Optimizer]:
+    """The class registered as `name`; ValueError if there is none."""
+    if not isinstance(name, str):
+        raise TypeError(f"an optimizer is created by its name, a str, got {name!r}")
+    known = Optimizer.opt_registry
+    if name.lower() not in known:
+        nearest = validate.did_you_mean(name.lower(), sorted(known))
+        raise ValueError(f"unknown optimizer {name!r}{nearest} known: {', '.join(sorted(known))}")
+    return known[name.lower()]
+
+
 _MADE: dict[type[Rule], type[Optimizer]] = {}
 
 
@@ -304,7 +319,7 @@ def with_api(rule: type[Rule]) -> type[Optimizer]:
     """The rule with this API: the registered class that has it, or one that is made here, once."""
     if issubclass(rule, Optimizer):
         return rule
-    known = next((cls for cls in registry.OPTIMIZERS.values() if cls.rule is rule), None)
+    known = next((cls for cls in Optimizer.opt_registry.values() if cls.rule is rule), None)
     if known is None and rule not in _MADE:
         _MADE[rule] = type(rule.__name__, (rule, Optimizer), {}, learning_rate=0.01)
     return known or _MADE[rule]

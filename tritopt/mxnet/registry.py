@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tritopt.engine.validate import did_you_mean
+from tritopt.mxnet.optimizer import Optimizer
+from tritopt.mxnet.optimizer import find as find
 
-if TYPE_CHECKING:
-    from tritopt.mxnet.optimizer import Optimizer
-
-OPTIMIZERS: dict[str, type[Optimizer]] = {}
-"""Registered classes by lower-cased class name."""
+OPTIMIZERS = Optimizer.opt_registry
 
 
 def create(name: str, **kwargs: Any) -> Optimizer:
@@ -27,16 +24,6 @@ def create(name: str, **kwargs: Any) -> Optimizer:
     ValueError: unknown optimizer 'lambb'; did you mean 'lamb'...? known: ...
     """
     return find(name)(**kwargs)
-
-
-def find(name: str) -> type[Optimizer]:
-    """The class registered as `name`; ValueError if there is none."""
-    if not isinstance(name, str):
-        raise TypeError(f"an optimizer is created by its name, a str, got {name!r}")
-    cls = OPTIMIZERS.get(name.lower())
-    if cls is None:
-        raise ValueError(f"unknown optimizer {name!r}{did_you_mean(name.lower(), names())} known: {', '.join(names())}")
-    return cls
 
 
 def names() -> list[str]:

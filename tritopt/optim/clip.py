@@ -15,7 +15,7 @@ from tritopt.engine import private, validate
 from tritopt.engine.device import current_stream, is_capturing, on_device, share_with_streams
 from tritopt.engine.driver import Apply
 from tritopt.engine.group import Rows
-from tritopt.engine.launcher import Launcher
+from tritopt.engine.launcher import KernelRecorder, Launcher
 from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, compute_dtype, unavailable
 from tritopt.engine.warning import warn
@@ -164,8 +164,17 @@ class Clip:
         """What its launches read and write."""
         return self.norm, self._factor, self._bound
 
-    def __call__(self, found: torch.Tensor, max_norm: float, inverse: torch.Tensor | None) -> torch.Tensor:
-        """What gradients are multiplied by, fp64 []: at most `inverse`, that of a loss scale; NaN skips the update."""
+    def __call__(
+        self,
+        found: torch.Tensor,
+        max_norm: float,
+        inverse: torch.Tensor | None,
+        record: KernelRecorder | None,
+    ) -> torch.Tensor:
+        """What gradients are multiplied by, fp64 []: at most `inverse`, that of a loss scale; NaN skips the update.
+
+        record: told of the launch in place of making it, as `Launch.record` is of those of phases.
+        """
         if unavailable(found) is not None:
             norm = found.sum().sqrt()
             norm = norm if inverse is None else norm * inverse
@@ -191,7 +200,7 @@ class Clip:
             self._bound.fill_(max_norm)
         with on_device(found.device):
             assert self._launch is not None
-            self._launch(found, found.numel(), self._bound, inverse, self.norm, self._factor)
+            self._launch(record, found, found.numel(), self._bound, inverse, self.norm, self._factor)
         return self._factor
 
 

@@ -51,6 +51,8 @@ class TorchRMSprop(Rule):
     ) -> None:
         super().__init__(**arguments)
         self.alpha = validate.nonnegative("alpha", alpha)
+        if self.alpha > 1:  # torch takes it; a checkpoint of a class that means something else by it may bring it
+            raise ValueError(f"alpha={alpha!r} must be in [0, 1]: beyond, the mean of squares becomes negative")
         self.epsilon = validate.nonnegative("epsilon", epsilon)
         self.momentum = validate.nonnegative("momentum", momentum)
         self.centered = bool(centered)
@@ -107,7 +109,8 @@ class RMSprop(Optimizer):
 
     State: square_avg (v), grad_avg (n) if centered, momentum_buffer (b) with momentum, the (master) weight's shape, at
     least fp32. As in torch, a centered weight becomes NaN where gradients vary so little that rounding makes v - n^2
-    negative. Arguments and errors are torch's, and fused; options: `Options`.
+    negative. Arguments and errors are torch's, and fused; an alpha above 1, which torch takes, is refused. options:
+    `Options`.
     """
 
     rule = TorchRMSprop

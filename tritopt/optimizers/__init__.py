@@ -1,5 +1,7 @@
 """One optimizer a file; importing this package registers them all, and tritopt has each under its name."""
 
+from typing import TYPE_CHECKING
+
 from tritopt.optimizers.adabelief import AdaBelief as AdaBelief
 from tritopt.optimizers.adadelta import AdaDelta as AdaDelta
 from tritopt.optimizers.adafactor import Adafactor as Adafactor
@@ -26,4 +28,5 @@ from tritopt.optimizers.sgld import SGLD as SGLD
 from tritopt.optimizers.signum import Signum as Signum
 from tritopt.optimizers.test import Test as Test
 
-__all__ = [name for name, value in list(globals().items()) if isinstance(value, type)]
+if not TYPE_CHECKING:  # a checker reads the imports above, and no list that is made at run time
+    __all__ = [name for name, value in list(globals().items()) if isinstance(value, type)]

@@ -53,7 +53,7 @@ class AdEMAMixRule(Rule):
     g_t is the gradient after rescaling and clipping. States: m, s and v, the (master) weight's shape, zero at first,
     of the weight's dtype but at least fp32: fewer bits rounded to nearest do not hold moves of 1 - beta3. The slow mean
     is not corrected for its zero start; the warm-up of beta3 makes up for it, and lets its half-life grow evenly. The
-    paper lets both warm-ups last as long as the training, and keeps the slow mean in fp32 or bf16.
+    paper lets both warm-ups last as long as the training.
 
     Not in MXNet, nor in torch.
 

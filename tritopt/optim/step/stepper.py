@@ -239,7 +239,8 @@ class Stepper:
         if step.reduce is None:
             step.reduce = self._shard_sums("norm", step.members)
         found = step.squares(step.reduce)
-        factor = self._clip(found, opt.max_grad_norm, None if inverse is None else inverse.to(found.device))
+        inverse = None if inverse is None else inverse.to(found.device)
+        factor = self._clip(found, opt.max_grad_norm, inverse, self._planner.record)
         self.grad_norm = self._clip.norm
         return factor
 
