@@ -1,10 +1,12 @@
 """Triton fused optimizers for mixed-precision training: MXNet 2.0's optimizer API on PyTorch tensors."""
 
+from tritopt import gluon as gluon
 from tritopt import lr_scheduler as lr_scheduler
 from tritopt import optim as optim
 from tritopt import optimizer as optimizer
 from tritopt import optimizers as optimizers
 from tritopt.engine.driver import Apply as Apply
+from tritopt.gluon.utils import clip_global_norm as clip_global_norm
 from tritopt.mxnet.module import ModuleParameters as ModuleParameters
 from tritopt.mxnet.module import module_parameters as module_parameters
 from tritopt.mxnet.optimizer import Optimizer as Optimizer

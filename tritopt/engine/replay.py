@@ -8,6 +8,10 @@ import numpy as np
 import torch
 
 from tritopt.engine.group import Array, Group, refresh_table, upload_table
+from tritopt.engine.phase import Reduce
+from tritopt.engine.plan import Planner
+
+_NO_ROW = np.array([[1.0, np.inf, 0.0]])
 
 
 class ReplayTable:
@@ -59,6 +63,36 @@ def table_of(group: Group, places: Array) -> ReplayTable:
     words = group.host_table[: len(members) * n_words].reshape(-1, n_words).copy()
     column = group.format.n_planes
     return ReplayTable(group, members, in_launch, words, slice(column, column + 1))
+
+
+class NormTables:
+    """Tables of the gradients' norm in a step that is made again; false where a kernel measures none.
+
+    Args:
+        planner: of the step.
+        groups: the engine's, of the norm that was measured when the step was built.
+        n: number of gradients.
+    """
+
+    def __init__(self, planner: Planner, groups: Sequence[Group], n: int) -> None:
+        self._planner, self._groups, self._n = planner, list(groups), n
+        self._row_of = np.zeros(n, np.int64)
+        self._tables = []
+        for group in groups:
+            members = np.array(group.members, dtype=np.int64)
+            # A gradient's norm is that of a weight which is the gradient.
+            words = np.zeros((len(members), 3), np.int64)
+            self._tables.append(ReplayTable(group, members, members, words, slice(0, 2)))
+
+    def __bool__(self) -> bool:
+        """Whether there are tables."""
+        return bool(self._tables)
+
+    def squares(self, grads: Array, device: torch.device, reduce: Reduce | None = None) -> torch.Tensor:
+        """Sum of squares of each gradient, fp64 [gradients, 1]. grads: their addresses, int64."""
+        for table in self._tables:
+            table.upload(grads, self._row_of, _NO_ROW)
+        return self._planner.squares_of(self._groups, self._n, device, reduce)
 
 
 def slice_if_run(places: Array) -> Array | slice:

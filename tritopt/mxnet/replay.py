@@ -12,7 +12,7 @@ import torch
 
 from tritopt.engine.group import Group, Rows
 from tritopt.engine.phase import Launch, run_phases
-from tritopt.engine.replay import table_of
+from tritopt.engine.replay import NormTables, table_of
 from tritopt.engine.walk import n_words, walk
 from tritopt.mxnet.states import States
 from tritopt.rule import State
@@ -41,6 +41,7 @@ class Replay:
         opt: the optimizer.
         indices, weights, grads, states: the arguments of the update.
         launched: its launches.
+        norm: tables of the gradients' norm, empty without one.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Replay:
         grads: Sequence[torch.Tensor],
         states: Sequence[State],
         launched: list[Launched],
+        norm: NormTables,
     ) -> None:
         self.indices = list(indices)
         self.launched = launched
@@ -64,6 +66,7 @@ class Replay:
         self._grads = np.zeros(len(grads), np.int64)
         self._grads_are = self._walk.describe(list(grads), self._grads, self._n_words)
         self._devices = [grad.get_device() for grad in grads]
+        self._norm = norm
         self._row_of = [np.empty(0, np.int64) for _ in launched]
         self._tables = {
             id(one.indices): [table_of(group, np.array(one.places, np.int64)) for group in one.groups]
@@ -91,6 +94,10 @@ class Replay:
         if found.tobytes() != self._grads.tobytes():
             self._grads = found
         return Repeated(self, weights, grads, states, kept)
+
+    def squares(self) -> torch.Tensor:
+        """Sum of squares of each gradient, fp64 [gradients, 1]."""
+        return self._norm.squares(self._grads, self.launched[0].device)
 
     def launch(self, launched: Launched, rows: Rows, launch: Launch) -> None:
         """Launch once more, with these rows."""
@@ -127,6 +134,7 @@ def _settings(opt: States) -> tuple[Any, ...]:
         opt.rounding_seed,
         opt.track,
         opt.use_fused_step,
+        opt.max_grad_norm is None,
     )
 
 

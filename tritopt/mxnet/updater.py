@@ -19,6 +19,9 @@ from tritopt.mxnet.optimizer import Optimizer
 _OPTIMIZER = "optimizer"
 _SCHEDULER = "lr_scheduler"
 _MULTIPLIERS = ("lr_mult", "wd_mult")
+_NOT_SAVED = (
+    "_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes", "_checked", "_factors", "_clip",
+)  # fmt: skip
 
 
 class Updater:
@@ -172,7 +175,7 @@ def _device_id(weight: torch.Tensor) -> int:
 
 def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     attributes = optimizer.__getstate__()
-    for name in ("_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes", "_checked", "_factors"):
+    for name in _NOT_SAVED:
         del attributes[name]
     attributes.update({kind: packed(attributes[kind]) for kind in _MULTIPLIERS})
     device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)

@@ -16,7 +16,7 @@ import torch
 from tritopt.engine.group import Array, Group, Rows
 from tritopt.engine.phase import Launch, run_phases
 from tritopt.engine.plan import Planner
-from tritopt.engine.replay import ReplayTable, table_of
+from tritopt.engine.replay import NormTables, ReplayTable, table_of
 from tritopt.engine.walk import known_states, n_words, walk
 from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
@@ -28,8 +28,6 @@ from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.scalar_table import HostRows
 from tritopt.optim.step.states import complete_task
 from tritopt.optim.step.undo import Undo
-
-_NO_ROW = np.array([[1.0, np.inf, 0.0]])
 
 
 class _Update(NamedTuple):
@@ -84,8 +82,7 @@ class Replay:
             )
             for bucket, groups in launched
         }
-        self._no_rows = np.zeros(len(members), np.int64)
-        self._norm_tables = [_norm_table(group) for group in norm_groups]
+        self._norm = NormTables(planner, norm_groups, len(members))
         self._only = only
         self._walk = walk()
         self._hypers = hypers
@@ -137,13 +134,10 @@ class Replay:
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
         """Sum of squares of each gradient, fp64 [members, 1]."""
-        if not self._norm_tables:
+        if not self._norm:
             grads: list[Any] = [param.grad for param in self._members_params]
             return squares(self._planner, ("replayed", *self.positions), self._members_params, grads, reduce)
-        for table in self._norm_tables:
-            table.upload(self._grads, self._no_rows, _NO_ROW)
-        groups = [table.group for table in self._norm_tables]
-        return self._planner.squares_of(groups, len(self.members), self.device, reduce if reduce else None)
+        return self._norm.squares(self._grads, self.device, reduce if reduce else None)
 
     def host_rows(self, bucket: Bucket, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
         """Scalars of the bucket's members."""
@@ -251,12 +245,6 @@ def _named(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _names(named: Sequence[dict[str, Any]]) -> list[list[Any]]:
     """Names of the parameters of groups that have some: random bits depend on them."""
     return [list(group["param_names"]) for group in named]
-
-
-def _norm_table(group: Group) -> ReplayTable:
-    """A gradient's norm is that of a weight which is the gradient."""
-    members = np.array(group.members, dtype=np.int64)
-    return ReplayTable(group, members, members, np.zeros((len(members), 3), np.int64), slice(0, 2))
 
 
 def _without_gradients(members: Sequence[Member]) -> list[Member]:

@@ -1,0 +1,3 @@
+"""Gluon's Trainer, loss scale and clip: names of `mxnet.gluon` that a training loop uses."""
+
+from tritopt.gluon import utils as utils
