@@ -55,7 +55,7 @@ class Clip:
     def __init__(self) -> None:
         self.norm: torch.Tensor | None = None
         """Of the last step, fp32 []; overwritten by the next."""
-        self._factor, self._bound, self._inverse = (torch.empty(0, dtype=torch.float64, device="cpu") for _ in range(3))
+        self.factor, self._bound, self._inverse = (torch.empty(0, dtype=torch.float64, device="cpu") for _ in range(3))
         self._max_norm = self._inverse_is = math.nan
         self._launch: Launcher | None = None
         self._stream = 0
@@ -68,7 +68,7 @@ class Clip:
 
     def held(self) -> tuple[torch.Tensor | None, ...]:
         """What its launches read and write."""
-        return self.norm, self._factor, self._bound, self._inverse
+        return self.norm, self.factor, self._bound, self._inverse
 
     def __call__(
         self,
@@ -87,7 +87,8 @@ class Clip:
             norm = norm if inverse is None else norm * inverse
             self.norm = norm.float()
             factor = torch.where(norm.isfinite(), factor_of(norm, max_norm), torch.nan)
-            return factor if inverse is None else factor * inverse
+            self.factor = factor if inverse is None else factor * inverse
+            return self.factor
         stream, is_capture = current_stream(found.device), is_capturing(found.device)
         known = self.norm if self.norm is not None and self.norm.device == found.device else None
         if known is None:
@@ -97,7 +98,7 @@ class Clip:
         # What a graph captures is its own: it writes that with its replays, and nobody before them. The norm is of
         # whichever step was the last, replayed or not.
         if is_capture or self._is_captured or known is None or stream != self._stream:
-            self._factor, self._bound, self._inverse = (
+            self.factor, self._bound, self._inverse = (
                 torch.empty((), dtype=torch.float64, device=found.device) for _ in range(3)
             )
             self._max_norm = self._inverse_is = math.nan
@@ -114,8 +115,8 @@ class Clip:
             inverse = self._inverse
         with on_device(found.device):
             assert self._launch is not None
-            self._launch(record, found, found.numel(), self._bound, inverse, self.norm, self._factor)
-        return self._factor
+            self._launch(record, found, found.numel(), self._bound, inverse, self.norm, self.factor)
+        return self.factor
 
 
 def factor_of(total: torch.Tensor, max_norm: float, epsilon: float = EPSILON) -> torch.Tensor:

@@ -22,21 +22,23 @@ class Factors:
     def __init__(self) -> None:
         self._given: dict[Any, float] = {}
         self._names: dict[Any, str] = {}
-        self._of: dict[Hashable, float] = {}
+        self._indices: list[Hashable] = []
+        self._factors: list[float] = []
 
     def __reduce__(self) -> tuple[type[Factors], tuple[()]]:
         """A copy looks them up again."""
         return Factors, ()
 
     def of(self, indices: Sequence[Hashable], given: Mapping[Any, float], names: Mapping[Any, str]) -> list[float]:
-        """Multiplier of each index: under itself, its name, or the first pattern that matches the name; otherwise 1."""
-        if given != self._given or names != self._names or list(given) != list(self._given):
-            self._given, self._names, self._of = dict(given), dict(names), {}
-        try:
-            return list(map(self._of.__getitem__, indices))
-        except KeyError:
-            self._of.update((index, self._look_up(index)) for index in indices if index not in self._of)
-        return list(map(self._of.__getitem__, indices))
+        """Multiplier of each index: under itself, its name, or the first pattern that matches the name; otherwise 1.
+
+        The same list as long as it says the same.
+        """
+        is_known = given == self._given and names == self._names and list(given) == list(self._given)
+        if not is_known or self._indices != list(indices):
+            self._given, self._names, self._indices = dict(given), dict(names), list(indices)
+            self._factors = [self._look_up(index) for index in indices]
+        return self._factors
 
     def _look_up(self, index: Hashable) -> float:
         if index in self._given:
@@ -46,14 +48,17 @@ class Factors:
         return 1.0 if key is None else self._given[key]
 
 
-def carried(objects: Sequence[Any], kind: str) -> list[Any]:
-    """The attribute `kind` of each object, None where it has none. Attributes are read live.
+def carried(objects: Sequence[Any], kind: str) -> list[Any] | None:
+    """The attribute `kind` of each object, None where it has none; None if none has it. Attributes are read live.
 
     torch's own parameters have none but those in their `__dict__`: to ask that takes a tenth of the time.
     """
-    if set(map(type, objects)) <= _PLAIN:
-        return [attributes.get(kind) for attributes in map(_attributes, objects)]
-    return [getattr(one, kind, None) for one in objects]
+    if not set(map(type, objects)) <= _PLAIN:
+        return [getattr(one, kind, None) for one in objects]
+    if not any(map(_attributes, objects)):
+        return None
+    found = [attributes.get(kind) for attributes in map(_attributes, objects)]
+    return None if found.count(None) == len(found) else found
 
 
 def check_names(

@@ -20,6 +20,7 @@ from tritopt.mxnet.constructor import constructor_of, unknown_keywords
 from tritopt.mxnet.multipliers import Factors
 from tritopt.mxnet.rates import initial_lr
 from tritopt.mxnet.replay import Repeated
+from tritopt.mxnet.rows import Partition
 from tritopt.mxnet.settings import check_clip, check_kinds, check_settings
 from tritopt.mxnet.states import checked_master, checked_state_dtype
 from tritopt.mxnet.update import Update
@@ -154,7 +155,7 @@ class Optimizer(Update):
         self._factors = {"lr_mult": Factors(), "wd_mult": Factors()}
         self.set_lr_mult({})
         self.set_wd_mult({})
-        self._planner = Planner()
+        self._planner, self._partition = Planner(), Partition()
         self._known_scalars: dict[tuple[float, float, int], tuple[float, ...]] = {}
         self._checked: tuple[Any, ...] = ()
         """Values of attributes that `check_settings` has found right."""

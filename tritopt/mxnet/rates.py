@@ -76,9 +76,11 @@ class Rates(Rule):
         multipliers: dict[Any, float] = getattr(self, kind)
         if not (self.param_dict or multipliers):
             return [value] * len(indices)
+        own = carried(list(map(self.param_dict.get, indices)), kind) if self.param_dict else None
+        if own is None and not multipliers:
+            return [value] * len(indices)
         factors = self._factors[kind].of(indices, multipliers, self.idx2name)
-        if self.param_dict:
-            own = carried(list(map(self.param_dict.get, indices)), kind)
+        if own is not None:
             factors = [factor if one is None else float(one) for factor, one in zip(factors, own, strict=True)]
         products = [value * factor for factor in factors]
         if not all(map(math.isfinite, products)):
@@ -115,13 +117,18 @@ class Rates(Rule):
     def _update_count(self, index: Hashable | list[Hashable] | tuple[Hashable, ...]) -> None:
         """Count one update of each index; one that is new starts from begin_num_update."""
         counts, indices = self._index_update_count, index if isinstance(index, list | tuple) else [index]
-        new = {i: counts.get(i, self.begin_num_update) + 1 for i in indices}
+        old = [counts.get(i, self.begin_num_update) for i in indices]
+        if old and old.count(old[0]) == len(old):
+            new = dict.fromkeys(indices, old[0] + 1)
+        else:
+            new = {i: count + 1 for i, count in zip(indices, old, strict=True)}
         if len(new) == len(indices):
             counts.update(new)
         else:  # one that is there twice is updated twice
             for i in indices:
                 counts[i] = counts.get(i, self.begin_num_update) + 1
-        self.num_update = max([self.num_update, *map(counts.__getitem__, new)])
+            new = {i: counts[i] for i in indices}
+        self.num_update = max(self.num_update, max(new.values(), default=0))
 
     @contextmanager
     def _counts_restored_on_error(self) -> Iterator[Updates[Hashable]]:

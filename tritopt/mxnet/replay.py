@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
 from types import NoneType
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from tritopt.engine.replay import NormTables, table_of
 from tritopt.engine.walk import n_words, walk
 from tritopt.mxnet.states import States
 from tritopt.rule import State
+
+_device = torch.Tensor.get_device
 
 
 class Launched(NamedTuple):
@@ -65,7 +67,7 @@ class Replay:
         self._n_words = n_words(list(grads))
         self._grads = np.zeros(len(grads), np.int64)
         self._grads_are = self._walk.describe(list(grads), self._grads, self._n_words)
-        self._devices = [grad.get_device() for grad in grads]
+        self._devices = list(map(_device, grads))
         self._norm = norm
         self._row_of = [np.empty(0, np.int64) for _ in launched]
         self._tables = {
@@ -81,7 +83,8 @@ class Replay:
             return None
         of_states, structure = _flattened(states)
         kept = [*weights, *of_states]
-        if structure != self._structure or not are_plain(kept) or len(kept) != len(self._kept_at):
+        # The structure has the types of states, which were plain.
+        if structure != self._structure or not are_plain(weights) or len(kept) != len(self._kept_at):
             return None
         if not self._walk.are(kept, self._kept_are, self._kept_at):
             return None
@@ -89,11 +92,11 @@ class Replay:
         if self._walk.describe(grads, found, self._n_words) != self._grads_are:
             return None
         # Their addresses say nothing of the device that they are on.
-        if [grad.get_device() for grad in grads] != self._devices:
+        if list(map(_device, grads)) != self._devices:
             return None
         if found.tobytes() != self._grads.tobytes():
             self._grads = found
-        return Repeated(self, weights, grads, states, kept)
+        return Repeated(self, weights, grads, states)
 
     def squares(self) -> torch.Tensor:
         """Sum of squares of each gradient, fp64 [gradients, 1]."""
@@ -118,8 +121,6 @@ class Repeated(NamedTuple):
     weights: list[torch.Tensor]
     grads: list[torch.Tensor]
     states: list[State]
-    written: list[torch.Tensor]
-    """Tensors of weights and states."""
 
 
 def _settings(opt: States) -> tuple[Any, ...]:
@@ -151,12 +152,17 @@ def can_be_replayed(weights: Sequence[torch.Tensor], grads: Sequence[torch.Tenso
 def _flattened(states: Sequence[State]) -> tuple[list[Any], list[Any]]:
     """Tensors of some states, in an order that depends on their structure alone; and that structure."""
     found: list[Any] = list(states)
-    structure: list[Any] = [list(map(type, found))]
-    kinds = set(structure[-1])
+    kinds = set(map(type, found))
+    structure: list[Any] = [_said(type, found, kinds)]
     while any(issubclass(kind, tuple) for kind in kinds):
         tuples = found if len(kinds) == 1 else [value for value in found if isinstance(value, tuple)]
         others = [] if len(kinds) == 1 else [value for value in found if not isinstance(value, tuple)]
         found = others + list(chain.from_iterable(tuples))
-        structure += [list(map(len, tuples)), list(map(type, found))]
-        kinds = set(structure[-1])
+        kinds = set(map(type, found))
+        structure += [_said(len, tuples, set(map(len, tuples))), _said(type, found, kinds)]
     return [value for value in found if value is not None] if NoneType in kinds else found, structure
+
+
+def _said(ask: Callable[[Any], Any], values: list[Any], answers: set[Any]) -> Any:
+    """The answer of each value, or the number of values and the one answer that all have."""
+    return (len(values), *answers) if len(answers) == 1 else list(map(ask, values))

@@ -50,17 +50,21 @@ def check_kinds(rescale_grad: Any, param_dict: Any, lr_scheduler: Any, param_idx
 def check_clip(opt: Update) -> None:
     """Raise for a `max_grad_norm` that is no bound, or that does not go with the rest."""
     validate.clip_bound("max_grad_norm", opt.max_grad_norm)
-    if opt.max_grad_norm is None:
-        return
+    if opt.max_grad_norm is not None:
+        check_norm(opt, f"max_grad_norm={opt.max_grad_norm!r}")
+
+
+def check_norm(opt: Update, asked_by: str) -> None:
+    """ValueError unless an optimizer can measure the norm of gradients, which `asked_by` takes."""
     if opt._overrides_step():
         raise ValueError(
-            f"max_grad_norm={opt.max_grad_norm!r} is not for {type(opt).__name__}, which overrides step and takes "
+            f"{asked_by} is not for {type(opt).__name__}, which overrides step and takes "
             "gradients as they are: call tritopt.clip_global_norm, or define scalars() and reference() in place of step"
         )
     if opt.aggregate_num != math.inf:
         raise ValueError(
-            f"max_grad_norm={opt.max_grad_norm!r} is of all gradients together, and aggregate_num="
-            f"{opt.aggregate_num!r} splits them into several updates: leave aggregate_num at None"
+            f"{asked_by} is of all gradients together, and aggregate_num={opt.aggregate_num!r} splits them "
+            "into several updates: leave aggregate_num at None"
         )
 
 

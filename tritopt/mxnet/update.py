@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
 from tritopt.engine import validate
 from tritopt.engine.clip import Clip, squares
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Rows
 from tritopt.engine.launcher import Updates
 from tritopt.engine.phase import Launch
 from tritopt.engine.plan import Planner, Task, unavailable
@@ -22,29 +20,12 @@ from tritopt.engine.telemetry import Tracked, Tracker, refuse, whole
 from tritopt.engine.walk import warn_if_slow
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.telemetry import measure
-from tritopt.kernels.twins.random import STEPS, Noise
+from tritopt.kernels.twins.random import Noise
 from tritopt.mxnet.replay import Launched, Repeated, Replay, can_be_replayed
+from tritopt.mxnet.rows import ParameterRows, Partition, rows_of
 from tritopt.mxnet.sparse import StandIn
 from tritopt.mxnet.states import States, is_planes, structure
 from tritopt.rule import State, Values
-
-
-class ParameterRows(NamedTuple):
-    """Scalars of an update."""
-
-    scalars: list[Any]
-    """The rule's, of each different row."""
-    values: list[tuple[float, ...]]
-    """Rows of rescale, clip bound, decay, the rule's scalars, and the step in [0, STEPS)."""
-    row_of: np.ndarray[Any, np.dtype[np.int64]]
-    """Place of each parameter's row among them."""
-
-    def of_launch(self, launched: Launched) -> Rows:
-        """The rows of its parameters, with the step where it draws."""
-        values = np.array(self.values, dtype=np.float64)
-        if not launched.draws:
-            values = np.ascontiguousarray(values[:, :-1])
-        return Rows(values, self.row_of if len(launched.places) == len(self.row_of) else self.row_of[launched.places])
 
 
 class Update(States):
@@ -60,6 +41,7 @@ class Update(States):
     _known_scalars: dict[tuple[float, float, int], tuple[float, ...]]
     _planner: Planner
     _clip: Clip
+    _partition: Partition
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
@@ -69,6 +51,11 @@ class Update(States):
         """
         norm = self._clip.norm
         return None if norm is None or self.max_grad_norm is None else norm.clone()
+
+    @property
+    def grad_factor(self) -> torch.Tensor:
+        """Size of what the last update with max_grad_norm multiplied gradients by, fp64 []; NaN if it was skipped."""
+        return self._clip.factor
 
     def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> tuple[float, ...]:
         """`scalars`, for an optimizer whose parameters differ in more than these; computed once for equal arguments."""
@@ -150,7 +137,7 @@ class Update(States):
                 replay.launch(launched, rows.of_launch(launched), self._planner.configured(launch))
                 if launch.tracked is not None:
                     self._tracker.add(launched.indices, launch.tracked)
-        mark_written(repeated.written)
+        mark_written(repeated.weights)
 
     def _tasks(
         self,
@@ -286,24 +273,18 @@ class Update(States):
             tracked=[] if self.track else None,
         )
 
-    def _rows(self, indices: Sequence[Hashable], lrs: Sequence[float], rescale: float) -> ParameterRows:
+    def _rows(self, indices: Sequence[Hashable], lrs: list[float], rescale: float) -> ParameterRows:
         wds = self._get_wds(indices)
         counts = list(map(self._index_update_count.__getitem__, indices))
         bound = validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
         self._known_scalars = {}  # of this step alone: hyperparameters may be assigned between steps
-        keys: list[Any] = list(zip(lrs, wds, counts, strict=True))
-        if type(self).scalars_of is not Update.scalars_of or "scalars_of" in vars(self) or self.is_per_parameter:
-            keys = [(*key, index) for key, index in zip(keys, indices, strict=True)]
-        places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        scalars: list[Any] = []
-        rows = []
-        for lr, wd, count, *index in places:
-            scalars.append(self.scalars_of(index[0], lr, wd, count) if index else self.scalars(lr, wd, count))
-            rows.append((rescale, bound, wd, *scalars[-1], float(count % STEPS)))
-        row_of = np.zeros(len(keys), np.int64)
-        if len(rows) > 1:
-            row_of[:] = list(map(places.__getitem__, keys))
-        return ParameterRows(scalars, rows, row_of)
+        is_own = type(self).scalars_of is not Update.scalars_of or "scalars_of" in vars(self) or self.is_per_parameter
+        firsts, row_of = self._partition.of([lrs, wds], counts, [indices] if is_own else [])
+
+        def scalars_of(place: int, lr: float, wd: float, count: int) -> Any:
+            return self.scalars_of(indices[place], lr, wd, count) if is_own else self.scalars(lr, wd, count)
+
+        return rows_of((rescale, bound), firsts, row_of, lrs, wds, counts, scalars_of)
 
     def _skips(self, rescale: float) -> bool:
         """Whether this rescale, on the host, leaves weights and states alone."""

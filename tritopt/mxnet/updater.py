@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import NoneType
 from typing import Any
@@ -21,6 +21,7 @@ _SCHEDULER = "lr_scheduler"
 _MULTIPLIERS = ("lr_mult", "wd_mult")
 _NOT_SAVED = (
     "_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes", "_checked", "_factors", "_clip",
+    "_partition",
 )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ class Updater:
             validate.weight_and_grad(indices[0], weights[0], grads[0])
         optimizer = self.optimizer
         optimizer._set_current_device(_device_id(weights[0]))
-        known = set(self.states)
+        n_known = len(self.states)
         try:
             lists = [indices, weights, grads, self._states_of(indices, weights, grads)]
             chunks = list(self._chunks(lists))
@@ -79,8 +80,9 @@ class Updater:
             for chunk in chunks:
                 optimizer.update_multi_precision(*chunk)
         except BaseException:
-            for new in self.states.keys() - known - optimizer._index_update_count.keys():
-                del self.states[new], self.states_synced[new]
+            for new in list(self.states)[n_known:]:  # a dict has what was added last at its end
+                if new not in optimizer._index_update_count:
+                    del self.states[new], self.states_synced[new]
             raise
 
     def _states_of(self, indices: list[Any], weights: list[Any], grads: list[Any]) -> list[Any]:
@@ -92,18 +94,18 @@ class Updater:
             pass
         for index, weight, grad in zip(indices, weights, grads, strict=True):
             validate.weight_and_grad(index, weight, grad)
-        for index, weight in zip(indices, weights, strict=True):
-            self._make_ready(index, weight)
+        self.make_ready(indices, weights)
         return [self.states[index] for index in indices]
 
-    def _make_ready(self, index: Hashable, weight: torch.Tensor) -> None:
-        """Create the state, or move a loaded one to the weight's device and into the optimizer's format."""
-        if index not in self.states:
-            self.states[index] = self.optimizer.create_state_multi_precision(index, weight)
-        elif not self.states_synced[index]:
-            state = self.sync_state_context(self.states[index], weight.device)
-            self.states[index] = self.optimizer.convert_state(index, weight, state)
-        self.states_synced[index] = True
+    def make_ready(self, indices: Sequence[Hashable], weights: Sequence[torch.Tensor]) -> None:
+        """Create states that are missing, and bring loaded ones to their weights' devices and into their formats."""
+        for index, weight in zip(indices, weights, strict=True):
+            if index not in self.states:
+                self.states[index] = self.optimizer.create_state_multi_precision(index, weight)
+            elif not self.states_synced[index]:
+                state = self.sync_state_context(self.states[index], weight.device)
+                self.states[index] = self.optimizer.convert_state(index, weight, state)
+            self.states_synced[index] = True
 
     def _chunks(self, lists: list[list[Any]]) -> Iterator[list[list[Any]]]:
         """The lists, whose second is the weights, as many at a time as are updated together."""
@@ -133,13 +135,24 @@ class Updater:
         Raises TypeError if a state, an index or an attribute of the optimizer is not a number, a string, a tensor or a
         dict, list or tuple of these.
         """
-        _require_plain(self.states, "the states")
-        content: dict[str, Any] = {"states": self.states}
-        if dump_optimizer:
-            content[_OPTIMIZER] = _pack_optimizer(self.optimizer)
         buffer = io.BytesIO()
-        torch.save(content, buffer)
+        torch.save(self.content(dump_optimizer), buffer)
         return buffer.getvalue()
+
+    def content(self, dump_optimizer: bool = False) -> dict[str, Any]:
+        """What `get_states` turns into bytes: plain data, the states themselves and no copies."""
+        _require_plain(self.states, "the states")
+        found: dict[str, Any] = {"states": self.states}
+        if dump_optimizer:
+            found[_OPTIMIZER] = _pack_optimizer(self.optimizer)
+        return found
+
+    def take(self, content: Mapping[str, Any]) -> None:
+        """Take over what `content` gave; `set_states` says more. Errors are of any kind, and change nothing."""
+        loaded = dict(content["states"])
+        self.optimizer = _unpack_optimizer(content[_OPTIMIZER]) if _OPTIMIZER in content else self.optimizer
+        self.states = loaded
+        self.states_synced = dict.fromkeys(loaded, False)
 
     def set_states(self, states: bytes) -> None:
         """Take over what `get_states` gave; a dumped optimizer replaces this one, with an empty `param_dict`.
@@ -148,16 +161,11 @@ class Updater:
         The bytes are read with `weights_only=True`: they cannot run code. Raises ValueError if they hold anything else.
         """
         try:
-            content = torch.load(io.BytesIO(states), weights_only=True, map_location="cpu")
-            loaded = dict(content["states"])
-            optimizer = _unpack_optimizer(content[_OPTIMIZER]) if _OPTIMIZER in content else self.optimizer
+            self.take(torch.load(io.BytesIO(states), weights_only=True, map_location="cpu"))
         except Exception as error:
             raise ValueError(
                 f"these bytes do not come from Updater.get_states(): {error}; pass what it gave"
             ) from error
-        self.optimizer = optimizer
-        self.states = loaded
-        self.states_synced = dict.fromkeys(loaded, False)
 
 
 def get_updater(optimizer: Optimizer) -> Updater:
