@@ -23,6 +23,8 @@ SCHEDULERS = ["CosineScheduler", "FactorScheduler", "LRScheduler", "MultiFactorS
         *[f"optimizer.{name}" for name in OPTIMIZER],
         *[f"lr_scheduler.{name}" for name in SCHEDULERS],
         "optimizer.contrib.GroupAdaGrad",
+        "gluon.Trainer",
+        "gluon.utils.clip_global_norm",
     ],
 )
 def test_resolves(name: str) -> None:
@@ -36,5 +38,7 @@ def test_resolves(name: str) -> None:
 
 def test_they_are_the_same_objects() -> None:
     assert mx.optimizer.create is mx.create
+    assert mx.gluon.Trainer is mx.Trainer
+    assert mx.gluon.utils.clip_global_norm is mx.clip_global_norm
     assert mx.optimizer.contrib.GroupAdaGrad is mx.GroupAdaGrad
     assert all(getattr(mx.optimizer, name) is getattr(mx, name) for name in OPTIMIZER)

@@ -6,6 +6,8 @@ from tritopt import optim as optim
 from tritopt import optimizer as optimizer
 from tritopt import optimizers as optimizers
 from tritopt.engine.driver import Apply as Apply
+from tritopt.gluon.loss_scaler import LossScaler as LossScaler
+from tritopt.gluon.trainer import Trainer as Trainer
 from tritopt.gluon.utils import clip_global_norm as clip_global_norm
 from tritopt.mxnet.module import ModuleParameters as ModuleParameters
 from tritopt.mxnet.module import module_parameters as module_parameters
