@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TOP_LEVEL = {
     "pyproject.toml", "setup.py", "README.md", "CHANGELOG.md", "LICENSE", "tritopt", "kernels", "tests", "benchmarks",
-    "examples",
+    "examples", "docs",
 }  # fmt: skip
 HAS_COMPILER = (
     sys.platform == "linux"
