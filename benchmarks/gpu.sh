@@ -177,7 +177,7 @@ measured=(tests/tools/test_host_time.py)
 has typer && has rich && [ -z "$rehearse" ] && measured+=(tests/tools/test_bench.py::test_on_a_gpu)
 suite+=(--deselect tests/tools/test_bench.py::test_on_a_gpu)
 distributed=(tests/distributed)
-rounds=15
+rounds=10
 if [ -n "$rehearse" ]; then
   selection=(--shapes resnet50 --peer 'torch fused')
   if has typer && has rich; then selection=(--rehearse "${selection[@]}"); else selection=(--rehearse 1 "${selection[@]}"); fi

@@ -39,7 +39,7 @@ from torch import nn
 import tritopt
 
 SPLIT_SEED = 0
-"""Of the train/test split, which is the same whatever `--seed` is."""
+"""Seed of the train/test split, which is the same whatever `--seed` is."""
 TEST_SIZE = 360
 HIDDEN = 128
 BATCH_SIZE = 32
@@ -86,7 +86,7 @@ class LossScale:
         self.n_skipped = torch.tensor(0, device=device)
 
     def rescale_grad(self, grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """For `Optimizer.rescale_grad`: what undoes the scale, or NaN, which skips the update, after an overflow."""
+        """Factor that undoes the scale, for `Optimizer.rescale_grad`; after an overflow NaN, which skips the update."""
         finite = torch.stack([grad.isfinite().all() for grad in grads if grad is not None]).all()
         rescale = torch.where(finite, 1 / self.value, math.nan)
         self.value = torch.where(finite, self.value, self.value / 2)
@@ -95,7 +95,7 @@ class LossScale:
 
 
 class Run(NamedTuple):
-    """What came of a recipe."""
+    """Result of training by one recipe."""
 
     recipe: Recipe
     accuracy: float
@@ -106,7 +106,7 @@ class Run(NamedTuple):
 
     @property
     def label(self) -> str:
-        """For the plot's legend."""
+        """Text of the plot's legend."""
         return f"{self.recipe.name}: {self.accuracy:.1f} % of test images right"
 
 

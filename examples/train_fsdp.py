@@ -1,10 +1,12 @@
 """Trains a small transformer whose parameters, gradients and optimizer states are spread over processes by FSDP2.
 
     torchrun --nproc-per-node 2 examples/train_fsdp.py --steps 20
+    torchrun --nproc-per-node 2 examples/train_fsdp.py --steps 20 --optimizer mixed
 
 Runs on GPUs with NCCL, and without them on the CPU with gloo. Weights are bf16; the optimizer keeps fp32 masters of
 them and clips by the norm of the whole gradient. Of tritopt there is one line, the import: an optimizer that is made
-after `fully_shard` works on each process's own shards.
+after `fully_shard` works on each process's own shards. "mixed" is Muon for the matrices of hidden layers, each of
+which one process orthogonalises whole, and AdamW for the rest.
 
 A run that was killed goes on from its last checkpoint, also on another number of processes. Each process writes its
 part of one into a folder (torch.distributed.checkpoint), which gets its final name when it is complete, and only then
@@ -33,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from tritopt.optim import AdamW
+from tritopt.optim import AdamW, Mixed
 
 SEED = 0
 
@@ -48,7 +50,7 @@ class Config:
     heads: int = 4
     depth: int = 2
     batch: int = 8
-    """Sequences per process."""
+    """Number of sequences per process and step."""
 
 
 class Block(nn.Module):
@@ -103,9 +105,11 @@ def batch_of(config: Config, step: int, rank: int) -> torch.Tensor:
 
 
 class Training:
-    """What is trained, by what, and how far."""
+    """Model in training, its optimizer, and how far it has come."""
 
-    def __init__(self, config: Config, steps: int, learning_rate: float, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, steps: int, learning_rate: float, device: torch.device, optimizer: str = "adamw"
+    ) -> None:
         torch.manual_seed(SEED)  # the same weights in every process
         self.config, self.device = config, device
         self.step, self.loss = 0, float("nan")
@@ -116,7 +120,15 @@ class Training:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         self.model = model
-        self.optimizer = AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1, max_grad_norm=1.0)
+        self.optimizer: AdamW | Mixed
+        if optimizer == "mixed":
+            muon = {"algorithm": "Muon", "lr": 2 * learning_rate, "in_norm": False}
+            adamw = {"algorithm": "AdamW", "lr": learning_rate, "weight_decay": 0.1}
+            # Query, key and value are three matrices.
+            patterns = {"*.qkv.weight": {**muon, "split": 3}}
+            self.optimizer = Mixed.from_module(model, muon, adamw, patterns=patterns, max_grad_norm=1.0)
+        else:
+            self.optimizer = AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1, max_grad_norm=1.0)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def advance(self) -> torch.Tensor:
@@ -130,7 +142,7 @@ class Training:
         return loss.detach()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds. Its tensors are those of the run, spread over the processes."""
+        """Content of a checkpoint. Its tensors are those of the run, spread over the processes."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": self.step}
 
@@ -167,7 +179,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def bring_to_disk(folder: Path) -> None:
-    """So that a power failure cannot leave a name without its content."""
+    """Flush a file or folder to disk, so that a power failure cannot leave a name without its content."""
     if os.name != "posix":
         return
     for path in (*(path for path in folder.iterdir() if path.is_file()), folder):
@@ -179,7 +191,7 @@ def bring_to_disk(folder: Path) -> None:
 
 
 def average(value: torch.Tensor) -> float:
-    """Over the processes."""
+    """Average a number over the processes."""
     value = value.clone()
     dist.all_reduce(value)
     return value.item() / dist.get_world_size()
@@ -190,10 +202,10 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Training:
     is_first = dist.get_rank() == 0
     arguments.folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    training = Training(Config(), arguments.steps, arguments.learning_rate, device)
-    found = checkpoints(arguments.folder)
-    if found:
-        training.load(found[-1][1])
+    training = Training(Config(), arguments.steps, arguments.learning_rate, device, arguments.optimizer)
+    saved = checkpoints(arguments.folder)
+    if saved:
+        training.load(saved[-1][1])
         if is_first:
             print(f"resumed at step {training.step}", flush=True)
     while training.step < arguments.steps:
@@ -216,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> Training:
     )
     parser.add_argument("--steps", type=positive_int, default=200, help="in all, earlier runs included")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="the highest of the schedule")
+    parser.add_argument("--optimizer", choices=("adamw", "mixed"), default="adamw", help="mixed: Muon and AdamW")
     parser.add_argument("--save-every", type=positive_int, default=50, help="steps between checkpoints")
     parser.add_argument("--folder", type=Path, default=Path("fsdp_checkpoints"), help="of the checkpoints")
     arguments = parser.parse_args(argv)

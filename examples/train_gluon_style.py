@@ -155,22 +155,22 @@ def saved(folder: Path) -> list[str]:
 
 def resume(net: nn.Module, trainer: gluon.Trainer, folder: Path) -> int:
     """Load what was saved last; returns the number of batches that it has seen."""
-    found = saved(folder)
-    if not found:
+    names = saved(folder)
+    if not names:
         return 0
-    net.load_state_dict(torch.load(folder / f"{found[-1]}.params", weights_only=True))
-    trainer.load_states(folder / f"{found[-1]}.states")
-    done = int(re.sub(r"\D", "", found[-1]))
+    net.load_state_dict(torch.load(folder / f"{names[-1]}.params", weights_only=True))
+    trainer.load_states(folder / f"{names[-1]}.states")
+    done = int(re.sub(r"\D", "", names[-1]))
     say(f"resumed after {done} batches, digest {digest(net)}")
     return done
 
 
 def digest(net: nn.Module) -> str:
     """Digest of the weights: equal only if all their bits are."""
-    found = hashlib.sha256()
+    digest_of_all = hashlib.sha256()
     for param in net.parameters():
-        found.update(param.detach().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest_of_all.update(param.detach().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest_of_all.hexdigest()[:16]
 
 
 def rank() -> int:

@@ -76,12 +76,12 @@ class Training:
         self.step = state["step"]
 
     def digest(self) -> str:
-        """Of weights, masters and moments: equal only if all bits are."""
-        found = hashlib.sha256(str(self.step).encode())
+        """Digest of weights, masters and moments: equal only if all bits are."""
+        digest = hashlib.sha256(str(self.step).encode())
         for param in self.model.parameters():
             for tensor in (param.detach(), *(value for _, value in sorted(self.optimizer.state[param].items()))):
-                found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()[:16]
+                digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def save(checkpoint: Mapping[str, Any], path: Path) -> None:

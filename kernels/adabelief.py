@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import div, sqrt
+from tritopt.kernels.ops import div_by_root
 
 
 @triton.jit
@@ -13,4 +13,4 @@ def adabelief_update(w, g, state, s):
     mean = s.beta1 * mean + s.one_minus_beta1 * g
     surprise = g - mean
     var = s.beta2 * var + s.one_minus_beta2 * (surprise * surprise) + s.epsilon
-    return w - s.lr * div(mean, sqrt(var) + s.epsilon), (mean, var)
+    return w - s.lr * div_by_root(mean, var, s.epsilon), (mean, var)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import div, sqrt
+from tritopt.kernels.ops import div_by_root
 
 
 @triton.jit
@@ -11,4 +11,4 @@ def adagrad_update(w, g, state, s):
     """The sum of all squares so far scales the rate; epsilon is added to its root."""
     (history,) = state
     history = history + g * g
-    return w - s.lr * div(g, sqrt(history) + s.epsilon), (history,)
+    return w - s.lr * div_by_root(g, history, s.epsilon), (history,)

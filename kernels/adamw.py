@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tritopt.kernels.adam import adam_update
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import div, sqrt
+from tritopt.kernels.ops import div_by_root
 
 
 @triton.jit
@@ -20,4 +20,4 @@ def adamw_amsgrad_update(w, g, state, s):
     mean = s.beta1 * mean + s.one_minus_beta1 * g
     var = s.beta2 * var + s.one_minus_beta2 * (g * g)
     max_var = tl.maximum(max_var, var, propagate_nan=tl.PropagateNan.ALL)
-    return s.keep * w - s.lr * div(mean, sqrt(max_var) + s.epsilon), (mean, var, max_var)
+    return s.keep * w - s.lr * div_by_root(mean, max_var, s.epsilon), (mean, var, max_var)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import div, sqrt
+from tritopt.kernels.ops import div_by_root
 
 
 @triton.jit
@@ -16,5 +16,5 @@ def adan_update(w, g, state, s):
     mean = s.beta1 * mean + s.one_minus_beta1 * g
     diff = s.beta2 * diff + s.one_minus_beta2 * change
     var = s.beta3 * var + s.one_minus_beta3 * (ahead * ahead)
-    step = div(s.mean_lr * mean + s.diff_lr * diff, sqrt(var) + s.epsilon)
+    step = div_by_root(s.mean_lr * mean + s.diff_lr * diff, var, s.epsilon)
     return (w - step) * s.keep, (mean, diff, var, g)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import div, sqrt
+from tritopt.kernels.ops import div_by_root
 
 
 @triton.jit
@@ -13,5 +13,5 @@ def ademamix_update(w, g, state, s):
     mean = s.beta1 * mean + s.one_minus_beta1 * g
     slow = s.beta3 * slow + s.one_minus_beta3 * g
     var = s.beta2 * var + s.one_minus_beta2 * (g * g)
-    step = div(s.mean_lr * mean + s.slow_lr * slow, sqrt(var) + s.epsilon)
+    step = div_by_root(s.mean_lr * mean + s.slow_lr * slow, var, s.epsilon)
     return s.keep * w - step, (mean, slow, var)

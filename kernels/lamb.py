@@ -7,13 +7,13 @@ moments again moves fewer bytes than writing and reading a direction in fp32.
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import add_decay, div, sqrt
+from tritopt.kernels.ops import add_decay, div_by_root, sqrt
 
 
 @triton.jit
 def _direction(mean, var, s):
     """The bias-corrected mean over the root of the second moment, without the decay."""
-    return div(mean * s.mean_correction, sqrt(var * s.var_correction) + s.epsilon)
+    return div_by_root(mean * s.mean_correction, var * s.var_correction, s.epsilon)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""How the elements of a tensor lie in memory, which is the order that kernels number them in."""
+"""Order of a tensor's elements in memory, in which kernels number them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import div, sqrt
+from tritopt.kernels.ops import div_by_root
 
 
 @triton.jit
@@ -13,7 +13,7 @@ def nadam_update(w, g, state, s):
     mean = s.beta1 * mean + s.one_minus_beta1 * g
     var = s.beta2 * var + s.one_minus_beta2 * (g * g)
     ahead = s.mean_share * mean + s.grad_share * g
-    return w - s.lr * div(ahead, sqrt(var * s.var_correction) + s.epsilon), (mean, var)
+    return w - s.lr * div_by_root(ahead, var * s.var_correction, s.epsilon), (mean, var)
 
 
 @triton.jit

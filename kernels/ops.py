@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tritopt.kernels.assembly import constraints, n_nvidia_threads, pack_of, quotients, quotients_by_roots, roots
 from tritopt.kernels.language import INTERPRETED, tl, triton
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -12,8 +13,14 @@ def div(x, y):
     """x / y, rounded to nearest; Triton's fp32 `/` is approximate on NVIDIA."""
     if x.dtype == tl.float64 or y.dtype == tl.float64:
         return x / y
-    else:
+    elif _INTERPRETED:
         return tl.div_rn(x, y)
+    else:
+        n: tl.constexpr = pack_of(max(x.numel, y.numel), n_nvidia_threads(), 4)
+        if n == 0:
+            return tl.div_rn(x, y)
+        else:
+            return tl.inline_asm_elementwise(quotients(n), constraints(n, 2), [x, y], tl.float32, is_pure=True, pack=n)
 
 
 @triton.jit
@@ -21,8 +28,30 @@ def sqrt(x):
     """Square root, rounded to nearest; Triton's fp32 `tl.sqrt` is approximate on NVIDIA."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
-    else:
+    elif _INTERPRETED:
         return tl.sqrt_rn(x)
+    else:
+        n: tl.constexpr = pack_of(x.numel, n_nvidia_threads(), 8)
+        if n == 0:
+            return tl.sqrt_rn(x)
+        else:
+            return tl.inline_asm_elementwise(roots(n), constraints(n, 1), [x], tl.float32, is_pure=True, pack=n)
+
+
+@triton.jit
+def div_by_root(x, square, epsilon):
+    """x / (sqrt(square) + epsilon), each rounded to nearest; `div` and `sqrt` apart take more registers."""
+    if x.dtype == tl.float64 or _INTERPRETED:
+        return div(x, sqrt(square) + epsilon)
+    else:
+        n: tl.constexpr = pack_of(x.numel, n_nvidia_threads(), 8)
+        if n == 0:
+            return div(x, sqrt(square) + epsilon)
+        else:
+            operands = [x, square, epsilon]
+            return tl.inline_asm_elementwise(
+                quotients_by_roots(n), constraints(n, 3), operands, tl.float32, is_pure=True, pack=n
+            )
 
 
 @triton.jit
@@ -82,7 +111,7 @@ def sign(x):
 def floor_of_root(x, N: tl.constexpr):
     """The whole part of the 4th or 8th root of x >= 0, fp32; of a number next to an n-th power perhaps its neighbour's.
 
-    By approximate roots, which take half the instructions of exact ones.
+    The roots are approximate, which takes half the instructions of exact ones.
     """
     root = tl.sqrt(tl.sqrt(x))
     if N == 8:

@@ -28,6 +28,12 @@ def coupled_in_clip(w, g, rescale, bound, wd):
 
 
 @triton.jit
+def coupled_unclipped(w, g, rescale, bound, wd):
+    """rescale g + wd w: what the two above are without a bound."""
+    return add_decay(rescale * g, w, wd)
+
+
+@triton.jit
 def decoupled(w, g, rescale, bound, wd):
     """clip(rescale g): the update function itself applies the decay, or there is none."""
     return clip(rescale * g, bound)
@@ -61,7 +67,16 @@ PREAMBLES = {
         coupled_in_clip,
         lambda w, g, rescale, bound, wd: twins.clip(twins.add_decay(twins.scale(rescale, g), w, wd), bound),
     ),
+    "coupled_unclipped": Preamble(
+        coupled_unclipped, lambda w, g, rescale, bound, wd: twins.add_decay(twins.scale(rescale, g), w, wd)
+    ),
     "decoupled": Preamble(decoupled, lambda w, g, rescale, bound, wd: twins.clip(twins.scale(rescale, g), bound)),
     "rescaled": Preamble(rescaled, lambda w, g, rescale, bound, wd: twins.scale(rescale, g)),
     "raw": Preamble(raw, lambda w, g, rescale, bound, wd: g),
 }
+_UNCLIPPED = {"coupled": "coupled_unclipped", "coupled_in_clip": "coupled_unclipped", "decoupled": "rescaled"}
+
+
+def without_clip(preamble: str) -> str:
+    """Name of the preamble that does the same where no bound is finite, in two instructions less for each element."""
+    return _UNCLIPPED.get(preamble, preamble)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import div, sqrt
+from tritopt.kernels.ops import div_by_root
 
 
 @triton.jit
@@ -13,7 +13,7 @@ def radam_update(w, g, state, s):
     mean = s.beta1 * mean + s.one_minus_beta1 * g
     var = s.beta2 * var + s.one_minus_beta2 * (g * g)
     # Data, not a constant: a step is never compiled anew because training has gone on.
-    direction = tl.where(s.adaptive != 0, div(mean, sqrt(var) + s.epsilon), mean)
+    direction = tl.where(s.adaptive != 0, div_by_root(mean, var, s.epsilon), mean)
     return w - s.lr * direction, (mean, var)
 
 

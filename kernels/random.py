@@ -9,17 +9,19 @@ from __future__ import annotations
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.ops import sqrt
 
+_ROUNDS = tl.constexpr(7)
+
 
 @triton.jit
 def philox(key, offsets, step, STREAM: tl.constexpr):
-    """Call Philox4x32-10 on the counters (low word of the offset, high word, step, stream): four uint32 blocks."""
+    """Call Philox4x32-7 on the counters (low word of the offset, high word, step, stream): four uint32 blocks."""
     seed = tl.zeros([], dtype=tl.int64)
     for i in tl.static_range(4):
         seed = seed | (key[i].to(tl.int64) << (16 * i))
     low = offsets.to(tl.uint32)
     zero = low * 0
     third, fourth = zero + step.to(tl.int32).to(tl.uint32), zero + STREAM
-    return tl.philox(seed, low, (offsets >> 32).to(tl.uint32), third, fourth)
+    return tl.philox(seed, low, (offsets >> 32).to(tl.uint32), third, fourth, _ROUNDS)
 
 
 @triton.jit
@@ -85,10 +87,10 @@ def random_bits16(noise, start, offsets, mask):
             width, gap: length of a row here, and how much longer it is in the whole parameter; gap is 0 where what is
                 here is one run of it.
             step: number of the update, uint32.
-            shift: how many places on among eight neighbours an element takes its bits from; 0 for the weight, i + 1
-                for state i, so that all of them may share a call.
+            shift: number of places, among eight neighbours, to the element whose bits are taken; 0 for the weight,
+                i + 1 for state i, so that all of them may share a call.
         start: the first of the offsets.
-        offsets: of the elements here.
+        offsets: offsets of the elements here.
         mask: None for a full block, where start, first, width and gap are multiples of eight.
 
     A Philox call makes four words of 32 bits, which are enough for eight neighbours:
@@ -135,4 +137,4 @@ def _rounding_words(key, group, step):
     """Call Philox for each group of eight elements: four uint32 blocks."""
     low = group.to(tl.uint32)
     zero = low * 0
-    return tl.philox(key, low, (group >> 32).to(tl.uint32), zero + step, zero + _ROUNDING)
+    return tl.philox(key, low, (group >> 32).to(tl.uint32), zero + step, zero + _ROUNDING, _ROUNDS)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from tritopt.kernels.language import tl, triton
-from tritopt.kernels.ops import clip, div, sqrt
+from tritopt.kernels.ops import clip, div, div_by_root, sqrt
 
 
 @triton.jit
 def _quotient(g, var, s):
     """The gradient over the root of the second moment, epsilon added to the root; and that moment."""
     var = s.rho * var + s.one_minus_rho * (g * g)
-    return div(g, sqrt(var) + s.epsilon), var
+    return div_by_root(g, var, s.epsilon), var
 
 
 @triton.jit
@@ -22,14 +22,14 @@ def _averages(g, mean, var, s):
 
 @triton.jit
 def rmsprop_update(w, g, state, s):
-    """Divided by the root of the second moment, epsilon added to the root."""
+    """Gradient over the root of the second moment, epsilon added to the root."""
     quotient, var = _quotient(g, state[0], s)
     return clip(w - s.lr * quotient, s.clip_weights), (var,)
 
 
 @triton.jit
 def rmsprop_centered_update(w, g, state, s):
-    """Divided by the root of the variance, epsilon inside the root, with heavy-ball momentum."""
+    """Gradient over the root of the variance, epsilon inside the root, with heavy-ball momentum."""
     mean, var, mom = state
     mean, var = _averages(g, mean, var, s)
     mom = s.momentum * mom - s.lr * div(g, sqrt(var - mean * mean + s.epsilon))
@@ -48,7 +48,7 @@ def rmsprop_momentum_update(w, g, state, s):
 def _deviations(g, var, mean, s):
     """The gradient over its standard deviation, epsilon added to that; and the moments."""
     mean, var = _averages(g, mean, var, s)
-    return div(g, sqrt(var - mean * mean) + s.epsilon), var, mean
+    return div_by_root(g, var - mean * mean, s.epsilon), var, mean
 
 
 @triton.jit

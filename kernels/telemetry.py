@@ -38,18 +38,18 @@ def measure(
     weights, shown: before and after the step, as computed and as stored; none if it was skipped.
     """
     grad = grad.double()
-    found = torch.zeros(len(COLUMNS), dtype=torch.float64, device=grad.device)
-    found[0], found[1] = grad.square().sum(), (~grad.isfinite()).sum()
+    terms = torch.zeros(len(COLUMNS), dtype=torch.float64, device=grad.device)
+    terms[0], terms[1] = grad.square().sum(), (~grad.isfinite()).sum()
     if weights:
         old, new = (weight.double() for weight in weights)
         moved = torch.where(new == old, 0.0, new - old)  # an infinite weight that stays has not moved
-        found[2], found[3], found[4] = new.square().sum(), moved.square().sum(), (shown[0] == shown[1]).sum()
-    return found
+        terms[2], terms[3], terms[4] = new.square().sum(), moved.square().sum(), (shown[0] == shown[1]).sum()
+    return terms
 
 
 @triton.jit
 def zeros(N: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """N blocks of zeros."""
+    """Make N blocks of zeros, one for each sum."""
     values = ()
     for _ in tl.static_range(N):
         values = values + (tl.zeros([SIZE], dtype=DTYPE),)

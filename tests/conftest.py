@@ -1,4 +1,4 @@
-"""Where tests run: on the GPU if there is one, otherwise in Triton's interpreter on the CPU.
+"""Device of the tests: the GPU if there is one, otherwise the CPU with Triton's interpreter.
 
 With TRITOPT_PTX=90 (or 80, 100), and tests/ptx/plugin.py, kernels are compiled, and run in the PTX machine.
 """
@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+
+# Workers of pytest-xdist share the cores; threads of torch's would wait for each other in every square root.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What all optimizers share; one of each kind looks: (optimizer whose check must notice, kernel file, text that occurs
 # once in it, {what is wrong: the text instead}). Formulas are broken by the MUTATIONS of the optimizers' own tests.
 SHARED: list[tuple[str, str, str, dict[str, str]]] = [
-    ("adamw", "adam.py", "sqrt(var) + s.epsilon", {"epsilon inside the root": "sqrt(var + s.epsilon)"}),
+    ("adamw", "adam.py", "(mean, var, s.epsilon)", {"epsilon inside the root": "(mean, var + s.epsilon, 0.0)"}),
     ("adamw", "adam.py", "s.beta2 * var", {"beta1 for beta2": "s.beta1 * var"}),
     (
         "sgd",
@@ -124,7 +127,7 @@ HOST: list[tuple[str, str, str, dict[str, str]]] = [
     (
         "engine/test_cuda_tuning",
         "engine/tuning/autotune.py",
-        "if found is None and wanted and is_capturing(group.device):",
+        "if cached is None and wanted and is_capturing(group.device):",
         {"measures while a graph is captured": "if False:"},
     ),
 ]
@@ -191,12 +194,12 @@ COMPILED: list[tuple[str, str, str, dict[str, str]]] = [
 
 
 class Mutation(NamedTuple):
-    """One wrong text."""
+    """Replacement of one text by a wrong one."""
 
     optimizer: str
-    """Whose check must notice; or the name of a file of tests, in the folder of tests."""
+    """Name of the optimizer whose check must notice, or of a file of tests, in the folder of tests."""
     file: str
-    """In the kernels' folder; for tests, in the package."""
+    """Path in the kernels' folder; for tests, in the package."""
     old: str
     wrong: str
     new: str
@@ -204,16 +207,16 @@ class Mutation(NamedTuple):
 
 def collect() -> list[Mutation]:
     """The shared ones, those of each optimizer's tests, the host's, and those of compiled code."""
-    found = [*SHARED, *HOST, *COMPILED]
+    entries = [*SHARED, *HOST, *COMPILED]
     for path in sorted((ROOT / "tests" / "optimizers").glob("test_*.py")):
         name = path.stem.removeprefix("test_")
         module = importlib.import_module(f"tests.optimizers.{path.stem}")
-        found.extend((name, *entry) for entry in getattr(module, "MUTATIONS", []))
-    return [Mutation(name, file, old, wrong, new) for name, file, old, texts in found for wrong, new in texts.items()]
+        entries.extend((name, *entry) for entry in getattr(module, "MUTATIONS", []))
+    return [Mutation(name, file, old, wrong, new) for name, file, old, texts in entries for wrong, new in texts.items()]
 
 
 class Outcome(NamedTuple):
-    """What the check said to a mutation."""
+    """Verdict of the check on a mutation."""
 
     caught: bool
     comment: str
@@ -232,13 +235,37 @@ def path_of(mutation: Mutation, checkout: Path) -> Path:
     return checkout / ("tritopt" if _is_tests(mutation.optimizer) else "kernels") / mutation.file
 
 
-def mutate(checkout: Path, mutation: Mutation) -> None:
-    """Replace the text; ValueError if it does not occur exactly once."""
-    path = path_of(mutation, checkout)
-    text = path.read_text()
+def mutated(checkout: Path, mutation: Mutation) -> str:
+    """Text of the file that is mutated; ValueError if what is replaced does not occur exactly once."""
+    text = path_of(mutation, checkout).read_text()
     if text.count(mutation.old) != 1:
         raise ValueError(f"{mutation.file} has {mutation.old!r} {text.count(mutation.old)} times; it must occur once")
-    path.write_text(text.replace(mutation.old, mutation.new))
+    return text.replace(mutation.old, mutation.new)
+
+
+@contextmanager
+def interpreted(mutation: Mutation) -> Iterator[None]:
+    """Let this process's interpreter run the mutated file of kernels in place of the one that is imported."""
+    name = f"tritopt.kernels.{mutation.file.removesuffix('.py').replace('/', '.')}"
+    sound = vars(importlib.import_module(name))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mutated.py"
+        path.write_text(mutated(ROOT, mutation))
+        spec = importlib.util.spec_from_file_location("mutated", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        # The interpreter keeps what it has made of a function by that function.
+        broken = {sound[key]: value for key, value in vars(module).items() if hasattr(value, "rewritten_fn")}
+        made = next(iter(broken)).rewritten_fn
+        kept = dict(made)
+        made.update({function.fn: value.rewrite() for function, value in broken.items()})
+    try:
+        yield
+    finally:
+        made.clear()
+        made.update(kept)
 
 
 def run_check(name: str, mutation: Mutation | None) -> Outcome:
@@ -247,7 +274,7 @@ def run_check(name: str, mutation: Mutation | None) -> Outcome:
         checkout = Path(folder)
         copy_checkout(checkout)
         if mutation is not None:
-            mutate(checkout, mutation)
+            path_of(mutation, checkout).write_text(mutated(checkout, mutation))
         run = _run(checkout, *_command(name))
     if _is_tests(name):
         if run.returncode not in (0, 1):

@@ -42,8 +42,8 @@ def test_tables_recorded_from_mxnet(table: dict[str, Any]) -> None:
     schedule = getattr(tritopt.lr_scheduler, table["class"])(**table["kwargs"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = [schedule(n) for n in table["num_update"]]
-    assert found == pytest.approx(table["lr"], rel=1e-12, abs=0)
+        rates = [schedule(n) for n in table["num_update"]]
+    assert rates == pytest.approx(table["lr"], rel=1e-12, abs=0)
     assert len(caught) == is_beyond_range_at_first(schedule, table["num_update"])
 
 
@@ -114,8 +114,8 @@ REQUIRED = inspect.Parameter.empty
     ],
 )
 def test_arguments_have_mxnets_order_and_defaults(cls: Callable[..., LRScheduler], defaults: dict[str, Any]) -> None:
-    found = [(name, parameter.default) for name, parameter in inspect.signature(cls).parameters.items()]
-    assert found == list(defaults.items())
+    arguments = [(name, parameter.default) for name, parameter in inspect.signature(cls).parameters.items()]
+    assert arguments == list(defaults.items())
 
 
 def test_positional_arguments_reach_their_attributes() -> None:

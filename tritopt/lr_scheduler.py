@@ -160,7 +160,7 @@ class MultiFactorScheduler(LRScheduler):
 
 
 class _AnnealingScheduler(LRScheduler):
-    """From `base_lr_orig` at the end of the warm-up along `remaining` to `final_lr` at `max_update`."""
+    """Rate from `base_lr_orig` at the end of the warm-up along `remaining` to `final_lr` at `max_update`."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class PolyScheduler(_AnnealingScheduler):
         self.power = float(nonnegative("pwr", pwr))
 
     def remaining(self, progress: float) -> float:
-        """Equals (1 - progress)^pwr."""
+        """Share (1 - progress)^pwr of the way still to go."""
         return math.pow(1 - progress, self.power)
 
 
@@ -246,5 +246,5 @@ class CosineScheduler(_AnnealingScheduler):
     """
 
     def remaining(self, progress: float) -> float:
-        """Half a cosine wave."""
+        """Share of the way still to go: half a cosine wave."""
         return (1 + math.cos(math.pi * progress)) / 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
@@ -41,7 +42,7 @@ class Rule:
     """
 
     clips: ClassVar[bool] = True
-    """Whether `clip_gradient` applies."""
+    """Whether `clip_gradient` applies; False: gradients are not clipped."""
     decays: ClassVar[bool] = True
     """Whether `wd` applies; False: the optimizer refuses any but 0."""
     skips_zero_rescale: ClassVar[bool] = False
@@ -90,6 +91,11 @@ class Rule:
         return ()
 
     @property
+    def product_dtype(self) -> torch.dtype | None:
+        """Dtype that matrix products inside the update are rounded to; None: there are none."""
+        return None
+
+    @property
     def state_kinds(self) -> Mapping[str, str | None]:
         """Kinds of states that may be stored in fewer bits, by name: SIGNED or SQUARES of kernels/formats/states.py.
 
@@ -101,7 +107,7 @@ class Rule:
     def scalars(self, lr: float, wd: float, count: int) -> tuple[float, ...]:
         """The NamedTuple that `reference` and the kernel read, computed in double.
 
-        lr, wd: of this parameter at this step, multipliers included. count: its updates, this one included.
+        lr, wd: rates of this parameter at this step, multipliers included. count: its updates, this one included.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no scalars()")
 
@@ -136,7 +142,22 @@ class Rule:
         )
         return zeros if len(zeros) > 1 else next(iter(zeros), None)
 
-    def apply_reference(
+    def apply_reference(self, *args: Any, **kwargs: Any) -> None:
+        """Update one task in PyTorch. Arguments are those of `applying`."""
+        apply_together([self.applying(*args, **kwargs)], self.orthogonalized)
+
+    def orthogonalized(self, directions: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Make of each direction that `update_parts` yields what it goes on with."""
+        raise NotImplementedError(f"{type(self).__name__} defines no orthogonalized()")
+
+    def update_parts(
+        self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any, **again: Any
+    ) -> Generator[torch.Tensor, torch.Tensor, tuple[torch.Tensor, Values]]:
+        """`reference`, which may yield a direction in between, and goes on with what that becomes."""
+        return self.reference(w, g, state, s, **again)
+        yield w  # never reached: without it this is no generator
+
+    def applying(
         self,
         task: Task,
         common: tuple[float, ...],
@@ -146,11 +167,20 @@ class Rule:
         noise: Noise | None = None,
         tracked: list[Tracked] | None = None,
         place: int = 0,
-    ) -> None:
-        """Update one task in PyTorch. `common`: rescale, clip bound, wd.
+    ) -> Generator[torch.Tensor, torch.Tensor, None]:
+        """Update one task in PyTorch, as far as a direction that is to be orthogonalised, and then to the end.
 
-        `device_rescale` multiplies the first. NaN skips. `encode` stores a result in the planes of a format.
-        `noise`: of the random bits that formats take. `tracked` gets what telemetry is made of, for this `place`.
+        What is yielded lies as the weight does. Nothing is written before.
+
+        Args:
+            task: the parameter's tensors.
+            common: rescale, clip bound (inf: none), weight decay. A rescale that is NaN skips the update.
+            s: the rule's scalars.
+            device_rescale: multiplies the rescale; None: 1.
+            encode: stores a result in the planes of a format.
+            noise: source of the random bits that formats draw; None: no format draws.
+            tracked: gets what telemetry is made of; None: there is none.
+            place: place of the task in `tracked`.
         """
         rescale, bound, wd = common
         rescale = self._total_rescale(rescale, device_rescale)
@@ -165,7 +195,7 @@ class Rule:
             if arrays is not None:
                 self._update_arrays(task, arrays, (rescale, bound, wd), s)
                 return
-        w = task.format.decode([plane.resolve_neg() for plane in task.weight], dtype)
+        w = task.format.decode([_kept(plane) for plane in task.weight], dtype)
         g = PREAMBLES[self.preamble].reference(w, task.grad.to(dtype), rescale, bound, wd)
         if g is task.grad:  # where nothing was done to it: a reference may write to what it is given
             g = g.clone()
@@ -186,7 +216,7 @@ class Rule:
             return load()
 
         again = {"stored": stored} if self.rereads_states and task.state_formats else {}
-        new_weight, new_state = self.reference(w, g, load(), s, **again)
+        new_weight, new_state = yield from self.update_parts(w, g, load(), s, **again)
         store(new_state)
         before = None if tracked is None else (w.clone(), task.weight[0].clone())
         # Last: a new state may be the old weight itself.
@@ -215,6 +245,30 @@ class Rule:
         for old, new in zip(state, new_state, strict=True):
             old[...] = new
         w[...] = new_weight
+
+
+def _kept(plane: torch.Tensor) -> torch.Tensor:
+    """A plane of the weight; a copy where autograd, as for a norm's derivative, needs it after it was overwritten."""
+    plane = plane.resolve_neg()
+    return plane.clone() if plane.requires_grad and torch.is_grad_enabled() else plane
+
+
+def apply_together(
+    updates: Sequence[Generator[torch.Tensor, torch.Tensor, None]],
+    orthogonalize: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]],
+) -> None:
+    """Run updates (`Rule.applying`) to their end, their directions orthogonalised together."""
+    waiting, directions = [], []
+    for update in updates:
+        direction = next(update, None)
+        if direction is not None:
+            waiting.append(update)
+            directions.append(direction)
+    if not waiting:
+        return
+    for update, direction in zip(waiting, orthogonalize(directions), strict=True):
+        with contextlib.suppress(StopIteration):
+            update.send(direction)
 
 
 def takes_arrays(reference: Reference) -> Reference:

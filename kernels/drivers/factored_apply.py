@@ -236,7 +236,7 @@ def _apply_block(
     FUNCTIONS: tl.constexpr, PREAMBLE_FN: tl.constexpr, N_PLANES: tl.constexpr, LOAD_FN: tl.constexpr,
     STORE_FN: tl.constexpr, IS_UPDATE: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A block of weights, or its share of the sums of squares. FUNCTIONS: see the module, in that order."""
+    """Update a block of weights, or form its share of the sums of squares. FUNCTIONS: see the module, in that order."""
     is_factored = shape[4] == 1
     offsets, mask = _elements(b, r, c, shape[0], shape[1], n_columns, n_elements)
     w = LOAD_FN(ptrs[:N_PLANES], offsets, mask, COMPUTE_DTYPE)

@@ -9,6 +9,8 @@ Tables, all in device memory, that the host half (tritopt/engine/plan.py) builds
     partial_ptr  fp64  [n_chunks, N_TOTALS]         sums that this phase emits, per chunk; then what it tracks
     sum_ptr      fp64  [n_tensors, n_earlier]       sums that earlier phases emitted, per tensor
     noise_ptr    int64 [n_tensors, 4]               `Task.noise`, where a format draws
+    scratch_ptr  or None: elements that one phase hands on to the next, for UPDATE_FN one more state
+    scratch_at_ptr  int64 [n_tensors]               a tensor's first element there, at a multiple of 16 bytes
 
 The update function is pure arithmetic on blocks of the compute dtype. It returns the new weight and states, and a phase
 with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
@@ -20,6 +22,7 @@ with N_SUMS > 0 also a tuple of blocks to be summed over each tensor:
 
 from __future__ import annotations
 
+from tritopt.kernels.assembly import after
 from tritopt.kernels.drivers.tables import load_last_scalar, load_pointers, load_scalars, load_tuple
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.telemetry import add_terms, track_gradient, track_update, zeros
@@ -51,7 +54,7 @@ def _apply_block(  # noqa: C901
     SHOWN_FN: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """One block of one tensor.
+    """Update one block of one tensor.
 
     FORMATS: (first pointer, last + 1, load, store, draws) of the weight, then of each state. READS and WRITES:
     what this phase moves of the weight, the gradient and each state.
@@ -69,14 +72,17 @@ def _apply_block(  # noqa: C901
     w = ()  # not None, which Triton 3.6 cannot hand back
     if READS[0]:
         w = FORMATS[0][2](ptrs[: FORMATS[0][1]], offsets, mask, COMPUTE_DTYPE)
-    if READS[1]:
-        g = PREAMBLE_FN(w, g, common[0], common[1], common[2])
     state = ()
     for i in tl.static_range(1, len(FORMATS)):
         if READS[i + 1]:
             planes = ptrs[FORMATS[i][0] : FORMATS[i][1]]
             state = state + (FORMATS[i][2](planes, offsets, mask, COMPUTE_DTYPE),)
 
+    if READS[1]:
+        rescale = common[0]
+        if READS[0] and mask is None:
+            rescale = after(rescale, w, (row_width >> 63).to(tl.int32))
+        g = PREAMBLE_FN(w, g, rescale, common[1], common[2])
     if READS_OFFSETS:
         first = ()
         if mask is None and not HAS_ROWS:
@@ -120,6 +126,8 @@ def multi_tensor_apply(
     sum_ptr,
     noise_ptr,
     n_tensors,
+    scratch_ptr,
+    scratch_at_ptr,
     UPDATE_FN: tl.constexpr,
     PREAMBLE_FN: tl.constexpr,
     SCALARS: tl.constexpr,
@@ -165,6 +173,11 @@ def multi_tensor_apply(
     sums = ()
     if N_EARLIER_SUMS > 0:
         sums = load_tuple(sum_ptr + tensor * N_EARLIER_SUMS, N_EARLIER_SUMS, tl.float64)
+
+    if scratch_ptr is not None:
+        scratch = scratch_ptr + tl.load(scratch_at_ptr + tensor)
+        ptrs = ptrs + (scratch,)
+        aligned_ptrs = aligned_ptrs + (tl.multiple_of(scratch, 16),)
 
     noise = ()
     if noise_ptr is not None:

@@ -1,4 +1,4 @@
-"""How a value is stored, a family of formats a file: kernels and their PyTorch twins side by side."""
+"""Storage formats, a family in each file: kernels and their PyTorch twins side by side."""
 
 from tritopt.kernels.formats.format import PLAIN as PLAIN
 from tritopt.kernels.formats.format import Format as Format

@@ -1,4 +1,4 @@
-"""How a value that the arithmetic sees in the compute dtype is stored.
+"""Storage formats: ways to store a value that the arithmetic sees in the compute dtype.
 
 A format is a pair of @triton.jit functions, passed to the driver as constexpr, and their twins in PyTorch, which stand
 below them:
@@ -38,7 +38,7 @@ class Format(NamedTuple):
     decode: Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]
     encode: Callable[..., None]
     plane_reads: tuple[bool, ...]
-    """Which planes `load` reads; `store` writes all of them."""
+    """Flags that say which planes `load` reads; `store` writes all of them."""
     weight_dtypes: tuple[torch.dtype, ...]
     """Dtypes that plane 0 may have, which is the weight; none for a format of states."""
     companion: str = ""
@@ -84,7 +84,7 @@ def load_plain(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_plain(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_plain`."""
+    """PyTorch twin of `load_plain`."""
     return planes[0].to(dtype)
 
 
@@ -97,7 +97,7 @@ def store_plain(planes, offsets, mask, value):
 
 
 def encode_plain(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise | None = None) -> None:
-    """Twin of `store_plain`."""
+    """PyTorch twin of `store_plain`."""
     # Converted first: where fp32 becomes fp16, torch's copy_ does not ask whether what it writes is negated by a bit.
     planes[0].copy_(value.to(planes[0].dtype))
 

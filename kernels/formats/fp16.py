@@ -36,7 +36,7 @@ def load_fp16(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_fp16(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_fp16`."""
+    """PyTorch twin of `load_fp16`."""
     return shaped_like(planes[0], in_memory(planes[0]).float() * decode_scales(planes), dtype)
 
 
@@ -62,7 +62,7 @@ def store_fp16(planes, offsets, mask, value, start, noise):
 
 
 def encode_fp16(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_fp16`."""
+    """PyTorch twin of `store_fp16`."""
     value = flat_like(planes[0], value)
     code = _rounded_code_twin(planes, value, noise)
     code = torch.where(value < 0, code | 0x8000, code)
@@ -78,7 +78,7 @@ def store_fp16_squares(planes, offsets, mask, value, start, noise):
 
 
 def encode_fp16_squares(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_fp16_squares`."""
+    """PyTorch twin of `store_fp16_squares`."""
     value = flat_like(planes[0], value)
     code = _rounded_code_twin(planes, value, noise)
     code = torch.where((code == 0) & (value > 0), 1, code)

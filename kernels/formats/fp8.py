@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tritopt.kernels.assembly import widen_e4m3, widens_e4m3
 from tritopt.kernels.formats.format import state_format
 from tritopt.kernels.formats.scales import (
     BLOCK,
@@ -23,11 +24,12 @@ from tritopt.kernels.formats.scales import (
     shaped_like,
     store_scales,
 )
-from tritopt.kernels.language import tl, triton
+from tritopt.kernels.language import INTERPRETED, tl, triton
 from tritopt.kernels.memory import in_memory
 from tritopt.kernels.random import random_bits16
 from tritopt.kernels.twins.random import Noise
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 LARGEST = 2**8  # and not 448, so that rounding up does not reach NaN
 LARGEST_SQUARE = 2**16
 TO_E4M3, TO_E5M3 = 2.0**-120, 2.0**-112
@@ -51,16 +53,25 @@ def _rounded_code_twin(scaled: torch.Tensor, codes: torch.Tensor, noise: Noise, 
 
 
 @triton.jit
+def _number(code):
+    """Value of the codes of either sign, fp32. Of 0x7F and 0xFF, which are never stored, 480 or NaN."""
+    if not _INTERPRETED and widens_e4m3(code):
+        return widen_e4m3(code)
+    else:
+        bits = (code.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
+        return bits.to(tl.float32, bitcast=True) * _FROM_E4M3
+
+
+@triton.jit
 def load_fp8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """Load numbers of either sign: the code's times the scale."""
-    code = tl.load(planes[0] + offsets, mask=mask).to(tl.int8, bitcast=True).to(tl.int32)
+    number = _number(tl.load(planes[0] + offsets, mask=mask))
     scale = load_scales(planes, offsets, mask)
-    number = ((code << 20) & -0x78100000).to(tl.float32, bitcast=True) * _FROM_E4M3
     return (number * scale).to(COMPUTE_DTYPE)
 
 
 def decode_fp8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_fp8`."""
+    """PyTorch twin of `load_fp8`."""
     code = in_memory(planes[0]).to(torch.int32)
     size = ((code & 0x7F) << 20).view(torch.float32) * (1 / TO_E4M3)
     return shaped_like(planes[0], torch.where(code >= 0x80, -size, size) * decode_scales(planes), dtype)
@@ -77,7 +88,7 @@ def store_fp8(planes, offsets, mask, value, start, noise):
 
 
 def encode_fp8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_fp8`."""
+    """PyTorch twin of `store_fp8`."""
     value = flat_like(planes[0], value)
     code = _rounded_code_twin(encode_scales(planes, value, LARGEST), planes[0], noise, TO_E4M3)
     in_memory(planes[0]).copy_(torch.where(value < 0, code | 0x80, code) & 0xFF)
@@ -92,7 +103,7 @@ def load_fp8_squares(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_fp8_squares(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_fp8_squares`."""
+    """PyTorch twin of `load_fp8_squares`."""
     code = in_memory(planes[0]).to(torch.int32) & 0xFF
     numbers = (code << 20).view(torch.float32) * (1 / TO_E5M3)
     return shaped_like(planes[0], numbers * decode_scales(planes), dtype)
@@ -108,7 +119,7 @@ def store_fp8_squares(planes, offsets, mask, value, start, noise):
 
 
 def encode_fp8_squares(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_fp8_squares`."""
+    """PyTorch twin of `store_fp8_squares`."""
     value = flat_like(planes[0], value)
     code = _rounded_code_twin(encode_scales(planes, value, LARGEST_SQUARE), planes[0], noise, TO_E5M3)
     code = torch.where((code == 0) & (value > 0), 1, code)

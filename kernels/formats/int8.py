@@ -42,12 +42,12 @@ _LARGEST, _LARGEST_SQUARE = tl.constexpr(LARGEST), tl.constexpr(LARGEST_SQUARE)
 def _goes_up(scaled, lower, higher, start, offsets, mask, noise):
     """Whether a number between two others is rounded up: with the probability that keeps the mean.
 
-    Also where `lower` is the neighbour of what it should be because a root was not exact: a number at `higher` is
-    rounded up to it always, one below `lower` never further down.
+    This holds too where `lower` is the neighbour of what it should be because a root was not exact: a number at
+    `higher` is rounded up to it always, one below `lower` never further down.
     """
     bits = random_bits16(noise, start, offsets, mask)
-    # 2^23 + bits, put together: a conversion takes longer.
-    chance = ((bits | 0x4B000000).to(tl.float32, bitcast=True) - 2.0**23) * 2.0**-16
+    # 128 + bits / 2^16, put together: a conversion takes longer.
+    chance = (bits | 0x43000000).to(tl.float32, bitcast=True) - 128.0
     return chance * (higher - lower) < scaled - lower
 
 
@@ -65,6 +65,10 @@ def _low_bits(x):
     Beside 1.5 * 2^23 the last bit of an fp32 number is a 1.
     """
     return (x + 12582912.0).to(tl.int32, bitcast=True)
+
+
+_LOW_BITS_OF_0 = tl.constexpr(0x4B400000)
+"""Bits of 1.5 * 2^23."""
 
 
 @triton.jit
@@ -98,7 +102,7 @@ def load_int8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_int8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_int8`."""
+    """PyTorch twin of `load_int8`."""
     code = in_memory(planes[0])
     size = _fourth_power_twin(code)
     return shaped_like(planes[0], torch.where(code < 0, -size, size) * decode_scales(planes), dtype)
@@ -116,7 +120,7 @@ def store_int8(planes, offsets, mask, value, start, noise):
 
 
 def encode_int8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_int8`."""
+    """PyTorch twin of `store_int8`."""
     value = flat_like(planes[0], value)
     scaled = encode_scales(planes, value, LARGEST)
     code = twins.floor_of_root(scaled, 4)
@@ -134,7 +138,7 @@ def load_int8_squares(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_int8_squares(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_int8_squares`."""
+    """PyTorch twin of `load_int8_squares`."""
     numbers = _eighth_power_twin(in_memory(planes[0])) * 2.0**-64
     return shaped_like(planes[0], numbers * decode_scales(planes), dtype)
 
@@ -146,12 +150,12 @@ def store_int8_squares(planes, offsets, mask, value, start, noise):
     code = floor_of_root(scaled, 8)
     lower, higher = _eighth_power(code), _eighth_power(code + 1.0)
     code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
-    code = tl.where((code == 0) & (value > 0), 1.0, code)
-    tl.store(planes[0] + offsets, _low_bits(code).to(tl.uint8), mask=mask)
+    least = _LOW_BITS_OF_0 + tl.minimum(value.to(tl.int32, bitcast=True), 1)
+    tl.store(planes[0] + offsets, tl.maximum(_low_bits(code), least).to(tl.uint8), mask=mask)
 
 
 def encode_int8_squares(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_int8_squares`."""
+    """PyTorch twin of `store_int8_squares`."""
     value = flat_like(planes[0], value)
     scaled = encode_scales(planes, value, LARGEST_SQUARE) * 2.0**64
     code = twins.floor_of_root(scaled, 8)

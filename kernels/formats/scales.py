@@ -46,7 +46,7 @@ def _spread(per_block, N: tl.constexpr):
 
 
 def _spread_twin(per_block: torch.Tensor, n: int) -> torch.Tensor:
-    """Twin of `_spread`; n: number of elements, of which the last block may have fewer."""
+    """PyTorch twin of `_spread`; n: number of elements, of which the last block may have fewer."""
     return per_block.repeat_interleave(BLOCK)[:n]
 
 
@@ -57,7 +57,7 @@ def load_scales(planes, offsets, mask):
 
 
 def decode_scales(planes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Twin of `load_scales`: fp32, in the order of the codes in memory."""
+    """PyTorch twin of `load_scales`: fp32, in the order of the codes in memory."""
     return _spread_twin(planes[1].view(-1).float(), planes[0].numel())
 
 
@@ -82,7 +82,7 @@ def store_scales(planes, mask, value, start, LARGEST: tl.constexpr):
 
 
 def encode_scales(planes: Sequence[torch.Tensor], value: torch.Tensor, largest: float) -> torch.Tensor:
-    """Twin of `store_scales`; the value is in the order of the codes in memory."""
+    """PyTorch twin of `store_scales`; the value is in the order of the codes in memory."""
     size = value.abs()
     peak = pad(torch.where(size.isnan(), -1.0, size), (0, -len(size) % BLOCK)).view(-1, BLOCK).amax(1)
     peak = torch.where(peak < 0, torch.nan, peak)

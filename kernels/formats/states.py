@@ -1,4 +1,4 @@
-"""How states are stored in fewer bits than they are computed in; format.py says what a format is.
+"""Formats that store states in fewer bits than they are computed in; format.py says what a format is.
 
 All of these round stochastically: a state moves by a thousandth of itself in a step, less than half the distance of two
 stored numbers, and rounding to nearest would never move it. Random bits come from the step's one Philox call for eight

@@ -1,4 +1,4 @@
-"""How an fp16 or bf16 weight keeps what its own bits cannot hold; format.py says what a format is.
+"""Formats by which an fp16 or bf16 weight keeps what its own bits cannot hold; format.py says what a format is.
 
 A weight may be written by anyone at any time. So whatever stands in plane 1, a loaded value rounds to the weight as the
 format rounds, and what plane 1 holds of another weight is not taken.
@@ -46,7 +46,7 @@ def _completed(weight, value):
 
 
 def _completed_twin(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Twin of `_completed`."""
+    """PyTorch twin of `_completed`."""
     rounded = value.to(weight.dtype).view(torch.int16)
     return torch.where(rounded == weight.resolve_neg().view(torch.int16), value, weight.float())
 
@@ -59,7 +59,7 @@ def load_master(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_master(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_master`."""
+    """PyTorch twin of `load_master`."""
     return _completed_twin(planes[0], planes[1]).to(dtype)
 
 
@@ -73,7 +73,7 @@ def store_master(planes, offsets, mask, value):
 
 
 def encode_master(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise | None = None) -> None:
-    """Twin of `store_master`."""
+    """PyTorch twin of `store_master`."""
     planes[1].copy_(value)
     encode_plain(planes, planes[1])
 
@@ -93,7 +93,7 @@ def load_kahan(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_kahan(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_kahan`."""
+    """PyTorch twin of `load_kahan`."""
     return _completed_twin(planes[0], planes[0].float() + planes[1].float()).to(dtype)
 
 
@@ -118,7 +118,7 @@ def store_kahan(planes, offsets, mask, value):
 
 
 def encode_kahan(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise | None = None) -> None:
-    """Twin of `store_kahan`."""
+    """PyTorch twin of `store_kahan`."""
     encode_plain(planes, value)
     planes[1].copy_(_compensation_of(planes[0], value))
 
@@ -146,7 +146,7 @@ def _joined(high, rest):
 
 
 def _joined_twin(high: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """Twin of `_joined`."""
+    """PyTorch twin of `_joined`."""
     size = high & 0x7FFFFFFF
     return torch.where((size == 0) | (size >= 0x7F800000), high, high + rest).view(torch.float32)
 
@@ -168,7 +168,7 @@ def load_split16(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_split16(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_split16`."""
+    """PyTorch twin of `load_split16`."""
     return _joined_twin(planes[0].float().view(torch.int32), planes[1].to(torch.int32)).to(dtype)
 
 
@@ -186,7 +186,7 @@ def store_split16(planes, offsets, mask, value):
 
 
 def encode_split16(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise | None = None) -> None:
-    """Twin of `store_split16`."""
+    """PyTorch twin of `store_split16`."""
     value = value.float()
     bits = torch.where(value.isnan(), 0x7FC00000, value.view(torch.int32))
     high = (bits + 0x8000) >> 16
@@ -216,7 +216,7 @@ def load_split8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
 
 
 def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Twin of `load_split8`."""
+    """PyTorch twin of `load_split8`."""
     return _joined_twin(planes[0].float().view(torch.int32), planes[1].to(torch.int32) << 8).to(dtype)
 
 
@@ -233,7 +233,7 @@ def store_split8(planes, offsets, mask, value, start, noise):
 
 
 def encode_split8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_split8`."""
+    """PyTorch twin of `store_split8`."""
     bits = (value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF) + (noise.bits16(planes[0]) >> 8)
     bits = torch.where(value.isnan(), 0x7FC00000, _signed(bits & 0xFFFFFFFF)) >> 8
     high = (bits + 0x80) >> 8
@@ -264,7 +264,7 @@ def store_stochastic(planes, offsets, mask, value, start, noise):
 
 
 def encode_stochastic(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
-    """Twin of `store_stochastic`."""
+    """PyTorch twin of `store_stochastic`."""
     bits = value.float().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     bits = torch.where(value.isnan(), 0x7FC00000, bits + noise.bits16(planes[0])) >> 16
     planes[0].copy_(bits.to(torch.int16).view(torch.bfloat16))

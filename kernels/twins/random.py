@@ -1,9 +1,10 @@
-"""Random numbers by counter: Philox4x32-10 (Salmon et al. 2011), as kernels/random.py draws them, to the bit.
+"""Random numbers by counter: Philox4x32-7 (Salmon et al. 2011), as kernels/random.py draws them, to the bit.
 
 A number is a function of (seed, parameter, element, step, stream) and of nothing else: not of chunks, launches, the
 order of parameters, memory layout, device or process. Seed and parameter are hashed into the key, on the host. The
 counter is (low word of the element's offset in its tensor, high word, step, stream): so a step that is counted on the
 device needs no new key. Streams keep apart what draws for the same element in the same step: 0 is an optimizer's own.
+Seven rounds are the fewest with which Philox4x32 passes BigCrush (table 2 there); cuRAND's ten are a margin of safety.
 Normal numbers come from additions, multiplications and a root, each rounded to nearest, because no two libraries agree
 on the last bits of a logarithm.
 """
@@ -20,11 +21,12 @@ from tritopt.kernels.twins.ops import sqrt
 Key: TypeAlias = tuple[float, float, float, float]
 """Four 16-bit numbers, lowest first, which every compute dtype holds exactly: it can stand among scalars."""
 Words: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""int64 in [0, 2^32)."""
+"""Words of 32 bits: int64 in [0, 2^32)."""
 STEPS = 2**24
 """Number of steps that fp32 scalars tell apart; after them steps begin anew, and the numbers with them."""
 _WORD = 2**32 - 1
 _ROUNDING = 1  # the stream of rounding
+_ROUNDS = 7
 
 
 class Noise(NamedTuple):
@@ -37,13 +39,13 @@ class Noise(NamedTuple):
     width: int
     """Elements here of a row, or of what is split instead; 0: what is here is one run of the whole parameter."""
     gap: int
-    """How many positions lie between two rows."""
+    """Number of positions of the whole parameter between the end of one row here and the start of the next."""
     step: float
     """Number of the step, in [0, STEPS)."""
     row_major: bool = False
     """Whether elements are numbered in the usual order of dimensions, and not as they lie in memory."""
     shift: int = 0
-    """How many places on among its eight neighbours an element takes its bits from."""
+    """Number of places, among eight neighbours, from an element to the one whose bits it takes; see `random_bits16`."""
 
     def bits16(self, plane: torch.Tensor) -> torch.Tensor:
         """Draw 16 bits for each element of a plane, int64: the twin of `random_bits16`."""
@@ -77,14 +79,14 @@ def philox(key: Key, offsets: torch.Tensor, step: float, stream: int) -> Words:
 
 
 def philox4x32(words: tuple[int, int], counter: Words) -> Words:
-    """Ten rounds, under a key of two words.
+    """Four words out of a counter, under a key of two words.
 
     >>> [hex(int(word)) for word in philox4x32((0, 0), (torch.zeros((), dtype=torch.int64),) * 4)]
-    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    ['0x5f6fb709', '0xd893f64', '0x4f121f81', '0x4f730a48']
     """
     key0, key1 = words
     c0, c1, c2, c3 = counter
-    for _ in range(10):
+    for _ in range(_ROUNDS):
         first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64, whose bits are those of the product
         c0, c1, c2, c3 = _high(second) ^ c1 ^ key0, second & _WORD, _high(first) ^ c3 ^ key1, first & _WORD
         key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
@@ -105,8 +107,8 @@ def normal(key: Key, offsets: torch.Tensor, step: float, stream: int) -> torch.T
     for_size, for_angle = torch.where(is_early, words[0], words[2]), torch.where(is_early, words[1], words[3])
     x = (for_angle >> 2).float() * 2.0**-30
     is_first = (offsets & 1) == 0
-    found = sqrt(_minus_two_log(for_size)) * _sine(torch.where(is_first, x, 1.0 - x))
-    return torch.where((for_angle & torch.where(is_first, 1, 2)) == 0, found, -found)
+    size = sqrt(_minus_two_log(for_size)) * _sine(torch.where(is_first, x, 1.0 - x))
+    return torch.where((for_angle & torch.where(is_first, 1, 2)) == 0, size, -size)
 
 
 def _minus_two_log(word: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def build(case: str, is_sharded: bool | None = None) -> tuple[nn.Module, Any]:
 
 
 def train(model: nn.Module, opt: Any, steps: range) -> None:
-    """On the same data in all processes: averages over 1, 2 and 4 equal gradients are exact."""
+    """Train on the same data in all processes: averages over 1, 2 and 4 equal gradients are exact."""
     for step in steps:
         opt.zero_grad()
         loss_of(model, step, 0, DTYPE).backward()
@@ -49,25 +49,25 @@ def train(model: nn.Module, opt: Any, steps: range) -> None:
 
 
 def snapshot(model: nn.Module, opt: Any) -> dict[str, torch.Tensor]:
-    found = {}
+    tensors = {}
     for name, param in model.named_parameters():
-        found[name] = full(param)
-        found |= {f"{key} of {name}": full(value) for key, value in sorted(opt.state[param].items())}
-    return found
+        tensors[name] = full(param)
+        tensors |= {f"{key} of {name}": full(value) for key, value in sorted(opt.state[param].items())}
+    return tensors
 
 
-def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert list(found) == list(expected)
-    assert any(key.startswith("master_remainder of ") for key in found)
+def compare(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert list(actual) == list(expected)
+    assert any(key.startswith("master_remainder of ") for key in actual)
     for key, value in expected.items():
         # A weight is its master, rounded, and a remainder the rest of it: together they are compared below.
         if not (tolerance and value.dtype in (DTYPE, torch.int16)):
-            assert_same(found[key], value, tolerance, key)
+            assert_same(actual[key], value, tolerance, key)
     names = [key.removeprefix("master_remainder of ") for key in expected if key.startswith("master_remainder of ")]
     for name in names:
         ours, theirs = (
-            SPLIT16.decode((some[name], some[f"master_remainder of {name}"]), torch.float32)
-            for some in (found, expected)
+            SPLIT16.decode((tensors[name], tensors[f"master_remainder of {name}"]), torch.float32)
+            for tensors in (actual, expected)
         )
         assert_same(ours, theirs, tolerance, f"master of {name}")
 
@@ -227,7 +227,7 @@ def alone(
 
 
 def flat(value: Any) -> list[Any]:
-    """What is in it, in an order that is always the same."""
+    """List what is in a state dict, in an order that is always the same."""
     if isinstance(value, dict):
         return [item for key in sorted(value, key=str) for item in (key, *flat(value[key]))]
     if isinstance(value, list | tuple):
@@ -245,7 +245,8 @@ def test_round_trips(name: str, flatten: bool, worlds: dict[int, World], tmp_pat
 
 
 def check_round_trips(name: str, flatten: bool, folder: Path) -> None:
-    """Of a class of ours and of torch's, each into fresh ones and such that have stepped, in all directions."""
+    """Load checkpoints of ours and of torch's class into fresh optimizers and such that have stepped, in all
+    directions."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)

@@ -62,8 +62,8 @@ def spread_over_the_world(model: nn.Sequential, kind: str) -> nn.Module:
 
 
 def full(tensor: Any) -> torch.Tensor:
-    found = whole(tensor)
-    return found.detach().clone()
+    assembled = whole(tensor)
+    return assembled.detach().clone()
 
 
 def loss_of(model: nn.Module, step: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
@@ -156,7 +156,7 @@ def check_zero() -> None:
 
 
 def test_zero_clips_by_the_norm_of_a_part(worlds: dict[int, World]) -> None:
-    """What the documentation warns of, and the way that it shows."""
+    """The documentation warns of this, and here is how it shows."""
     worlds[2].run(check_zero_clips)
 
 

@@ -41,8 +41,8 @@ def test_shards_equal_one_process(
 
 def check_shards(name: str, master: str, fused: bool | None) -> None:
     """Every rank has the one process beside it, so that replicas are compared as well."""
-    found = layouts()
-    shapes, where = zip(*[(shape, found.get(layout, found["rows"])) for shape, layout in SPLIT], strict=True)
+    placements = layouts()
+    shapes, where = zip(*[(shape, placements.get(layout, placements["rows"])) for shape, layout in SPLIT], strict=True)
     pair = Pair(getattr(tritopt.optim, name), where, shapes, BF16, lr=0.01, master=master, fused=fused, **OPTIONS[name])
     for _ in range(2):
         pair.set_grads()
@@ -67,8 +67,8 @@ def test_states_of_shards_equal_one_process(state_dtype: str, size: int, worlds:
 
 
 def check_states(state_dtype: str) -> None:
-    found = layouts()
-    shapes, where = zip(*[(shape, found.get(layout, found["rows"])) for shape, layout in STATES], strict=True)
+    placements = layouts()
+    shapes, where = zip(*[(shape, placements.get(layout, placements["rows"])) for shape, layout in STATES], strict=True)
     options = {"lr": 0.01, "master": "split8", "state_dtype": state_dtype, "track": True}
     pair = Pair(tritopt.optim.AdamW, where, shapes, BF16, **options)
     for _ in range(2):
@@ -91,7 +91,7 @@ def test_columns_and_odd_places_are_the_same_in_replicas(master: str, worlds: di
 
 
 def check_replicas(master: str) -> None:
-    """Of shards split elsewhere: the ranks that hold the same elements round them alike, kernel and reference too."""
+    """Ranks that hold the same elements of a sharded tensor round them alike, kernel and reference too."""
     from torch.distributed.tensor import Replicate, Shard
 
     mesh = mesh_of(2, 2)
@@ -105,11 +105,11 @@ def check_replicas(master: str) -> None:
         for pair in pairs:
             pair.step()
         kernel, reference = ([full(value) for value in stored(pair)] for pair in pairs)
-        for found, expected in zip(kernel, reference, strict=True):
-            assert torch.equal(found, expected)
-            others = [torch.empty_like(found) for _ in range(mesh.size())]
-            dist.all_gather(others, found.contiguous())
-            assert all(torch.equal(found, other) for other in others)
+        for actual, expected in zip(kernel, reference, strict=True):
+            assert torch.equal(actual, expected)
+            others = [torch.empty_like(actual) for _ in range(mesh.size())]
+            dist.all_gather(others, actual.contiguous())
+            assert all(torch.equal(actual, other) for other in others)
 
 
 def stored(pair: Pair) -> list[torch.Tensor]:
@@ -120,7 +120,7 @@ def stored(pair: Pair) -> list[torch.Tensor]:
 
 @pairs
 def test_saved_by_two_and_resumed(name: str, master: str, worlds: dict[int, World], tmp_path: Path) -> None:
-    """With a kernel or by the reference, whichever was at work before."""
+    """Kernel and reference go on from each other's checkpoints."""
     worlds[2].run(save_and_go_on, name, master, tmp_path)
     for size, fused in ((1, False), (2, False), (4, None)):
         worlds[size].run(load_and_go_on, name, master, fused, tmp_path)
@@ -138,7 +138,7 @@ def build(name: str, master: str, fused: bool | None = None) -> tuple[nn.Module,
 
 
 def train(model: nn.Module, opt: Any, steps: range) -> None:
-    """On the same data in all processes: averages over 1, 2 and 4 equal gradients are exact."""
+    """Train on the same data in all processes: averages over 1, 2 and 4 equal gradients are exact."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         opt.zero_grad()
@@ -148,11 +148,11 @@ def train(model: nn.Module, opt: Any, steps: range) -> None:
 
 
 def snapshot(model: nn.Module, opt: Any) -> dict[str, torch.Tensor]:
-    found = {}
+    tensors = {}
     for name, param in model.named_parameters():
-        found[name] = full(param)
-        found |= {f"{key} of {name}": full(value) for key, value in sorted(opt.state[param].items())}
-    return found
+        tensors[name] = full(param)
+        tensors |= {f"{key} of {name}": full(value) for key, value in sorted(opt.state[param].items())}
+    return tensors
 
 
 def save_and_go_on(name: str, master: str, folder: Path) -> None:
@@ -181,8 +181,8 @@ def load_and_go_on(name: str, master: str, fused: bool | None, folder: Path) -> 
     load(state, checkpoint_id=folder / "checkpoint")
     set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optim"])
     train(model, opt, range(2, 4))
-    found, expected = snapshot(model, opt), torch.load(folder / "later.pt")
-    assert list(found) == list(expected)
-    assert (master == "split8") == any(key.startswith("master_remainder8 of ") for key in found)
+    actual, expected = snapshot(model, opt), torch.load(folder / "later.pt")
+    assert list(actual) == list(expected)
+    assert (master == "split8") == any(key.startswith("master_remainder8 of ") for key in actual)
     for key, value in expected.items():
-        assert_same(found[key], value, EXACT, key)
+        assert_same(actual[key], value, EXACT, key)

@@ -23,7 +23,7 @@ STEPS = 16
 
 
 class StoppedError(Exception):
-    """In the place of a kill."""
+    """Error that takes the place of a kill."""
 
 
 def run(folder: Path, *more: str) -> Any:
@@ -80,20 +80,22 @@ def check_resumed_on_more(folder: Path) -> None:
     compare(resumed, again, CLOSE)
 
 
-def compare(found: Any, expected: Any, tolerance: float) -> None:
-    assert found.scheduler.state_dict() == expected.scheduler.state_dict()
-    for ours, theirs in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+def compare(actual: Any, expected: Any, tolerance: float) -> None:
+    assert actual.scheduler.state_dict() == expected.scheduler.state_dict()
+    for ours, theirs in zip(actual.model.parameters(), expected.model.parameters(), strict=True):
         assert_same(full(ours), full(theirs), tolerance, "weight")
-        mine, its = found.optimizer.state[ours], expected.optimizer.state[theirs]
+        mine, its = actual.optimizer.state[ours], expected.optimizer.state[theirs]
         assert set(mine) == set(its) == {"step", "exp_avg", "exp_avg_sq", "master_remainder"}
         for name, value in its.items():
             assert_same(full(mine[name]), full(value), tolerance, name)
 
 
-def test_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "mixed"])
+def test_torchrun(optimizer: str, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         str(ROOT / "examples" / "train_fsdp.py"), "--steps", "2", "--folder", str(tmp_path / "run"),
+        "--optimizer", optimizer,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)

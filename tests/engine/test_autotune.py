@@ -27,8 +27,8 @@ from tritopt.__main__ import app
 from tritopt.commands.tune import print_rows
 from tritopt.engine import driver
 from tritopt.engine.device import is_capturing
-from tritopt.engine.group import Group
-from tritopt.engine.phase import Launch
+from tritopt.engine.group import LaunchGroup
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Scratch, Variant
@@ -57,10 +57,10 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """As many candidates as the interpreter has time for."""
-    found = [DEFAULT, Config(128, 128, 64, 1), Config(128, 256, 64, 1)]
-    monkeypatch.setattr(autotune, "candidates", lambda variant, best: iter(found))
-    return found
+    """Patch in as few candidates as the interpreter has time for."""
+    candidates = [DEFAULT, Config(128, 128, 64, 1), Config(128, 256, 64, 1)]
+    monkeypatch.setattr(autotune, "candidates", lambda variant, best: iter(candidates))
+    return candidates
 
 
 class Clock:
@@ -109,9 +109,9 @@ def train(cls: type[tritopt.optim.Optimizer], name: str, steps: int = 2, **optio
     return [param.detach().clone() for param in params] + [state.clone() for state in states]
 
 
-def assert_same_bits(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+def assert_same_bits(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
 
@@ -126,8 +126,8 @@ def random_state() -> torch.Tensor:
 @pytest.mark.parametrize("name", ["fp32", "stochastic+fp16", "split8+int8", "kahan+fp8", "split16+bf16"])
 def test_no_configuration_changes_a_bit_of_what_is_elementwise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for found in (DEFAULT, Config(64, 320, 64, 2), Config(256, 256, 128, 4), Config(1024, 2048, 256, 4)):
-        monkeypatch.setattr(autotune, "choose", lambda *args, found=found: found)
+    for candidate in (DEFAULT, Config(64, 320, 64, 2), Config(256, 256, 128, 4), Config(1024, 2048, 256, 4)):
+        monkeypatch.setattr(autotune, "choose", lambda *args, candidate=candidate: candidate)
         results.append(train(tritopt.optim.AdamW, name))
     for result in results[1:]:
         assert_same_bits(result, results[0])
@@ -138,11 +138,11 @@ def test_sums_are_the_same_on_every_gpu(options: dict[str, Any], monkeypatch: py
     """LAMB's norms and the global one, whatever is shipped or tuned; but not if all launches were changed."""
     monkeypatch.setattr(autotune, "GENERIC", DEFAULT)
     expected = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
-    for found in (Config(128, 128, 64, 1), Config(256, 512, 128, 2)):
-        monkeypatch.setattr(autotune, "default_of", lambda n_elements, found=found: found)
+    for candidate in (Config(128, 128, 64, 1), Config(256, 512, 128, 2)):
+        monkeypatch.setattr(autotune, "default_of", lambda n_elements, candidate=candidate: candidate)
         monkeypatch.setattr(autotune, "_CHOSEN", {})
         assert_same_bits(train(tritopt.optim.LAMB, "fp32", steps=4, **options), expected)
-        monkeypatch.setattr(Planner, "config", found)
+        monkeypatch.setattr(Planner, "config", candidate)
         different = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
         monkeypatch.setattr(Planner, "config", None)
         assert not all(torch.equal(a, b) for a, b in zip(different, expected, strict=True))
@@ -150,7 +150,7 @@ def test_sums_are_the_same_on_every_gpu(options: dict[str, Any], monkeypatch: py
 
 def test_tuning_in_a_step_changes_nothing(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = train(tritopt.optim.AdamW, "stochastic+bf16")
-    clock = Clock(lambda found: 1.0 / found.block_size)
+    clock = Clock(lambda candidate: 1.0 / candidate.block_size)
     monkeypatch.setattr(autotune, "event_median", clock)
     monkeypatch.setattr(autotune, "_CHOSEN", {})
     monkeypatch.setenv("TRITOPT_AUTOTUNE", "1")
@@ -176,11 +176,11 @@ def launched(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Config]:
     seen: list[Config] = []
     original = driver._config_of
 
-    def config_of(phase: driver.Apply, group: Group, launch: Launch, n_earlier: int) -> Config:
-        found = original(phase, group, launch, n_earlier)
+    def config_of(phase: driver.Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> Config:
+        chosen = original(phase, group, launch, n_earlier)
         if launch.config is None:
-            seen.append(found)
-        return found
+            seen.append(chosen)
+        return chosen
 
     with monkeypatch.context() as patched:
         patched.setattr(driver, "_config_of", config_of)
@@ -210,7 +210,7 @@ def test_a_changed_kernel_is_another_one() -> None:
     assert variant.key(TINY) == variant_of().key(TINY)
     assert variant.key(TINY) != variant._replace(source="changed").key(TINY)
     assert variant.key(TINY) != variant_of(name="split8+int8").key(TINY)
-    group = Group([0], device(), variant.formats, variant.dtypes, [torch.Size([4])])
+    group = LaunchGroup([0], device(), variant.formats, variant.dtypes, [torch.Size([4])])
     phases = [driver.Apply(adamw_update), driver.Apply(adamw_update, writes_states=False)]
     assert len({phase.source(group, variant.launch, 0) for phase in phases}) == 2
 
@@ -226,7 +226,7 @@ def test_the_choice_stays(few: list[Config], monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_a_step_tunes_is_kept(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITOPT_AUTOTUNE", "1")
-    clock = Clock(lambda found: 1.0 / found.chunk_size)
+    clock = Clock(lambda candidate: 1.0 / candidate.chunk_size)
     monkeypatch.setattr(autotune, "event_median", clock)
     assert launched(monkeypatch) == [few[2]]
     assert clock.asked == few  # once, for both steps
@@ -242,7 +242,7 @@ def test_what_a_step_tunes_is_kept(few: list[Config], monkeypatch: pytest.Monkey
 def test_nothing_is_measured_while_a_graph_is_captured(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITOPT_AUTOTUNE", "1")
     monkeypatch.setattr(autotune, "is_capturing", lambda device: True)
-    clock = Clock(lambda found: 1.0 / found.chunk_size)
+    clock = Clock(lambda candidate: 1.0 / candidate.chunk_size)
     monkeypatch.setattr(autotune, "event_median", clock)
     assert launched(monkeypatch) == [DEFAULT]
     assert clock.asked == []
@@ -287,13 +287,13 @@ def test_the_default_is_measured_first_and_must_be_beaten(few: list[Config]) -> 
     assert clock.asked == few
     assert (entry.config, entry.microseconds, entry.default_microseconds, tried) == (few[2], 0.97e6, 1e6, 3)
     assert n_bytes == 28 * 600
-    noise = autotune.tune(variant_of(), TINY, device(), Clock(lambda found: 1.0 - 0.019 * (found != DEFAULT)))
+    noise = autotune.tune(variant_of(), TINY, device(), Clock(lambda candidate: 1.0 - 0.019 * (candidate != DEFAULT)))
     assert noise.entry.config == DEFAULT
 
 
 def test_time_is_bounded(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "VARIANT_SECONDS", -1.0)
-    clock = Clock(lambda found: 1.0 / found.chunk_size)
+    clock = Clock(lambda candidate: 1.0 / candidate.chunk_size)
     tuned = autotune.tune(variant_of(), TINY, device(), clock)
     assert clock.asked == [DEFAULT]
     assert tuned.entry.config == DEFAULT
@@ -302,14 +302,14 @@ def test_time_is_bounded(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_does_not_compile_is_passed_over(few: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
     original = Scratch.launch
 
-    def launch(self: Scratch, found: Config) -> None:
-        if found in refused:
+    def launch(self: Scratch, candidate: Config) -> None:
+        if candidate in refused:
             raise RuntimeError("out of resource: shared memory")
-        original(self, found)
+        original(self, candidate)
 
     monkeypatch.setattr(Scratch, "launch", launch)
     refused = [few[1]]
-    clock = Clock(lambda found: 1.0 / found.chunk_size)
+    clock = Clock(lambda candidate: 1.0 / candidate.chunk_size)
     tuned = autotune.tune(variant_of(), TINY, device(), clock)
     assert clock.asked == [few[0], few[2]]
     assert tuned.entry.config == few[2]
@@ -401,18 +401,18 @@ def test_events_on_a_gpu(few: list[Config]) -> None:
 def test_candidates(name: str, default: Config) -> None:
     variant = variant_of(name=name)
     best = [default]
-    found = []
+    tried = []
     for candidate in autotune.candidates(variant, best):
-        found.append(candidate)
+        tried.append(candidate)
         if candidate.block_size == 512:
             best.append(candidate)
-    assert found[0] == default
-    assert 5 < len(found) == len(set(found)) <= 14
-    for candidate in found:
+    assert tried[0] == default
+    assert 5 < len(tried) == len(set(tried)) <= 14
+    for candidate in tried:
         assert config.from_fields(candidate._asdict()) == candidate
         per_thread = candidate.block_size // (32 * candidate.num_warps)
         assert per_thread * (4 if name == "fp32" else 2) >= 16
-    chunks = {candidate.chunk_size for candidate in found if candidate.block_size == 512}
+    chunks = {candidate.chunk_size for candidate in tried if candidate.block_size == 512}
     assert len(chunks) >= 3
 
 
@@ -447,7 +447,7 @@ def test_blocks_hold_whole_scales_and_less_of_fp64() -> None:
 
 
 def test_bytes_of_a_variant() -> None:
-    """As README's table of formats has them, without the norm's."""
+    """Bytes are those of README's table of formats, without the norm's."""
     assert variant_of(name="master").moved == (16, 14)
     assert sum(variant_of(name="split8+int8").moved) == 12.125
     assert variant_of(name="split8+int8").resident == 7 + 2 * 2 / 64
@@ -461,7 +461,7 @@ def run(*arguments: str) -> Any:
 
 
 def test_a_rehearsal(few: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
-    clock = Clock(lambda found: 1e-3 / found.chunk_size)
+    clock = Clock(lambda candidate: 1e-3 / candidate.chunk_size)
     classes = [tritopt.optim.AdamW, tritopt.optim.Adam, tritopt.optim.Adafactor]
     formats = [storage("fp32"), storage("split8+int8")]
     session = tune.Tuning(classes, formats, [TINY], device(), clock, gpu="rehearsal")
@@ -495,9 +495,9 @@ def test_show_and_clear() -> None:
     shown = run("--show").output
     for text in ("AMD", "not measured", "adamw_update", "bfloat16 split8", "512 x 2048, 128, 2", "10.5"):
         assert text in shown
-    found = json.loads(run("--show", "--json").output)
-    assert found["cached"][0]["config"]["block_size"] == 512
-    assert [(row["gpu"], row["block_size"]) for row in found["shipped"]] == [("NVIDIA", 1024), ("AMD", 2048)]
+    document = json.loads(run("--show", "--json").output)
+    assert document["cached"][0]["config"]["block_size"] == 512
+    assert [(row["gpu"], row["block_size"]) for row in document["shipped"]] == [("NVIDIA", 1024), ("AMD", 2048)]
     assert "deleted" in run("--clear").output
     assert cache.files() == []
     assert json.loads(run("--clear", "--json").output) == {"deleted": []}
@@ -535,7 +535,7 @@ import tritopt.optim
 from tritopt.tools.compiled import compile_launches, compile_norm
 from tritopt.kernels.formats.weights import MASTER_FP32
 hits = []
-triton.knobs.compilation.listener = lambda **found: hits.append([found["metadata"]["name"], found["cache_hit"]])
+triton.knobs.compilation.listener = lambda **event: hits.append([event["metadata"]["name"], event["cache_hit"]])
 began = time.monotonic()
 compile_launches(tritopt.AdamW(), torch.bfloat16, torch.bfloat16, MASTER_FP32, 90)
 compile_norm(torch.bfloat16, 90)

@@ -121,7 +121,7 @@ def other_rate(training: Graphed) -> None:
 
 
 def test_a_norm_whose_plan_was_evicted_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the step that made it, by the plans of other launches."""
+    """Plans of other launches evict it in the very step that made it."""
     expected = on_cpu(optim.AdamW, [None] * 4, torch.float32, max_grad_norm=0.5)
     monkeypatch.setattr(recent, "MIN_ENTRIES", 1)
     monkeypatch.setattr(Recent.__init__, "__defaults__", (1,))
@@ -184,7 +184,7 @@ def test_a_captured_clip_is_kept() -> None:
     def train(device: str, cuda: FakeCuda | None) -> list[torch.Tensor]:
         param = torch.zeros(9).to(device).requires_grad_()
         grad = torch.zeros(9).to(device)
-        found = []
+        results = []
         for number in range(2):
             param.grad = numbers((9,), number).to(device)
             tritopt.clip_grad_norm_([param], 0.5)
@@ -200,8 +200,8 @@ def test_a_captured_clip_is_kept() -> None:
                 norm = tritopt.clip_grad_norm_([param], 0.5)
             else:
                 cuda.replay(graph)
-            found += [grad.cpu().clone(), norm.cpu().clone()]
-        return found
+            results += [grad.cpu().clone(), norm.cpu().clone()]
+        return results
 
     expected = train("cpu", None)
     with FakeCuda().running() as cuda:

@@ -33,7 +33,7 @@ CASES: list[tuple[type[optim.Optimizer], torch.dtype, dict[str, Any]]] = [
 IDS = [f"{cls.__name__}-{i}" for i, (cls, *_) in enumerate(CASES)]
 every_case = pytest.mark.parametrize(("cls", "dtype", "options"), CASES, ids=IDS)
 most_cases = pytest.mark.parametrize(("cls", "dtype", "options"), CASES[:-1], ids=IDS[:-1])
-"""Without Adafactor, whose dozens of launches a step take the interpreter long."""
+"""Cases of all optimizers but Adafactor, whose dozens of launches a step take the interpreter long."""
 
 
 @every_case
@@ -61,14 +61,14 @@ def test_a_launch_follows_the_upload_of_its_table() -> None:
             training.opt.param_groups[0]["lr"] = 0.1 + number
             training.opt.step()
             cuda.synchronize()
-            found = [name for name in cuda.log if name in ("upload", "sgd_update")]
-            assert found == ["upload", "sgd_update", "sgd_update", "upload", "sgd_update"]
+            events = [name for name in cuda.log if name in ("upload", "sgd_update")]
+            assert events == ["upload", "sgd_update", "sgd_update", "upload", "sgd_update"]
 
 
 @pytest.mark.parametrize("first", [0, 1])
 @most_cases
 def test_two_streams_in_turn(first: int, cls: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Whichever of them runs first as far as it can."""
+    """Either of them runs first, as far as it can."""
     expected = on_cpu(cls, STEPS, dtype, **options)
     with FakeCuda().running() as cuda:
         streams = [cuda.current_stream(0), cuda.new_stream()]
@@ -90,7 +90,7 @@ def test_two_streams_in_turn(first: int, cls: Any, dtype: torch.dtype, options: 
 def test_an_optimizer_may_go_before_its_launches_have_run(
     cls: Any, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    """Its tables are read on one stream, and were made on another, which uses their memory again meanwhile."""
+    """Tables are read on one stream, and were made on another, which uses their memory again meanwhile."""
     expected = on_cpu(cls, [None] * 3, dtype, **options)
     with FakeCuda().running() as cuda:
         default, side = cuda.current_stream(0), cuda.new_stream()
@@ -112,7 +112,7 @@ def test_an_optimizer_may_go_before_its_launches_have_run(
 
 @pytest.mark.parametrize("lr", [0.1, 0.2])
 def test_a_table_goes_with_its_stream(lr: float) -> None:
-    """Also where nothing is new on the other stream, or nothing but a number."""
+    """A table is uploaded anew though nothing but the stream is new, or nothing but a number."""
     with FakeCuda().running() as cuda:
         default, side = cuda.current_stream(0), cuda.new_stream()
         training = Training(optim.SGD, ["cuda:0"], lr=0.1)
@@ -127,8 +127,8 @@ def test_a_table_goes_with_its_stream(lr: float) -> None:
         del training
         gc.collect()
         cuda.synchronize(default)
-        found = [param.detach().cpu() for param in params]
-        assert all(tensor.isfinite().all() for tensor in (*found, *(grad for grad in grads if grad is not None)))
+        weights = [param.detach().cpu() for param in params]
+        assert all(tensor.isfinite().all() for tensor in (*weights, *(grad for grad in grads if grad is not None)))
 
 
 @pytest.mark.parametrize("devices", [["cuda:1"], ["cuda:1", "cuda:0"]])
@@ -162,13 +162,13 @@ def test_a_rescale_on_one_device_reaches_the_others() -> None:
 def test_gradients_are_clipped_where_they_are(device: str) -> None:
     def clipped(device: str) -> list[torch.Tensor]:
         params = [torch.zeros(n).to(device).requires_grad_() for n in (70, 5)]
-        found = []
+        results = []
         for number in range(2):
             for i, param in enumerate(params):
                 param.grad = numbers(param.shape, 10 * number + i).to(device) * 1
-            found.append(tritopt.clip_grad_norm_(params, 0.5))
-            found += [param.grad for param in params if param.grad is not None]
-        return [tensor.cpu() for tensor in found]
+            results.append(tritopt.clip_grad_norm_(params, 0.5))
+            results += [param.grad for param in params if param.grad is not None]
+        return [tensor.cpu() for tensor in results]
 
     expected = clipped("cpu")
     with FakeCuda().running():

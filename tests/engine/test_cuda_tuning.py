@@ -81,7 +81,7 @@ def test_without_memory_it_is_the_default(capacity: int, monkeypatch: pytest.Mon
 
 
 def test_the_bench_times_what_the_stream_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By events, of which the stand-in puts a millisecond between one work and the next."""
+    """Events tell the time, of which the stand-in puts a millisecond between one work and the next."""
     monkeypatch.delenv("TRITOPT_AUTOTUNE")
     with FakeCuda().running() as cuda:
         training = Training(optim.SGD, ["cuda:0"], lr=0.1)
@@ -95,7 +95,7 @@ def test_the_bench_times_what_the_stream_runs(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_capture_measures_nothing() -> None:
-    """Where the plan is new, which is then launched with the default."""
+    """The plan is new, and is launched with the default."""
     with FakeCuda().running() as cuda:
         training = Training(optim.AdamW, ["cuda:0"], capturable=True)
         training.step(0)

@@ -11,8 +11,8 @@ import torch
 
 from tritopt.engine import driver, plan
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group
-from tritopt.engine.phase import Launch
+from tritopt.engine.group import LaunchGroup
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.tuning.config import Config
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
@@ -54,7 +54,7 @@ def plain_task(weight: torch.Tensor, grad: torch.Tensor) -> Task:
 
 
 def add(tasks: list[Task], factors: list[float], **options: Any) -> None:
-    launch = Launch((Apply(add_scaled),), Scale, "decoupled", **options)
+    launch = LaunchSpec((Apply(add_scaled),), Scale, "decoupled", **options)
     Planner().apply("key", tasks, [(*COMMON, factor) for factor in factors], launch)
 
 
@@ -119,7 +119,7 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 def test_sums_reach_the_next_phase(small_chunks: None) -> None:
     sizes = (3, 64, 131)
     weights = [torch.full((n,), 2.0) for n in sizes]
-    launch = Launch((Apply(emit_sums, writes_weight=False, n_sums=2), Apply(divide_by_sums)), Scale, "decoupled")
+    launch = LaunchSpec((Apply(emit_sums, writes_weight=False, n_sums=2), Apply(divide_by_sums)), Scale, "decoupled")
     Planner().apply("key", [plain_task(w, torch.ones_like(w)) for w in weights], [(*COMMON, 0.0)] * 3, launch)
     for n, weight in zip(sizes, weights, strict=True):
         torch.testing.assert_close(weight, torch.full((n,), 2 / (3 * n)))
@@ -190,11 +190,11 @@ def test_offsets_beyond_2_to_the_31(small_chunks: None) -> None:
     first_chunk = -(2**31 // chunk)
     tensors = torch.tensor([[size, first_chunk, 1]], dtype=torch.int64)
     words = [weight.data_ptr(), grad.data_ptr(), 0, *np.array([*COMMON, 1.0]).view(np.int64).tolist()]
-    launch = Launch((Apply(add_scaled),), Scale, "decoupled")
-    group = Group([0], weight.device, (PLAIN,), (torch.float16, torch.float16), [weight.shape])
+    launch = LaunchSpec((Apply(add_scaled),), Scale, "decoupled")
+    group = LaunchGroup([0], weight.device, (PLAIN,), (torch.float16, torch.float16), [weight.shape])
     constants = driver.phase_constants(Apply(add_scaled), launch, group, 0)
     multi_tensor_apply[(1,)](
-        torch.tensor(words), tensors, torch.zeros(1, dtype=torch.int32), None, None, None, None, None, 1,
+        torch.tensor(words), tensors, torch.zeros(1, dtype=torch.int32), None, None, None, None, None, 1, None, None,
         **constants, CHUNK_SIZE=chunk, BLOCK_SIZE=16, TAIL_SIZE=16, enable_fp_fusion=False,
     )  # fmt: skip
     assert weight[-40:].tolist() == [1.0] * 40
@@ -231,8 +231,8 @@ def test_source_of_nested_functions_is_in_the_cache_key() -> None:
         scale: float
 
     def key(update: Any, scalars: type) -> str:
-        launch = Launch((Apply(update),), scalars, "decoupled")
-        group = Group([0], torch.device("cpu"), (PLAIN,), (torch.float32,) * 2, [torch.Size([4])])
+        launch = LaunchSpec((Apply(update),), scalars, "decoupled")
+        group = LaunchGroup([0], torch.device("cpu"), (PLAIN,), (torch.float32,) * 2, [torch.Size([4])])
         return str(driver.phase_constants(Apply(update), launch, group, 0)["SOURCE_HASH"])
 
     if hasattr(add_scaled, "cache_key"):

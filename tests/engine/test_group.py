@@ -11,7 +11,7 @@ import torch
 
 from tests.support.fake_cuda.runtime import FakeCuda
 from tests.support.fake_cuda.streams import Graph
-from tritopt.engine.group import MAX_CAPTURED, Group, upload_table
+from tritopt.engine.group import MAX_CAPTURED, LaunchGroup, upload_table
 from tritopt.kernels.formats.format import PLAIN
 
 pytest.importorskip("triton")
@@ -25,10 +25,10 @@ class Gpu:
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
         self.streams = [cuda.current_stream(0), cuda.new_stream()]
-        self.group = Group([0], torch.device("cuda", 0), (PLAIN,), (torch.float32,) * 2, [torch.Size([4])])
+        self.group = LaunchGroup([0], torch.device("cuda", 0), (PLAIN,), (torch.float32,) * 2, [torch.Size([4])])
 
     def step(self, grad: int) -> Any:
-        """What the launches of a step read."""
+        """Return what the launches of a step read."""
         upload_table(self.group, np.array([[8, grad, 0]], np.int64), np.array([[1.0, 2.0]]))
         assert self.group.device_table is not None
         return self.group.device_table

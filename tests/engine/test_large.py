@@ -13,7 +13,7 @@ from tritopt.kernels.formats.weights import MASTERS
 from tritopt.kernels.language import INTERPRETED
 
 PERIOD = 7
-"""Of the gradients. 2^32 is no multiple, so what is written in the wrong place has the wrong value."""
+"""Period of the gradients. 2^32 is no multiple, so what is written in the wrong place has the wrong value."""
 RATE, DECAY = 2.0**-4, 0.125
 WINDOW = 1024
 NEEDED = 48 * 2**30
@@ -23,11 +23,11 @@ NEEDED = 48 * 2**30
 def gradients(n: int, device: torch.device) -> torch.Tensor:
     """Repeating; none is 0."""
     pattern = pattern_of(device)
-    found = torch.empty(n, dtype=torch.bfloat16, device=device)
+    filled = torch.empty(n, dtype=torch.bfloat16, device=device)
     whole = n // PERIOD * PERIOD
-    found[:whole].view(-1, PERIOD).copy_(pattern)
-    found[whole:].copy_(pattern[: n - whole])
-    return found
+    filled[:whole].view(-1, PERIOD).copy_(pattern)
+    filled[whole:].copy_(pattern[: n - whole])
+    return filled
 
 
 def pattern_of(device: torch.device) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 import tritopt
 from tritopt.engine import launcher
-from tritopt.engine.launcher import Launcher, no_launches
+from tritopt.engine.launcher import BoundKernel, no_launches
 
 # Real compilation for sm_90; what would be handed to the GPU is noted down.
 STUB = """
@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as triton_driver
 from tritopt import optim
 from tritopt.engine.plan import Planner, Task
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.kernels.formats.format import PLAIN
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.optimizers.adamw import AdamW
 from tritopt.optimizers.lamb import LAMB
@@ -66,7 +66,7 @@ steps = []
 rescale = torch.ones((), dtype=torch.float64)
 for step, scale in enumerate([None, None, None, rescale, rescale, rescale.clone(), rescale.float()]):
     scalars = opt.scalars(0.1, 0.0, step + 1)
-    planner.apply("", [task], [(1.0, 1.0, 0.0, *scalars)], Launch(opt.phases, type(scalars), opt.preamble, scale))
+    planner.apply("", [task], [(1.0, 1.0, 0.0, *scalars)], LaunchSpec(opt.phases, type(scalars), opt.preamble, scale))
     steps.append(list(launches))
     launches.clear()
 print(json.dumps([steps, loaded]))
@@ -80,19 +80,19 @@ EVERYTHING = (
 import tritopt
 from tritopt.tools.compiled import _step
 from tritopt.mxnet.registry import OPTIMIZERS
-found = {}
+n_launches = {}
 for name in tritopt.names():
     opt = OPTIMIZERS[name]()
     if opt.phases:
         for _ in range(2):
             _step(Planner(), opt, torch.float32, torch.float32, PLAIN)
-        found[name] = len(launches)
+        n_launches[name] = len(launches)
         launches.clear()
 from tritopt.kernels.formats.weights import MASTERS
 for master, states in (("split8", "int8"), ("split16", "bf16")):
     for _ in range(2):
         _step(Planner(), OPTIMIZERS["adamw"](state_dtype=states), torch.bfloat16, torch.bfloat16, MASTERS[master])
-    found[master] = len(launches)
+    n_launches[master] = len(launches)
     launches.clear()
 from tritopt.engine import clip
 clip.unavailable = lambda tensor: None
@@ -100,8 +100,8 @@ norm = clip.Clip()
 for inverse in (None, torch.ones((), dtype=torch.float64)):
     for _ in range(2):
         norm(torch.ones(5, 1, dtype=torch.float64), 1.0, inverse, None)
-found["clip"] = len(launches)
-print(json.dumps(found))
+n_launches["clip"] = len(launches)
+print(json.dumps(n_launches))
 """
 )
 
@@ -160,7 +160,7 @@ def test_a_launch_that_spills_gets_more_registers_from_the_next_step_on() -> Non
 
 
 class Kernel:
-    """In place of a jitted function."""
+    """Stand-in for a jitted function."""
 
     arg_names = ("pointer", "n", "SIZE")
 
@@ -178,7 +178,7 @@ class Kernel:
 def test_within_no_launches_nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "INTERPRETED", False)
     kernel, x = Kernel(), torch.zeros(4)
-    inside, outside = (Launcher(kernel, 3, {"SIZE": 4, "num_warps": 1, "enable_fp_fusion": False}) for _ in range(2))
+    inside, outside = (BoundKernel(kernel, 3, {"SIZE": 4, "num_warps": 1, "enable_fp_fusion": False}) for _ in range(2))
     with no_launches():
         assert inside(None, x, 1) is None
         inside(None, x, 1)
@@ -193,7 +193,7 @@ def test_within_no_launches_nothing_is_launched(monkeypatch: pytest.MonkeyPatch)
 def test_arguments_of_another_kind_go_by_way_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "INTERPRETED", False)
     kernel, x = Kernel(), torch.zeros(8)
-    bound = Launcher(kernel, 1, {"SIZE": 4, "enable_fp_fusion": False})
+    bound = BoundKernel(kernel, 1, {"SIZE": 4, "enable_fp_fusion": False})
     bound(None, x, 1)
     for other, is_new in ((torch.zeros(8), False), (x[1:], True), (x.double(), True), (None, True), (x, True)):
         kernel.calls.clear()

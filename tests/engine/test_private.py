@@ -45,9 +45,9 @@ UNDOCUMENTED = {
     "arg_names", "asm", "cache_key", "compile_module_from_src", "compute_local_shape_and_global_offset", "hooked",
     "is_constexpr", "knobs", "launch_enter_hook", "n_regs", "n_spills", "profile_hook_step",
 }  # fmt: skip
-"""Without an underscore, and in no documentation. (`metadata` is so common a name that it is not looked for.)"""
+"""Names without an underscore that no documentation has. (`metadata` is so common that it is not looked for.)"""
 DOCUMENTED = {"_asdict", "_fields", "_make", "_replace", "_exit", "_getframe"}
-"""With an underscore all the same: of named tuples, os and sys."""
+"""Names with an underscore that are documented all the same: of named tuples, os and sys."""
 
 
 # Where they stand.
@@ -107,15 +107,15 @@ def test_private_names_stand_in_one_file() -> None:
     forbidden = foreign(trees[HERE])
     assert {"_cdata", "_version", "_patch_lang", "_is_zerotensor", "cache_key"} <= forbidden
     own = set(itertools.chain.from_iterable(map(defined, trees.values())))
-    found, expected = [], set(EXCEPTIONS)
+    uses, expected = [], set(EXCEPTIONS)
     for path, tree in trees.items():
         for name, line, is_text in used(tree):
             is_foreign = is_private(name) and (hasattr(torch, name) or (name not in own and not is_text))
             if path != HERE and (name in forbidden or is_foreign):
-                found.append((path, name, line))
-    wrong = [f"{path}:{line}: {name}" for path, name, line in found if (path, name) not in expected]
+                uses.append((path, name, line))
+    wrong = [f"{path}:{line}: {name}" for path, name, line in uses if (path, name) not in expected]
     assert wrong == [], f"wrap these in {HERE}, with what is relied on, and try them here"
-    assert expected <= {(path, name) for path, name, _ in found}, "exceptions that nothing needs"
+    assert expected <= {(path, name) for path, name, _ in uses}, "exceptions that nothing needs"
 
 
 def test_triton_is_reached_through_one_file() -> None:
@@ -198,7 +198,7 @@ def _can_build() -> bool:
 
 @pytest.mark.skipif(not (HAS_TRITON and _can_build()), reason="nothing here can build walk.c")
 def test_a_machine_with_a_compiler_has_the_walk_in_c() -> None:
-    """Where it is missing, all other tests of it are skipped, and the warning of it is ignored."""
+    """All tests of the walk are skipped where it is missing, and the warning of it is ignored."""
     from tritopt.engine import walk
 
     assert not walk.chosen().complaint

@@ -125,7 +125,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process says in which kernels are compiled; a stub stands in for the GPU."""
+    """Run code in a process in which kernels are compiled, and return what it prints; a stub stands in for the GPU."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     folder = tmp_path_factory.mktemp("kernels")
     done = subprocess.run(

@@ -11,7 +11,7 @@ import torch
 
 import tritopt
 from tritopt import optim
-from tritopt.engine.group import Group
+from tritopt.engine.group import LaunchGroup
 from tritopt.engine.recent import MAX_SIZE, MIN_ENTRIES, Recent
 
 
@@ -55,7 +55,7 @@ def test_sets_of_gradients_that_differ_in_each_step_do_not_fill_the_memory(
 
     def members() -> int:
         gc.collect()
-        return sum(len(x.members) for x in gc.get_objects() if type(x) is Group)
+        return sum(len(x.members) for x in gc.get_objects() if type(x) is LaunchGroup)
 
     before = members()
     for _ in range(100):
@@ -63,7 +63,7 @@ def test_sets_of_gradients_that_differ_in_each_step_do_not_fill_the_memory(
         if updater is not None:
             updater(list(range(len(weights))), grads, [weight.detach() for weight in weights])
             continue
-        for weight, some in zip(weights, grads, strict=True):
-            weight.grad = some
+        for weight, given in zip(weights, grads, strict=True):
+            weight.grad = given
         opt.step()
     assert 0 < members() - before <= MAX_SIZE

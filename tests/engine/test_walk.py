@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -33,9 +31,9 @@ class Subclass(torch.Tensor):
 
 @pytest.fixture(params=["c", "python"])
 def ask(request: pytest.FixtureRequest) -> Walk:
-    found = IN_C if request.param == "c" else IN_PYTHON
-    assert found is not None
-    return found
+    chosen = IN_C if request.param == "c" else IN_PYTHON
+    assert chosen is not None
+    return chosen
 
 
 def tensors() -> list[torch.Tensor]:
@@ -46,12 +44,12 @@ def tensors() -> list[torch.Tensor]:
 @pytest.mark.parametrize("size", [0, 1, 3])
 def test_an_array_of_another_size_is_refused(size: int) -> None:
     assert IN_C is not None
-    some, out = [torch.zeros(1)] * 2, np.zeros(2, np.int64)
-    said = IN_C.describe(some, out, 8)
+    ones, out = [torch.zeros(1)] * 2, np.zeros(2, np.int64)
+    said = IN_C.describe(ones, out, 8)
     other = np.zeros(size, np.int64)
     for call, arguments in (
-        (IN_C.describe, (some, other, 8)),
-        (IN_C.are, (some, said, other)),
+        (IN_C.describe, (ones, other, 8)),
+        (IN_C.are, (ones, said, other)),
     ):
         with pytest.raises(ValueError, match="bytes"):
             call(*arguments)
@@ -59,24 +57,24 @@ def test_an_array_of_another_size_is_refused(size: int) -> None:
 
 
 def test_tensors_that_are_as_described(ask: Walk) -> None:
-    some = [*tensors(), torch.nn.Parameter(torch.zeros(3)), torch.zeros(2).as_subclass(Subclass)]
-    at = np.zeros(len(some), np.int64)
-    said = ask.describe(some, at, n_words(some))
-    assert at.tolist() == [tensor.data_ptr() for tensor in some]
-    assert ask.are(some, said, at)
-    assert not ask.are(some[:-1], said, at[:-1])
-    for i, data in ((0, some[0].clone()), (2, some[2].t()), (-2, some[-2].view(torch.int32))):
-        before, some[i] = some[i], data
-        assert not ask.are(some, said, at)
-        some[i] = before
-    some[-2].data = some[-2].data.clone()
-    assert not ask.are(some, said, at)
+    described = [*tensors(), torch.nn.Parameter(torch.zeros(3)), torch.zeros(2).as_subclass(Subclass)]
+    at = np.zeros(len(described), np.int64)
+    said = ask.describe(described, at, n_words(described))
+    assert at.tolist() == [tensor.data_ptr() for tensor in described]
+    assert ask.are(described, said, at)
+    assert not ask.are(described[:-1], said, at[:-1])
+    for i, data in ((0, described[0].clone()), (2, described[2].t()), (-2, described[-2].view(torch.int32))):
+        before, described[i] = described[i], data
+        assert not ask.are(described, said, at)
+        described[i] = before
+    described[-2].data = described[-2].data.clone()
+    assert not ask.are(described, said, at)
     empty = np.zeros(0, np.int64)
     assert ask.are([], ask.describe([], empty, 0), empty)
 
 
 class Wrapper(torch.Tensor):
-    """Without memory of its own, like a DTensor."""
+    """Tensor without memory of its own, like a DTensor."""
 
     _local_tensor: torch.Tensor
 
@@ -104,18 +102,18 @@ def test_states_that_are_as_they_were(ask: Walk) -> None:
         return answers[0]
 
     assert hold()
-    for some, key, other in (
+    for state, key, other in (
         (dicts[0], "a", a.clone()),
         (dicts[0], "step", torch.zeros(())),
         (dicts[1], "new", 1),
         (dicts[2], "user's", 2),
         (dicts[2], "sparse", sparse.clone()),
     ):
-        before = dict(some)
-        some[key] = other
+        before = dict(state)
+        state[key] = other
         assert not hold()
-        some.clear()
-        some.update(before)
+        state.clear()
+        state.update(before)
         assert hold()
     dicts[0]["renamed"] = dicts[0].pop("step")
     assert not hold()
@@ -137,7 +135,7 @@ def test_states_that_are_as_they_were(ask: Walk) -> None:
         assert hold()
     assert not ask.states_are(dicts[:2], said, table)
     assert not ask.states_are([*dicts, {}], said, table)
-    assert not ask.states_are([dict(some) for some in dicts], said, table)
+    assert not ask.states_are([dict(state) for state in dicts], said, table)
     assert not ask.states_are(dicts[::-1], said, table)
 
 
@@ -234,7 +232,7 @@ def test_the_same_objects(ask: Walk) -> None:
 def test_dicts_that_have_changed(ask: Walk) -> None:
     value = torch.zeros(2)
     dicts: list[dict[Any, Any]] = [{"a": value, "b": 1.5}, {"a": 2.5}, {}]
-    before = [tuple(chain.from_iterable(some.items())) for some in dicts]
+    before = [tuple(chain.from_iterable(group.items())) for group in dicts]
     assert ask.changed(dicts, before) == []
     assert ask.changed(dicts, before) == []
     dicts[1]["a"] = float("2.5")  # equal, and another
@@ -276,20 +274,17 @@ def test_objects_are_not_kept_alive() -> None:
     assert [sys.getrefcount(x) for x in (param, param.grad, dicts[0]["a"], dicts[0])] == counts
 
 
-@pytest.mark.parametrize(("value", "expected"), [("python", "True"), ("", "False")])
-def test_the_environment_can_insist_on_python(value: str, expected: str) -> None:
-    program = "from tritopt.engine import walk; print(walk.walk() is walk.IN_PYTHON)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "TRITOPT_WALK": value}, capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.strip() == expected
+@pytest.mark.parametrize(("value", "is_python"), [("python", True), ("", False)])
+def test_the_environment_can_insist_on_python(value: str, is_python: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITOPT_WALK", value)
+    monkeypatch.setattr(walk, "_found", [])
+    assert (walk.walk() is IN_PYTHON) == is_python
 
 
 @pytest.fixture
 def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tritopt.engine._walk", None)  # an import then raises ImportError
-    monkeypatch.setattr(walk, "_found", [])
+    monkeypatch.setattr(walk, "_chosen", [])
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def counts(trainer: Any) -> tuple[dict[Any, int], int]:
 
 
 class Snapshot:
-    """What a step that fails must leave as it was."""
+    """State of a Trainer that a step which fails must leave as it was."""
 
     def __init__(self, trainer: tritopt.Trainer) -> None:
         self._trainer = trainer

@@ -45,7 +45,7 @@ def in_rank(function: Callable[..., Any], *arguments: Any) -> Any:
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_processes_are_one_with_the_doubled_batch(name: str, scaled: bool, pair: World) -> None:
-    """Within the rounding of a sum that is formed in another order; and the same in both, bit for bit."""
+    """The processes agree bit for bit, and with one process within the rounding of a sum in another order."""
     first, second = pair.run(in_rank, steps, name, torch.float32, scaled)
     assert_same(first, second)
     expected = steps(name, torch.float32, scaled, None)
@@ -185,7 +185,7 @@ def test_processes_agree_on_what_is_stale(req: str, method: str, pair: World) ->
 
 
 def overflow() -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """In process 1 alone."""
+    """Overflow in process 1 alone: what both have then."""
     model = Model()
     trainer = tritopt.Trainer(model, "sgd", loss_scaler=tritopt.LossScaler())
     with trainer.scale_loss(loss_of(model, batch_of(0))) as scaled:
@@ -245,7 +245,7 @@ def plain_ddp() -> list[torch.Tensor]:
 
 
 def test_ddp_does_it_itself(pair: World) -> None:
-    """Its mean over processes and the batch of one process are the sum and the batch of all."""
+    """A mean over processes with the batch of one process is the sum with the batch of all."""
     (first, messages, names), (second, *_) = pair.run(under_ddp)
     assert_same(first, second)
     for got, right in zip(first, plain_ddp(), strict=True):

@@ -28,7 +28,7 @@ def backward(model: nn.Module, step: int) -> None:
 
 
 def test_write_drops_gradients() -> None:
-    """So a Gluon script, which never zeroes them, does not add them up."""
+    """A Gluon script, which never zeroes gradients, does not add them up."""
     model = Model()
     trainer = tritopt.Trainer(model, "sgd")
     backward(model, 0)
@@ -104,7 +104,7 @@ def test_the_stale_ones_are_named() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("req", ["write", "add"])
 def test_stale_ones_are_left_alone_if_they_are_ignored(req: str, fused: bool) -> None:
-    """They are not updated and not counted; the others are, as in an Updater of their own."""
+    """Stale ones are not updated and not counted; the others are, as in an Updater of their own."""
     if fused:
         pytest.importorskip("triton")
     model = Model()
@@ -257,7 +257,7 @@ def test_sparse_gradients() -> None:
 
 
 def test_gradients_of_inference_mode() -> None:
-    """They count no writes; as another tensor each time they are fresh."""
+    """Such gradients count no writes; as another tensor each time they are fresh."""
     p = nn.Parameter(torch.zeros(2))
     p.grad_req = "add"  # type: ignore[attr-defined]
     trainer = tritopt.Trainer([p], "sgd", {"learning_rate": 1.0, "use_fused_step": False})

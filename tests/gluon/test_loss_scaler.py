@@ -164,7 +164,7 @@ def test_overflow_skips_and_halves(value: float, clip: float | None, fused: bool
 
 @BOTH_PATHS
 def test_fp16_training_finds_its_scale(fused: bool) -> None:
-    """From a scale that overflows fp16, to one that does not; and then it learns."""
+    """Training begins with a scale that overflows fp16, comes to one that does not, and learns."""
     model = Model(torch.float16)
     scaler = LossScaler(2.0**24)
     trainer = tritopt.Trainer(
@@ -241,7 +241,7 @@ def test_a_step_inside_scale_loss_is_refused(method: str) -> None:
 
 
 def test_a_step_without_a_scaled_loss_is_refused() -> None:
-    """Its gradients would be divided by a scale that they do not have."""
+    """Gradients would be divided by a scale that they do not have."""
     model = Model()
     trainer = tritopt.Trainer(model, "adam", loss_scaler=LossScaler())
     for step in range(2):

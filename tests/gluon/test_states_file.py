@@ -126,7 +126,7 @@ def test_names_do_not_matter_where_there_are_none(tmp_path: Path) -> None:
 
 
 def saved(path: Path, scaler: bool = False, name: str = "adam") -> dict[str, Any]:
-    """What a Trainer after two steps has saved."""
+    """Content of the file that a Trainer saves after two steps."""
     model = Model()
     trainer = trainer_of(model, name, scaler)
     train(trainer, model, range(2))

@@ -22,7 +22,7 @@ pytest.importorskip("sklearn")
 
 
 class Run(NamedTuple):
-    """What a run of the example came to."""
+    """Outcome of a run of the example."""
 
     tensors: list[torch.Tensor]
     """Weights, masters and moments."""
@@ -99,7 +99,7 @@ def weights_after(*arguments: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_two_processes_are_one_with_the_whole_batch(dtype: str, pair: World) -> None:
-    """Within the rounding of gradients, as a share of the distance that the weights have moved."""
+    """Differences are the rounding of gradients, small beside the distance that the weights have moved."""
     arguments = ["--dtype", dtype, "--epochs", "1", "--stop-after"]
     first, second = pair.run(weights_after, *arguments, "12")
     assert_same(first, second)

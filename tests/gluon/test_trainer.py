@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_updater_bit_for_bit(name: str, dtype: torch.dtype, fused: bool) -> None:
-    """With multipliers by pattern here and by index there, batches of several sizes, and a rate that changes."""
+    """Multipliers are by pattern here and by index there, batches have several sizes, and the rate changes."""
     arguments = {"learning_rate": 0.1, "wd": 0.05, "multi_precision": True, "use_fused_step": fused, **OPTIMIZERS[name]}
     model = Model(dtype)
     other = copy.deepcopy(model)
@@ -143,7 +143,7 @@ def test_tied_parameters_count_once() -> None:
 
 
 def test_parameters_that_take_shape_later() -> None:
-    """As with Gluon's deferred initialization, a Trainer may come before the first forward pass."""
+    """A Trainer may come before the first forward pass, as with Gluon's deferred initialization."""
     model = nn.LazyLinear(3)
     trainer = tritopt.Trainer(model, "adam")
     model(torch.ones(2, 5)).sum().backward()
@@ -196,7 +196,7 @@ def test_multipliers_of_parameters_are_read_live() -> None:
 
 @BOTH_PATHS
 def test_max_grad_norm(fused: bool) -> None:
-    """Of the gradients after the division."""
+    """The norm is that of the gradients after the division."""
     p, q = (nn.Parameter(torch.zeros(1)) for _ in range(2))
     trainer = tritopt.Trainer([p, q], "sgd", {"learning_rate": 1.0, "use_fused_step": fused}, max_grad_norm=2.5)
     for _ in range(2):

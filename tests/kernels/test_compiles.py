@@ -24,7 +24,6 @@ from tritopt.tools.cost import bytes_per_parameter
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS
 from tritopt.kernels.formats.states import STATE_FORMATS
-from tritopt.engine.driver import Apply
 from tritopt.mxnet.optimizer import with_api
 from tritopt.mxnet.registry import OPTIMIZERS
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -33,13 +32,13 @@ rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, 
 packed = [(bf16, bf16, fmt) for fmt in MASTERS.values() if fmt is not MASTER_FP32]
 is_all = sys.argv[2] == "all"
 rows = [{"case": "norm", **launch._asdict()} for launch in compile_norm(bf16, arch)]
-rules = {found.rule for found in vars(tritopt.optim).values() if hasattr(found, "rule")}
+rules = {cls.rule for cls in vars(tritopt.optim).values() if hasattr(cls, "rule")}
 own = [rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")]
 torchs = {rule.__name__: with_api(rule) for rule in own}
-found = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
-for name, rule in found.items():
+optimizers = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
+for name, rule in optimizers.items():
     for variant in rule.variants:
-        takes_all = all(isinstance(phase, Apply) for phase in rule(**variant).phases)
+        takes_all = all(phase.is_driver for phase in rule(**variant).phases)
         wanted = common + (rare if name in ("adamw", "lamb", "sgd", "adan", "lans") else [])
         wanted += packed if takes_all and (is_all or name in ("adamw", "lion", "signum")) else []
         wanted = [(*dtypes_and_format, None) for dtypes_and_format in wanted]
@@ -63,7 +62,7 @@ print(json.dumps(rows))
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """In a process of its own: this one interprets kernels."""
+    """Compile in a process of its own: this one interprets kernels."""
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -99,9 +98,9 @@ def test_rows_move_128_bits_at_a_time(rows: list[dict[str, Any]]) -> None:
         "bfloat16 torch.bfloat16 plain": (1 + 1 + 1, 1),
         "float64 torch.float64 plain": (4 + 4 + 4, 4),
     }
-    found = [row for row in rows if row["kernel"].startswith("row_")]
-    assert found
-    for row in found:
+    launches = [row for row in rows if row["kernel"].startswith("row_")]
+    assert launches
+    for row in launches:
         assert wide(row) == expected[row["case"].partition("} torch.")[2]], row["case"]
 
 
@@ -137,6 +136,6 @@ def test_kernels_say_their_name(rows: list[dict[str, Any]]) -> None:
 
 
 def test_one_worker_compiles(request: pytest.FixtureRequest) -> None:
-    """Where pytest-xdist does not keep groups together, silently, each worker compiles all of it."""
+    """Each worker would compile all of it if pytest-xdist did not keep groups together, silently."""
     if getattr(request.config.option, "loadgroup", False):
         assert request.node.nodeid.endswith("@compiles")

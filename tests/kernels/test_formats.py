@@ -52,8 +52,8 @@ def directed(is_square: bool) -> torch.Tensor:
     edges = from_bits([*EDGES, *(bits - 2**31 for bits in EDGES)])
     finite = edges[edges.isfinite()]
     bits = torch.randint(-(2**31), 2**31, (3 * BLOCK,), generator=generator, dtype=torch.int64, device="cpu")
-    some = torch.randn(3, BLOCK, generator=generator, device="cpu").to(edges.device)
-    outlier = some[2].clone()
+    normal = torch.randn(3, BLOCK, generator=generator, device="cpu").to(edges.device)
+    outlier = normal[2].clone()
     outlier[0] = 1e30
     blocks = [
         edges.repeat(3)[: 3 * BLOCK],
@@ -61,8 +61,8 @@ def directed(is_square: bool) -> torch.Tensor:
         edges[edges.abs() < 1e-30].repeat(BLOCK)[:BLOCK],
         *(torch.full((BLOCK,), x) for x in (0.0, -0.0, torch.nan, torch.inf, 2.0**-149, 2.0**-126, 2.0**127)),
         *(torch.full((BLOCK,), x) for x in (1.0, 1.0 + 2.0**-23, 1.0 - 2.0**-24)),  # where a scale becomes the next
-        some[0],
-        some[1] * 1e-20,
+        normal[0],
+        normal[1] * 1e-20,
         outlier,
         torch.arange(BLOCK, dtype=torch.float32) ** 4,
         torch.linspace(0, 1, BLOCK) ** 8,
@@ -127,14 +127,14 @@ def launch(kernel: Any, planes: tuple[torch.Tensor, ...], *args: Any, **options:
         kernel[(1,)](first, second, *args, **options, SIZE=SIZE, enable_fp_fusion=False)
 
 
-def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal in every bit; of NaN, which has many, any two will do."""
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    if found.is_floating_point():
-        assert torch.equal(found.isnan(), expected.isnan())
-        found, expected = found[~found.isnan()], expected[~expected.isnan()]
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.dtype.itemsize]
-    torch.testing.assert_close(found.view(integer), expected.view(integer), rtol=0, atol=0)
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    if actual.is_floating_point():
+        assert torch.equal(actual.isnan(), expected.isnan())
+        actual, expected = actual[~actual.isnan()], expected[~expected.isnan()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.dtype.itemsize]
+    torch.testing.assert_close(actual.view(integer), expected.view(integer), rtol=0, atol=0)
 
 
 # All there is; a tail that ends within a block and within eight neighbours; one element.
@@ -158,8 +158,8 @@ def test_kernel_stores_what_its_twin_does(fmt: Format, dtype: torch.dtype, n: in
         numbers = torch.tensor([*noise[:4], int(noise.step), noise.shift, 0])
         launch(store_block, planes, value, numbers, n, STORE_FN=fmt.store, DRAWS=fmt.draws, IS_FULL=n == SIZE)
         fmt.encode(part(fmt, expected, n), value[:n], *([noise] if fmt.draws else []))
-        for found, wanted in zip(planes, expected, strict=True):
-            assert_same_bits(found, wanted)
+        for actual, wanted in zip(planes, expected, strict=True):
+            assert_same_bits(actual, wanted)
 
 
 def every_plane(fmt: Format, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
@@ -183,7 +183,7 @@ def edges_of(dtype: torch.dtype) -> torch.Tensor:
 
 @EVERY_FORMAT
 def test_kernel_loads_what_its_twin_does(fmt: Format, dtype: torch.dtype) -> None:
-    """And what it loads is shown as the very weight that was loaded, whatever stands beside that."""
+    """A loaded value is also shown as the very weight that was loaded, whatever stands beside that."""
     compute, name = (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
     for planes, n in product(every_plane(fmt, dtype), (SIZE, SIZE - BLOCK - 3)):
         value = torch.full((SIZE,), 77.0, dtype=compute)

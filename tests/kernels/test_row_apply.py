@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tritopt.engine.group import Group
-from tritopt.engine.phase import Launch
+from tritopt.engine.group import LaunchGroup
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.row_phase import ApplyRows
 from tritopt.engine.tuning.config import Config
@@ -56,7 +56,7 @@ def plain_task(weight: torch.Tensor, grad: torch.Tensor) -> Task:
 
 
 def run(tasks: list[Task], factors: list[float], common: tuple[float, ...] = COMMON, **options: Any) -> None:
-    launch = Launch((PHASE,), Scale, "decoupled", **options)
+    launch = LaunchSpec((PHASE,), Scale, "decoupled", **options)
     Planner().apply("key", tasks, [(*common, factor) for factor in factors], launch)
 
 
@@ -165,12 +165,12 @@ def test_offsets_beyond_2_to_the_31() -> None:
         weight, grad = (torch.from_numpy(np.zeros(shape, dtype=np.float16)) for _ in range(2))
     grad[-1] = 3.0
     state = torch.zeros(last + 1, 1)
-    group = Group([0], weight.device, (PLAIN,), (torch.float16, torch.float16, torch.float32), [weight.shape])
+    group = LaunchGroup([0], weight.device, (PLAIN,), (torch.float16, torch.float16, torch.float32), [weight.shape])
     words = [weight.data_ptr(), grad.data_ptr(), state.data_ptr(), 0]
     group.device_table = torch.tensor([*words, *np.array([*COMMON, 1.0]).view(np.int64).tolist()])
     # One program alone, whose row is `last`.
     group.tables("rows", lambda shapes: (np.array([[columns, -last]]), np.zeros(1, dtype=np.int32)))
-    PHASE.launch(group, Launch((PHASE,), Scale, "decoupled", config=CONFIG), None)
+    PHASE.launch(group, LaunchSpec((PHASE,), Scale, "decoupled", config=CONFIG), None)
     assert weight[-1].tolist() == [6.0] * columns
     assert state[-1].item() == 3.0
     assert not weight[-3:-1].any()

@@ -35,7 +35,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Counted:
-    """What one launch touches."""
+    """Bytes that one launch touches."""
 
     kernel: str
     loads: list[tuple[np.ndarray[Any, Any], int]] = field(default_factory=list)
@@ -121,7 +121,7 @@ class Step:
 
     @property
     def by_formula(self) -> tuple[float, float, float]:
-        """Likewise, what tritopt.tools.cost says."""
+        """Count the bytes that tritopt.tools.cost says of the same step."""
         (group,) = self.opt.param_groups
         rule, fmt = optimizer_of(self.opt.rule_of(group)), self.opt.layout_of(self.weight, group).format
         rule.state_dtype = group["state_dtype"]

@@ -1,4 +1,4 @@
-"""What users get wrong: an error that names the value and the way out, before anything is written.
+"""Mistakes of users: an error that names the value and the way out, before anything is written.
 
 Every bad call is made in the middle of a training run, which must then go on as if the call had never been made.
 """

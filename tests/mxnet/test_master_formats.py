@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import tritopt
-from tritopt.engine.driver import Apply
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import Config
 from tritopt.kernels.formats.weights import MASTERS
@@ -34,7 +33,7 @@ def random(seed: int, *shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 
 def draws_where_it_cannot(opt: tritopt.Optimizer, master: str) -> bool:
-    return MASTERS[master].draws and not all(isinstance(phase, Apply) for phase in opt.phases)
+    return MASTERS[master].draws and not all(phase.is_driver for phase in opt.phases)
 
 
 def sums(opt: tritopt.Optimizer) -> bool:
@@ -257,7 +256,7 @@ def masters_after_a_step(master: str, seed: int, first: int = 0) -> torch.Tensor
 
 @pytest.mark.parametrize("master", [*MASTERS, None])
 def test_update_takes_states_of_either_kind(master: str | None) -> None:
-    """As MXNet: `update` goes by the state."""
+    """`update` goes by the state, as MXNet's does."""
     opt, weight = create("adam", master), random(0, 20)
     both = opt.create_state_multi_precision(0, weight)
     for state in (both, opt.create_state(0, weight)):
@@ -267,7 +266,7 @@ def test_update_takes_states_of_either_kind(master: str | None) -> None:
 
 
 class Ported(tritopt.Optimizer):
-    """As MXNet has them."""
+    """Optimizer that is written as MXNet's are."""
 
     def create_state(self, index: Any, weight: torch.Tensor) -> Any:
         return None
@@ -296,14 +295,14 @@ def test_an_optimizer_that_overrides_step_sees_fp32_masters() -> None:
 
 @pytest.mark.parametrize("master", [name for name, fmt in MASTERS.items() if fmt.companion])
 def test_a_weight_that_is_negated_by_a_bit_has_a_master(master: str) -> None:
-    """From its creation on, and in another format."""
+    """The master is right from its creation on, and in another format."""
     opt, weight = create("sgd", master, use_fused_step=False), random(0, 7)
     for each in (weight, torch._neg_view(-weight)):
         state = opt.create_state_multi_precision(0, each)
-        found = MASTERS[master].decode((each, state[0]), F32)
-        assert torch.equal(found, weight.float())
+        decoded = MASTERS[master].decode((each, state[0]), F32)
+        assert torch.equal(decoded, weight.float())
         assert torch.equal(
-            MASTERS["fp32"].decode((each, create("sgd", "fp32").convert_state(0, each, state)[0]), F32), found
+            MASTERS["fp32"].decode((each, create("sgd", "fp32").convert_state(0, each, state)[0]), F32), decoded
         )
 
 

@@ -103,7 +103,7 @@ def test_the_norm_is_that_of_rescaled_gradients(fused: bool, rescale: Any) -> No
 @BOTH_PATHS
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_a_norm_that_is_not_finite_skips(fused: bool, value: float) -> None:
-    """As such a rescale_grad does: weights and states stay, counts advance."""
+    """Weights and states stay and counts advance, as with such a rescale_grad."""
     run = Run("adam", fused, max_grad_norm=1.0)
     run.step()
     before = run.tensors()
@@ -175,7 +175,7 @@ def test_sparse_gradients(fused: bool, lazy: bool) -> None:
 
 
 def test_replayed_updates_clip_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And are as good as built ones, also where the bound comes and goes between them."""
+    """Replays are as good as built updates, also where the bound comes and goes between them."""
     pytest.importorskip("triton")
     made: list[int] = []
     original = tritopt.Optimizer._run_again

@@ -50,7 +50,7 @@ def test_what_a_parameter_carries_comes_before_all(kind: str) -> None:
 
 @KINDS
 def test_changes_are_seen(kind: str) -> None:
-    """Also those that nobody announces."""
+    """Changes that nobody announces count too."""
     opt = optimizer()
     getattr(opt, f"set_{kind}")({"*.bias": 2.0, "*.*": 4.0})
     assert factors(opt, kind) == [4.0, 2.0, 4.0, 2.0]

@@ -45,7 +45,7 @@ class Recorder(LRScheduler):
 
 
 class Symbol:
-    """As much of MXNet's Symbol as an optimizer reads; attributes are strings there."""
+    """The part of MXNet's Symbol that an optimizer reads; attributes are strings there."""
 
     def attr_dict(self) -> dict[str, dict[str, str]]:
         return {"fc_weight": {"__lr_mult__": "2.0"}, "fc_bias": {"__wd_mult__": "0.0"}, "aux": {"__lr_mult__": "9.0"}}
@@ -1008,7 +1008,7 @@ def test_autograd_notices_the_update(name: str, fused: bool, dtype: torch.dtype)
 
 @BOTH_PATHS
 def test_hyperparameters_may_be_assigned_between_steps(fused: bool) -> None:
-    """Also for another parameter at the same count and rate."""
+    """A new value counts for every parameter, also where count and rate are as before."""
     opt = tritopt.SGD(learning_rate=1.0, momentum=0.5, use_fused_step=fused)
     weights = [torch.zeros(2), torch.zeros(2)]
     states = states_of(opt, weights)

@@ -55,7 +55,7 @@ class Layout(NamedTuple):
     gaps: tuple[int, ...]
     """Every how manieth place of each dimension is used."""
     offset: int
-    """Elements in front."""
+    """Number of elements in front of the tensor in its memory."""
 
 
 def contiguous(shape: tuple[int, ...]) -> Layout:
@@ -122,7 +122,7 @@ class Problem:
     parameters: tuple[Parameter, ...]
     options: dict[str, Any]
     scale: float
-    """Of the gradients."""
+    """Size of the gradients."""
     seed: int
 
 
@@ -318,7 +318,7 @@ def test_several_chunks(config: str, dtype: torch.dtype) -> None:
 @settings(max_examples=5, **PROFILE)
 @given(st.lists(st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, 3e38, 1.0]), min_size=1, max_size=40))
 def test_special_gradients(config: str, grads: list[float]) -> None:
-    """What is not finite, subnormal or enormous goes through both paths alike, and clipping keeps NaN."""
+    """Numbers that are not finite, subnormal or enormous go through both paths alike, and clipping keeps NaN."""
     name, kwargs = CONFIGS[config]
     for clip_gradient in (None, 0.5):
         results = []
@@ -337,7 +337,7 @@ def test_special_gradients(config: str, grads: list[float]) -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 1030])
 def test_lanes_past_the_end_add_nothing_to_a_norm(size: int) -> None:
-    """They hold 0 / 0 where epsilon is 0."""
+    """Lanes past the end hold 0 / 0 where epsilon is 0."""
     results = []
     for fused in (True, False):
         opt = tritopt.LAMB(learning_rate=0.1, epsilon=0.0, use_fused_step=fused)

@@ -54,7 +54,7 @@ def test_static_methods_are_the_module_s_functions() -> None:
 def test_register_is_a_decorator() -> None:
     @tritopt.register
     class MyOptimizer(tritopt.SGD):
-        """Registered at once."""
+        """Optimizer that is registered at once."""
 
     assert MyOptimizer.__name__ == "MyOptimizer"
     assert type(tritopt.create("myoptimizer")) is MyOptimizer
@@ -163,7 +163,7 @@ def test_lazy_update_is_unknown_where_it_does_not_exist(name: str) -> None:
 def test_keywords_of_a_custom_optimizer_are_suggested_too() -> None:
     @tritopt.register
     class Custom(Optimizer):
-        """With an argument of its own."""
+        """Optimizer with an argument of its own."""
 
         def __init__(self, temperature: float = 1.0, **kwargs: Any) -> None:
             super().__init__(**kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -27,9 +28,9 @@ def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Planner, "config", Config(block_size=64, chunk_size=128, num_warps=1))
 
 
-def random(seed: int, dtype: torch.dtype = BF16) -> list[torch.Tensor]:
+def random(seed: int, dtype: torch.dtype = BF16, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[torch.Tensor]:
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
 def flatten(state: Any) -> list[torch.Tensor]:
@@ -39,14 +40,16 @@ def flatten(state: Any) -> list[torch.Tensor]:
 
 
 class Run:
-    """Some weights, trained."""
+    """Weights and states of an optimizer that was trained."""
 
     def __init__(self, opt: tritopt.Optimizer, dtype: torch.dtype = BF16) -> None:
-        self.opt, self.weights, self.dtype = opt, random(0, dtype), dtype
+        self.shapes = [shape for shape in SHAPES if len(shape) == 2] if isinstance(opt, tritopt.Muon) else SHAPES
+        self.opt, self.weights, self.dtype = opt, random(0, dtype, self.shapes), dtype
         self.states = [opt.create_state_multi_precision(i, weight) for i, weight in enumerate(self.weights)]
 
     def step(self, seed: int) -> None:
-        self.opt.update_multi_precision(list(range(len(SHAPES))), self.weights, random(seed, self.dtype), self.states)
+        grads = random(seed, self.dtype, self.shapes)
+        self.opt.update_multi_precision(list(range(len(grads))), self.weights, grads, self.states)
 
     def tensors(self) -> list[torch.Tensor]:
         return [*self.weights, *flatten(self.states)]
@@ -164,7 +167,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 
     class Own(tritopt.Optimizer):
         def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-            """Nothing."""
+            """Do nothing."""
 
     with pytest.raises(ValueError, match="state_dtype='int8' is not for Own, which overrides step"):
         Own(state_dtype="int8")

@@ -441,7 +441,7 @@ def test_an_attribute_that_cannot_be_plain_is_named() -> None:
 
 def test_an_optimizer_that_is_not_registered_is_named() -> None:
     class Unknown(tritopt.SGD):
-        """Never registered."""
+        """Optimizer that is never registered."""
 
     with pytest.raises(TypeError, match=r"Unknown.* register it"):
         tritopt.get_updater(Unknown()).get_states(dump_optimizer=True)

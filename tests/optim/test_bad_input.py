@@ -1,4 +1,4 @@
-"""What does not fit is refused before anything is written: in torch's words where torch refuses it too."""
+"""Input that does not fit is refused before anything is written: in torch's words where torch refuses it too."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ TORCHS = [
     if twin(cls)
     for bad in BAD_ARGUMENTS
     if set(bad) <= set(options_of(twin(cls), **bad)) and not (cls.__name__ == "Adafactor" and "eps" in bad)  # a pair
+    if not (cls is optim.Muon and "eps" in bad)  # of any sign in torch: a norm is at least 0
     if not (cls is SGD and any(value is math.nan for value in bad.values()))  # torch's takes NaN, see below
 ]
 OURS = [

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import tritopt
-from tests.support.training import CLASSES, EVERY_CLASS, Params, assert_same, counts, everything, parameters, set_grads
+from tests.support.training import (
+    CLASSES,
+    EVERY_CLASS,
+    OF_MATRICES,
+    Params,
+    assert_same,
+    counts,
+    everything,
+    parameters,
+    set_grads,
+)
 from tritopt import optim
 from tritopt.mxnet.registry import OPTIMIZERS
 from tritopt.rule import Rule
@@ -40,7 +50,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize(("rule", "variant"), VARIANTS)
 def test_scalars_are_those_of_the_host(rule: type[Rule], variant: dict[str, Any]) -> None:
-    """For learning rates that are numbers and that are tensors, and a vector of counts."""
+    """Learning rates are numbers and tensors, counts a vector."""
     made, wd = rule(**variant), 0.1 if rule.decays else 0.0
     lrs = [lr for lr in LRS if lr or not rule.skips_zero_lr]  # scalars of a rate of 0 are never read there
     counts = torch.tensor(COUNTS, dtype=torch.float64)
@@ -51,10 +61,10 @@ def test_scalars_are_those_of_the_host(rule: type[Rule], variant: dict[str, Any]
             for i, count in enumerate(COUNTS)
         ]
         for rate in (lr, torch.tensor(lr, dtype=torch.float64)):
-            found = made.scalars_at("p", rate, wd, counts, *numbers.values())
-            assert type(found) is type(expected[0])
-            for i, (column, values) in enumerate(zip(found, zip(*expected, strict=True), strict=True)):
-                name = f"{type(found)._fields[i]} at lr={lr}"  # type: ignore[attr-defined]
+            actual = made.scalars_at("p", rate, wd, counts, *numbers.values())
+            assert type(actual) is type(expected[0])
+            for i, (column, values) in enumerate(zip(actual, zip(*expected, strict=True), strict=True)):
+                name = f"{type(actual)._fields[i]} at lr={lr}"  # type: ignore[attr-defined]
                 assert all(isinstance(value, float | int) for value in values), f"{name} is no number on the host"
                 column = torch.as_tensor(column, dtype=torch.float64).expand(len(COUNTS)).tolist()
                 for count, got, value in zip(COUNTS, column, values, strict=True):
@@ -69,12 +79,12 @@ def test_scalars_are_exact_where_the_power_is(rule: type[Rule], variant: dict[st
         numbers = [0.7] * len(rule.scalar_states)
         expected = made.scalars_at("p", 0.01, wd, count, *numbers)
         tensors = [torch.tensor(x, dtype=torch.float64, device="cpu") for x in (0.01, count, *numbers)]
-        found = made.scalars_at("p", tensors[0], wd, *tensors[1:])
-        assert [float(x) for x in found] == [float(x) for x in expected]
+        actual = made.scalars_at("p", tensors[0], wd, *tensors[1:])
+        assert [float(x) for x in actual] == [float(x) for x in expected]
 
 
 def shapes_of(cls: Class) -> tuple[tuple[int, ...], ...]:
-    return ((5, 7), (2, 3), (1, 4)) if cls is optim.GroupAdaGrad else ((5, 7), (6,), (2, 3, 2))
+    return ((5, 7), (2, 3), (1, 4)) if cls in OF_MATRICES else ((5, 7), (6,), (2, 3, 2))
 
 
 def follow(cls: Class, capturable: bool, lrs: Sequence[float], each: Callable[[Any], None] | None = None) -> Params:
@@ -112,7 +122,7 @@ def test_goes_where_the_host_path_goes(cls: Class) -> None:
 
 @EVERY_CLASS
 def test_learning_rate_that_changes_in_place_is_seen(cls: Class) -> None:
-    """Also 0, which some rules divide by: they leave weight and states alone then."""
+    """Some rules divide by the learning rate: at 0 they leave weight and states alone."""
     lrs = [0.01, 0.0, 0.05, 0.02]
     states: dict[bool, list[list[torch.Tensor]]] = {True: [], False: []}
     got, expected = (
@@ -128,7 +138,7 @@ def test_learning_rate_that_changes_in_place_is_seen(cls: Class) -> None:
 @pytest.mark.parametrize("fused", [True, False], ids=["kernel", "reference"])
 @pytest.mark.parametrize("cls", [optim.Ftrl, optim.FTML])
 def test_learning_rate_of_0_on_the_device_touches_nothing(cls: Class, fused: bool) -> None:
-    """Of its own group; the other one moves in the same launch."""
+    """Only its own group stands still; the other one moves in the same launch."""
     params, lr = parameters(shapes=((5, 7), (6,))), torch.tensor(0.01, dtype=torch.float64)
     groups = [{"params": params[:1], "lr": lr}, {"params": params[1:], "lr": 0.02}]
     opt = cls(groups, capturable=True, fused=fused)
@@ -150,7 +160,7 @@ READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "cpu
 
 @pytest.fixture
 def no_host_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reads a tensor on the host raises, if it is asked by tritopt itself or by torch on its behalf."""
+    """Let every read of a tensor on the host raise, if it is asked by tritopt itself or by torch on its behalf."""
 
     def forbidden(name: str) -> Callable[..., Any]:
         original = getattr(torch.Tensor, name)
@@ -174,7 +184,7 @@ def no_host_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 @EVERY_CLASS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_nothing_is_read_on_the_host(cls: Class, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    """After the first steps; with a loss scale, the flag of a GradScaler, and a bound on the norm."""
+    """The first steps may read; later ones have a loss scale, the flag of a GradScaler, and a bound on the norm."""
     params = parameters(dtype, shapes_of(cls))
     lr = torch.tensor(0.01)
     opt = cls(params, lr=lr, capturable=True, fused=True, max_grad_norm=1.0)
@@ -203,7 +213,7 @@ def test_a_read_on_the_host_would_be_seen(request: pytest.FixtureRequest) -> Non
 
 @EVERY_CLASS
 def test_a_skipped_step_leaves_everything(cls: Class) -> None:
-    """Also the very first one: what follows it is a first step."""
+    """The very first step may be skipped too: what follows it is a first step."""
     runs = []
     for skipped in ((1, 3), ()):
         params = parameters(shapes=shapes_of(cls))

@@ -103,7 +103,7 @@ def test_nothing_is_written_where_nothing_is_clipped(max_norm: float, is_skipped
 def test_bit_identical_from_run_to_run() -> None:
     params = with_grads(torch.float32)
     again = copies(params)
-    totals = [tritopt.clip_grad_norm_(some, 0.5) for some in (params, again)]
+    totals = [tritopt.clip_grad_norm_(parameters, 0.5) for parameters in (params, again)]
     assert torch.equal(*totals)
     assert_same(grads_of(params), grads_of(again))
 
@@ -232,7 +232,7 @@ def test_complex_gradients_are_left_to_torch() -> None:
 
 
 def test_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In PyTorch's operations, the same but for the order of the sum."""
+    """PyTorch's operations give the same but for the order of the sum."""
     monkeypatch.setattr("tritopt.engine.clip.unavailable", lambda tensor: "no kernel here")
     params = [*with_grads(torch.float32), *with_grads(torch.bfloat16)]
     before, norm = grads_of(params), exact_norm(params)

@@ -185,8 +185,8 @@ def test_clipped_by_hand_between_unscale_and_step() -> None:
 def test_several_groups_and_missing_gradients() -> None:
     params, expected = parameters(), parameters()
     opts: list[Any] = [
-        AdamW(list[Any]([{"params": some[:1], "lr": 0.05}, {"params": some[1:], "betas": (0.5, 0.6)}]), capturable=c)
-        for some, c in ((params, False), (expected, True))
+        AdamW(list[Any]([{"params": owned[:1], "lr": 0.05}, {"params": owned[1:], "betas": (0.5, 0.6)}]), capturable=c)
+        for owned, c in ((params, False), (expected, True))
     ]
     scaled_steps(opts[0], params[:2], range(3))
     plain_steps(opts[1], expected[:2], range(3))
@@ -219,7 +219,7 @@ def test_a_scaler_that_is_switched_off() -> None:
 
 
 def test_plain_steps_after_scaled_ones() -> None:
-    """And the scaler leaves nothing behind on the optimizer."""
+    """The scaler leaves nothing behind on the optimizer."""
     params, expected = parameters(), parameters()
     opt, plain = AdamW(params, lr=0.01), AdamW(expected, lr=0.01, capturable=True)
     scaled_steps(opt, params, range(3))

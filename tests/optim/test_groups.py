@@ -40,18 +40,18 @@ RATES = [-1.0, math.nan, math.inf, "x", [1], None, torch.tensor([0.1, 0.2]), tor
 
 def wrong(cls: Class) -> list[tuple[str, Any]]:
     """Values that no group of a class may have."""
-    found = [(name, value) for name, values in OURS.items() for value in values]
-    found += [(name, value) for name in ("lr", "weight_decay") for value in RATES]
+    pairs = [(name, value) for name, values in OURS.items() for value in values]
+    pairs += [(name, value) for name in ("lr", "weight_decay") for value in RATES]
     for name, default in arguments_of(cls).items():
         if isinstance(default, bool):
-            found += [(name, value) for value in ("no", None, 2)]
+            pairs += [(name, value) for value in ("no", None, 2)]
         elif name == "betas":
-            found += [
+            pairs += [
                 (name, value) for value in ((2.0,) * len(default), default[:-1], 0.9, "x", (-0.1,) * len(default))
             ]
         elif name in ("eps", "momentum", "rho", "alpha", "lr_decay", "momentum_decay", "trust_coefficient"):
-            found += [(name, value) for value in ((-1.0,) * len(default) if isinstance(default, tuple) else -1.0, "x")]
-    return found
+            pairs += [(name, value) for value in ((-1.0,) * len(default) if isinstance(default, tuple) else -1.0, "x")]
+    return pairs
 
 
 def case_of(cls: Class) -> tuple[Any, Any]:

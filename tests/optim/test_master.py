@@ -167,7 +167,7 @@ def _by_a_new_block(p: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _at_the_same_address(p: torch.Tensor, value: torch.Tensor) -> None:
-    """As an allocator gives it to weights that come back from the host."""
+    """Put a weight where another one was, as an allocator does with weights that come back from the host."""
     block = p.data
     p.data = torch.empty(0, dtype=p.dtype)
     p.data = block.copy_(value)
@@ -187,8 +187,8 @@ KEPT = {
     "auto": 2.0**-8, "fp32": 0.0, "split16": 2.0**-8, "split8": 2.0**-8, "kahan": 2.0**-8, "stochastic": 2.0**-7,
     None: 2.0**-8,
 }  # fmt: skip
-"""By master, the share of a written bf16 weight that may be left over from another, or rounded off: what lies within
-half an ulp completes the written weight too, as far as anyone can tell. A whole copy never does."""
+"""Share of a written bf16 weight that may be left over from another or rounded off, by master: what lies within half an
+ulp completes the written weight too, as far as anyone can tell. A whole copy never does."""
 WITH_MASTERS = pytest.mark.parametrize(
     ("master", "dtype"),
     [(master, torch.bfloat16) for master in KEPT]
@@ -196,14 +196,15 @@ WITH_MASTERS = pytest.mark.parametrize(
     ids=lambda x: str(x).removeprefix("torch."),
 )
 WRITTEN = {1: 7.0, 4: 2.0**-6}
-"""By step, after the first and between two that are replayed: a weight larger than before, and a smaller one."""
+"""Sizes of the weights that are written, by the step after which: larger ones than before after the first, smaller ones
+between two that are replayed."""
 
 
-def is_written(master: str | None, value: torch.Tensor, moved: torch.Tensor, found: torch.Tensor) -> bool:
+def is_written(master: str | None, value: torch.Tensor, moved: torch.Tensor, updated: torch.Tensor) -> bool:
     bound = KEPT[master] and KEPT[master] + 2.0**-15
     if value.dtype == torch.float16:
         bound = KEPT["fp32"] if master == "auto" else bound / 8
-    return bool(((found - (value.float() - moved)).abs() <= bound * value).all())
+    return bool(((updated - (value.float() - moved)).abs() <= bound * value).all())
 
 
 MOVES = [_by_a_new_block]
@@ -233,7 +234,7 @@ def written(writes: Sequence[Write], params: Sequence[torch.Tensor], number: flo
 def test_a_weight_that_is_written_in_any_way_is_the_truth(
     writes: list[Write], master: str | None, dtype: torch.dtype, fused: bool, capturable: bool
 ) -> None:
-    """Also where no version counter moves: the step reads the weight."""
+    """No version counter moves in some of these ways: the step reads the weight."""
     writes = allowed(writes)
     params = parameters(dtype, ((3, 5),) * len(writes))
     opt = optim.SGD(params, lr=2.0**-10, fused=fused, master=master, capturable=capturable)
@@ -244,9 +245,9 @@ def test_a_weight_that_is_written_in_any_way_is_the_truth(
         opt.step()
         if fused and step > 1:
             assert (opt._stepper._last is warm) == (writes != MOVES or step not in WRITTEN)
-        for write, value, p, found in zip(writes, values, params, opt.master_weights(), strict=False):
+        for write, value, p, updated in zip(writes, values, params, opt.master_weights(), strict=False):
             assert p.grad is not None
-            assert is_written(master, value, 2.0**-10 * p.grad.float(), found), write.__name__
+            assert is_written(master, value, 2.0**-10 * p.grad.float(), updated), write.__name__
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["kernel", "reference"])
@@ -267,8 +268,8 @@ def test_it_is_the_truth_for_the_other_face(
         grads = [p.detach() for p in parameters(dtype, ((3, 5),) * len(weights), seed=step + 1)]
         opt.update_multi_precision(indices, weights, grads, states)
         for write, value, p, grad, state in zip(writes, values, weights, grads, states, strict=False):
-            found = fmt.decode((p, state[0]) if fmt.companion else (p,), torch.float32)
-            assert is_written(master, value, 2.0**-10 * grad.float(), found), write.__name__
+            updated = fmt.decode((p, state[0]) if fmt.companion else (p,), torch.float32)
+            assert is_written(master, value, 2.0**-10 * grad.float(), updated), write.__name__
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["kernel", "reference"])
@@ -276,7 +277,7 @@ def test_it_is_the_truth_for_the_other_face(
 @pytest.mark.parametrize("master", ["fp32", "kahan"])
 @EVERY_CLASS
 def test_every_phase_takes_a_weight_that_is_written(cls: Any, master: str, dtype: torch.dtype, fused: bool) -> None:
-    """As if its master had been written too; every other element keeps its low bits.
+    """The result is as if the master had been written too; every other element keeps its low bits.
 
     The new weights are so small that compensations of the old ones are above half an ulp.
     """
@@ -309,18 +310,18 @@ def test_a_model_that_is_loaded_takes_its_masters_along() -> None:
 
 
 def test_master_weights_are_masters_where_there_are_some() -> None:
-    """In the order of the parameters, over all groups."""
+    """Their order is that of the parameters, over all groups."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.bfloat16)
     params = [parameters(dtype, ((2, 3),))[0] for dtype in dtypes]
     last: dict[str, Any] = {"params": params[4:], "multi_precision": False}
     opt = optim.AdamW([{"params": params[:3]}, {"params": params[3:4]}, last])
     assert_same(opt.master_weights(), [p.detach() for p in params])
     train(opt, params, range(1, 2))
-    found = opt.master_weights()
-    assert [weight.dtype for weight in found] == [
+    masters = opt.master_weights()
+    assert [weight.dtype for weight in masters] == [
         torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16,
     ]  # fmt: skip
-    for i, (p, weight) in enumerate(zip(params, found, strict=True)):
+    for i, (p, weight) in enumerate(zip(params, masters, strict=True)):
         assert opt.state[p].keys() & COMPANIONS == {0: {"master_remainder"}, 2: {"master_param"}}.get(i, set())
         assert (weight.data_ptr() == p.data_ptr()) == (i not in (0, 2))
         assert not weight.requires_grad

@@ -52,7 +52,8 @@ def saved_by(cls: Class, has_stepped: bool, **options: Any) -> dict[str, Any]:
 
 
 def outcome(cls: Class, saved: dict[str, Any]) -> tuple[str, str]:
-    """What becomes of it, and what is said. Steps are those of the reference: loading is the same for both."""
+    """Load a checkpoint, and return what becomes of it and what is said. Steps are the reference's: loading is the
+    same."""
     params = parameters()
     opt = cls(params, fused=False, **options_of(cls))
     train(opt, params, range(1))

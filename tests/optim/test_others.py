@@ -332,8 +332,8 @@ def test_nag_is_torchs_nesterov_momentum_at_a_constant_rate() -> None:
 def test_sgld_goes_by_name_or_position_and_by_seed() -> None:
     def noise(seed: int, *names: str, reverse: bool = False) -> list[torch.Tensor]:
         params = [torch.nn.Parameter(torch.zeros(3, 4)) for _ in range(2)]
-        some: Any = list(zip(names, params, strict=True)) if names else params
-        opt = optim.SGLD(some[::-1] if reverse else some, seed=seed)
+        given: Any = list(zip(names, params, strict=True)) if names else params
+        opt = optim.SGLD(given[::-1] if reverse else given, seed=seed)
         for p in params:
             p.grad = torch.zeros_like(p)
         opt.step()

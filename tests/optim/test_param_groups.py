@@ -20,7 +20,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Its head is tied to its embedding."""
+    """Blocks between an embedding and a head that is tied to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def test_named_parameters_do_as_well_as_a_module(form: Any) -> None:
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, tritopt.optim.AdamW, tritopt.optim.LAMB])
 def test_any_torch_optimizer_takes_them(cls: Any) -> None:
-    """And steps as with groups that are written by hand."""
+    """Steps are those with groups that are written by hand."""
     models = [Model() for _ in range(2)]
     rules = {"*.bias": {"weight_decay": 0.0}, "*.norm.weight": {"lr": 0.01}}
     groups = param_groups(models[0], rules, default={"weight_decay": 0.5})

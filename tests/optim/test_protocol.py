@@ -84,7 +84,7 @@ class Kernels(Recorder):
         self.noted: list[Any] = []
 
     def kernel(self, kernel: Any, grid: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
-        """Note it."""
+        """Note a launch."""
         self.noted.append(kernel)
 
 
@@ -388,7 +388,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 
 
 def test_no_scheduler_of_torch_is_forgotten() -> None:
-    """Also those of later releases."""
+    """Schedulers of later releases must be in the list as well."""
     assert {*lr_scheduler.__all__} - {"LRScheduler"} <= {*SCHEDULERS}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tritopt
-from tests.support.training import CLASSES, options_of
+from tests.support.training import CLASSES, OF_MATRICES, options_of
 from tritopt import optim
 from tritopt.engine import arrays
 
@@ -18,15 +18,15 @@ SPECIAL = torch.tensor([0.0, -0.0, 1e-42, -1e-42, 3e38, float("inf"), float("-in
 
 def parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
     generator = torch.Generator("cpu").manual_seed(0)
-    found = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
-    found.append(torch.nn.Parameter(SPECIAL.to(dtype).clone()))
-    found.append(torch.nn.Parameter(torch.randn(4, 6, generator=generator).to(dtype).t()))
-    return found
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    params.append(torch.nn.Parameter(SPECIAL.to(dtype).clone()))
+    params.append(torch.nn.Parameter(torch.randn(4, 6, generator=generator).to(dtype).t()))
+    return params
 
 
 def train(cls: Any, dtype: torch.dtype, n_steps: int = 3, **options: Any) -> list[torch.Tensor]:
     params = parameters(dtype)
-    if cls in (optim.GroupAdaGrad,):
+    if cls in OF_MATRICES:
         params = [p for p in params if p.dim() == 2]
     opt = cls(params, fused=False, **options_of(cls), **options)
     generator = torch.Generator("cpu").manual_seed(1)
@@ -65,19 +65,19 @@ def test_arrays_give_the_bits_of_tensors(
 
 
 def n_of_arrays(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    found: list[bool] = []
+    are_arrays: list[bool] = []
 
     def recording(task: Any) -> Any:
         made = arrays.arrays_of(task)
-        found.append(made is not None)
+        are_arrays.append(made is not None)
         return made
 
     monkeypatch.setattr("tritopt.rule.arrays_of", recording)
-    return found
+    return are_arrays
 
 
 def test_what_is_no_plain_small_tensor_stays_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = n_of_arrays(monkeypatch)
+    are_arrays = n_of_arrays(monkeypatch)
     params = [
         torch.nn.Parameter(torch.ones(8)),
         torch.nn.Parameter(torch.ones(arrays.MAX_ELEMENTS + 1)),
@@ -90,7 +90,7 @@ def test_what_is_no_plain_small_tensor_stays_torchs(monkeypatch: pytest.MonkeyPa
     params[3].grad = torch._neg_view(torch.ones(8))
     params[4].grad = torch._efficientzerotensor((8,), dtype=torch.float32)
     optim.SGD(params, lr=1.0, fused=False).step()
-    assert found == [True, False, False, False, False]
+    assert are_arrays == [True, False, False, False, False]
     assert [param[0].item() for param in params] == [0.0, 0.0, 0.0, 2.0, 1.0]
 
 

@@ -36,7 +36,7 @@ Parameters = Sequence[torch.Tensor]
 
 
 def loss_of(params: Parameters, step: int) -> torch.Tensor:
-    """Its gradients depend on the weights: a wrong update shows in all that follow."""
+    """Loss whose gradients depend on the weights: a wrong update shows in all that follow."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(step)
     terms = [(p.float() * torch.randn(p.shape, generator=generator)).sin().sum() for p in params]
     return torch.stack(terms).sum()
@@ -89,7 +89,7 @@ def test_every_class_gives_the_bits_of_a_step_after_backward(cls: Class, dtype: 
 @pytest.mark.parametrize("master", ["fp32", "split16", "split8", "kahan", "stochastic", None])
 def test_every_master_gives_the_same_bits(master: str | None, fused: bool | None) -> None:
     params, others = parameters(torch.bfloat16), parameters(torch.bfloat16)
-    released, usual = (in_groups(AdamW, some, master=master, fused=fused) for some in (params, others))
+    released, usual = (in_groups(AdamW, owned, master=master, fused=fused) for owned in (params, others))
     release_gradients(params, released)
     train(usual, others, range(4))
     train(released, params, range(4))
@@ -100,11 +100,11 @@ def test_every_master_gives_the_same_bits(master: str | None, fused: bool | None
 def test_steps_and_rates_on_the_device_give_the_same_bits(cls: Class) -> None:
     params, others = parameters(), parameters()
     made = []
-    for some in (params, others):
+    for owned in (params, others):
         options = options_of(cls, lr=torch.tensor(0.01), capturable=True)
         if cls is optim.Adafactor:
             options = {"lr": torch.tensor(0.01)}
-        made.append(cls(named(some), **options))
+        made.append(cls(named(owned), **options))
     release_gradients(params, made[0])
     train(made[1], others, range(3))
     train(made[0], params, range(3))
@@ -125,10 +125,10 @@ def test_a_parameter_counts_its_own_steps() -> None:
     params, others = parameters(), parameters()
     released, usual = in_groups(AdamW, params), in_groups(AdamW, others)
     release_gradients(params, released)
-    for opt, some in ((released, params), (usual, others)):
-        train(opt, some, range(1))
-        train(opt, some[:1], range(1, 3))
-        train(opt, some[1:], range(3, 5))
+    for opt, owned in ((released, params), (usual, others)):
+        train(opt, owned, range(1))
+        train(opt, owned[:1], range(1, 3))
+        train(opt, owned[1:], range(3, 5))
     assert [released.state[p]["step"].item() for p in params] == [3, 3, 3]
     train(released, params[2:], range(5, 6))
     train(usual, others[2:], range(5, 6))
@@ -206,8 +206,8 @@ def test_sparse_gradients() -> None:
     params, others = parameters(), parameters()
     released, usual = optim.SGD(params, lr=0.1), optim.SGD(others, lr=0.1)
     release_gradients(params, released)
-    for opt, some in ((released, params), (usual, others)):
-        functional.embedding(torch.tensor([0, 3, 3]), some[0], sparse=True).square().sum().backward()
+    for opt, owned in ((released, params), (usual, others)):
+        functional.embedding(torch.tensor([0, 3, 3]), owned[0], sparse=True).square().sum().backward()
         opt.step()
     assert_same(everything(released), everything(usual))
 
@@ -359,13 +359,13 @@ def test_weights_that_others_write_take_their_masters_along() -> None:
     params, others = parameters(torch.bfloat16), parameters(torch.bfloat16)
     released, usual = in_groups(AdamW, params), in_groups(AdamW, others)
     release_gradients(params, released)
-    for opt, some in ((released, params), (usual, others)):
+    for opt, owned in ((released, params), (usual, others)):
 
-        def clamp(step: int, some: Parameters = some) -> None:
+        def clamp(step: int, owned: Parameters = owned) -> None:
             with torch.no_grad():
-                some[step % 3].clamp_(-0.25, 0.25)
+                owned[step % 3].clamp_(-0.25, 0.25)
 
-        train(opt, some, range(4), clamp)
+        train(opt, owned, range(4), clamp)
     assert_same(everything(released), everything(usual))
 
 
@@ -466,12 +466,12 @@ def test_without_its_optimizer_gradients_stay() -> None:
 
 
 def refused(error: type[Exception], match: str, opt: Any, params: Any) -> None:
-    """By release_gradients, which leaves no hook behind."""
+    """Expect an error of release_gradients, which leaves no hook behind."""
     with pytest.raises(error, match=match):
         release_gradients(params, opt)
-    some = opt.param_groups[0]["params"]
-    loss_of(some, 0).backward()
-    assert all(p.grad is not None for p in some if p.requires_grad)
+    owned = opt.param_groups[0]["params"]
+    loss_of(owned, 0).backward()
+    assert all(p.grad is not None for p in owned if p.requires_grad)
 
 
 def test_the_global_norm() -> None:
@@ -596,7 +596,8 @@ def test_a_weight_that_is_read_after_its_update_is_autograd_s_error() -> None:
 
 
 def refused_distributed() -> None:
-    """In a process group: a wrapper is found around the module, around a list, and after the release; DTensors."""
+    """Expect errors in a process group: for a wrapper around the module, around a list, and after the release; for
+    DTensors."""
     from torch.distributed.fsdp import fully_shard
 
     inner = torch.nn.Linear(4, 4)

@@ -350,17 +350,17 @@ def from_scratch(change: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(change: str, language: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if language == "python":
-        monkeypatch.setattr(walk, "_found", [walk.MEANT])
-    found, expected = after(change, is_warm=True), from_scratch(change)
-    assert len(found) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        monkeypatch.setattr(walk, "_chosen", [walk.MEANT])
+    actual, expected = after(change, is_warm=True), from_scratch(change)
+    assert len(actual) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed_by_steps_in_turn(change: str) -> None:
-    found, expected = (after(change, is_warm, in_turn=True) for is_warm in (True, False))
-    assert len(found) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual, expected = (after(change, is_warm, in_turn=True) for is_warm in (True, False))
+    assert len(actual) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -382,7 +382,7 @@ def test_gradients_of_other_parameters_in_turn(
     cls: type[optim.Optimizer], capturable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two heads that take turns, experts without tokens: each set of gradients is looked at once."""
-    found = []
+    runs = []
     for is_warm in (True, False):
         params = parameters()
         opt = options(params, cls)
@@ -398,13 +398,13 @@ def test_gradients_of_other_parameters_in_turn(
         monkeypatch.undo()
         # A first step makes states, and so does the first of those that had no gradient in it.
         assert not is_warm or len(built) == len(WITHOUT)
-        found.append(values(opt, params))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        runs.append(values(opt, params))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_steps_that_share_a_launch_keep_their_own_addresses() -> None:
     """Parameters that draw random bits are updated by a launch of their own: the others' is the same without them."""
-    found = []
+    runs = []
     for is_warm in (True, False):
         low = torch.ones(8, dtype=torch.bfloat16)
         params: list[torch.Tensor] = [torch.nn.Parameter(value) for value in (torch.ones(8), low)]
@@ -418,14 +418,14 @@ def test_steps_that_share_a_launch_keep_their_own_addresses() -> None:
             if not is_warm:
                 forget(opt)
             opt.step()
-        found.append(values(opt, params))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        runs.append(values(opt, params))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("state_dtype", ["int8", "fp32"])
 def test_a_weight_that_lies_otherwise_beside_gradients_that_are_new(state_dtype: str) -> None:
     """States whose elements share scales lie as their parameter does, also where their own tensors are the same."""
-    found = []
+    runs = []
     for is_warm in (True, False):
         torch.manual_seed(0)
         params = [torch.randn(64, 64).requires_grad_() for _ in range(3)]
@@ -439,8 +439,8 @@ def test_a_weight_that_lies_otherwise_beside_gradients_that_are_new(state_dtype:
             if not is_warm:
                 forget(opt)
             opt.step()
-        found.append(values(opt, params))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        runs.append(values(opt, params))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_parameters_that_were_removed_are_let_go() -> None:
@@ -524,7 +524,7 @@ def test_a_name_that_changes_decides_on_random_bits() -> None:
 
 
 def test_states_that_are_moved_to_shared_memory_stay_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who sends a state_dict to another process once does not pay for it in every step."""
+    """A state_dict that is sent to another process once does not cost anything in every later step."""
     params = parameters()
     opt = options(params, optim.AdamW)
     for step in range(3):
@@ -564,7 +564,7 @@ def test_a_sparse_gradient_is_noticed() -> None:
 
 
 def both_ways(run: Callable[[Callable[[optim.Optimizer], None]], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """What `run` returns where it leaves warm steps alone, and where each of its steps starts cold."""
+    """Return what `run` returns where it leaves warm steps alone, and where each of its steps starts cold."""
     return [run(lambda opt: None), run(forget)]
 
 
@@ -659,7 +659,7 @@ def test_released_parameters_in_another_order() -> None:
 @pytest.mark.parametrize("inside", [(0,), (1, 2), (0, 1, 2, 3)])
 def test_inference_mode(inside: tuple[int, ...]) -> None:
     """A step may be made there, the first one too, and others outside of it."""
-    found = []
+    runs = []
     for steps_inside in (inside, ()):
         params = parameters()
         opt = options(params, optim.AdamW)
@@ -667,13 +667,13 @@ def test_inference_mode(inside: tuple[int, ...]) -> None:
             set_grads(params, step)
             with torch.inference_mode(step in steps_inside):
                 opt.step()
-        found.append(values(opt, params))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        runs.append(values(opt, params))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("how", ["values", "dicts", "all"])
 def test_replaced_states_are_given_back(how: str) -> None:
-    """Who moves states to the host between two phases of training wants the device's memory."""
+    """Moving states to the host between two phases of training gives back the device's memory."""
     params = parameters()
     opt = options(params, optim.AdamW)
     for step in range(3):

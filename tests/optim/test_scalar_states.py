@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tests.support.world import forks
 from tritopt import optim
 
 State = dict[str, Any]
@@ -56,7 +54,7 @@ def _of_numpy(state: State, name: str) -> None:
 
 
 def _nothing(state: State, name: str) -> None:
-    """As it is."""
+    """Leave the number as it is."""
 
 
 WRITES: dict[str, Callable[[State, str], None]] = {
@@ -78,7 +76,7 @@ def train(make: Any, write: Callable[[State, str], None], name: str, device_numb
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(3, 2)) for _ in range(3)]
     opt = make(params)
-    found: list[Any] = []
+    history: list[Any] = []
     for step in range(7):
         generator = torch.Generator().manual_seed(step)
         for i, param in enumerate(params):
@@ -89,10 +87,10 @@ def train(make: Any, write: Callable[[State, str], None], name: str, device_numb
             write(opt.state[params[2]], name)
         opt.step()
         numbers = [float(opt.state[param][name]) for param in params]
-        found.append((numbers, torch.cat([param.detach().clone() for param in params])))
+        history.append((numbers, torch.cat([param.detach().clone() for param in params])))
     saved = copy.deepcopy(opt.state_dict())["state"]
-    assert [float(saved[i][name]) for i in range(3)] == found[-1][0]
-    return found
+    assert [float(saved[i][name]) for i in range(3)] == history[-1][0]
+    return history
 
 
 COUNTS = [("AdamW", "step"), ("NAdam", "step"), ("Adagrad", "step"), ("RAdam", "step")]
@@ -106,8 +104,8 @@ CASES += [("NAdam", "mu_product", write) for write in ("nothing", "shared", "sha
 def test_numbers_count_as_torchs_do(write: str, name: str, number: str, options: dict[str, Any]) -> None:
     theirs = train(lambda params: getattr(torch.optim, name)(params, foreach=False), WRITES[write], number)
     ours = train(lambda params: getattr(optim, name)(params, **options), WRITES[write], number)
-    for (expected, expected_weights), (found, weights) in zip(theirs, ours, strict=True):
-        assert found == pytest.approx(expected, rel=1e-6)
+    for (expected, expected_weights), (actual, weights) in zip(theirs, ours, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-6)
         torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
 
 
@@ -180,20 +178,18 @@ def test_processes_count_in_one_tensor(name: str, when: str) -> None:
         torch.testing.assert_close(weight, results[0][1])
 
 
-_THROUGH_A_QUEUE = """
-import torch, torch.multiprocessing as mp
-from tritopt.optim import AdamW
-
-def reader(queue, is_done):
+def _read(queue: Any, is_done: Any) -> None:
     queue.get()
     is_done.set()
 
-if __name__ == "__main__":
-    context = mp.get_context("spawn")
+
+def test_a_state_dict_that_was_sent_to_another_process() -> None:
+    """Sending moves the counts' memory, and frees what they were in."""
+    context = forks()
     queue, is_done = context.Queue(), context.Event()
     model = torch.nn.Linear(64, 64)
-    opt = AdamW(model.parameters(), lr=1e-3)
-    process = context.Process(target=reader, args=(queue, is_done))
+    opt = optim.AdamW(model.parameters(), lr=1e-3)
+    process = context.Process(target=_read, args=(queue, is_done))
     process.start()
     for step in range(6):
         for param in model.parameters():
@@ -201,21 +197,10 @@ if __name__ == "__main__":
         opt.step()
         if step == 2:
             queue.put(opt.state_dict())
-            is_done.wait()
+            assert is_done.wait(60)
             process.join()
-    print({float(state["step"]) for state in opt.state.values()})
-"""
-
-
-def test_a_state_dict_that_was_sent_to_another_process(tmp_path: Any) -> None:
-    """Sending moves the counts' memory, and frees what they were in."""
-    script = tmp_path / "send.py"
-    script.write_text(_THROUGH_A_QUEUE)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "{6.0}"
+            assert all(state["step"].is_shared() for state in opt.state.values())
+    assert {float(state["step"]) for state in opt.state.values()} == {6.0}
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": False}, {"capturable": True}], ids=str)

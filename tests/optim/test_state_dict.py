@@ -40,16 +40,16 @@ def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def make(cls: type, params: Any, **options: Any) -> Any:
-    """With those of the options that the class has."""
+    """Construct a class with those of the options that it has."""
     known = options_of(cls, **options) if cls in CLASSES else {"lr": 0.01, **options}
     return cls(params, **known)
 
 
 def variants(cls: Class) -> list[dict[str, Any]]:
     """Options that change which states there are."""
-    found: list[dict[str, Any]] = [{}]
+    arguments: list[dict[str, Any]] = [{}]
     known = options_of(cls, amsgrad=True, momentum=0.9, centered=True)
-    return found + [{name: value} for name, value in known.items() if name != "lr"]
+    return arguments + [{name: value} for name, value in known.items() if name != "lr"]
 
 
 CASES = pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_torch_goes_on_as_in_torch(cls: Class) -> None:
     start = clone(params)
     train(theirs, params, range(3, 8))
     train(opt, ours, range(3, 8))
-    assert_follows(ours, params, start, 5)
+    assert_follows(ours, params, start, 5, cls)
 
 
 @WITH_TWIN
@@ -145,7 +145,7 @@ def test_torch_goes_on_from_our_checkpoint(cls: Class) -> None:
     start = clone(params)
     train(opt, params, range(3, 8))
     train(theirs, theirs_params, range(3, 8))
-    assert_follows(params, theirs_params, start, 5)
+    assert_follows(params, theirs_params, start, 5, cls)
 
 
 @WITH_TWIN
@@ -166,15 +166,15 @@ def test_a_bf16_checkpoint_of_torch_gets_masters_with_one_warning(cls: Class) ->
     for i, p in enumerate(params):
         for name, value in saved["state"][i].items():
             if isinstance(value, torch.Tensor):
-                found = opt.state[p][name]
-                assert found.dtype == torch.float32
-                assert torch.equal(found, value.float())
+                loaded_state = opt.state[p][name]
+                assert loaded_state.dtype == torch.float32
+                assert torch.equal(loaded_state, value.float())
     train(opt, params, range(3, 5))
     assert not torch.equal(opt.master_weights()[0], params[0].detach().float())
 
 
 def test_a_step_that_is_a_plain_int() -> None:
-    """As torch saved it before 1.12."""
+    """torch saved it so before 1.12."""
     params = parameters()
     theirs = torch.optim.Adam(params, lr=0.01)
     train(theirs, params, range(3))
@@ -410,7 +410,7 @@ def test_what_is_loaded_from_is_not_changed() -> None:
 
 
 def test_state_of_no_parameter_is_kept() -> None:
-    """As torch keeps it."""
+    """torch keeps it, too."""
     params = parameters()
     opt: Any = SGD(params, momentum=0.9)
     train(opt, params, range(1))

@@ -1,4 +1,4 @@
-"""How states are stored: `state_dtype=` of tritopt.optim."""
+"""Formats of states: `state_dtype=` of tritopt.optim."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.training import CLASSES, assert_same, everything, options_of, parameters, set_grads
+from tests.support.training import CLASSES, OF_MATRICES, assert_same, everything, options_of, parameters, set_grads
 from tritopt import optim
-from tritopt.engine.driver import Apply
 from tritopt.engine.plan import Planner
 from tritopt.engine.random_keys import noise_key
 from tritopt.engine.state_dtype import stored
@@ -74,12 +73,12 @@ def test_rounding_keeps_the_mean(fmt: Format) -> None:
     value = torch.rand(BLOCK, generator=generator, device="cpu") ** 4 + 1e-3
     value = value if "squares" in fmt.name else value * torch.randn(BLOCK, generator=generator, device="cpu").sign()
     draws = 4000
-    found = fmt.decode(planes_of(fmt, value.repeat(draws)), F32).view(draws, BLOCK).double()
-    low, high = found.amin(0), found.amax(0)
+    decoded = fmt.decode(planes_of(fmt, value.repeat(draws)), F32).view(draws, BLOCK).double()
+    low, high = decoded.amin(0), decoded.amax(0)
     assert ((low <= value) & (value <= high)).all()
-    assert ((found == low) | (found == high)).all()
+    assert ((decoded == low) | (decoded == high)).all()
     deviation = (high - low) / 2 / draws**0.5
-    assert ((found.mean(0) - value).abs() <= 4.5 * deviation + 2.0**-15 * value.abs()).all()
+    assert ((decoded.mean(0) - value).abs() <= 4.5 * deviation + 2.0**-15 * value.abs()).all()
 
 
 @EVERY_FORMAT
@@ -98,21 +97,21 @@ def test_what_is_stored_stays(fmt: Format) -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
 def test_the_largest_of_a_block_keeps_its_size(fmt: Format, scale: float) -> None:
     value = scale * torch.linspace(0.5, 1.0, BLOCK, device="cpu")
-    found = fmt.decode(planes_of(fmt, value), F32)
+    decoded = fmt.decode(planes_of(fmt, value), F32)
     bits = PRECISION[fmt.name.split()[0]]
-    assert ((found - value).abs() <= 2.0**-bits * value).all()
+    assert ((decoded - value).abs() <= 2.0**-bits * value).all()
 
 
 @EVERY_FORMAT
 def test_edges(fmt: Format) -> None:
     value = torch.zeros(2 * BLOCK, device="cpu")
     value[0], value[1] = 1.0, 1e-9
-    found = fmt.decode(planes_of(fmt, value), F32)
-    assert (found[BLOCK:] == 0).all()
-    assert abs(found[0] - 1) < 2.0**-5
-    assert (found[2:BLOCK] == 0).all()
+    decoded = fmt.decode(planes_of(fmt, value), F32)
+    assert (decoded[BLOCK:] == 0).all()
+    assert abs(decoded[0] - 1) < 2.0**-5
+    assert (decoded[2:BLOCK] == 0).all()
     if "squares" in fmt.name or fmt.name == "bf16":
-        assert found[1] > 0  # its root divides
+        assert decoded[1] > 0  # its root divides
     assert fmt.decode(planes_of(fmt, torch.full((BLOCK,), torch.nan, device="cpu")), F32).isnan().all()
 
 
@@ -122,7 +121,7 @@ HUGE = (1e20, 8e37, 8.3e37, 1.2e38, 2.0**127, 1.8e38, 3e38, torch.finfo(F32).max
 @pytest.mark.parametrize("huge", HUGE)
 @EVERY_FORMAT
 def test_what_is_too_large_leaves_its_block_finite(fmt: Format, huge: float) -> None:
-    """Nor does rounding up lead out of fp32, at whatever draw, and however often a state is stored again."""
+    """Rounding up does not lead out of fp32 either, at whatever draw, and however often a state is stored again."""
     if not fmt.block:
         return
     value = torch.linspace(0.0, 1.0, BLOCK, device="cpu")
@@ -140,31 +139,29 @@ def test_nan_is_its_own_affair(fmt: Format) -> None:
     value = torch.linspace(0.5, 1.0, BLOCK, device="cpu")
     expected = fmt.decode(planes_of(fmt, value), F32)
     value[3] = torch.nan
-    found = fmt.decode(planes_of(fmt, value), F32)
+    decoded = fmt.decode(planes_of(fmt, value), F32)
     others = torch.arange(BLOCK, device="cpu") != 3
-    assert torch.equal(found[others], expected[others])
-    assert found[3].isnan() == (not fmt.block)
+    assert torch.equal(decoded[others], expected[others])
+    assert decoded[3].isnan() == (not fmt.block)
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8", "fp8"])
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @KERNEL_AND_REFERENCE
-def test_a_gradient_that_is_not_finite_ruins_its_own_weight_alone(
-    cls: Any, bad: float, fused: bool | None, name: str
-) -> None:
-    """Just as with fp32 states."""
-    found = []
+def test_a_gradient_that_is_not_finite_ruins_its_own_weight_alone(cls: Any, fused: bool | None, name: str) -> None:
+    """Just as with fp32 states: one in each of three blocks, and none in a fourth."""
+    bad, are_finite = torch.tensor([torch.inf, -torch.inf, torch.nan]), []
     for state_dtype in (name, None):
-        param = torch.nn.Parameter(torch.ones(2, BLOCK))
+        param = torch.nn.Parameter(torch.ones(4, BLOCK))
         opt = make(cls, [param], state_dtype=state_dtype, fused=fused)
         for step in range(4):
             param.grad = torch.ones_like(param)
             if step == 1:
-                param.grad[0, 0] = bad
+                param.grad[:3, 0] = bad
             opt.step()
-        found.append(param.detach().isfinite())
-    assert torch.equal(*found)
-    assert found[0].sum() >= 2 * BLOCK - 1
+        are_finite.append(param.detach().isfinite())
+    assert torch.equal(*are_finite)
+    assert are_finite[0][:3, 1:].all()
+    assert are_finite[0][3].all()
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8", "fp8"])
@@ -187,17 +184,16 @@ def test_nan_of_either_sign_has_one_code(cls: Any, fused: bool | None, name: str
 @KERNEL_AND_REFERENCE
 def test_a_finite_gradient_leaves_its_neighbours_finite(cls: Any, fused: bool | None, name: str) -> None:
     """But of optimizers by sums, where fp32 states give NaN to the whole tensor too."""
-    for huge in HUGE[:-1]:
-        found = []
-        for state_dtype in (name, None):
-            param = torch.nn.Parameter(torch.zeros(2, BLOCK))
-            opt = make(cls, [param], state_dtype=state_dtype, fused=fused)
-            for sign in (1, -1, 1, 1):
-                param.grad = torch.ones_like(param)
-                param.grad[0, 0] = sign * huge
-                opt.step()
-            found.append(param.detach().isfinite())
-        assert (found[0] | ~found[1]).all(), huge
+    huge, are_finite = torch.tensor(HUGE[:-1]), []
+    for state_dtype in (name, None):
+        param = torch.nn.Parameter(torch.zeros(len(huge) + 1, BLOCK))
+        opt = make(cls, [param], state_dtype=state_dtype, fused=fused)
+        for sign in (1, -1, 1, 1):
+            param.grad = torch.ones_like(param)
+            param.grad[:-1, 0] = sign * huge
+            opt.step()
+        are_finite.append(param.detach().isfinite())
+    assert (are_finite[0] | ~are_finite[1]).all(1).tolist() == [True] * (len(huge) + 1)
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8", "fp8"])
@@ -212,23 +208,23 @@ def test_kernel_is_the_reference_at_the_ends_of_fp32(
     grad = torch.zeros(len(HUGE) + len(tiny), BLOCK)
     for row, extreme in zip(grad, (*HUGE, *tiny), strict=True):
         row[:8] = torch.tensor([extreme, -extreme, extreme / 2, -extreme / 3, 1.0, 1e-30, -0.0, 2.0**-149])
-    found = []
+    runs = []
     for fused in (None, False):
         param = torch.nn.Parameter(torch.ones_like(grad))
         opt = make(cls, [param], state_dtype=name, fused=fused)
         for scale in (1.0, 0.5, 0.0):  # 0 times infinity is NaN
             param.grad = scale * grad
             opt.step()
-        found.append(everything(opt))
-    assert_same(*found)
+        runs.append(everything(opt))
+    assert_same(*runs)
 
 
 def test_fp8_of_either_sign_is_e4m3() -> None:
     codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
     finite = (codes & 0x7F) <= 0x78
     fmt = STATE_FORMATS["fp8"][SIGNED]
-    found = fmt.decode((codes, torch.ones(4, dtype=BF16, device="cpu")), F32)
-    assert torch.equal(found[finite], codes.view(torch.float8_e4m3fn).float()[finite])
+    decoded = fmt.decode((codes, torch.ones(4, dtype=BF16, device="cpu")), F32)
+    assert torch.equal(decoded[finite], codes.view(torch.float8_e4m3fn).float()[finite])
 
 
 # Each class with one of the formats.
@@ -238,11 +234,11 @@ CLASS_AND_NAME = [(cls, name) for i, cls in enumerate(CLASSES) for name in (NAME
 
 @pytest.mark.parametrize(("cls", "name"), [*CLASS_AND_NAME, *[(cls, name) for cls in TYPICAL for name in NAMES]])
 def test_kernel_is_the_reference(cls: Any, name: str) -> None:
-    if not all(isinstance(phase, Apply) for phase in cls.rule().phases):
+    if not all(phase.is_driver for phase in cls.rule().phases):
         master: str | None = "split16"
     else:
         master = {"bf16": "split16", "fp16": "stochastic", "int8": "split8", "fp8": "fp32"}[name]
-    shapes = ((3, 64), (5, 7)) if cls is optim.GroupAdaGrad else SHAPES
+    shapes = ((3, 64), (5, 7)) if cls in OF_MATRICES else SHAPES
     copies = [parameters(BF16, shapes) for _ in range(2)]
     kernel, reference = (
         run(cls, p, range(3), fused=fused, master=master, state_dtype=name)
@@ -259,7 +255,7 @@ def test_kernel_is_the_reference(cls: Any, name: str) -> None:
 @EVERY_NAME
 @pytest.mark.parametrize("block_size", [BLOCK, 8 * BLOCK], ids=["full blocks", "tail"])
 def test_kernel_is_the_reference_at_edges(name: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside outliers, at zeros of either sign, at the ends of fp32, and where something is not finite."""
+    """Edges are outliers, zeros of either sign, the ends of fp32, and numbers that are not finite."""
     monkeypatch.setattr(Planner, "config", Config(block_size=block_size, chunk_size=512, num_warps=1))
     grad = torch.zeros(6, BLOCK)
     grad[0, :6] = torch.tensor([1e4, 1e-6, -1e-9, -0.0, 1.0, -1.0])
@@ -268,7 +264,7 @@ def test_kernel_is_the_reference_at_edges(name: str, block_size: int, monkeypatc
     grad[3] = torch.linspace(1e12, 1e18, BLOCK)
     grad[4, :2] = torch.tensor([torch.inf, 1.0])
     grad[5, :2] = torch.tensor([torch.nan, -1.0])
-    found = []
+    runs = []
     for fused in (None, False):
         param = torch.nn.Parameter(torch.ones_like(grad))
         param.grad = grad.clone()
@@ -276,8 +272,8 @@ def test_kernel_is_the_reference_at_edges(name: str, block_size: int, monkeypatc
         for _ in range(3):
             opt.step()
         state = {key: value for key, value in opt.state[param].items() if key != "step"}
-        found.append((param.detach(), state))
-    (weight, state), (expected_weight, expected) = found
+        runs.append((param.detach(), state))
+    (weight, state), (expected_weight, expected) = runs
     assert_same([weight], [expected_weight])
     for key, value in expected.items():
         finite = slice(None) if value.is_floating_point() else slice(0, 4 * BLOCK)  # any code, where the scale is NaN
@@ -363,12 +359,12 @@ def test_a_weight_that_moves_in_memory_takes_its_states_along() -> None:
 
 @pytest.mark.parametrize("new", [*STATE_FORMATS, "fp32", None])
 @pytest.mark.parametrize("old", [*STATE_FORMATS, "fp32", None])
-@pytest.mark.parametrize("way", ["checkpoint", "group"])
-def test_states_change_format(old: str | None, new: str | None, way: str) -> None:
+@pytest.mark.parametrize("route", ["checkpoint", "group"])
+def test_states_change_format(old: str | None, new: str | None, route: str) -> None:
     params = parameters(BF16, ((3, 64), (2, 64)))
     opt = run(optim.AdamW, params, range(3), state_dtype=old, fused=False)
     before = [read(opt, p) for p in params]
-    if way == "group":
+    if route == "group":
         opt.param_groups[0].update(state_dtype=new, lr=0.0, betas=(0.999999, 0.999999))
         loaded, other = run(optim.AdamW, params, range(3, 4), opt), params
     else:
@@ -380,10 +376,10 @@ def test_states_change_format(old: str | None, new: str | None, way: str) -> Non
         loaded.load_state_dict(torch.load(file))
         assert loaded.param_groups[0]["state_dtype"] == new
     for p, (mean, var) in zip(other, before, strict=True):
-        found = read(loaded, p)
+        decoded = read(loaded, p)
         bits = min([PRECISION.get(str(name), 20) for name in (old, new)])
-        exact = old == new and way == "checkpoint"
-        for a, b in zip(found, (mean, var), strict=True):
+        exact = old == new and route == "checkpoint"
+        for a, b in zip(decoded, (mean, var), strict=True):
             assert torch.equal(a, b) if exact else ((a - b).abs() <= 2.0 ** -(bits - 2) * b.abs().max()).all()
         names = {key for key in loaded.state[p] if key.startswith("exp_avg")}
         assert len(names) == (2 if new in ("bf16", "fp32", None) else 4)
@@ -392,11 +388,11 @@ def test_states_change_format(old: str | None, new: str | None, way: str) -> Non
 
 def read(opt: Any, param: torch.Tensor) -> list[torch.Tensor]:
     """Both moments, in fp32."""
-    found, state = [], opt.state[param]
+    decoded, state = [], opt.state[param]
     for name, fmt in opt.layout_of(param, opt.param_groups[0]).formats.items():
         keys = [key for key in state if key == name or key.startswith((f"{name}_fp", f"{name}_int8"))]
-        found.append((PLAIN if len(keys) == 1 else fmt).decode([state[key] for key in sorted(keys, key=len)], F32))
-    return found
+        decoded.append((PLAIN if len(keys) == 1 else fmt).decode([state[key] for key in sorted(keys, key=len)], F32))
+    return decoded
 
 
 def test_a_checkpoint_of_torch_loads_into_any_format() -> None:
@@ -407,16 +403,16 @@ def test_a_checkpoint_of_torch_loads_into_any_format() -> None:
     for name, bits in PRECISION.items():
         opt = optim.AdamW([weight], state_dtype=name)
         opt.load_state_dict(copy.deepcopy(theirs.state_dict()))
-        for found, key in zip(read(opt, weight), ("exp_avg", "exp_avg_sq"), strict=True):
+        for decoded, key in zip(read(opt, weight), ("exp_avg", "exp_avg_sq"), strict=True):
             expected = theirs.state[weight][key]
-            assert ((found - expected).abs() <= 2.0**-bits * expected.abs().max()).all()
+            assert ((decoded - expected).abs() <= 2.0**-bits * expected.abs().max()).all()
 
 
 def test_one_format_for_each_state() -> None:
     params = parameters(BF16, ((3, 64),))
     opt = run(optim.AdamW, params, range(2), amsgrad=True, state_dtype={"exp_avg": torch.int8, "exp_avg_sq": "bf16"})
-    found = {name: value.dtype for name, value in opt.state[params[0]].items() if name != "step"}
-    assert found == {
+    dtypes = {name: value.dtype for name, value in opt.state[params[0]].items() if name != "step"}
+    assert dtypes == {
         "master_remainder": torch.int16,
         "exp_avg_int8": torch.int8,
         "exp_avg_int8_scale": BF16,
@@ -488,12 +484,12 @@ def test_chunks_and_order_do_not_matter(name: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
-@pytest.mark.parametrize("rms", [1e-6, 1e-7])
-def test_small_gradients_move_as_far_as_in_fp32(name: str, rms: float) -> None:
+def test_small_gradients_move_as_far_as_in_fp32(name: str) -> None:
     """A published library's 8-bit updates are four times too long here: its scales are fp16."""
+    rms = torch.tensor([1e-6, 1e-7]).view(2, 1, 1)
 
     def trained(state_dtype: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = torch.nn.Parameter(torch.zeros(16, 64))
+        weight = torch.nn.Parameter(torch.zeros(2, 16, 64))
         opt = optim.AdamW([weight], lr=1e-3, weight_decay=0, state_dtype=state_dtype, fused=False)
         generator, moved = torch.Generator().manual_seed(0), []
         for step in range(1000):
@@ -501,12 +497,12 @@ def test_small_gradients_move_as_far_as_in_fp32(name: str, rms: float) -> None:
             weight.grad = rms * (torch.randn(16, 64, generator=generator) + 0.3)
             opt.step()
             if step % 10 == 0:
-                moved.append((weight.detach() - before).double().square().mean())
-        return weight.detach().double(), torch.stack(moved).mean().sqrt()
+                moved.append((weight.detach() - before).double().square().mean((1, 2)))
+        return weight.detach().double(), torch.stack(moved).mean(0).sqrt()
 
-    (exact, exact_rms), (found, found_rms) = trained(None), trained(name)
-    assert abs(found_rms / exact_rms - 1) < 0.05
-    assert abs((found * exact).sum() / exact.square().sum() - 1) < 0.05
+    (exact, exact_rms), (stored, stored_rms) = trained(None), trained(name)
+    assert ((stored_rms / exact_rms - 1).abs() < 0.05).all()
+    assert (((stored * exact).sum((1, 2)) / exact.square().sum((1, 2)) - 1).abs() < 0.05).all()
 
 
 @EVERY_NAME
@@ -550,8 +546,8 @@ def test_what_stays_fp32() -> None:
     for cls, names in kept.items():
         param = parameters(BF16, ((3, 64),))
         opt = run(cls, param, range(1), state_dtype="int8")
-        found = {key for key, value in opt.state[param[0]].items() if value.dtype == F32 and value.dim()}
-        assert found == names
+        in_fp32 = {key for key, value in opt.state[param[0]].items() if value.dtype == F32 and value.dim()}
+        assert in_fp32 == names
     param = parameters(BF16, ((3, 64),))
     opt = run(optim.RMSprop, param, range(1), centered=True, state_dtype="int8")
     assert {"square_avg", "grad_avg", "momentum_buffer_int8"} <= set(opt.state[param[0]])

@@ -60,13 +60,13 @@ TOGETHER: list[dict[str, Any]] = [{"fused": True, "foreach": True}, {"fused": Tr
 
 
 def torch_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    found: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, name)
-    return found
+    cls: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, name)
+    return cls
 
 
 def our_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    found: Callable[..., torch.optim.Optimizer] = getattr(tritopt.optim, name)
-    return found
+    cls: Callable[..., torch.optim.Optimizer] = getattr(tritopt.optim, name)
+    return cls
 
 
 def parameter(*shape: int) -> torch.nn.Parameter:
@@ -74,24 +74,24 @@ def parameter(*shape: int) -> torch.nn.Parameter:
 
 
 def bad_arguments() -> list[Any]:
-    found = []
+    params = []
     for name in NAMES:
         known = inspect.signature(torch_class(name)).parameters
         cases = [*BAD_RATES, *BAD.get(name, [])]
         cases += BAD_BETAS if "betas" in known else []
         cases += [{"eps": -1.0}] if "eps" in known and name != "Adafactor" else []
         cases += TOGETHER if "fused" in known else []
-        found += [pytest.param(name, case, id=f"{name}-{case}".replace("\n", "")) for case in cases]
-    return found
+        params += [pytest.param(name, case, id=f"{name}-{case}".replace("\n", "")) for case in cases]
+    return params
 
 
 @pytest.mark.parametrize(("name", "arguments"), bad_arguments())
 def test_bad_argument_has_torchs_error(name: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(Exception) as expected:  # noqa: PT011 - whatever torch raises
         torch_class(name)([parameter(3)], **arguments)
-    with pytest.raises(expected.type) as found:
+    with pytest.raises(expected.type) as raised:
         our_class(name)([parameter(3)], **arguments)
-    assert str(found.value) == str(expected.value)
+    assert str(raised.value) == str(expected.value)
 
 
 def shared() -> Any:
@@ -116,9 +116,9 @@ def shared() -> Any:
 def test_bad_parameters_have_torchs_error(name: str, params: Callable[[], Any]) -> None:
     with pytest.raises(Exception) as expected:  # noqa: PT011 - whatever torch raises
         torch_class(name)(params())
-    with pytest.raises(expected.type) as found:
+    with pytest.raises(expected.type) as raised:
         our_class(name)(params())
-    assert str(found.value) == str(expected.value)
+    assert str(raised.value) == str(expected.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -170,7 +170,7 @@ def test_nesterov_with_dampening_is_refused_in_a_group_too() -> None:
 
 
 def sparse_grad(seed: int) -> torch.Tensor:
-    """Of [5, 3], with a row that is there twice."""
+    """Sparse gradient of shape [5, 3], with a row that is there twice."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     rows = torch.tensor([[0, 3, 3]])
     return torch.sparse_coo_tensor(rows, torch.randn(3, 3, generator=generator), (5, 3), check_invariants=True)
@@ -207,7 +207,7 @@ def test_refused_sparse_gradient_changes_nothing(name: str) -> None:
 )
 @pytest.mark.parametrize("fused", [None, False])
 def test_sparse_gradients_that_torch_takes(name: str, arguments: dict[str, Any], fused: bool | None) -> None:
-    """And a checkpoint of theirs, in which torch's momentum is sparse."""
+    """A checkpoint of torch's is taken too, whose momentum is sparse."""
     param, other = parameter(5, 3), parameter(5, 3)
     ours, theirs = our_class(name)([param], **arguments, fused=fused), torch_class(name)([other], **arguments)
     for seed in range(8):
@@ -321,7 +321,7 @@ def test_sgd_begins_a_buffer_that_the_checkpoint_does_not_have() -> None:
 
 @pytest.mark.parametrize("fused", [None, False])
 def test_sgd_begins_a_buffer_when_momentum_is_switched_on(fused: bool | None) -> None:
-    """And keeps it where it is switched off for a while."""
+    """The buffer is kept where momentum is switched off for a while."""
     params = [parameter(3), parameter(3)]
     opts = [
         torch_class("SGD")([params[0]], lr=0.1, dampening=0.5),
@@ -369,7 +369,7 @@ def test_adagrad_shares_its_sums(n_before: int, fused: bool | None) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "SGD"])
 def test_step_saved_as_a_number_is_taken(name: str) -> None:
-    """As torch's optimizers of 2021 saved it."""
+    """torch's optimizers of 2021 saved it so."""
     params = [parameter(3), parameter(3)]
     opts = [torch_class(name)([params[0]]), our_class(name)([params[1]])]
     for opt, param in zip(opts, params, strict=True):

@@ -99,7 +99,7 @@ def accepts(case: Case) -> bool:
 
 
 def arguments_of(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """What torch's constructor takes of the options."""
+    """Select those of the options that torch's constructor takes."""
     kept = {key: value for key, value in case.options if key not in ("capturable", "groups", "scheduler")}
     return {**kept, "lr": rate_of(case, dtype)}
 
@@ -120,10 +120,10 @@ def cases(name: str) -> list[Case]:
         while missing:
             pair = next(iter(missing))
             drawn = [{key: chance.choice(values) for key, values in options.items()} for _ in range(60)]
-            candidates = [some for some in ({**each, **dict(pair)} for each in drawn) if accepts(case_of(name, some))]
+            candidates = [case for case in ({**each, **dict(pair)} for each in drawn) if accepts(case_of(name, case))]
             if candidates:
                 chosen.append(
-                    max(candidates, key=lambda some: len(missing.keys() & set(itertools.combinations(some.items(), 2))))
+                    max(candidates, key=lambda case: len(missing.keys() & set(itertools.combinations(case.items(), 2))))
                 )
                 break
             del missing[pair]  # torch refuses it
@@ -134,11 +134,11 @@ ALL = [case for name in OPTIONS for case in cases(name)]
 
 
 class Run(NamedTuple):
-    """What came out, fp64 on the CPU."""
+    """Result of a run, fp64 on the CPU."""
 
     weights: list[torch.Tensor]
     moved: list[torch.Tensor]
-    """How far each element went."""
+    """Distance that each element went."""
 
 
 class Problem:
@@ -170,7 +170,8 @@ class Problem:
         return [torch.nn.Parameter(tensor) for tensor in made]
 
     def set_grads(self, step: int, params: Sequence[torch.nn.Parameter]) -> None:
-        """Of a step; some have none at times, one gets its first late, and not all are laid out like the parameter."""
+        """Set the gradients of a step; some have none at times, one gets its first late, and not all are laid out like
+        the parameter."""
         for i, (param, grad) in enumerate(zip(params, self.grads[step], strict=True)):
             is_missing = (i == 1 and step % 5 == 3) or (i == 4 and step < 2)
             param.grad = None if is_missing else torch.empty_like(param).copy_(grad)
@@ -178,7 +179,7 @@ class Problem:
                 param.grad = param.grad.contiguous()
 
     def outcome(self, params: Sequence[torch.nn.Parameter]) -> Run:
-        """Of a run from these starts."""
+        """Result of a run from these starts."""
         weights = [param.detach().double().cpu() for param in params]
         return Run(weights, [(w - start.double()).abs() for w, start in zip(weights, self.starts, strict=True)])
 
@@ -241,14 +242,14 @@ def ours(case: Case, dtype: torch.dtype, fused: bool | None, n_steps: int = STEP
     return run(getattr(tritopt.optim, case.name), case, dtype, n_steps, fused=fused)
 
 
-def errors(found: Run, expected: Run) -> list[float]:
+def errors(actual: Run, expected: Run) -> list[float]:
     """The largest of each tensor."""
-    pairs = zip(found.weights, expected.weights, strict=True)
+    pairs = zip(actual.weights, expected.weights, strict=True)
     return [float((w - x).abs().max()) if w.numel() else 0.0 for w, x in pairs]
 
 
 def bounds(case: Case, dtype: torch.dtype, n_steps: int = STEPS) -> Iterator[float]:
-    """What the errors of each tensor may be."""
+    """Bounds on the errors of each tensor."""
     expected = truth(case, n_steps)
     unit = torch.finfo(dtype).eps
     for error, weight, moved in zip(
@@ -261,9 +262,9 @@ def bounds(case: Case, dtype: torch.dtype, n_steps: int = STEPS) -> Iterator[flo
         yield bound
 
 
-def assert_near(found: Run, case: Case, dtype: torch.dtype, n_steps: int = STEPS) -> None:
+def assert_near(actual: Run, case: Case, dtype: torch.dtype, n_steps: int = STEPS) -> None:
     for i, (error, bound) in enumerate(
-        zip(errors(found, truth(case, n_steps)), bounds(case, dtype, n_steps), strict=True)
+        zip(errors(actual, truth(case, n_steps)), bounds(case, dtype, n_steps), strict=True)
     ):
         assert error <= bound, f"tensor {i}"
 
@@ -296,8 +297,8 @@ def test_kernel_is_the_reference(case: Case) -> None:
     if case.name in SUMS:
         assert_near(ours(case, torch.float32, fused=None, n_steps=3), case, torch.float32, n_steps=3)
         return
-    found = ours(case, torch.float32, fused=None, n_steps=SHORT)
-    for w, x in zip(found.weights, ours(case, torch.float32, fused=False, n_steps=SHORT).weights, strict=True):
+    actual = ours(case, torch.float32, fused=None, n_steps=SHORT)
+    for w, x in zip(actual.weights, ours(case, torch.float32, fused=False, n_steps=SHORT).weights, strict=True):
         torch.testing.assert_close(w, x, rtol=0, atol=0)
 
 
@@ -320,9 +321,9 @@ def error_table() -> Table:
     return table
 
 
-def share(found: Run, case: Case) -> float:
+def share(actual: Run, case: Case) -> float:
     expected = truth(case)
-    pairs = zip(errors(found, expected), expected.moved, strict=True)
+    pairs = zip(errors(actual, expected), expected.moved, strict=True)
     return max(error / float(moved.max()) for error, moved in pairs if moved.numel())
 
 

@@ -113,7 +113,7 @@ def _error(*arguments: Any, **options: Any) -> Any:
 def test_a_launch_that_fails_leaves_counts(
     cls: Any, n_before: int, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    contents = []
     for fails in (True, False):
         params, opt = make(cls, None)
         opt.max_grad_norm = None
@@ -131,8 +131,8 @@ def test_a_launch_that_fails_leaves_counts(
                     assert torch.equal(now, weight)
                     assert all(torch.equal(state_now[name], state[name]) for name in state)
             opt.step()
-        found.append([content(opt, param) for param in params])
-    for (weight, state), (expected, expected_state) in zip(*found, strict=True):
+        contents.append([content(opt, param) for param in params])
+    for (weight, state), (expected, expected_state) in zip(*contents, strict=True):
         assert torch.equal(weight, expected)
         assert all(torch.equal(state[name], expected_state[name]) for name in expected_state)
 

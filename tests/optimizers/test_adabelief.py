@@ -21,8 +21,8 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("adabelief.py", "(surprise * surprise) + s.epsilon", {"epsilon not accumulated": "(surprise * surprise)"}),
     (
         "adabelief.py",
-        "sqrt(var) + s.epsilon)",
-        {"no epsilon beside the root": "sqrt(var))", "no root": "var + s.epsilon)"},
+        "var, s.epsilon)",
+        {"no epsilon beside the root": "var, 0.0)", "no root": "var * var, s.epsilon)"},
     ),
     ("adabelief.py", "return w - s.lr", {"ascends": "return w + s.lr"}),
     (
@@ -94,7 +94,7 @@ def test_rescale_of_zero_skips(use_fused_step: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("use_fused_step", [True, False])
 def test_zero_gradient_in_half_precision_is_not_nan(dtype: torch.dtype, use_fused_step: bool) -> None:
-    """With an epsilon that a state in fp16 cannot hold."""
+    """A state in fp16 could not hold this epsilon."""
     w = torch.ones(3, dtype=dtype)
     opt = tritopt.create("adabelief", epsilon=1e-8, use_fused_step=use_fused_step)
     state = opt.create_state(0, w)

@@ -85,7 +85,7 @@ def test_learning_rate_is_one_and_outside_the_average() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("use_fused_step", [True, False])
 def test_states_are_at_least_fp32(dtype: torch.dtype, use_fused_step: bool) -> None:
-    """In fp16 a step of 1e-3 squared, times 1 - rho, would be lost, and so would epsilon."""
+    """A step of 1e-3 squared, times 1 - rho, would be lost in fp16, and so would epsilon."""
     w = torch.zeros(3, dtype=dtype)
     opt = tritopt.create("adadelta", use_fused_step=use_fused_step)
     state = opt.create_state(0, w)

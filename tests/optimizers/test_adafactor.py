@@ -159,7 +159,7 @@ def test_zero_gradient_moves_nothing(use_fused_step: bool, epsilon1: float | Non
 
 
 def test_zero_weights_move() -> None:
-    """As if their RMS were epsilon2."""
+    """Weights of 0 move as if their RMS were epsilon2."""
     weight = torch.zeros(2, 3)
     opt = tritopt.create("adafactor", learning_rate=0.5, epsilon2=0.125)
     opt.update(0, weight, torch.ones(2, 3), opt.create_state(0, weight))

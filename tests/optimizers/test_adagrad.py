@@ -23,12 +23,12 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "adagrad.py",
-        "sqrt(history) + s.epsilon",
+        "history, s.epsilon)",
         {
-            "epsilon inside the root": "sqrt(history + s.epsilon)",
-            "no root": "history + s.epsilon",
-            "no epsilon": "sqrt(history)",
-            "history before this gradient": "sqrt(history - g * g) + s.epsilon",
+            "epsilon inside the root": "history + s.epsilon, 0.0)",
+            "no root": "history * history, s.epsilon)",
+            "no epsilon": "history, 0.0)",
+            "history before this gradient": "history - g * g, s.epsilon)",
         },
     ),
     ("adagrad.py", "return w - s.lr", {"ascends": "return w + s.lr", "no learning rate": "return w - 1.0"}),
@@ -60,7 +60,7 @@ def test_first_step_is_of_the_learning_rate(use_fused_step: bool) -> None:
 @pytest.mark.parametrize("wd", [0.0, 0.5])
 @pytest.mark.parametrize("use_fused_step", [True, False])
 def test_sparse_gradient_is_dense_with_zero_rows(wd: float, use_fused_step: bool) -> None:
-    """Also with decay, where MXNet has no operator."""
+    """A decay, for which MXNet has no operator, is no exception."""
     rows = torch.sparse_coo_tensor(torch.tensor([[3, 1, 3]]), torch.ones(3, 3), (5, 3))
     weights = [torch.ones(5, 3), torch.ones(5, 3)]
     for w, grad in zip(weights, (rows, rows.to_dense()), strict=True):
@@ -74,7 +74,7 @@ def test_sparse_gradient_is_dense_with_zero_rows(wd: float, use_fused_step: bool
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_history_is_at_least_fp32(dtype: torch.dtype) -> None:
-    """In fp16 a sum of squares would overflow at 65504, and stand still long before."""
+    """A sum of squares would overflow fp16 at 65504, and stand still long before."""
     w = torch.ones(3, dtype=dtype)
     opt = tritopt.create("adagrad")
     if dtype in (torch.float16, torch.bfloat16):

@@ -25,8 +25,12 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("adam.py", "(g * g)", {"gradient not squared": "g"}),
     (
         "adam.py",
-        "sqrt(var) + s.epsilon",
-        {"epsilon inside the root": "sqrt(var + s.epsilon)", "no epsilon": "sqrt(var)", "no root": "var + s.epsilon"},
+        "var, s.epsilon)",
+        {
+            "epsilon inside the root": "var + s.epsilon, 0.0)",
+            "no epsilon": "var, 0.0)",
+            "no root": "var * var, s.epsilon)",
+        },
     ),
     (
         "adam.py",

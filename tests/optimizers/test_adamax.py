@@ -62,7 +62,7 @@ def test_zero_gradient_in_half_precision_is_not_nan(dtype: torch.dtype, use_fuse
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("use_fused_step", [True, False])
 def test_nan_stays_in_the_norm(dtype: torch.dtype, use_fused_step: bool) -> None:
-    """Whichever side of the maximum it is on; and it stays with its element."""
+    """NaN stays on either side of the maximum, and with its element."""
     w = torch.ones(3, dtype=dtype)
     opt = tritopt.create("adamax", use_fused_step=use_fused_step)
     mean, norm = opt.create_state(0, w)

@@ -39,8 +39,8 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "adamw.py",
-        "sqrt(max_var) + s.epsilon",
-        {"largest not used": "sqrt(var) + s.epsilon", "epsilon inside the root": "sqrt(max_var + s.epsilon)"},
+        "max_var, s.epsilon)",
+        {"largest not used": "var, s.epsilon)", "epsilon inside the root": "max_var + s.epsilon, 0.0)"},
     ),
     (
         "adamw.py",
@@ -107,7 +107,7 @@ def test_amsgrad_formula(correct_bias: bool) -> None:
 
 @pytest.mark.parametrize("use_fused_step", [True, False])
 def test_amsgrad_is_torch_s(use_fused_step: bool) -> None:
-    """Where epsilon and decay, which stand elsewhere in torch's, are 0."""
+    """Epsilon and decay, which stand elsewhere in torch's, are 0."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(4, 5, dtype=torch.float64, generator=generator)
     weight, parameter = start.clone(), torch.nn.Parameter(start.clone())

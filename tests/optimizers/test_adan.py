@@ -45,8 +45,12 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "adan.py",
-        "sqrt(var) + s.epsilon",
-        {"epsilon inside the root": "sqrt(var + s.epsilon)", "no epsilon": "sqrt(var)", "no root": "var + s.epsilon"},
+        "var, s.epsilon)",
+        {
+            "epsilon inside the root": "var + s.epsilon, 0.0)",
+            "no epsilon": "var, 0.0)",
+            "no root": "var * var, s.epsilon)",
+        },
     ),
     (
         "adan.py",
@@ -58,7 +62,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
 
 
 def test_formula() -> None:
-    """In the paper's convention: its betas weigh the new term."""
+    """The formula is in the paper's convention: its betas weigh the new term."""
     a1, a2, a3 = 1 - BETA1, 1 - BETA2, 1 - BETA3
 
     def formula(w: Array, g: Array, state: dict[str, Array], t: int) -> Array:
@@ -113,7 +117,7 @@ def test_equal_gradients_have_no_difference() -> None:
 @pytest.mark.parametrize("begin_num_update", [0, 7])
 @pytest.mark.parametrize("use_fused_step", [True, False])
 def test_first_difference_of_a_parameter_is_zero(use_fused_step: bool, begin_num_update: int) -> None:
-    """Also of one that is seen late, and from then on it is the gradients' own."""
+    """A parameter that is seen late has none either; from then on differences are the gradients' own."""
     opt = tritopt.create("adan", beta2=0.5, use_fused_step=use_fused_step, begin_num_update=begin_num_update)
     weights = [torch.ones(3), torch.ones(3)]
     states = [opt.create_state(i, w) for i, w in enumerate(weights)]
@@ -124,7 +128,7 @@ def test_first_difference_of_a_parameter_is_zero(use_fused_step: bool, begin_num
 
 
 def test_differences_do_not_see_the_loss_scale() -> None:
-    """What is kept is the gradient after rescaling: the scale may change between two steps."""
+    """The gradient is kept after rescaling: the scale may change between two steps."""
     steady, scaled = torch.linspace(-1, 1, 9), torch.linspace(-1, 1, 9)
     opts = [tritopt.create("adan") for _ in range(2)]
     states = [opt.create_state(0, steady) for opt in opts]

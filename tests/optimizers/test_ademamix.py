@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,8 +41,12 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "ademamix.py",
-        "sqrt(var) + s.epsilon",
-        {"epsilon inside the root": "sqrt(var + s.epsilon)", "no epsilon": "sqrt(var)", "no root": "var + s.epsilon"},
+        "var, s.epsilon)",
+        {
+            "epsilon inside the root": "var + s.epsilon, 0.0)",
+            "no epsilon": "var, 0.0)",
+            "no root": "var * var, s.epsilon)",
+        },
     ),
     (
         "ademamix.py",
@@ -54,7 +59,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
 
 @pytest.mark.parametrize("warm_up", [{}, {"t_alpha": T_ALPHA, "t_beta3": T_BETA3}], ids=["no warm-up", "warm-up"])
 def test_formula(warm_up: dict[str, int]) -> None:
-    """In the paper's words, whose schedule of beta3 is an exponential of logarithms."""
+    """The formula is in the paper's words, whose schedule of beta3 is an exponential of logarithms."""
 
     def slow_decay(t: int) -> float:
         if not warm_up:
@@ -89,7 +94,7 @@ def test_half_life_of_the_slow_mean_grows_evenly() -> None:
     [((0.0, 0.81), 0.81**2), ((0.5, 0.5), 0.5), ((0.9, 0.25), 0.25), ((0.9, 0.0), 0.0), ((0.0, 0.0), 0.0)],
 )
 def test_warm_up_between_betas_at_their_bounds(betas: tuple[float, float], at_first: float) -> None:
-    """From a beta1 of 0 the half-life grows from 0; down to a smaller beta3 there is no way to go."""
+    """The half-life grows from 0 for a beta1 of 0; down to a smaller beta3 there is no way to go."""
     rule = AdEMAMixRule(beta1=betas[0], beta3=betas[1], t_beta3=2)
     assert rule.scalars(0.1, 0.0, 1).beta3 == pytest.approx(at_first, abs=1e-15)
     assert rule.scalars(0.1, 0.0, 2).beta3 == betas[1]
@@ -120,7 +125,7 @@ def test_by_hand() -> None:
 
 
 def test_capturable_warm_ups_are_the_host_s() -> None:
-    """On the device the count is a tensor: every number that the schedules make of it, before and after they end."""
+    """The count is a tensor on the device: so is all that the schedules make of it, before and after they end."""
     rule = AdEMAMixRule(alpha=8.0, t_alpha=7, t_beta3=5)
     for count in range(1, 10):
         on_host = rule.scalars(0.1, 0.3, count)
@@ -140,7 +145,7 @@ def test_slow_mean_of_a_bf16_weight_remembers_a_long_time() -> None:
 
 def test_torch_face_hands_the_schedule_down_by_group() -> None:
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    groups = [{"params": params[:1], "t_alpha": 10, "t_beta3": 10}, {"params": params[1:]}]
+    groups: list[dict[str, Any]] = [{"params": params[:1], "t_alpha": 10, "t_beta3": 10}, {"params": params[1:]}]
     opt = optim.AdEMAMix(groups, lr=0.1, betas=(0.9, 0.99, 0.999), alpha=4.0)
     for p in params:
         p.grad = torch.ones(3)

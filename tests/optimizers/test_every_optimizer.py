@@ -1,4 +1,4 @@
-"""What holds for every registered optimizer and variant; registering one is all it takes to be tested here.
+"""Properties of every registered optimizer and variant; registering one is all it takes to be tested here.
 
 Numbers are the business of test_check.py (fused against reference against truth) and of the golden trajectories.
 """

@@ -24,8 +24,8 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "lamb.py",
-        "var * s.var_correction) + s.epsilon",
-        {"epsilon inside the root": "var * s.var_correction + s.epsilon)"},
+        "var * s.var_correction, s.epsilon)",
+        {"epsilon inside the root": "var * s.var_correction + s.epsilon, 0.0)"},
     ),
     (
         "lamb.py",

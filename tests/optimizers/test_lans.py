@@ -71,7 +71,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ],
 )
 def test_algorithm_2_of_the_paper(options: dict[str, Any]) -> None:
-    """Its names: r and c are the two directions, phi bounds the weight's norm; the clip is MXNet's own."""
+    """Names are the paper's: r and c are the two directions, phi bounds the weight's norm; the clip is MXNet's own."""
 
     def formula(x: Array, g: Array, state: dict[str, Array], t: int) -> Array:
         g = np.sign(options.get("rescale_grad", 1)) * g / np.sqrt(np.sum(g**2))

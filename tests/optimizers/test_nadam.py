@@ -23,8 +23,8 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("nadam.py", "var * s.var_correction", {"variance not corrected": "var"}),
     (
         "nadam.py",
-        "sqrt(var * s.var_correction) + s.epsilon",
-        {"epsilon inside the root": "sqrt(var * s.var_correction + s.epsilon)", "no root": "var + s.epsilon"},
+        "var * s.var_correction, s.epsilon)",
+        {"epsilon inside the root": "var * s.var_correction + s.epsilon, 0.0)", "no root": "var * var, s.epsilon)"},
     ),
     ("nadam.py", "return w - s.lr", {"ascends": "return w + s.lr"}),
     ("nadam.py", ", (mean, var)\n", {"mean that looks ahead is kept": ", (ahead, var)\n"}),

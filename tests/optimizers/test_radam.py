@@ -21,18 +21,22 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ("radam.py", "(g * g)", {"gradient not squared": "g"}),
     (
         "radam.py",
-        "tl.where(s.adaptive != 0, div(mean, sqrt(var) + s.epsilon), mean)",
+        "tl.where(s.adaptive != 0, div_by_root(mean, var, s.epsilon), mean)",
         {
-            "always adaptive": "div(mean, sqrt(var) + s.epsilon)",
+            "always adaptive": "div_by_root(mean, var, s.epsilon)",
             "never adaptive": "mean",
-            "the other way round": "tl.where(s.adaptive == 0, div(mean, sqrt(var) + s.epsilon), mean)",
-            "gradient without momentum": "tl.where(s.adaptive != 0, div(mean, sqrt(var) + s.epsilon), g)",
+            "the other way round": "tl.where(s.adaptive == 0, div_by_root(mean, var, s.epsilon), mean)",
+            "gradient without momentum": "tl.where(s.adaptive != 0, div_by_root(mean, var, s.epsilon), g)",
         },
     ),
     (
         "radam.py",
-        "sqrt(var) + s.epsilon",
-        {"epsilon inside the root": "sqrt(var + s.epsilon)", "no epsilon": "sqrt(var)", "no root": "var + s.epsilon"},
+        "var, s.epsilon)",
+        {
+            "epsilon inside the root": "var + s.epsilon, 0.0)",
+            "no epsilon": "var, 0.0)",
+            "no root": "var * var, s.epsilon)",
+        },
     ),
     ("radam.py", "w - s.lr * direction", {"ascends": "w + s.lr * direction", "no learning rate": "w - direction"}),
     ("radam.py", "(mean, var)\n", {"moments are not kept": "state\n", "moments change places": "(var, mean)\n"}),
@@ -73,14 +77,14 @@ def distances_to_torch(n_steps: int, **arguments: Any) -> list[float]:
     theirs = torch.optim.RAdam([parameter], lr=LR, betas=(BETA1, 0.9), eps=1e-3, weight_decay=WD)
     ours = tritopt.create("radam", learning_rate=LR, beta1=BETA1, beta2=0.9, epsilon=1e-3, wd=WD, **arguments)
     state = ours.create_state(0, weight)
-    found = []
+    distances = []
     for _ in range(n_steps):
         weight.copy_(parameter.detach())
         parameter.grad = torch.randn(4, 5, dtype=torch.float64, generator=generator)
         ours.update([0], [weight], [parameter.grad], [state])
         theirs.step()
-        found.append(float((weight - parameter.detach()).abs().max()))
-    return found
+        distances.append(float((weight - parameter.detach()).abs().max()))
+    return distances
 
 
 @pytest.mark.parametrize("use_fused_step", [True, False])

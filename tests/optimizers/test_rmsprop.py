@@ -26,11 +26,11 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "rmsprop.py",
-        "sqrt(var) + s.epsilon",
+        "(g, var, s.epsilon)",
         {
-            "epsilon inside the plain root": "sqrt(var + s.epsilon)",
-            "no root": "var + s.epsilon",
-            "no epsilon": "sqrt(var)",
+            "epsilon inside the plain root": "(g, var + s.epsilon, 0.0)",
+            "no root": "(g, var * var, s.epsilon)",
+            "no epsilon": "(g, var, 0.0)",
         },
     ),
     (

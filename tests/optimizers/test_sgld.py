@@ -104,7 +104,7 @@ def drawn(
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """In standard deviations of that of independent numbers."""
+    """Correlation in standard deviations of that of independent numbers."""
     return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1]) * math.sqrt(len(a))
 
 
@@ -116,13 +116,13 @@ def long_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("long_blocks")
 def test_noise_is_normal_and_white() -> None:
-    """As MXNet's, whose moments over as many numbers the recorded trajectories hold; each within 4 deviations."""
+    """MXNet's is, too: its moments over as many numbers, which were recorded, lie within 4 deviations."""
     z = drawn(tritopt.create("sgld", learning_rate=0.04), (N,))[0].double() / 0.2
     moments = [float(z.pow(k).mean()) for k in (1, 2, 3, 4)]
-    for found, expected, deviation in zip(
+    for moment, expected, deviation in zip(
         moments, (0, 1, 0, 3), (1, math.sqrt(2), math.sqrt(15), math.sqrt(96)), strict=True
     ):
-        assert found == pytest.approx(expected, abs=4 * deviation / math.sqrt(N))
+        assert moment == pytest.approx(expected, abs=4 * deviation / math.sqrt(N))
     for lag in (1, 2, 32, 1024, 2**16):
         assert abs(correlation(z[:-lag], z[lag:])) < 4
 
@@ -163,7 +163,7 @@ def test_noise_does_not_depend_on_dtype() -> None:
 
 
 def test_training_continues_with_the_same_noise() -> None:
-    """After a copy, after pickling, and in a new optimizer that starts from the count."""
+    """It continues after a copy, after pickling, and in a new optimizer that starts from the count."""
     opt = tritopt.create("sgld", seed=3)
     drawn(opt, (9,))
     others = [copy.deepcopy(opt), pickle.loads(pickle.dumps(opt)), tritopt.create("sgld", seed=3, begin_num_update=1)]

@@ -21,11 +21,13 @@ from tritopt.kernels.language import INTERPRETED
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.xdist_group("digits")  # one worker trains
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_digits.py"
 
 
 class Outcome(NamedTuple):
-    """What one call of the example left behind."""
+    """Files and output that one call of the example left behind."""
 
     runs: dict[str, Any]
     plot: bytes

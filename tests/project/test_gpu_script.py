@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Finished:
-    """What a run left behind."""
+    """Files and output that a run left behind."""
 
     def __init__(self, done: subprocess.CompletedProcess[str], out: Path, calls: Path) -> None:
         self.code, self.printed = done.returncode, done.stdout + done.stderr
@@ -98,8 +98,8 @@ def test_all_parts_run_and_pass(run: Callable[..., Finished]) -> None:
     assert len(done.files) <= 8
     checks = [call for call in done.calls if "tritopt check" in call]
     assert len(checks) == 2
-    found = json.loads((done.out / "check.json").read_text())
-    assert (found["passed"], len(found["rows"]), found["unfinished"]) == (True, len(checks), [])
+    report = json.loads((done.out / "check.json").read_text())
+    assert (report["passed"], len(report["rows"]), report["unfinished"]) == (True, len(checks), [])
     # Nothing runs beside what is measured.
     alone = ["tritopt bench --seconds", "tritopt bench --host", "test_host_time", "test_large.py"]
     places = [next(i for i, call in enumerate(done.calls) if part in call) for part in alone]

@@ -18,21 +18,21 @@ FACES = {"mxnet": "MXNet's", "optimizer": "MXNet's", "gluon": "MXNet's", "optim"
 def files() -> dict[str, Path]:
     """The package's modules by name, but for the package itself and the command line, which know all."""
     own = [path for path in (ROOT / "tritopt").rglob("*.py") if "kernels" not in path.parts]
-    found = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in own}
+    host = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in own}
     device = {
         ".".join(("tritopt", *path.relative_to(ROOT).with_suffix("").parts)): path
         for path in (ROOT / "kernels").rglob("*.py")
     }
-    every = {name.removesuffix(".__init__"): path for name, path in {**found, **device}.items()}
+    every = {name.removesuffix(".__init__"): path for name, path in {**host, **device}.items()}
     return {name: path for name, path in every.items() if name not in ("tritopt", "tritopt.__main__")}
 
 
 def imports() -> dict[str, set[str]]:
     """Modules that each module imports anywhere in it, in its functions and for a type checker alone too."""
     known = files()
-    found: dict[str, set[str]] = {}
+    graph: dict[str, set[str]] = {}
     for name, path in known.items():
-        targets = found.setdefault(name, set())
+        targets = graph.setdefault(name, set())
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names if alias.name in known}
@@ -41,7 +41,7 @@ def imports() -> dict[str, set[str]]:
                     full = f"{node.module}.{alias.name}"
                     targets |= {full} if full in known else {node.module} & known.keys()
         targets.discard(name)
-    return found
+    return graph
 
 
 def room(name: str) -> str:

@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP_LEVEL = {
-    "pyproject.toml", "setup.py", "README.md", "CHANGELOG.md", "LICENSE", "tritopt", "kernels", "tests", "benchmarks",
-    "examples", "docs",
+    "pyproject.toml", "setup.py", "mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "tritopt",
+    "kernels", "tests", "benchmarks", "docs", "examples",
 }  # fmt: skip
 HAS_COMPILER = (
     sys.platform == "linux"
@@ -30,8 +30,8 @@ HAS_COMPILER = (
 def tracked() -> list[str]:
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("needs the git checkout")
-    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return found.stdout.splitlines()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
 
 
 def test_top_level_is_as_designed() -> None:
@@ -85,7 +85,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(source: Path, out: Path, *arguments: str, **environment: str) -> Path:
-    """Without --sdist or --wheel: an sdist, and the wheel out of that sdist."""
+    """Build an sdist and the wheel out of that sdist, or what --sdist or --wheel asks for."""
     pytest.importorskip("build")
     pytest.importorskip("setuptools", minversion="77")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), *arguments, str(source)]
@@ -101,9 +101,9 @@ def distributions(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def modules() -> set[str]:
-    found = {f"tritopt/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
+    paths = {f"tritopt/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     own = [path.relative_to(ROOT) for path in (ROOT / "tritopt").rglob("*.py")]
-    return found | {path.as_posix() for path in own if "kernels" not in path.parts} | {"tritopt/engine/walk.c"}
+    return paths | {path.as_posix() for path in own if "kernels" not in path.parts} | {"tritopt/engine/walk.c"}
 
 
 def test_wheel_holds_every_module_and_no_top_level_kernels(distributions: Path) -> None:
@@ -170,8 +170,8 @@ def test_an_editable_install_has_the_extension_too(source: Path, tmp_path: Path)
         [sys.executable, "-c", program, str(tmp_path)], cwd=checkout, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = [path.name for path in (checkout / "tritopt" / "engine").glob("_walk*.so")]
-    assert found == ([f"_walk{sysconfig.get_config_var('EXT_SUFFIX')}"] if HAS_COMPILER else [])
+    extensions = [path.name for path in (checkout / "tritopt" / "engine").glob("_walk*.so")]
+    assert extensions == ([f"_walk{sysconfig.get_config_var('EXT_SUFFIX')}"] if HAS_COMPILER else [])
     # What is edited afterwards is built anew when it is needed.
     c_source = checkout / "tritopt" / "engine" / "walk.c"
     c_source.write_text(c_source.read_text() + "/* edited */\n")

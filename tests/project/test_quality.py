@@ -1,4 +1,4 @@
-"""ruff and mypy, so that one test command says it all."""
+"""Quality of the source: ruff, mypy, and rules of this project that neither of them knows."""
 
 from __future__ import annotations
 
@@ -59,7 +59,39 @@ def test_every_launch_forbids_contraction() -> None:
                 spreads = path.is_relative_to(ROOT / "tritopt") and any(word.arg is None for word in call.keywords)
                 says = path.read_text() if spreads else ast.unparse(call)
                 launches.append((place(path, call), "enable_fp_fusion" in says))
-            case ast.Name(id="Launcher"):
+            case ast.Name(id="BoundKernel"):
                 launches.append((place(path, call), "enable_fp_fusion" in path.read_text()))
     assert len(launches) >= 12
     assert [where for where, is_exact in launches if not is_exact] == []
+
+
+DEPENDENT = [
+    "Of", "As", "Likewise", "Where", "What", "How", "Also", "Those", "Its", "By", "For", "From", "In", "On", "With",
+    "Without", "Which", "Why", "That", "They", "Or", "And", "But", "Nor", "Whichever", "Who", "Whoever",
+    "Whose", "When", "If", "Then", "So", "Within", "At", "To", "Under", "Before", "After", "Beside",
+]  # fmt: skip
+"""Words that a docstring which stands alone does not begin with: prepositions, pronouns, conjunctions."""
+
+
+def docstrings() -> Iterator[tuple[Path, ast.Constant]]:
+    """Every docstring of modules, classes and functions, and every string below a field that describes it."""
+    folders = ("tritopt", "kernels", "tests", "examples", "docs")
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    for path in (*paths, ROOT / "setup.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Expr(value=ast.Constant(value=str()) as constant):
+                    yield path, constant
+
+
+def test_docstrings_stand_alone() -> None:
+    """Each begins with a noun or a verb of its own; those of the package say more than a name can."""
+    wrong, n = [], 0
+    for path, constant in docstrings():
+        words = str(constant.value).split()
+        is_short = len(words) <= 3 and path.relative_to(ROOT).parts[0] in ("tritopt", "kernels")
+        if not words or words[0].rstrip(".,:;") in DEPENDENT or is_short:
+            wrong.append(f"{path.relative_to(ROOT)}:{constant.lineno}: {' '.join(words[:8])}")
+        n += 1
+    assert n > 2500
+    assert wrong == []

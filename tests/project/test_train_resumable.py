@@ -32,13 +32,13 @@ CPU = torch.device("cpu")
 
 
 class Kill(NamedTuple):
-    """Where a process ends."""
+    """Moment at which a process ends."""
 
     place: str
     after: int
     """Steps, or checkpoints, that it gets through before."""
     share: float
-    """Of the bytes of a checkpoint that reach the file; of a second."""
+    """Share of a checkpoint's bytes that reach the file, or of a second."""
 
 
 def run(path: Path, log: Path, kill: Kill | None) -> None:

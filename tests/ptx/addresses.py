@@ -11,7 +11,7 @@ import torch
 
 import tritopt
 from tests.ptx.steps import assert_bits, assert_near
-from tritopt.engine.group import Group
+from tritopt.engine.group import LaunchGroup
 from tritopt.engine.plan import Task
 from tritopt.engine.tuning.config import GENERIC
 from tritopt.kernels.formats.scales import BLOCK
@@ -35,7 +35,7 @@ def huge(dtype: torch.dtype, n: int = N) -> torch.Tensor:
 
 
 def windows(tensor: torch.Tensor, per: int = 1) -> list[torch.Tensor]:
-    """What each of the programs has; of a tensor that has one element for so many."""
+    """Split a tensor into what each of the programs has; it may have one element for so many."""
     return [tensor[i * CHUNK // per : (i + 1) * CHUNK // per] for i in PROGRAMS]
 
 
@@ -55,7 +55,7 @@ def run(opt: Any, weight: torch.Tensor, grad: torch.Tensor, state: Any) -> None:
 def eight(record: Record, monkeypatch: pytest.MonkeyPatch) -> Record:
     """Machine that runs these programs, and all of small grids; partial sums of the others are 0."""
     record.order = lambda numbers: np.array(PROGRAMS) if len(numbers) > len(PROGRAMS) else numbers
-    monkeypatch.setattr(Group, "empty", lambda group, *shape: torch.zeros(shape, dtype=torch.float64))
+    monkeypatch.setattr(LaunchGroup, "empty", lambda group, *shape: torch.zeros(shape, dtype=torch.float64))
     return record
 
 
@@ -64,11 +64,11 @@ def test_plain(eight: Record) -> None:
     state = huge(BF16), huge(BF16)
     before = [window.clone() for window in windows(weight)]
     run(tritopt.create("adamw", learning_rate=0.01, wd=0.1, master=None), weight, grad, state)
-    for i, (found, expected, of_grad) in enumerate(zip(windows(weight), before, windows(grad), strict=True)):
+    for i, (actual, expected, of_grad) in enumerate(zip(windows(weight), before, windows(grad), strict=True)):
         reference = tritopt.create("adamw", learning_rate=0.01, wd=0.1, master=None, use_fused_step=False)
         own = torch.zeros_like(expected), torch.zeros_like(expected)
         run(reference, expected, of_grad.clone(), own)
-        assert_bits(found, expected, f"weight of program {PROGRAMS[i]}")
+        assert_bits(actual, expected, f"weight of program {PROGRAMS[i]}")
         for place, tensor in enumerate(own):
             assert_bits(windows(state[place])[i], tensor, f"state {place} of program {PROGRAMS[i]}")
     assert eight.launches == {"multi_tensor_adamw_update": 1}
@@ -92,12 +92,12 @@ def test_random_bits_and_shared_scales(eight: Record) -> None:
     moments = [(huge(of_codes), huge(of_scales, -(-N // BLOCK))) for of_codes, of_scales in dtypes]
     before = [window.clone() for window in windows(weight)]
     run(opt, weight, grad, (remainder, tuple(moments)))
-    for i, (found, expected, of_grad) in enumerate(zip(windows(weight), before, windows(grad), strict=True)):
+    for i, (actual, expected, of_grad) in enumerate(zip(windows(weight), before, windows(grad), strict=True)):
         reference = Window(learning_rate=0.01, **arguments, use_fused_step=False)
         Window.first = PROGRAMS[i] * CHUNK
         own = reference.create_state_multi_precision(0, expected)
         run(reference, expected, of_grad.clone(), own)
-        assert_bits(found, expected, f"weight of program {PROGRAMS[i]}")
+        assert_bits(actual, expected, f"weight of program {PROGRAMS[i]}")
         assert_bits(windows(remainder)[i], own[0], f"remainder of program {PROGRAMS[i]}")
         for ours, theirs in zip(moments, own[1], strict=True):
             assert_bits(windows(ours[0])[i], theirs[0], f"codes of program {PROGRAMS[i]}")

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kernels.test_exact import EDGES
 from tritopt import optim
 from tritopt.engine import plan
 from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
 from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import div, div_by_root, sqrt
 from tritopt.tools.ptx import driver
 from tritopt.tools.ptx.driver import Record, allocations, switch_on
 from tritopt.tools.ptx.machine import Machine
@@ -62,6 +64,15 @@ def copy_overlapping(x, out, STEP: tl.constexpr, BLOCK: tl.constexpr):  # type: 
     tl.store(out + i, tl.load(x + i))
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def exact(x, y, quotients, roots, by_roots, epsilon, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a, b = tl.load(x + i), tl.load(y + i)
+    tl.store(quotients + i, div(a, b))
+    tl.store(roots + i, sqrt(b))
+    tl.store(by_roots + i, div_by_root(a, b, epsilon))
+
+
 def add(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, beyond: int = 0, fusion: bool = False) -> Any:
     n = x.numel()
     grid = (triton.cdiv(n, 128),)
@@ -76,6 +87,31 @@ def test_elementwise(record: Record, n: int) -> None:
     assert np.array_equal(out.numpy(), x.numpy() + np.float32(0.1) * y.numpy())
     assert record.launches == {"scaled_sum": 1}
     assert record.faults == []
+
+
+@every_target
+@pytest.mark.parametrize("elements", [1, 4, 8, 16])
+def test_exact_arithmetic_at_the_edges(record: Record, elements: int) -> None:
+    """All pairs of numbers at which something changes, and of ordinary ones, which stand among them in every thread."""
+    edges = np.array([*EDGES, *(bits + 2**31 for bits in EDGES)], np.uint32).view(np.float32)
+    numbers = np.concatenate([edges, np.random.default_rng(0).standard_normal(64 - len(edges) % 64).astype(np.float32)])
+    x, y = (np.ascontiguousarray(each).ravel() for each in np.meshgrid(numbers, numbers))
+    ordinary = np.random.default_rng(1).random((2, len(x)), np.float32) + np.float32(0.5)
+    x, y = (
+        np.stack([edge, *[other] * 15], 1)[:, : max(2, elements)].ravel()
+        for edge, other in zip((x, y), ordinary, strict=True)
+    )
+    for epsilon in (1e-8, 0.0, 1e-30, math.inf, 2.0):
+        found = [torch.full((len(x),), math.nan) for _ in range(3)]
+        given = torch.from_numpy(x), torch.from_numpy(y)
+        exact[(len(x) // (32 * elements),)](
+            *given, *found, epsilon, BLOCK=32 * elements, num_warps=1, enable_fp_fusion=False
+        )
+        with np.errstate(all="ignore"):
+            root = np.sqrt(y)
+            for ours, expected in zip(found, (x / y, root, x / (root + np.float32(epsilon))), strict=True):
+                assert np.array_equal(ours.numpy(), expected, equal_nan=True)
+                assert np.array_equal(np.signbit(ours.numpy()), np.signbit(expected) & ~np.isnan(expected))
 
 
 def test_views_that_are_aligned_otherwise(record: Record) -> None:
@@ -159,7 +195,7 @@ def outcome(machine: Machine, arguments: list[Any], out: torch.Tensor, options: 
 
 
 def test_every_barrier_of_a_reduction_is_needed(record: Record) -> None:
-    """Without any one of them two warps race; and most show in the sums, too, if warps run one after the other."""
+    """Two warps race if any one is missing; and most show in the sums, too, if warps run one after the other."""
     chunks = torch.tensor([3, 1, 1100])
     first = torch.cumsum(chunks, 0) - chunks
     partials = torch.randint(-1000, 1000, (int(chunks.sum()), 2)).double()
@@ -183,8 +219,8 @@ def test_every_barrier_of_a_reduction_is_needed(record: Record) -> None:
     n_shown = 0
     for start, end in barriers:
         broken = Machine(parse(ptx[:start] + ptx[end:]), compiled.metadata.shared)
-        found = [outcome(broken, arguments, sums, Options(warp_seed=seed, watches=False)) for seed in seeds]
-        n_shown += any(one != wanted for one in found)
+        outcomes = [outcome(broken, arguments, sums, Options(warp_seed=seed, watches=False)) for seed in seeds]
+        n_shown += any(one != wanted for one in outcomes)
         assert "race in shared memory" in str(outcome(broken, arguments, sums, Options()))
     # Triton 3.6 has all warps read a sum that only the first one stores: what the others read does not matter.
     assert n_shown == len(barriers) or (len(barriers) == 5 and n_shown == 2)

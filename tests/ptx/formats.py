@@ -12,7 +12,7 @@ from tritopt.tools.check import Case
 from tritopt.tools.ptx.driver import Record
 
 STATES = {"lamb": ("bf16", "int8"), "lion": ("fp16", "fp8")}
-"""What to take of the states' formats, each of which has code of its own that all optimizers share; AdamW has all."""
+"""Formats of states that are run, each of which has code of its own that all optimizers share; AdamW has all."""
 
 
 def is_chosen(case: Case) -> bool:

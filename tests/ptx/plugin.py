@@ -34,7 +34,7 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Switch it off."""
+    """Switch the machine off."""
     while _records:
         _records.pop().switch_off()
 

@@ -23,13 +23,13 @@ def test_a_fault_names_kernel_instruction_thread_and_address() -> None:
     array = np.zeros(100, np.uint32)
     with pytest.raises(Fault) as error:
         run(each("ld", 0, "b32", "%r1"), array, n_threads=64, grid=2)
-    found = error.value
-    assert (found.kernel, found.program, found.thread) == ("snippet", 1, 36)
-    assert found.address == array.ctypes.data + 400
-    assert found.instruction == "ld.global.b32 %r1, [%rd0]"
-    assert str(found) == (
+    raised = error.value
+    assert (raised.kernel, raised.program, raised.thread) == ("snippet", 1, 36)
+    assert raised.address == array.ctypes.data + 400
+    assert raised.instruction == "ld.global.b32 %r1, [%rd0]"
+    assert str(raised) == (
         "snippet: read of 4 bytes outside of live tensors, by 28 threads"
-        f" at {found.address:#x}; program 1, thread 36; ld.global.b32 %r1, [%rd0]"
+        f" at {raised.address:#x}; program 1, thread 36; ld.global.b32 %r1, [%rd0]"
     )
 
 
@@ -62,9 +62,9 @@ def test_misaligned() -> None:
 
 
 def test_two_threads_that_write_the_same_bytes() -> None:
-    found = fault("st.global.b32 [%rd8], %r15;")
-    assert "race: write of what program 0, thread 0 writes" in str(found)
-    assert found.thread == 1
+    raised = fault("st.global.b32 [%rd8], %r15;")
+    assert "race: write of what program 0, thread 0 writes" in str(raised)
+    assert raised.thread == 1
     halves = PER_THREAD.format(size=2) + "and.b32 %r1, %r15, 1; sub.s32 %r2, %r15, %r1; "
     halves += "mul.wide.u32 %rd0, %r2, 2; add.s64 %rd0, %rd0, %rd8; cvt.u16.u32 %h1, %r15;"
     assert "race" in str(fault(f"{halves} st.global.b32 [%rd0], %r15;"))
@@ -92,16 +92,16 @@ def test_races_of_accesses_that_are_wider_than_others() -> None:
     for theirs, own in ((0, (4, 8, 12)), (12, (0, 4, 8))):
         writes = f"@%p1 st.global.b32 [%rd8+{theirs}], %r15;"
         writes += " ".join(f"@%p2 st.global.b32 [%rd8+{place}], %r15;" for place in own)
-        found = fault(f"{ONE.format(other=32)} {writes} {read}", grid=2)
-        assert "race: read of what program 0 writes" in str(found)
-        assert found.program == 1
+        raised = fault(f"{ONE.format(other=32)} {writes} {read}", grid=2)
+        assert "race: read of what program 0 writes" in str(raised)
+        assert raised.program == 1
 
 
 def test_a_thread_missing_at_a_barrier() -> None:
     warp = "setp.lt.u32 %p1, %r15, 32; @%p1 bra $end; bar.sync 0; $end: mov.b32 %r1, 0;"
-    found = fault(warp, n_threads=64)
-    assert "a barrier that this thread never reaches" in str(found)
-    assert (found.thread < 32, found.instruction) == (True, "bar.sync 0")
+    raised = fault(warp, n_threads=64)
+    assert "a barrier that this thread never reaches" in str(raised)
+    assert (raised.thread < 32, raised.instruction) == (True, "bar.sync 0")
     part = fault("setp.eq.u32 %p1, %r15, 5; @%p1 bra $end; bar.sync 0; $end: mov.b32 %r1, 0;")
     assert "a barrier without all threads of the warp" in str(part)
     assert "bar.warp.sync" in str(fault("setp.eq.u32 %p1, %r15, 5; @%p1 bar.warp.sync -1;"))
@@ -109,8 +109,8 @@ def test_a_thread_missing_at_a_barrier() -> None:
 
 def test_a_thread_missing_at_an_exchange() -> None:
     for exchange in ("shfl.sync.bfly.b32 %r1, %r15, 1, 31, -1;", "redux.sync.add.s32 %r1, %r15, -1;"):
-        found = fault(f"setp.ne.u32 %p1, %r15, 5; @%p1 {exchange}")
-        assert "an exchange without all threads of the warp" in str(found)
+        raised = fault(f"setp.ne.u32 %p1, %r15, 5; @%p1 {exchange}")
+        assert "an exchange without all threads of the warp" in str(raised)
         run(f"setp.ge.u32 %p1, %r15, 32; @%p1 {exchange}", np.zeros(1, np.uint32), n_threads=64)
 
 

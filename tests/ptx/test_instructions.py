@@ -127,6 +127,8 @@ CASES: list[tuple[str, str, list[list[int]], list[int]]] = [
      [0x3C00, 0x7C00, 0, 2, 0x8000, 0x7FFF]),
     ("cvt.rn.bf16x2.f32 {d}, {a}, {b};", B32, [f32(1, NAN), f32(2, 0)], [0x3F804000, 0x7FFF0000]),
     ("cvt.rn.f16x2.f32 {d}, {a}, {b};", B32, [f32(1), f32(-2)], [0x3C00C000]),
+    # Lower byte first: 1, -0.875, the largest (448), the smallest (2^-9), NaN, -0.
+    ("cvt.rn.f16x2.e4m3x2 {d}, {a};", "b32 b16", [[0xB638, 0x017E, 0x807F]], [0xBB003C00, 0x18005F00, 0x80007FFF]),
     ("cvt.f32.bf16 {d}, {a};", "b32 b16", [[0x3F81, 0xFFC1]], [0x3F810000, 0xFFC10000]),
     ("cvt.f32.f16 {d}, {a};", "b32 b16", [[0x3C01, 0x0001, 0xFE01]], [*f32(1 + 2.0**-10, 2.0**-24), CANONICAL]),
     ("cvt.rn.f32.f64 {d}, {a};", "b32 b64", [f64(1 + 2.0**-24, 1e39, NAN)], [*f32(1, INF), CANONICAL]),
@@ -222,12 +224,12 @@ def test_fma_rounds_once() -> None:
     near = np.nextafter(-(a * b), random.choice([-np.inf, np.inf], n).astype(np.float32))
     half = np.ldexp(a * b, random.integers(-26, 26, n)).astype(np.float32)
     c = np.where(random.random(n) < 0.5, near, half).astype(np.float32)
-    found = compute(
+    results = compute(
         "fma.rn.f32 {d}, {a}, {b}, {c};", "b32 b32 b32 b32", *([int(v) for v in x.view(np.uint32)] for x in (a, b, c)),
         n_threads=992,
     )  # fmt: skip
     wrong = 0
-    for x, y, z, bits in zip(a, b, c, found, strict=True):
+    for x, y, z, bits in zip(a, b, c, results, strict=True):
         exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
         value = Fraction(float(np.uint32(bits).view(np.float32)))
         gap = abs(value - exact)

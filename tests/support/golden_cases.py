@@ -109,14 +109,14 @@ class GoldenCase:
 
     def decisions(self) -> tuple[str, ...]:
         """Decisions that keep tritopt from following this trajectory, keys of DECISIONS; () if it must be followed."""
-        found = {
+        holds_of = {
             "M6": self.optimizer == "AdamW" and "fused_step_differ" in self.flags and not self.use_fused_step,
             "M7": self.optimizer == "LANS" and "fused_step_differ" in self.flags and not self.use_fused_step,
             "M8": "nadam_shared_schedule" in self.flags,
             "M21": "fused_norm_of_fp16_weight" in self.flags and self.use_fused_step,
             "M24": self.first_step_of_unequal_rates() < self.steps,
         }
-        return tuple(name for name, holds in found.items() if holds)
+        return tuple(name for name, holds in holds_of.items() if holds)
 
     def comparable_steps(self) -> int:
         """Leading steps in which the weights can be compared."""
@@ -131,7 +131,7 @@ class GoldenCase:
         return self.steps
 
     def tolerance(self) -> float:
-        """What the path that MXNet recorded allows, or the decisions: both paths of tritopt are exact."""
+        """Tolerance of the path that MXNet recorded, or of the decisions: both paths of tritopt are exact."""
         allowed = [DECISIONS[name] or 0 for name in self.decisions()]
         if self.dtype == torch.float64:
             allowed.append(TOLERANCE_FLOAT64[PATHS[self.use_fused_step]])
@@ -143,7 +143,7 @@ class GoldenCase:
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What tritopt made of a case; fewer steps than recorded if it was cut short."""
+    """Result that tritopt made of a case; fewer steps than recorded if it was cut short."""
 
     weights: list[Tensors]
     states: list[Tensors]
@@ -386,14 +386,14 @@ def _check_states(
 
 def _check_counts(outcome: Comparison, case: GoldenCase, result: ReplayResult) -> None:
     for name in ("index_update_count", "num_update"):
-        found, gold = getattr(result, name), getattr(case, name)
-        if found != gold:
-            outcome.violations.append(f"{name} is {found} instead of {gold}")
+        count, gold = getattr(result, name), getattr(case, name)
+        if count != gold:
+            outcome.violations.append(f"{name} is {count} instead of {gold}")
 
 
 @dataclass
 class Row:
-    """What became of the cases of one optimizer on one path."""
+    """Outcome of the cases of one optimizer on one path."""
 
     run: int = 0
     passed: int = 0
@@ -425,7 +425,7 @@ def run_all(cases: Iterable[GoldenCase], paths: Iterable[str], steps: int | None
 
 
 def fused_device() -> str:
-    """Where the fused path runs: on the GPU unless Triton interprets its kernels."""
+    """Device of the fused path: the GPU unless Triton interprets its kernels."""
     return "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
 
@@ -440,7 +440,7 @@ def table_of(rows: dict[str, Row]) -> Table:
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "directory", nargs="?", type=Path, default=BUNDLED, help="with manifest.json (default: %(default)s)"

@@ -36,19 +36,19 @@ def layouts() -> dict[str, Layout]:
     """Every manner for matrices, by name."""
     size = dist.get_world_size()
     flat = mesh_of(size)
-    found: dict[str, Layout] = {
+    by_name: dict[str, Layout] = {
         "rows": (flat, [Shard(0)]),
         "columns": (flat, [Shard(1)]),
         "replicated": (flat, [Replicate()]),
     }
     if size == 4:
         square = mesh_of(2, 2)
-        found |= {
+        by_name |= {
             "hybrid": (square, [Replicate(), Shard(0)]),
             "blocks": (square, [Shard(0), Shard(1)]),
             "rows twice": (square, [Shard(0), Shard(0)]),
         }
-    return found
+    return by_name
 
 
 def fitting(layout: Layout, shape: Sequence[int]) -> Layout:
@@ -65,7 +65,7 @@ def spread(value: torch.Tensor, layout: Layout) -> DTensor:
 
 
 def pending(value: torch.Tensor, layout: Layout) -> DTensor:
-    """As a gradient whose sum over the processes has yet to be carried out."""
+    """Lay out a gradient whose sum over the processes has yet to be carried out."""
     mesh, _ = layout
     return DTensor.from_local(value / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
 
@@ -104,7 +104,7 @@ class Pair:
             shared.grad = (pending if is_pending else spread)(plain.grad, layout)
 
     def step(self, is_pending: bool = False) -> None:
-        """Of both."""
+        """Step with both optimizers."""
         self.set_grads(is_pending)
         if dist.get_rank() == 0:
             self.one.step()
@@ -131,11 +131,11 @@ class Pair:
             assert_same(norm, self.one.grad_norm, CLOSE, "grad_norm")
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
     """Two tensors agree to this share of the largest element, and in dtype."""
     largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(
-        found.detach(), expected.detach(), rtol=0, atol=tolerance * largest, msg=lambda text: f"{name}: {text}"
+        actual.detach(), expected.detach(), rtol=0, atol=tolerance * largest, msg=lambda text: f"{name}: {text}"
     )
 
 

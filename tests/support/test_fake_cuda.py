@@ -14,7 +14,7 @@ from tests.support.fake_cuda.streams import GpuError
 from tritopt.engine import plan
 from tritopt.engine.device import on_device
 from tritopt.engine.driver import Apply
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner, Task
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.language import INTERPRETED, triton
@@ -27,8 +27,8 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda().running() as found:
-        yield found
+    with FakeCuda().running() as fake:
+        yield fake
 
 
 def test_operations_run_when_they_are_waited_for(cuda: FakeCuda) -> None:
@@ -145,7 +145,7 @@ def add_scaled(w, g, state, s):  # type: ignore[no-untyped-def]
 @needs_interpreter
 def test_kernels_run_late_and_on_the_current_device(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, grad = torch.zeros(5, device="cuda:1"), torch.ones(5, device="cuda:1")
-    launch, scalars = Launch((Apply(add_scaled),), Scale, "decoupled"), [(1.0, float("inf"), 0.0, 2.0)]
+    launch, scalars = LaunchSpec((Apply(add_scaled),), Scale, "decoupled"), [(1.0, float("inf"), 0.0, 2.0)]
     tasks = [Task((weight,), PLAIN, grad, ())]
     Planner().apply("key", tasks, scalars, launch)
     assert "add_scaled" not in cuda.log
@@ -159,7 +159,7 @@ def test_kernels_run_late_and_on_the_current_device(cuda: FakeCuda, monkeypatch:
 def test_a_table_with_an_address_of_nobody(cuda: FakeCuda) -> None:
     weight, grad = torch.zeros(5, device=GPU), torch.ones(5)
     assert plan.unavailable(weight) is None
-    launch = Launch((Apply(add_scaled),), Scale, "decoupled")
+    launch = LaunchSpec((Apply(add_scaled),), Scale, "decoupled")
     task = Task((weight,), PLAIN, weight, ())
     planner = Planner()
     groups = planner.apply("key", [task], [(1.0, float("inf"), 0.0, 2.0)], launch)

@@ -52,7 +52,7 @@ class World:
         self._processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `function(*arguments)`, of an importable module, returns in each rank.
+        """Return what `function(*arguments)`, of an importable module, returns in each rank.
 
         Raises:
             AssertionError: it failed in a rank, with that rank's traceback.
@@ -89,7 +89,7 @@ class World:
             self._processes.append(process)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes of all ranks."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:

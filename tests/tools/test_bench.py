@@ -164,9 +164,9 @@ def test_a_peer_that_is_missing_says_so() -> None:
     peer = replace(FUSED, path="no_such_library.optim:Adam")
     assert peer.missing() == "not installed: no module 'no_such_library'"
     assert FUSED.missing() is None
-    found = peers.versions()
-    assert (found["torch"] or "").partition("+")[0] == torch.__version__.partition("+")[0]
-    assert set(found) == {peer.package for peer in PEERS}
+    installed = peers.versions()
+    assert (installed["torch"] or "").partition("+")[0] == torch.__version__.partition("+")[0]
+    assert set(installed) == {peer.package for peer in PEERS}
 
 
 @interpreted
@@ -268,8 +268,8 @@ def test_steps_on_end_take_as_long_as_the_slower(
 
 
 def test_the_gpus_time_is_taken_from_its_queue(gpu: FakeCuda, device: Device) -> None:
-    found = device.device_times([lambda: gpu.work(0.01, 0.02), lambda: gpu.work(0.01, 0.04)], 4, lead=0.01)
-    assert found == pytest.approx([0.02, 0.04, 0.02, 0.04])
+    times = device.device_times([lambda: gpu.work(0.01, 0.02), lambda: gpu.work(0.01, 0.04)], 4, lead=0.01)
+    assert times == pytest.approx([0.02, 0.04, 0.02, 0.04])
 
 
 def test_a_lead_that_is_too_short_grows(gpu: FakeCuda, device: Device) -> None:
@@ -354,8 +354,8 @@ def test_rows_say_what_must_move_and_what_was_launched(optimizer: str, launches:
 
 
 def test_memory_is_known_before_it_is_taken() -> None:
-    found = {name: measure.resident("AdamW", FORMATS[name]) for name in ("fp32", MAIN, "split8+int8", "none")}
-    assert found == {"fp32": 16, MAIN: 14, "split8+int8": 7 + 1 / 16, "none": 8}
+    n_bytes = {name: measure.resident("AdamW", FORMATS[name]) for name in ("fp32", MAIN, "split8+int8", "none")}
+    assert n_bytes == {"fp32": 16, MAIN: 14, "split8+int8": 7 + 1 / 16, "none": 8}
 
 
 @interpreted
@@ -472,25 +472,25 @@ def test_a_run_that_is_killed_leaves_what_it_had(tmp_path: Path) -> None:
     rows = bench.rows()
     first = next(rows)
     bench.save(path)
-    found = json.loads(path.read_text())
-    assert found["rows"] == [asdict(first)]
-    assert found["complete"] is False
+    document = json.loads(path.read_text())
+    assert document["rows"] == [asdict(first)]
+    assert document["complete"] is False
     list(rows)
     bench.save(path)
-    found = json.loads(path.read_text())
-    assert len(found["rows"]) == 2
-    assert found["complete"] is True
+    document = json.loads(path.read_text())
+    assert len(document["rows"]) == 2
+    assert document["complete"] is True
     assert [file.name for file in tmp_path.iterdir()] == ["bench.json"]
 
 
 def test_json_says_what_the_numbers_belong_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = rehearsal().document()
-    assert found["rehearsal"] is True
-    assert "times mean nothing" in found["warning"]
-    assert {verdict["verdict"] for verdict in found["targets"]} == {"not measured"}
+    document = rehearsal().document()
+    assert document["rehearsal"] is True
+    assert "times mean nothing" in document["warning"]
+    assert {verdict["verdict"] for verdict in document["targets"]} == {"not measured"}
     names = {"gpu", "driver", "cuda", "date", "platform", "python", "torch", "triton", "tritopt", "commit", "peers"}
-    assert names <= set(found["machine"])
-    json.dumps(found)
+    assert names <= set(document["machine"])
+    json.dumps(document)
     monkeypatch.setenv("PATH", "")
     assert machine.driver() is None
     assert machine.commit() is None
@@ -500,21 +500,21 @@ def test_json_says_what_the_numbers_belong_to(monkeypatch: pytest.MonkeyPatch) -
 
 
 def verdicts(*rows: Measurement) -> dict[str, str]:
-    return {found.target.partition(":")[0]: found.verdict for found in targets.judge(rows)}
+    return {judged.target.partition(":")[0]: judged.verdict for judged in targets.judge(rows)}
 
 
 def test_targets_go_by_the_worst() -> None:
     good = row_of(share=0.93, allocations=0, synchronises=False)
-    found = verdicts(good)
-    assert found["AdamW, bf16 + 16 bits, 1B parameters"] == "met"
-    assert found["allocations of a warm step"] == found["synchronisations of a warm step"] == "met"
-    others = set(found) - {
+    by_target = verdicts(good)
+    assert by_target["AdamW, bf16 + 16 bits, 1B parameters"] == "met"
+    assert by_target["allocations of a warm step"] == by_target["synchronisations of a warm step"] == "met"
+    others = set(by_target) - {
         "AdamW, bf16 + 16 bits, 1B parameters", "allocations of a warm step", "synchronisations of a warm step",
     }  # fmt: skip
-    assert {found[name] for name in others} == {"not measured"}
+    assert {by_target[name] for name in others} == {"not measured"}
     part = replace(good, shapes="Llama-3-8B, 8 of 32 layers", share=0.9, allocations=1)
-    found = verdicts(good, part)
-    assert found["AdamW, bf16 + 16 bits, 1B parameters"] == found["allocations of a warm step"] == "missed"
+    by_target = verdicts(good, part)
+    assert by_target["AdamW, bf16 + 16 bits, 1B parameters"] == by_target["allocations of a warm step"] == "missed"
     judged = {v.target: v for v in targets.judge([good, part])}
     assert judged["AdamW, bf16 + 16 bits, 1B parameters: share of a copy"] == targets.Judged(
         "AdamW, bf16 + 16 bits, 1B parameters: share of a copy", ">= 92.0%", "90.0%", "missed", 2
@@ -540,7 +540,7 @@ def test_each_target_has_its_rows(row: dict[str, Any], target: str, verdict: str
 
 
 def test_a_rehearsal_meets_no_target() -> None:
-    assert {found.verdict for found in targets.judge([row_of(share=0.99)], is_rehearsal=True)} == {"not measured"}
+    assert {judged.verdict for judged in targets.judge([row_of(share=0.99)], is_rehearsal=True)} == {"not measured"}
 
 
 # The picture.
@@ -583,9 +583,9 @@ def test_plots_that_cannot_be_drawn_are_refused(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_ways_out_are_named() -> None:
-    found = command()
-    assert found.exit_code == 2
-    said = " ".join(found.output.replace("│", " ").split())
+    result = command()
+    assert result.exit_code == 2
+    said = " ".join(result.output.replace("│", " ").split())
     assert "the bench needs a GPU that torch can use, and there is none: --host" in said
     assert "--rehearse" in said
 
@@ -601,9 +601,9 @@ def test_without_a_gpu_the_ways_out_are_named() -> None:
 )  # fmt: skip
 @interpreted
 def test_bad_arguments_are_refused(arguments: list[str], message: str) -> None:
-    found = command(*arguments)
-    assert found.exit_code == 2
-    assert message in " ".join(found.output.replace("│", " ").split())
+    result = command(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
 
 
 @interpreted
@@ -611,12 +611,12 @@ def test_the_command_prints_and_keeps(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
     chosen = ["--rehearse", "--shapes", "tiny", "--peer", "torch fused", "--save", str(path), "--plot", str(picture)]
-    found = command(*chosen)
-    assert found.exit_code == 0, found.output
-    assert "A REHEARSAL" in found.output
-    assert "miniature of 10,000 tensors of 1,000" in " ".join(found.output.split())
-    assert "torch fused" in found.output
-    assert "not measured" in found.output
+    result = command(*chosen)
+    assert result.exit_code == 0, result.output
+    assert "A REHEARSAL" in result.output
+    assert "miniature of 10,000 tensors of 1,000" in " ".join(result.output.split())
+    assert "torch fused" in result.output
+    assert "not measured" in result.output
     assert [row["contestant"] for row in json.loads(path.read_text())["rows"]] == ["tritopt", "torch fused"]
     assert "REHEARSAL" in picture.read_text()
 
@@ -624,9 +624,9 @@ def test_the_command_prints_and_keeps(tmp_path: Path) -> None:
 @interpreted
 def test_json_and_a_red_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "gate", lambda *_: "its check is red")
-    found = command("--rehearse", "--shapes", "tiny", "--peer", "none", "--json")
-    assert found.exit_code == 1
-    (row,) = json.loads(found.stdout)["rows"]
+    result = command("--rehearse", "--shapes", "tiny", "--peer", "none", "--json")
+    assert result.exit_code == 1
+    (row,) = json.loads(result.stdout)["rows"]
     assert (row["refused"], row["ms"]) == ("its check is red", None)
     assert "its check is red" in command("--rehearse", "--shapes", "tiny", "--peer", "none").output
 

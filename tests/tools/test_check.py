@@ -103,13 +103,13 @@ def undefined_update(w, g, state, s):  # type: ignore[no-untyped-def]
 
 
 class Undefined(tritopt.Test):
-    """NaN everywhere."""
+    """Optimizer whose weights are NaN everywhere."""
 
     phases = (tritopt.Apply(undefined_update, reads_states=False, writes_states=False),)
 
 
 class Ported(tritopt.Optimizer):
-    """As MXNet has them: overrides `create_state` and `step`, no kernel."""
+    """Optimizer that is written as MXNet's are: it overrides `create_state` and `step`, and has no kernel."""
 
     def create_state(self, index: Any, weight: torch.Tensor) -> Any:
         return torch.zeros_like(weight)
@@ -132,14 +132,14 @@ class Greedy(Ported):
 
 
 class Counting(Ported):
-    """Its state is a number."""
+    """Optimizer whose state is a number."""
 
     def create_state(self, index: Any, weight: torch.Tensor) -> Any:
         return 7
 
 
 class Coarse(tritopt.Test):
-    """Its reference computes in bf16."""
+    """Optimizer whose reference computes in bf16."""
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Any, s: Any) -> Any:
         return (w - s.lr * g.to(torch.bfloat16)) if w.dtype == torch.float32 else w - s.lr * g, state
@@ -155,17 +155,17 @@ def test_registered_optimizers_pass(cls: type[tritopt.Optimizer]) -> None:
 
 
 def test_full_check_covers_every_combination() -> None:
-    found = find_cases([tritopt.SGD])
-    assert len(set(map(str, found))) == len(found) == 50
+    cases = find_cases([tritopt.SGD])
+    assert len(set(map(str, cases))) == len(cases) == 50
     assert set(find_cases([tritopt.SGD], quick=True)[0].arguments) == {"learning_rate"}
-    assert all(c.variant for c in found if c.state_dtype), "without momentum there is no state"
-    assert {c.state_dtype for c in found} == {None, *STATE_FORMATS}
-    assert {c.option for c in found if c.state_dtype} == {"wd, clip, rescale"}
+    assert all(c.variant for c in cases if c.state_dtype), "without momentum there is no state"
+    assert {c.state_dtype for c in cases} == {None, *STATE_FORMATS}
+    assert {c.option for c in cases if c.state_dtype} == {"wd, clip, rescale"}
 
 
 @pytest.mark.parametrize("cls", [tritopt.Ftrl, tritopt.GroupAdaGrad, tritopt.Test, Ported])
 def test_no_state_takes_another_format(cls: type[tritopt.Optimizer]) -> None:
-    assert not [found for found in find_cases([cls]) if found.state_dtype]
+    assert not [case for case in find_cases([cls]) if case.state_dtype]
 
 
 class PortedSign(Ported):
@@ -179,7 +179,7 @@ class PortedSign(Ported):
 
 
 class LateSign(PortedSign):
-    """In fp32 and below it takes the sign of the momentum before the step."""
+    """Optimizer that takes, in fp32 and below, the sign of the momentum before the step."""
 
     def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         before = [state.clone() for state in states]
@@ -223,11 +223,11 @@ def test_sums_that_cancel_before_their_sign_is_taken(monkeypatch: pytest.MonkeyP
 def test_gradients_stay_as_drawn_but_for_a_few(
     cls: type[tritopt.Optimizer], jumps: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = run._jumps
+    original = run._jumps
     counted: list[int] = []
 
     def counting(*args: Any) -> list[torch.Tensor]:
-        masks = found(*args)
+        masks = original(*args)
         counted.extend(int(mask.sum()) for mask in masks)
         return masks
 
@@ -248,7 +248,7 @@ def store_without_shift(planes, offsets, mask, value, start, noise):  # type: ig
 
 
 class Fixed:
-    """In place of random bits: those that round to nearest, or always up."""
+    """Stand-in for random bits: those that round to nearest, or always up."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -317,7 +317,7 @@ def test_a_wrong_format_is_far_from_the_truth(wrong: Any, monkeypatch: pytest.Mo
 
 @needs_kernels
 def test_states_that_sums_round_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a moment was rounded apart, LANS makes another weight of it, and rightly so."""
+    """LANS makes another weight of a moment that was rounded apart, and rightly so."""
     lans, sgd = case(tritopt.LANS, state_dtype="int8"), case(tritopt.SGD, state_dtype="int8", momentum=0.9)
     monkeypatch.setitem(STATE_FORMATS["int8"], SIGNED, INT8._replace(encode=rounds_up))
     row = check_case(lans)
@@ -345,7 +345,7 @@ OF_STATES = [(name, kind) for name, kinds in STATE_FORMATS.items() for kind in k
 
 @pytest.mark.parametrize(("name", "kind"), OF_STATES)
 def test_neighbours(name: str, kind: str) -> None:
-    """Of every number that a format has, at scales 1 and 4 in turn."""
+    """Neighbours of every number that a format has, at scales 1 and 4 in turn."""
     fmt = STATE_FORMATS[name][kind]
     n = 256 ** fmt.dtypes[0].itemsize
     codes = torch.arange(n, device="cpu").to(torch.int8 if n == 256 else torch.int16).view(fmt.dtypes[0])
@@ -364,9 +364,9 @@ def test_neighbours(name: str, kind: str) -> None:
     if name == "int8":
         given = [-2, -1, 0, 1, 126] if kind == SIGNED else [254, 255, 0, 1, 126]
         higher = [-1, 0, 1, 2, 127] if kind == SIGNED else [255, 255, 1, 2, 127]
-        before, after = (torch.tensor(some, dtype=fmt.dtypes[0], device="cpu") for some in (given, higher))
-        found = contender._neighbour(fmt, (before, planes[-1][:1]), 1)
-        assert torch.equal(found, fmt.decode((after, planes[-1][:1]), torch.float32))
+        before, after = (torch.tensor(codes_of, dtype=fmt.dtypes[0], device="cpu") for codes_of in (given, higher))
+        neighbour = contender._neighbour(fmt, (before, planes[-1][:1]), 1)
+        assert torch.equal(neighbour, fmt.decode((after, planes[-1][:1]), torch.float32))
 
 
 def test_neighbours_lie_in_memory_as_the_state_does() -> None:
@@ -381,9 +381,9 @@ def test_neighbours_lie_in_memory_as_the_state_does() -> None:
     assert number.stride() == low.stride() == high.stride() == weight.stride()
     scale = torch.ones(11, 6, device="cpu")
     scale[9:, 5] = 1024.0
-    for found, step in ((low, -1), (number, 0), (high, 1)):
+    for neighbour, step in ((low, -1), (number, 0), (high, 1)):
         code = codes.float() + step
-        assert torch.equal(found, code**3 * code.abs() * scale)
+        assert torch.equal(neighbour, code**3 * code.abs() * scale)
 
 
 @pytest.mark.parametrize(("config", "block"), [(run.SMALL, 0), (run.SMALL_OF_STATES, BLOCK)])
@@ -553,7 +553,7 @@ def shared(name: str, monkeypatch: pytest.MonkeyPatch) -> list[CheckResult]:
 
 
 def test_many_checks_are_shared_by_processes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are the same rows in the same order, also of a class that no name leads to, and that prints."""
+    """Rows are the same in the same order, also of a class that no name leads to, and that prints."""
     (here / "broken.py").write_text(MADE)
     expected = list(run_checks([load_optimizer("broken:Made")], quick=True))
     assert shared("broken:Made", monkeypatch) == expected
@@ -608,7 +608,7 @@ def test_program_runs_the_kernels_with_or_without_gpu(here: Path) -> None:
 
 
 def test_mutations_fit_the_code() -> None:
-    """What `python -m tests.mutations` breaks exists, once; running it takes minutes."""
+    """Every text that `python -m tests.mutations` breaks exists, once; running it takes minutes."""
     for mutation in mutations.collect():
         text = mutations.path_of(mutation, ROOT).read_text()
         assert text.count(mutation.old) == 1, mutation

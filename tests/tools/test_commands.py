@@ -1,4 +1,4 @@
-"""What commands have in common: tables on narrow terminals, optimizers by position, a machine without Triton."""
+"""Behaviour that commands share: tables on narrow terminals, optimizers by position, a machine without Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
@@ -24,6 +24,7 @@ from tritopt.engine.tuning.config import Config
 from tritopt.mxnet import registry
 from tritopt.tools import numerics, tune
 from tritopt.tools.bench import host, measure
+from tritopt.tools.bench.contestants import Case
 from tritopt.tools.inspect import Change, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,16 +114,18 @@ def test_bench(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
     bench_command._print(Done())  # type: ignore[arg-type]
     assert_fits(capsys.readouterr().out, width, "TransformerEngine", "3.250", "times", "1.25")
-    monkeypatch.setattr(host, "CASES", host.CASES[:1])
     times: Any = {"ms": 0.5, "best_ms": 0.25, "cold_ms": 1.0, "ratio": 0.125}
-    monkeypatch.setattr(
-        host,
-        "case_times",
-        lambda case, *_: [
-            host.HostTime("torch foreach", case.tensors, case.groups, case.clip, case.sets, "nothing", **times)
-        ],
-    )
-    assert_fits(run("bench", "--host").output.partition("replaced,")[0], width, "foreach", "0.500", "0.12")
+    names = ("torch foreach", "optimi")
+
+    def case_times(case: Case, *_: object) -> list[host.HostTime]:
+        rows = [host.HostTime(name, *case, case.title, "nothing", **times) for name in names]
+        rows[1].ms, rows[1].refused = None, "RuntimeError: needs a GPU"
+        return rows
+
+    monkeypatch.setattr(host, "case_times", case_times)
+    table, _, below = run("bench", "--host").output.partition("replaced,")
+    assert_fits(table, width, *names, "0.500", "0.12", *{word for case in host.CASES for word in case.title.split()})
+    assert f"{host.CASES[0].title}, optimi: RuntimeError: needs a GPU" in below
 
 
 def test_words_are_broken_only_where_no_column_may_go() -> None:
@@ -155,8 +158,8 @@ def test_optimizers_by_position(command: str, tmp_path: Path, monkeypatch: pytes
     quick = ["--quick"] if command == "check" else []
     result = run(command, "Test", "mine:Mine", *quick, "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    rows = found["rows"] if command == "check" else found
+    document = json.loads(result.stdout)
+    rows = document["rows"] if command == "check" else document
     assert {row["optimizer"] for row in rows} == {"test", "mine"}
     for name, hint in (("adamww", "did you mean 'adamw'"), ("nowhere:Mine", "cannot import"), ("x", "my_module:My")):
         result = run(command, name, COLUMNS="200")
@@ -187,56 +190,69 @@ def test_numerics_takes_one_optimizer() -> None:
 
 # Without Triton.
 
+WORKS = [
+    ["list"],
+    ["list", "--markdown"],
+    ["check", "test", "--quick"],
+    ["numerics", "--no-digits", "--steps", "1", "--format", "split16"],
+    ["tune", "--show"],
+    ["inspect", "--help"],
+]
+NEEDS = [
+    ["inspect"],
+    ["inspect", "adamw"],
+    ["inspect", "--diff", str(COUNTS)],
+    ["bench"],
+    ["bench", "--host"],
+    ["bench", "--rehearse"],
+    ["tune"],
+]
 WITHOUT = """
-import sys
+import json, sys
 sys.modules["triton"] = None  # `import triton` then raises ImportError, as where it is not installed
+from typer.testing import CliRunner
 from tritopt.__main__ import app
-app(sys.argv[1:], prog_name="tritopt")
+done = [CliRunner().invoke(app, arguments) for arguments in json.loads(sys.argv[1])]
+failed = lambda run: isinstance(run.exception, Exception)
+print(json.dumps([(run.exit_code, run.stdout, run.stderr, failed(run)) for run in done]))
 """
 
 
-def without_triton(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", WITHOUT, *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**env, "COLUMNS": "200"}, capture_output=True, text=True, check=False)
+class Ended(NamedTuple):
+    """Outcome of a command: exit code and output."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    raised: bool
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["list"],
-        ["list", "--markdown"],
-        ["check", "test", "--quick"],
-        ["numerics", "--no-digits", "--steps", "1", "--format", "split16"],
-        ["tune", "--show"],
-        ["inspect", "--help"],
-    ],
-    ids=" ".join,
-)
-def test_what_works_without_triton(arguments: list[str]) -> None:
-    done = without_triton(*arguments)
+@pytest.fixture(scope="module")
+def without_triton() -> dict[str, Ended]:
+    """Each of these commands in turn, in one process that imports torch once."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
+    command = [sys.executable, "-c", WITHOUT, json.dumps(WORKS + NEEDS)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    ended = [Ended(*fields) for fields in json.loads(done.stdout)]
+    return {" ".join(arguments): outcome for arguments, outcome in zip(WORKS + NEEDS, ended, strict=True)}
+
+
+@pytest.mark.xdist_group("without_triton")
+@pytest.mark.parametrize("arguments", WORKS, ids=" ".join)
+def test_what_works_without_triton(arguments: list[str], without_triton: dict[str, Ended]) -> None:
+    done = without_triton[" ".join(arguments)]
+    assert done.exit_code == 0, done
     if arguments[0] == "list":
         assert done.stdout == run(*arguments, COLUMNS="200").output
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["inspect"],
-        ["inspect", "adamw"],
-        ["inspect", "--diff", str(COUNTS)],
-        ["bench"],
-        ["bench", "--host"],
-        ["bench", "--rehearse"],
-        ["tune"],
-    ],
-    ids=lambda arguments: " ".join(arguments[:2]),
-)
-def test_what_needs_triton_says_how_to_get_it(arguments: list[str]) -> None:
-    done = without_triton(*arguments)
+@pytest.mark.xdist_group("without_triton")
+@pytest.mark.parametrize("arguments", NEEDS, ids=lambda arguments: " ".join(arguments[:2]))
+def test_what_needs_triton_says_how_to_get_it(arguments: list[str], without_triton: dict[str, Ended]) -> None:
+    done = without_triton[" ".join(arguments)]
     said = " ".join(done.stderr.replace("│", " ").split())
-    assert done.returncode in (1, 2)
+    assert done.exit_code in (1, 2)
     assert "Triton, which is not installed: `pip install 'triton>=3.6'`" in said
     assert "use_fused_step" not in said
-    assert "Traceback" not in said
+    assert not done.raised

@@ -11,7 +11,15 @@ import torch
 import tritopt
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, MASTERS, SPLIT8, SPLIT16, STOCHASTIC
-from tritopt.tools.cost import PRECISIONS, Traffic, bytes_per_parameter, listings, resident_bytes, tensors_of
+from tritopt.tools.cost import (
+    PRECISIONS,
+    Traffic,
+    bytes_per_parameter,
+    listings,
+    resident_bytes,
+    tensors_of,
+    traffic_by_tensor,
+)
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -61,6 +69,34 @@ def test_traffic(
     opt = tritopt.create(name, **arguments)
     assert bytes_per_parameter(opt, weight, grad, fmt) == Traffic(read, written)
     assert bytes_per_parameter(opt, weight, grad, fmt).total == read + written
+
+
+@pytest.mark.parametrize("fmt", [PLAIN, *MASTERS.values()], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lion", "sgd", "groupadagrad"])
+def test_traffic_by_tensor_adds_up(name: str, fmt: Format) -> None:
+    opt = tritopt.create(name, state_dtype={"mean": "int8"} if name in ("adamw", "lamb") else None)
+    if fmt.draws and name == "groupadagrad":
+        with pytest.raises(ValueError, match="draw no random bits"):
+            traffic_by_tensor(opt, BF16, BF16, fmt)
+        return
+    parts = traffic_by_tensor(opt, BF16, BF16, fmt)
+    total = bytes_per_parameter(opt, BF16, BF16, fmt)
+    assert sum(part.read for part in parts.values()) == total.read
+    assert sum(part.written for part in parts.values()) == total.written
+    assert parts["gradient"].written == 0
+    assert ("master" in parts) == bool(fmt.companion)
+
+
+def test_traffic_by_tensor_of_adamw() -> None:
+    """Weight and its other 16 bits, int8 codes with a 64th of a bf16 scale, and fp32."""
+    opt = tritopt.create("adamw", state_dtype={"mean": "int8"})
+    assert traffic_by_tensor(opt, BF16, BF16, SPLIT16) == {
+        "gradient": Traffic(2, 0),
+        "weight": Traffic(2, 2),
+        "master": Traffic(2, 2),
+        "mean": Traffic(1 + 2 / 64, 1 + 2 / 64),
+        "var": Traffic(4, 4),
+    }
 
 
 def test_the_optimizer_is_left_as_it_was() -> None:

@@ -31,7 +31,7 @@ SAVED = report.load(COUNTS)
 COUNTED = {row.optimizer for row in SAVED}
 REFRESH = f"if that is meant: tritopt inspect --save tests/data/{COUNTS.name}"
 ROOM = {"instructions": 0.15, "arithmetic": 0.2, "registers": 0.3}
-"""For what another version of Triton makes, as a share. 3.6 and 3.9 differ by 0.12, 0.15 and 0.25."""
+"""Room for what another version of Triton makes, as a share. 3.6 and 3.9 differ by 0.12, 0.15 and 0.25."""
 
 
 def run(*arguments: str) -> Any:
@@ -45,12 +45,12 @@ def run(*arguments: str) -> Any:
 def rows() -> list[LaunchRecord]:
     """The default cases, those of optimizers that were never saved included, compiled afresh."""
     pytest.importorskip("triton")
-    return [row for found in inspect_cases(select_cases().cases, 1) for row in found]
+    return [row for records in inspect_cases(select_cases().cases, 1) for row in records]
 
 
 def differences(saved: Sequence[LaunchRecord], now: Sequence[LaunchRecord]) -> list[str]:
-    """What counts as a change: everything if the compiler is the same, else what the kernels ask of it."""
-    found = []
+    """List the changes that count: all if the compiler is the same, else those of what the kernels ask of it."""
+    lines = []
     for change in compare(saved, now):
         if saved[0].triton != now[0].triton:
             if change.column in ("triton", "programs", "shared_bytes", "milliseconds", "bound"):
@@ -58,8 +58,8 @@ def differences(saved: Sequence[LaunchRecord], now: Sequence[LaunchRecord]) -> l
             is_known = change.column in ROOM and None not in (change.saved, change.now)
             if is_known and abs(change.now - change.saved) <= ROOM[change.column] * change.saved:
                 continue
-        found.append(f"{change.case.label} {change.kernel}: {change.column} {change.saved} -> {change.now}")
-    return found
+        lines.append(f"{change.case.label} {change.kernel}: {change.column} {change.saved} -> {change.now}")
+    return lines
 
 
 def test_the_compiled_code_is_as_committed(rows: list[LaunchRecord]) -> None:
@@ -68,7 +68,7 @@ def test_the_compiled_code_is_as_committed(rows: list[LaunchRecord]) -> None:
 
 
 def test_the_committed_cases_are_the_default_ones() -> None:
-    """Of every optimizer that has any: a new one is counted when the counts are next saved."""
+    """Committed cases are of every optimizer that has any: a new one is counted when the counts are next saved."""
     default = [case for case in select_cases().cases if case.optimizer in COUNTED]
     assert [step.rows[0].case for step in steps_of(SAVED)] == default, REFRESH
 
@@ -161,7 +161,7 @@ $__internal_0_sqrt:
 
 
 def test_a_hot_loop_is_counted_along_its_shortest_way() -> None:
-    """Without the call, though it is shorter, and without the rare branch; loops of single words are not hot."""
+    """The call is left out, though it is shorter, and so is the rare branch; loops of single words are not hot."""
     (loop,) = hot_loops(parse_sass(SASS))
     # LDG LDG BSSY MUFU BRA, FMUL 4 FFMA, BSYNC BRA.U, STG BRA
     assert loop == HotLoop(14, 6, Counter({128: 1, 16: 1}), Counter({128: 1}))
@@ -300,8 +300,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     def committed(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[LaunchRecord]]:
         asked.extend(cases)
         for case in cases:
-            found = [row for row in SAVED if row.case._replace(gpu="") == case._replace(gpu="")]
-            yield [replace(row, gpu=case.gpu) for row in found]
+            saved = [row for row in SAVED if row.case._replace(gpu="") == case._replace(gpu="")]
+            yield [replace(row, gpu=case.gpu) for row in saved]
 
     monkeypatch.setattr(report, "inspect_cases", committed)
     return asked
@@ -372,8 +372,8 @@ def test_diff(compiled: list[Case], tmp_path: Path) -> None:
     # Times are for another GPU then, and not compared.
     assert run("--diff", str(file), "--optimizer", "sgd", "--gpu", "h100").exit_code == 0
     saved_with(instructions=None, bytes_loaded=None, elements=None)
-    found = run("--diff", str(file), "--json")
-    assert (found.exit_code, len(json.loads(found.stdout))) == (0, len(SAVED))
+    result = run("--diff", str(file), "--json")
+    assert (result.exit_code, len(json.loads(result.stdout))) == (0, len(SAVED))
 
 
 def test_a_launch_more_or_without_hot_loop_is_worse() -> None:

@@ -18,7 +18,7 @@ from tests.support.training import EVERY_CLASS
 from tritopt import optim
 from tritopt.__main__ import app
 from tritopt.engine.driver import Apply
-from tritopt.tools.numerics import COLUMNS, DIGITS_LR, FormatResult, Report, plot, summary
+from tritopt.tools.numerics import COLUMNS, DIGITS_LR, FormatResult, Report, load, plot, summary
 from tritopt.tools.numerics.digits import Digits, digits_result, train_digits
 from tritopt.tools.numerics.record import Movement
 from tritopt.tools.numerics.stress import (
@@ -37,6 +37,7 @@ from tritopt.tools.numerics.stress import (
 )
 from tritopt.tools.storage import BY_DEFAULT, FORMATS, TRUTH, WEIGHTS, find_formats
 
+SAVED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "numerics_adamw.json"
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -105,7 +106,7 @@ def test_numbers_that_come_again_come_elsewhere() -> None:
 
 
 def test_fp16_gradients_are_exact() -> None:
-    """But for those below 2e-3 of the smallest rms, which are subnormal."""
+    """Gradients below 2e-3 of the smallest rms are the exception: they are subnormal."""
     stress = Stress([case for case in CASES if case.outliers is None], 1)
     exact = stress.gradients(0)
     scaled = (exact * LOSS_SCALE).half().float() / LOSS_SCALE
@@ -226,17 +227,14 @@ def test_cells_show_the_worst_case() -> None:
     assert cell("bytes kept", row("gradient rms 1e-2", resident=7.03125)) == "7.031"
 
 
+def test_saved_results_have_each_format() -> None:
+    assert list(summary(load(SAVED))) == [TRUTH.name, *BY_DEFAULT]
+
+
 @pytest.mark.parametrize("name", BY_DEFAULT)
-def test_readme_has_a_row_for_each_format(name: str) -> None:
-    """With the bytes that are true."""
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    (table,) = re.findall(r"<!-- numerics: .*? -->\n(.*?)<!-- end of numerics -->", text, re.DOTALL)
-    header, _, truth, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()]
-    assert header == ["format", *(column.title for column in COLUMNS)]
-    assert [truth[0], *(line[0] for line in lines)] == [TRUTH.name, *BY_DEFAULT]
-    (line,) = [line for line in lines if line[0] == name]
+def test_saved_results_have_the_bytes_that_are_true(name: str) -> None:
     (cells,) = summary(rows_of(name, [BY_NAME["gradient rms 1e-2"]], 1)).values()
-    assert line[1:3] == cells[:2]
+    assert summary(load(SAVED))[name][:2] == cells[:2]
 
 
 # The command.
@@ -315,6 +313,36 @@ def test_what_is_not_installed(
 def unboxed(output: str) -> str:
     """The error's text without its frame."""
     return " ".join(output.replace("│", " ").split())
+
+
+def test_saved_results_are_shown_as_they_were_printed(tmp_path: Path) -> None:
+    assert json.loads(run("--load", str(SAVED), "--json").stdout) == json.loads(SAVED.read_text())
+    lines = run("--load", str(SAVED), "--format", "split16", "--markdown").stdout.splitlines()
+    assert [line.split()[1] for line in lines[2:]] == ["split16"]
+    other = tmp_path / "other.json"
+    for content, message in (
+        ("[{}]", "does not hold what `tritopt numerics --json` prints"),
+        ("[]", "has no results of"),
+    ):
+        other.write_text(content)
+        result = run("--load", str(other))
+        assert result.exit_code == 2
+        assert message in unboxed(result.output)
+    assert "no/file.json does not hold" in unboxed(run("--load", "no/file.json").output)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_picture_of_saved_results(dark: bool, tmp_path: Path) -> None:
+    """A panel has eight formats at most, each with its label; docs/images has what is drawn."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "picture.svg"
+    assert run("--load", str(SAVED), "--plot", str(path), *(["--dark"] if dark else [])).exit_code == 0
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+    committed = SAVED.parents[2] / "docs" / "images" / f"numerics_{'dark' if dark else 'light'}.svg"
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", committed.read_text()) == texts
+    assert len(plot.MAIN) <= plot.MOST
+    assert [texts.count(name) for name in plot.MAIN if name not in ("split16", "master")] == [2] * 6
+    assert "split16, master" in texts  # their lines are one
 
 
 @pytest.mark.parametrize("suffix", plot.SUFFIXES)

@@ -1,4 +1,4 @@
-"""The command `tritopt bench`."""
+"""The command `tritopt bench`: its options, and how it prints."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a step takes on this GPU, beside the bandwidth of a copy and beside other libraries.
+    """Measure what a step takes on this GPU, beside the bandwidth of a copy and beside other libraries.
 
     Every optimizer and format is checked before it is measured: a red check gets no numbers, and exit code 1.
     """
@@ -112,12 +112,12 @@ def _bench_device(run: Bench, save: Path | None, draw: Sequence[Path], as_json: 
 
 
 def _where(run: Bench) -> str:
-    found = run.machine
-    commit = f" ({found['commit']})" if found["commit"] else ""
-    versions = f"tritopt {found['tritopt']}{commit}, torch {found['torch']}, triton {found['triton']}"
+    machine = run.machine
+    commit = f" ({machine['commit']})" if machine["commit"] else ""
+    versions = f"tritopt {machine['tritopt']}{commit}, torch {machine['torch']}, triton {machine['triton']}"
     if run.device.is_rehearsal:
         return f"{WARNING}\n{versions}"
-    return f"{found['gpu']}, driver {found['driver']}\n{versions}"
+    return f"{machine['gpu']}, driver {machine['driver']}\n{versions}"
 
 
 def _title(run: Bench) -> str:
@@ -191,9 +191,9 @@ def _print_refused(rows: Sequence[Measurement]) -> None:
 def _print_targets(run: Bench) -> None:
     columns = [Column("target, for an H200"), Column("", 2), Column("measured, the worst"), Column("of", 1), Column("")]
     lines = []
-    for found in judge(run.done, run.device.is_rehearsal):
-        style = {"met": "green", "missed": "red", "not measured": "dim"}[found.verdict]
-        cells = [found.target, found.required, found.measured or "-", str(found.of or ""), found.verdict]
+    for judged in judge(run.done, run.device.is_rehearsal):
+        style = {"met": "green", "missed": "red", "not measured": "dim"}[judged.verdict]
+        cells = [judged.target, judged.required, judged.measured or "-", str(judged.of or ""), judged.verdict]
         lines.append(Line(cells, style))
     print_table(console(), columns, lines)
 
@@ -208,26 +208,30 @@ def _bench_host(rounds: int, peer: Sequence[str] | None, save: Path | None, as_j
     if as_json:
         typer.echo(json.dumps(document, indent=1))
         return
-    ranks = {"tensors": 0, "groups": 0, "sets": 3, "clip": 0, "": 0, "ms, median": 0, "best": 2, "cold": 1, "times": 0}
-    columns = [Column(name, rank, "left" if name in ("", "clip") else "right") for name, rank in ranks.items()]
+    _print_host(rows, document["machine"]["cpu"])
+
+
+def _print_host(rows: Sequence[host.HostTime], cpu: str) -> None:
+    ranks = {"ms, median": 0, "best": 2, "cold": 1, "times": 0}
+    columns = [Column(""), *(Column(name, rank, "right") for name, rank in ranks.items())]
     lines = []
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
-        start = [f"{row.tensors:,}", f"{row.groups:,}", str(row.sets), "yes" if row.clip else "no", row.contestant]
-        numbers = [row.refused or "-"]
-        if row.ms is not None:
-            times = [f"{ms:.3f}" for ms in (row.ms, row.best_ms, row.cold_ms) if ms is not None]
-            numbers = [*times, "-" if row.ratio is None else f"{row.ratio:.2f}"]
-        is_last = after is not None and after.contestant == host.OURS
-        cells = [*start, *numbers, *[""] * (len(columns) - len(start) - len(numbers))]
-        lines.append(Line(cells, "bold" if row.contestant == host.OURS else "", is_last))
+    for title in dict.fromkeys(row.title for row in rows):
+        lines.append(Line([title, *[""] * len(ranks)], "bold"))
+        for row in [row for row in rows if row.title == title]:
+            times = [_number(ms) for ms in (row.ms, row.best_ms, row.cold_ms)]
+            lines.append(Line([f"  {row.contestant}", *times, "-" if row.ratio is None else f"{row.ratio:.2f}"]))
     terminal = console()
     print_table(
         terminal,
         columns,
         lines,
-        title=f"Host time of an AdamW step, kernels replaced by nothing; {document['machine']['cpu']}",
-        caption="median: of steps after others of the same optimizer; cold: of those after other optimizers' steps\n"
-        "times: the median in units of torch fused's",
+        title=f"Host time of an AdamW step, kernels replaced by nothing; {cpu}",
+        caption="replayed: a step that repeats an earlier one; built: the first with its set of gradients\n"
+        "median: of steps after others of the same optimizer; cold: of those after other optimizers' steps\n"
+        "times: the median in units of torch fused's; with fused=False, of torch for-loop's",
     )
-    for name, replaced in {row.contestant: row.replaced for row in rows}.items():
+    for name, replaced in dict.fromkeys((row.contestant, row.replaced) for row in rows):
         terminal.print(f"replaced, {name}: {replaced}", soft_wrap=True)
+    for row in rows:
+        if row.refused:
+            terminal.print(f"{row.title}, {row.contestant}: {row.refused}", soft_wrap=True)

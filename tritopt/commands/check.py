@@ -1,4 +1,4 @@
-"""The command `tritopt check`."""
+"""The command `tritopt check`: its options, and how it prints."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _verdict(rows: Sequence[CheckResult]) -> str:
 
 
 def _notes(rows: Sequence[CheckResult]) -> list[str]:
-    """Why kernels of rows that passed were not compared."""
+    """Reasons why kernels of rows that passed were not compared."""
     return sorted({f"{row.optimizer}: {row.reason}" for row in rows if row.passed and row.reason})
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from tritopt.kernels.language import HAS_TRITON
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+AsDark = Annotated[bool, typer.Option("--dark", help="Draw for a dark page.")]
 AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
 Targets = Annotated[
     list[str] | None,
@@ -94,7 +95,7 @@ def print_table(terminal: Console, columns: Sequence[Column], lines: Sequence[Li
 
 
 def _longest_word(text: str) -> int:
-    """Columns that it takes, the text's indentation included."""
+    """Width of a cell's longest word in columns, the text's indentation included."""
     return len(text) - len(text.lstrip(" ")) + max(map(cell_len, text.split()), default=0)
 
 
@@ -124,6 +125,6 @@ def where(machine: dict[str, Any]) -> str:
 
 
 def call(name: str, arguments: dict[str, Any]) -> str:
-    """How a call is written; an argument without a name stands for itself."""
+    """Text of a call; an argument without a name stands for itself."""
     written = [f"{key}={value!r}" if key else repr(value) for key, value in arguments.items()]
     return f"{name}({', '.join(written)})" if written else name

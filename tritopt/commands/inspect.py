@@ -1,4 +1,4 @@
-"""The command `tritopt inspect`."""
+"""The command `tritopt inspect`: its options, and how it prints."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What the compiler makes of the kernels, and the time that leaves at least. Needs no GPU.
+    """Show what the compiler makes of the kernels, and the time that leaves at least. Needs no GPU.
 
     Shown are all optimizers with bf16 weights and an fp32 master, and AdamW in the main formats, for sm_90.
     """
@@ -68,8 +68,8 @@ def inspect(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     try:
-        found = report.inspect_cases(selection.cases)
-        shown = with_progress(found, "compiling", len(selection.cases), not as_json)
+        records = report.inspect_cases(selection.cases)
+        shown = with_progress(records, "compiling", len(selection.cases), not as_json)
         rows = [row for of_case in shown for row in of_case]
     except RuntimeError as error:
         typer.echo(str(error), err=True)

@@ -1,4 +1,4 @@
-"""The command `tritopt numerics`."""
+"""The command `tritopt numerics`: its options, and how it prints."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
-from tritopt.commands.console import AsJson, AsMarkdown, Column, Line, console, print_table, with_progress
+from tritopt.commands.console import AsDark, AsJson, AsMarkdown, Column, Line, console, print_table, with_progress
 from tritopt.tools import numerics as report
 from tritopt.tools.environment import device
 from tritopt.tools.numerics import plot as plotting
+from tritopt.tools.plotting import check_path
 
 
 def numerics(
@@ -31,10 +32,15 @@ def numerics(
     plot: Annotated[
         list[Path] | None, typer.Option(metavar="PATH", help="Draw it, as .png or .svg; may be repeated.")
     ] = None,
+    dark: AsDark = False,
+    load: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Show or draw what --json printed before; train nothing."),
+    ] = None,
     as_json: AsJson = False,
     markdown: AsMarkdown = False,
 ) -> None:
-    """What each storage format costs in bytes, and how far it leads from a float64 truth.
+    """Show what each storage format costs in bytes, and how far it leads from a float64 truth.
 
     On a small network (scikit-learn's digits) and on a synthetic stress. Takes minutes; --steps 100 takes seconds.
     """
@@ -43,13 +49,19 @@ def numerics(
             raise ValueError(f"one optimizer at a time: {target} or --optimizer {optimizer}")
         formats, cls = report.find_formats(storage), report.find_optimizer(target or optimizer or "AdamW")
         for path in plot or ():
-            plotting.check_path(path)
-        run = report.Report(cls, formats, steps, lr, with_digits=not no_digits)
+            check_path(path)
+        if load is not None:
+            rows = [row for row in report.load(load) if not storage or row.format in storage]
+            if not rows:
+                raise ValueError(f"{load} has no results of {', '.join(storage or ['any format'])}")
+        else:
+            run = report.Report(cls, formats, steps, lr, with_digits=not no_digits)
     except (ImportError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    rows = list(with_progress(run.results(), "training", len(run), shown=not (as_json or markdown)))
+    if load is None:
+        rows = list(with_progress(run.results(), "training", len(run), shown=not (as_json or markdown)))
     for path in plot or ():
-        plotting.save_plot(rows, path)
+        plotting.save_plot(rows, path, dark)
     if as_json:
         typer.echo("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]")
     else:

@@ -1,4 +1,4 @@
-"""`tritopt tune`."""
+"""The command `tritopt tune`: its options, and how it prints."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def tune(
 
 
 def print_rows(rows: Sequence[tuning.Row]) -> None:
-    """Default against best."""
+    """Print the default beside the best."""
     columns = [*map(Column, ("optimizer", "format", "kernel", "size")), Column("default", 5), Column("best")]
     columns += [Column("default us", 3, "right"), Column("best us", 1, "right")]
     columns += [Column("default GB/s", 4, "right"), Column("best GB/s", 2, "right")]
@@ -99,7 +99,7 @@ _EXPLANATION = "block x elements of a chunk, tail, warps; medians of a launch on
 
 
 def _written(config: Config | dict[str, Any]) -> str:
-    """The configuration in a table."""
+    """Text of a configuration in a table."""
     fields = config if isinstance(config, dict) else config._asdict()
     return "{block_size} x {chunk_size}, {tail_size}, {num_warps}".format(**fields)
 
@@ -144,6 +144,6 @@ _DEFAULTS = "by reasons, not measured; lists of less than 32 million elements ha
 
 
 def _stored(row: dict[str, Any]) -> str:
-    """The weight's format and dtype, and the states'."""
+    """Text of how weights and states are stored: the weight's format and dtype, and the states'."""
     weight, *states = row["formats"]
     return f"{row['dtypes'][0]} {weight}" + (f"; {', '.join(states)}" if states else "")

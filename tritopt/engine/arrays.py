@@ -25,12 +25,12 @@ def arrays_of(task: Task) -> list[np.ndarray[Any, Any]] | None:
         return None
     if task.format is not PLAIN or any(fmt is not PLAIN for fmt in task.state_formats):
         return None
-    found = []
+    arrays = []
     for tensor in (weight, task.grad, *task.state):
         if type(tensor) is not torch.Tensor or tensor.dtype is not dtype:
             return None
         try:
-            found.append(tensor.numpy())
+            arrays.append(tensor.numpy())
         except (RuntimeError, TypeError):  # negated or zero by a bit, under autograd, or on another device
             return None
-    return found
+    return arrays

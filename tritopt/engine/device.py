@@ -31,7 +31,7 @@ def current_stream(device: torch.device) -> int:
 def is_capturing(device: torch.device | None = None) -> bool:
     """Whether a CUDA graph captures the current stream of a device, so that work runs with its replays only.
 
-    None: of the current device, if there is one.
+    device: None asks for the current one, if there is one.
     """
     if device is None:
         return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

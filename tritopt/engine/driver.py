@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from tritopt.engine import private
-from tritopt.engine.group import Group
-from tritopt.engine.launcher import Launcher
-from tritopt.engine.phase import Launch
+from tritopt.engine.group import LaunchGroup
+from tritopt.engine.launcher import BoundKernel
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning import autotune
-from tritopt.engine.tuning.config import Config, adapted
+from tritopt.engine.tuning.config import GENERIC, Config, adapted
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
+from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.language import tl
 from tritopt.kernels.preambles import PREAMBLES
 from tritopt.kernels.telemetry import OF_GRADIENT, OF_UPDATE
@@ -50,10 +51,14 @@ class Apply(NamedTuple):
     """Sums per tensor that `update` emits; the phases after it receive them."""
     reads_offsets: bool = False
     """Whether `update` takes the elements' offsets in their tensor, int64 [BLOCK_SIZE]."""
+    scratch: str = ""
+    """"read" or "write": what phases of one step hand on by element, for `update` one more state; empty: nothing."""
+    n_states: int | None = None
+    """Number of states, the first ones, that `update` takes; None: all."""
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The update function's name."""
+        """Name of the update function, as a tuple of one."""
         return (str(self.update.__name__),)
 
     @property
@@ -61,37 +66,62 @@ class Apply(NamedTuple):
         """Whether there are sums for the next phases."""
         return self.n_sums > 0
 
+    @property
+    def is_driver(self) -> bool:
+        """It is the driver."""
+        return True
+
     def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
         """Bytes per parameter (read, written), as `Phase` has it."""
         read = weight[0] * self.reads_weight + grad * self.reads_grad + states * self.reads_states
         return read, weight[1] * self.writes_weight + states * self.writes_states
 
-    def source(self, group: Group, launch: Launch, n_earlier: int) -> str:
+    def source(self, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> str:
         """Hash of the driver, of the functions that it is given, and of what the phase reads, writes and sums."""
         functions = (multi_tensor_apply, PREAMBLES[launch.preamble].kernel)
         sources = [private.source_key(function) for function in functions]
         given = phase_constants(self, launch, group, n_earlier)["SOURCE_HASH"]
         return hashlib.sha256(repr((given, sources, self[1:])).encode()).hexdigest()[:16]
 
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+    def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> torch.Tensor | None:
         """Launch the driver, and where sums are emitted the second stage of the reduction."""
         n_earlier = 0 if sums is None else sums.shape[1]
         is_tracked = launch.tracked is not None
         how = (launch.preamble, launch.scalars, launch.skip_zero_rescale, launch.draws, is_tracked, n_earlier)
         key = (self, *how, _config_of(self, group, launch, n_earlier), group.stream)
-        return group.ready(key, lambda: _Applied(self, group, launch, n_earlier))(group, launch, sums)
+        return group.ready(key, lambda: BoundPhase(self, group, launch, n_earlier))(group, launch, sums)
 
 
-class _Applied:
-    """A phase's launches for one group, with the tables and the scratch that they need."""
+class Part(NamedTuple):
+    """Some tensors of a group, to be launched by themselves."""
 
-    def __init__(self, phase: Apply, group: Group, launch: Launch, n_earlier_sums: int) -> None:
+    members: list[int]
+    """Places in the list of those that the group has, some of its `members`."""
+    tensor_table: torch.Tensor
+    """The driver's table; rows of other tensors mean nothing."""
+    chunk_table: torch.Tensor
+    """The driver's table, of these tensors."""
+    sum_table: torch.Tensor
+    """Rows of `tensor_table` of these tensors alone, in the order of their chunks."""
+    scratch_at: torch.Tensor
+    """The driver's table, of all tensors of the group."""
+
+
+class BoundPhase:
+    """A phase's launches for one group, or a part of it, with the tables and the scratch that they need."""
+
+    def __init__(
+        self, phase: Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier_sums: int, part: Part | None = None
+    ) -> None:
         config = _config_of(phase, group, launch, n_earlier_sums)
-        self._tensor_table, self._chunk_table = group.tables(
-            ("chunks", config.chunk_size), partial(chunk_tables, chunk_size=config.chunk_size)
-        )
+        if part is None:
+            tensors, chunks = group.tables(
+                ("chunks", config.chunk_size), partial(chunk_tables, chunk_size=config.chunk_size)
+            )
+            part = Part(group.members, tensors, chunks, tensors, tensors)
+        self._part = part
         self._noise = group.tables("noise", _noise_table(group))[0] if launch.draws else None
-        self._n_chunks, self._n_tensors = len(self._chunk_table), len(group.members)
+        self._n_chunks, self._n_tensors = len(part.chunk_table), len(part.members)
         self._n_sums = phase.n_sums
         self._tracks = tracks_of(phase, launch)
         self._n_totals = phase.n_sums + len(self._tracks[0]) + len(self._tracks[1])
@@ -104,53 +134,70 @@ class _Applied:
             "num_warps": config.num_warps,
             "enable_fp_fusion": False,
         }
+        self._limit = register_limit(phase, launch, len(group.formats) - 1, config)
         self._apply = self._launcher()
-        self._sum = Launcher(
+        self._sum = BoundKernel(
             sum_partials, self._n_tensors, {"N_SUMS": self._n_totals, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
         )
         # What is tracked is read later, perhaps after other steps: it gets memory of its own each time.
         self._scratch = None if launch.tracked is not None else self._fresh(group)
 
-    def __call__(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+    def __call__(
+        self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None, scratch: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Launch. scratch: elements that the phase reads or writes for another one, if it does."""
         partials, totals = self._scratch or self._fresh(group)
         compiled = self._apply(
             launch.record,
             group.device_table,
-            self._tensor_table,
-            self._chunk_table,
+            self._part.tensor_table,
+            self._part.chunk_table,
             launch.rescale,
             launch.noop,
             partials,
             sums,
             self._noise,
-            self._n_tensors,
+            len(group.members),
+            scratch,
+            None if scratch is None else self._part.scratch_at,
         )
-        if private.n_spills(compiled) and self._variant not in _MORE_REGISTERS:
-            _MORE_REGISTERS[self._variant] = more_registers(private.n_registers(compiled))
+        if private.n_spills(compiled) and self._variant not in _OPTIONS_OF_SPILLED:
+            _OPTIONS_OF_SPILLED[self._variant] = more_registers(private.n_registers(compiled))
             self._apply = self._launcher()
         if totals is None:
             return None
-        self._sum(launch.record, partials, self._tensor_table, totals, self._n_chunks, self._n_tensors)
+        self._sum(launch.record, partials, self._part.sum_table, totals, self._n_chunks, self._n_tensors)
         if launch.tracked is not None and any(self._tracks):
             columns = (*self._tracks[0], *self._tracks[1])
-            launch.tracked.append(Tracked(group.members, columns, totals[:, self._n_sums :]))
+            launch.tracked.append(Tracked(self._part.members, columns, totals[:, self._n_sums :]))
         if self._n_sums == self._n_totals:
             return totals
         return totals[:, : self._n_sums].contiguous() if self._n_sums else None
 
-    def _launcher(self) -> Launcher:
-        more = _MORE_REGISTERS.get(self._variant, {})
-        return Launcher(multi_tensor_apply, self._n_chunks, {**self._constants, **more})
+    def _launcher(self) -> BoundKernel:
+        more = _OPTIONS_OF_SPILLED.get(self._variant, self._limit)
+        return BoundKernel(multi_tensor_apply, self._n_chunks, {**self._constants, **more})
 
-    def _fresh(self, group: Group) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _fresh(self, group: LaunchGroup) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Partial sums and sums of tensors, if there are any."""
         if not self._n_totals:
             return None, None
         return group.empty(self._n_chunks, self._n_totals), group.empty(self._n_tensors, self._n_totals)
 
 
-_MORE_REGISTERS: dict[Hashable, dict[str, int]] = {}
-"""Options of launches that spilled the first time."""
+_OPTIONS_OF_SPILLED: dict[Hashable, dict[str, int]] = {}
+"""Options for the compiler, by launch variant, where a kernel spilled registers without them: `more_registers`."""
+
+
+def register_limit(phase: Apply, launch: LaunchSpec, n_states: int, config: Config) -> dict[str, int]:
+    """Options of a launch that updates two states in formats which draw random bits, eight elements a thread.
+
+    It takes 95 to 125 registers, as NVIDIA's compiler pleases, and does as well with 96: five programs of four warps
+    then fit on a core, instead of four. Others spill so, or take fewer anyway.
+    """
+    is_of_two = launch.draws and n_states == 2 and phase.writes_states and not phase.n_sums and launch.tracked is None
+    has_eight = config.block_size == 256 * config.num_warps
+    return {"maxnreg": 96} if is_of_two and has_eight and not torch.version.hip else {}
 
 
 def more_registers(n: int) -> dict[str, int]:
@@ -161,15 +208,15 @@ def more_registers(n: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": min(n + 32, 255)}
 
 
-def tracks_of(phase: Apply, launch: Launch) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a phase sums up of the gradient, and of the update: each by one phase of the step."""
+def tracks_of(phase: Apply, launch: LaunchSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Columns of telemetry that a phase sums up, of the gradient and of the update: each by one phase of the step."""
     if launch.tracked is None:
         return (), ()
     reader = next(other for other in launch.phases if isinstance(other, Apply) and other.reads_grad)
     return OF_GRADIENT if phase is reader else (), OF_UPDATE if phase.writes_weight else ()
 
 
-def _config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> Config:
+def _config_of(phase: Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> Config:
     """The launch's configuration or, if it has none, the phase's choice; adapted to what is stored."""
     if launch.config is not None:
         return adapted(launch.config, group.formats, group.dtypes)
@@ -177,12 +224,13 @@ def _config_of(phase: Apply, group: Group, launch: Launch, n_earlier: int) -> Co
     key = (id(phase.update), phase.n_sums, launch.tracked is None)
     chosen: tuple[Config, Any] | None = group.configs.get(key)
     if chosen is None:
-        config = adapted(autotune.choose(phase, group, launch, n_earlier), group.formats, group.dtypes)
+        found = GENERIC if phase.scratch else autotune.choose(phase, group, launch, n_earlier)
+        config = adapted(found, group.formats, group.dtypes)
         chosen = group.configs[key] = config, phase.update
     return chosen[0]
 
 
-def _noise_table(group: Group) -> Callable[[object], tuple[np.ndarray[Any, Any]]]:
+def _noise_table(group: LaunchGroup) -> Callable[[object], tuple[np.ndarray[Any, Any]]]:
     return lambda _: (np.array(group.noise, dtype=np.int64),)
 
 
@@ -195,7 +243,7 @@ def chunk_tables(shapes: Sequence[torch.Size], chunk_size: int) -> tuple[np.ndar
     return tensors, np.repeat(np.arange(len(sizes), dtype=np.int32), chunks)
 
 
-def phase_constants(phase: Apply, launch: Launch, group: Group, n_earlier_sums: int) -> dict[str, Any]:
+def phase_constants(phase: Apply, launch: LaunchSpec, group: LaunchGroup, n_earlier_sums: int) -> dict[str, Any]:
     """The driver's compile-time arguments for one phase, but for the launch's sizes."""
     formats, dtypes = group.formats, group.dtypes
     n_states = len(formats) - 1
@@ -203,6 +251,10 @@ def phase_constants(phase: Apply, launch: Launch, group: Group, n_earlier_sums: 
     # Behind the weight's planes stands the gradient, which is plain.
     past_grad = itertools.accumulate((fmt.n_planes for fmt in formats[1:]), initial=formats[0].n_planes + 1)
     ends = [formats[0].n_planes, *itertools.islice(past_grad, 1, None)]
+    if phase.scratch:
+        formats, ends = (*formats, PLAIN), [*ends, len(dtypes) + 1]
+    n_own = n_states if phase.n_states is None else phase.n_states
+    is_own = [i < n_own for i in range(n_states)]
     functions = (phase.update, formats[0].shown, *[f for fmt in formats for f in (fmt.load, fmt.store)])
     return {
         "UPDATE_FN": phase.update,
@@ -214,8 +266,10 @@ def phase_constants(phase: Apply, launch: Launch, group: Group, n_earlier_sums: 
             (end - fmt.n_planes, end, fmt.load, fmt.store, fmt.draws) for end, fmt in zip(ends, formats, strict=True)
         ),
         "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
-        "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states] * n_states),
-        "WRITES": (phase.writes_weight, False, *[phase.writes_states] * n_states),
+        "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states and own for own in is_own])
+        + (phase.scratch == "read",) * bool(phase.scratch),
+        "WRITES": (phase.writes_weight, False, *[phase.writes_states and own for own in is_own])
+        + (phase.scratch == "write",) * bool(phase.scratch),
         "READS_OFFSETS": phase.reads_offsets,
         "HAS_ROWS": group.has_rows,
         "N_EARLIER_SUMS": n_earlier_sums,

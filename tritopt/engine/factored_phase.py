@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from tritopt.engine import driver
-from tritopt.engine.group import Group
+from tritopt.engine.group import LaunchGroup
 from tritopt.engine.launcher import launch_once
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.row_phase import group_constants
 from tritopt.engine.tuning.config import GENERIC, Config
 from tritopt.kernels.drivers.factored_apply import (
@@ -43,7 +43,7 @@ class ApplyFactored(NamedTuple):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """In the order of the launches."""
+        """Names of the update functions, in the order of the launches."""
         return (
             "factored_sums",
             "factored_moments",
@@ -54,13 +54,18 @@ class ApplyFactored(NamedTuple):
 
     @property
     def n_sums(self) -> int:
-        """None leaves the phase."""
+        """0: no sum leaves the phase."""
         return 0
 
     @property
     def sums_elements(self) -> bool:
         """All moments and norms depend on the order of summation."""
         return True
+
+    @property
+    def is_driver(self) -> bool:
+        """Kernels of its own do."""
+        return False
 
     def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
         """Bytes per parameter of matrices (read, written): the gradient three times, the weight twice.
@@ -69,8 +74,8 @@ class ApplyFactored(NamedTuple):
         """
         return 3 * grad + 2 * weight[0] + 2 * states, weight[1] + states
 
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> None:
-        """All of them; see the kernels' module."""
+    def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> None:
+        """Make all launches of the phase, in the order that the kernels' module gives."""
         config = launch.config or GENERIC
         shape_table, tile_counts, line_table, sizes, *flat = group.tables(
             ("factored", config), partial(tables_of, config=config)
@@ -130,19 +135,19 @@ class Kind(NamedTuple):
     """The tensors of a list whose tiles go in blocks of one shape."""
 
     shape: tuple[int, int, int]
-    """Matrices, rows, columns."""
+    """Matrices, rows and columns of a block."""
     factored_tiles: int
-    """How many of the tiles are of factored tensors; they stand in front."""
+    """Number of tiles of factored tensors, which stand in front of the others."""
     tiles: Any
     matrices: Any
 
     def block(self, config: Config) -> dict[str, int]:
-        """Compile-time arguments that say it."""
+        """Compile-time arguments for this shape of block."""
         return {**dict(zip(("BB", "BR", "BC"), self.shape, strict=True)), "TILE_ROWS": _tile_rows(self.shape, config)}
 
 
 class Sizes(NamedTuple):
-    """Of what is allocated in a step, in elements."""
+    """Sizes of the scratch memory that a step allocates, in elements."""
 
     parts: int
     means: int
@@ -214,7 +219,7 @@ def _numbered(owners: Sequence[int], counts: Sequence[int]) -> np.ndarray[Any, A
 
 
 def _widest(config: Config) -> int:
-    """Columns of a block, at most: rows are whole sectors of memory, and eight of them share the sum of a column."""
+    """Most columns that a block has: rows are whole sectors of memory, and eight of them share the sum of a column."""
     return max(1, config.block_size // 8)
 
 

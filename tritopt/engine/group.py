@@ -32,61 +32,67 @@ FIRST_STEP = (
 )
 
 
-class Rows(NamedTuple):
-    """The scalars of a launch: rescale, clip bound, wd, then the optimizer's; once where tasks have them in common."""
+class ScalarTable(NamedTuple):
+    """The scalars of a launch: rescale, clip bound, wd, then the optimizer's; kept once where tasks share them."""
 
     values: np.ndarray[Any, np.dtype[np.float64]] | torch.Tensor
-    """fp64 [rows, 3 + scalars]; a tensor where they are formed on the device, as from steps that live there."""
-    row_of: np.ndarray[Any, np.dtype[np.int64]]
-    """Each task's row."""
+    """The different sets of scalars, fp64 [sets, 3 + scalars]; a tensor where they are formed on the device."""
+    place_of: np.ndarray[Any, np.dtype[np.int64]]
+    """Place in `values` of each task's set, int64 [tasks]."""
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[float, ...]]) -> Rows:
-        """From one row per task."""
+    def of(cls, scalars: Sequence[tuple[float, ...]]) -> ScalarTable:
+        """Table of one set of scalars per task; equal sets are kept once."""
         index: dict[tuple[float, ...], int] = {}
-        row_of = np.array([index.setdefault(row, len(index)) for row in rows], dtype=np.int64)
-        return cls(np.array(list(index), dtype=np.float64), row_of)
+        place_of = np.array([index.setdefault(one, len(index)) for one in scalars], dtype=np.int64)
+        return cls(np.array(list(index), dtype=np.float64), place_of)
 
 
 @dataclass
-class Group:
+class LaunchGroup:
     """Tasks of one device, list of formats and of dtypes: they share a launch."""
 
     members: list[int]
+    """Places of the tasks among those of the launch."""
     device: torch.device
     formats: tuple[Format, ...]
-    """Of the weight and of each state."""
+    """Formats of the weight and of each state."""
     dtypes: tuple[torch.dtype, ...]
     """Dtypes of the pointer table's columns: the weight's planes, gradient, states, and int64 if `has_rows`."""
     shapes: list[torch.Size]
-    """Of the members' gradients."""
+    """Shapes of the members' gradients."""
     noise: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Of the members: `Task.noise`."""
+    """`Task.noise` of each member."""
+    strides: Sequence[tuple[int, ...]] = ()
+    """Strides of the members' weights, in whose order all their tensors lie."""
     has_rows: bool = False
     """Whether gradients are of some rows of the weights, whose numbers the table's last column points to."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
+    """The driver's table on the host: addresses and places of scalars, behind them the scalars' fp64 as int64."""
     device_table: torch.Tensor | None = None
+    """The driver's table on the device, int64; None: it must be made anew."""
     stream: int = 0
+    """Handle of the stream that `device_table` was made on."""
     staging: list[torch.Tensor] = field(default_factory=list)
-    """Pinned, for tables that are uploaded while CUDA graphs are captured: each replay reads its own again."""
+    """Pinned memory for tables that are uploaded while CUDA graphs are captured: each replay reads its own again."""
     captured: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Tables that replays of CUDA graphs read: the pinned one and its copy on the device, a pair for each upload."""
     is_captured: bool = False
     """Whether `device_table` is a CUDA graph's, which each replay writes and nobody before the first."""
     writer: object = None
-    """Who has written `host_table` last, and may trust that it is as they left it; None: nobody who comes again."""
+    """Token of the replay that wrote `host_table` last and may trust it; None: a built step wrote it."""
     configs: dict[Hashable, Any] = field(default_factory=dict)
-    """Launch configurations that phases have chosen."""
+    """Launch configurations that phases have chosen, by what they depend on beside the group."""
     _ready: list[tuple[Any, Any]] = field(default_factory=list)
     _tables: dict[Hashable, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def format(self) -> Format:
-        """Of the weight."""
+        """Format of the weight."""
         return self.formats[0]
 
     def tables(self, name: Hashable, build: Callable[[Sequence[torch.Size]], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """What `build` makes of the shapes, arrays on the device; made and uploaded once."""
+        """Tables that `build` makes of the shapes, its arrays on the device; made and uploaded once per name."""
         if name not in self._tables:
             made = build(self.shapes)
             self._tables[name] = tuple(
@@ -95,10 +101,10 @@ class Group:
         return self._tables[name]
 
     def ready(self, key: tuple[Any, ...], make: Callable[[], Prepared]) -> Prepared:
-        """What was made for an equal key. A few tuples are compared, since hashing kernels takes longer."""
-        for known, found in self._ready:
+        """Return what was made for an equal key, or make it. Few tuples are compared: hashing kernels takes longer."""
+        for known, prepared in self._ready:
             if known == key:
-                return found  # type: ignore[no-any-return]
+                return prepared  # type: ignore[no-any-return]
         made = make()
         self._ready.append((key, made))
         del self._ready[:-MAX_READY]
@@ -114,19 +120,19 @@ class Group:
 
     @property
     def places(self) -> torch.Tensor:
-        """The members, int64 on the device."""
-        (found,) = self.tables("places", lambda _: (np.array(self.members, dtype=np.int64),))
-        return found  # type: ignore[no-any-return]
+        """Places of the members among the tasks of the launch, int64 on the device."""
+        (places,) = self.tables("places", lambda _: (np.array(self.members, dtype=np.int64),))
+        return places  # type: ignore[no-any-return]
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Uninitialised fp64 scratch on the device."""
         return torch.empty(shape, dtype=torch.float64, device=self.device)
 
 
-def upload_table(group: Group, words: Array, scalars: Array | torch.Tensor) -> None:
+def upload_table(group: LaunchGroup, words: Array, scalars: Array | torch.Tensor) -> None:
     """Bring the driver's table to the device if it has changed.
 
-    words: int64 [members, pointers + 1], addresses and index of the scalars' row. scalars: `Rows.values`.
+    words: int64 [members, pointers + 1], addresses and the place of its scalars. scalars: `ScalarTable.values`.
     """
     group.writer = None
     tail = np.zeros(scalars.numel()) if isinstance(scalars, torch.Tensor) else scalars.reshape(-1)
@@ -139,8 +145,11 @@ def upload_table(group: Group, words: Array, scalars: Array | torch.Tensor) -> N
     refresh_table(group, n_words, scalars)
 
 
-def refresh_table(group: Group, n_words: int, scalars: Array | torch.Tensor, is_dirty: bool = False) -> None:
-    """Likewise, where the addresses already stand in `group.host_table`. `is_dirty`: and others than the device has."""
+def refresh_table(group: LaunchGroup, n_words: int, scalars: Array | torch.Tensor, is_dirty: bool = False) -> None:
+    """Bring the driver's table to the device where its addresses already stand in `group.host_table`.
+
+    is_dirty: whether these addresses are others than the device has.
+    """
     stream = current_stream(group.device)
     is_capture = is_capturing(group.device)
     # A graph's table is for its own replays, and what the host has uploaded before may be another's by then.
@@ -165,7 +174,7 @@ def refresh_table(group: Group, n_words: int, scalars: Array | torch.Tensor, is_
         group.device_table[n_words:].view(torch.float64).copy_(scalars.reshape(-1))
 
 
-def _uploaded_table(group: Group, host: torch.Tensor) -> torch.Tensor:
+def _uploaded_table(group: LaunchGroup, host: torch.Tensor) -> torch.Tensor:
     """The table on the device, and pinned memory for the graphs that may be captured next."""
     known = group.device_table
     if group.device.type != "cuda":
@@ -180,14 +189,14 @@ def _uploaded_table(group: Group, host: torch.Tensor) -> torch.Tensor:
     return known.copy_(pinned(host), non_blocking=True)
 
 
-def _captured_table(group: Group, host: torch.Tensor) -> torch.Tensor:
+def _captured_table(group: LaunchGroup, host: torch.Tensor) -> torch.Tensor:
     """A table that each replay uploads again, out of pinned memory that was made before and is the graphs' from now on.
 
     Graphs, and steps of one graph, that upload the same have it in common.
     """
     staging = next((known for known, _ in group.captured if torch.equal(known, host)), None)
     if staging is None:
-        staging = next((found for found in group.staging if found.shape == host.shape), None)
+        staging = next((unused for unused in group.staging if unused.shape == host.shape), None)
         if staging is None:
             raise RuntimeError(_no_staging(group))
         group.staging = [other for other in group.staging if other is not staging]
@@ -198,7 +207,7 @@ def _captured_table(group: Group, host: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def _no_staging(group: Group) -> str:
+def _no_staging(group: LaunchGroup) -> str:
     if group.captured and not group.staging:
         return (
             f"CUDA graphs captured {MAX_CAPTURED} steps with other gradients since the last step outside of a capture: "
@@ -207,6 +216,6 @@ def _no_staging(group: Group) -> str:
     return FIRST_STEP
 
 
-def on_device_of(group: Group) -> AbstractContextManager[Any]:
-    """`on_device`."""
+def on_device_of(group: LaunchGroup) -> AbstractContextManager[Any]:
+    """Make a group's device the current one, which launches go to."""
     return on_device(group.device)

@@ -22,13 +22,13 @@ Owner = TypeVar("Owner")
 
 
 class KernelRecorder(Protocol):
-    """What is told of launches in place of making them; every way to launch asks for it first."""
+    """Receiver of launches that are told to it in place of being made; every way to launch asks for it first."""
 
     def kernel(self, kernel: Any, grid: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
         """Note one launch, as `Recorder.kernel` of engine/phase.py has it."""
 
 
-class Launcher:
+class BoundKernel:
     """One kernel with its grid and compile-time arguments.
 
     Args:
@@ -89,8 +89,9 @@ class Launcher:
         """Whether Triton would run the same binary: it tells apart None, dtypes and alignment."""
         if all(map(is_, args, self._args)):
             return True
-        if list(map(_kind, args)) != self._kinds:
-            return False
+        for new, old, kind in zip(args, self._args, self._kinds, strict=True):
+            if new is not old and _kind(new) != kind:
+                return False
         self._args = args
         return True
 
@@ -107,7 +108,7 @@ def launch_once(record: KernelRecorder | None, kernel: Any, grid: int, *args: An
     launches.n_begun += 1
     try:
         if _is_launching:
-            # As in Launcher: lanes past the end.
+            # Lanes past the end hold 0 / 0, as in BoundKernel.
             with np.errstate(all="ignore"):
                 kernel[(grid, 1, 1)](*args, **constants, enable_fp_fusion=False)
     except Exception:
@@ -140,7 +141,7 @@ class Updates(Generic[Owner]):
         self._begun.append((owners, written, written()))
 
     def written(self) -> list[Owner]:
-        """Those for whom something was written."""
+        """Owners for whom something was written."""
         return [owner for owners, written, before in self._begun if written() != before for owner in owners]
 
 
@@ -151,15 +152,20 @@ def _kind(arg: Any) -> Any:
 _is_launching = True
 
 
+def is_launching() -> bool:
+    """Whether launches are made, as they are outside of `no_launches`."""
+    return _is_launching
+
+
 def _nothing(*args: Any) -> None:
-    """What is run in place of a kernel by `no_launches`."""
+    """Stand in for a kernel within `no_launches`."""
 
 
 @contextmanager
 def no_launches() -> Iterator[None]:
-    """Within, launches are prepared and not made: what a step then takes is the host's part of it.
+    """Prepare launches and do not make them: what a step then takes is the host's part of it.
 
-    Of optimizers that were made within only, since a launch that was made before is bound to its kernel.
+    This holds for optimizers that were made within only, since a launch that was made before is bound to its kernel.
     """
     global _is_launching
     before, _is_launching = _is_launching, False

@@ -61,7 +61,7 @@ def no_match(key: Selector, names: Iterable[str]) -> str:
     "'*.biass' matches no parameter; the nearest are 'fc.bias', 'norm.scale', 'fc.weight'"
     """
     text = key.pattern if isinstance(key, re.Pattern) else key
-    wanted = re.sub(r"\\.|[^\w.]", lambda found: "." if found[0] == r"\." else "", text).strip(".")
+    wanted = re.sub(r"\\.|[^\w.]", lambda match: "." if match[0] == r"\." else "", text).strip(".")
     # A pattern mostly says the end of a name, so the ends of names are compared with it as well.
     ends: dict[str, str] = {}
     for name in names:

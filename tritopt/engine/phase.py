@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from tritopt.engine.group import Group, on_device_of
+from tritopt.engine.group import LaunchGroup, on_device_of
 from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning.config import Config
 
@@ -15,7 +15,7 @@ from tritopt.engine.tuning.config import Config
 class Phase(Protocol):
     """One launch over a group, or a few that belong together."""
 
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+    def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> torch.Tensor | None:
         """Run it. `sums`: of the phases before, fp64 [tensors, sums]; returns those that this one emits, or None."""
         ...
 
@@ -25,7 +25,7 @@ class Phase(Protocol):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Names of what is launched."""
+        """Names of the update functions that are launched."""
         ...
 
     @property
@@ -38,45 +38,56 @@ class Phase(Protocol):
         """Whether results depend on the order in which elements are summed."""
         ...
 
+    @property
+    def is_driver(self) -> bool:
+        """Whether the driver loads and stores all tensors, so that formats may draw random bits and sums be tracked."""
+        ...
+
 
 class Tunable(Phase, Protocol):
     """A phase of which engine/tuning may measure how it is launched best."""
 
-    def source(self, group: Group, launch: Launch, n_earlier: int) -> str:
+    def source(self, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> str:
         """Hash of all source that decides its kernel. n_earlier: number of sums per tensor that it receives."""
         ...
 
 
-class Launch(NamedTuple):
+class LaunchSpec(NamedTuple):
     """Settings that the tasks of one step have in common."""
 
     phases: Sequence[Phase]
+    """Phases of the step, in order."""
     scalars: type
     """The NamedTuple of the optimizer's scalars."""
     preamble: str
     """A key of kernels/preambles.py."""
     rescale: torch.Tensor | None = None
-    """Device scalar that multiplies the rows' rescale; NaN or Inf skips the update."""
+    """Device scalar, fp64, that multiplies the rescale in each set of scalars; NaN or Inf skips the update. None: 1."""
     noop: torch.Tensor | None = None
-    """Device flag; anything but 0 skips the update."""
+    """Device flag; anything but 0 skips the update. None: nothing does."""
     skip_zero_rescale: bool = False
+    """Whether a product of 0 with `rescale` skips the update as NaN does."""
     draws: bool = False
-    """Whether storing takes random bits; rows then end with the step."""
+    """Whether storing takes random bits; a set of scalars then ends with the step."""
     tracked: list[Tracked] | None = None
-    """Receives what the phases sum up of gradients and updates; None: they sum up nothing."""
+    """List that gets what the phases sum up of gradients and updates; None: they sum up nothing."""
     reduce: Reduce | None = None
-    """Completes sums whose tensors are sharded over processes, between phases."""
+    """Sum over processes that completes sums of sharded tensors between phases; None: no tensor is sharded."""
+    exchange: Exchange | None = None
+    """Orthogonalisation of directions that are sharded over processes; None: each process has whole matrices."""
     config: Config | None = None
     """Launch configuration of all phases; None: each has what was tuned for it, or the default."""
     record: Recorder | None = None
-    """Told of the launches, of which none is made; None: they are made."""
+    """Receiver that is told of the launches, of which none is made; None: they are made."""
 
     @property
     def n_scalars(self) -> int:
-        """Length of a row: rescale, clip bound, wd, the optimizer's, and perhaps the step."""
+        """Length of a set of scalars: rescale, clip bound, wd, the optimizer's, and the step if `draws`."""
         return 3 + len(self.scalars._fields) + self.draws  # type: ignore[attr-defined]
 
-    def given(self, rescale: torch.Tensor | None, noop: torch.Tensor | None, tracked: list[Tracked] | None) -> Launch:
+    def given(
+        self, rescale: torch.Tensor | None, noop: torch.Tensor | None, tracked: list[Tracked] | None
+    ) -> LaunchSpec:
         """The launch of one step, with what comes with that."""
         if rescale is None and noop is None and tracked is None:
             return self
@@ -84,33 +95,45 @@ class Launch(NamedTuple):
 
 
 class Recorder:
-    """Told what a step would launch, in place of launching it; tools compile or measure that. Sums are not formed."""
+    """Receiver of what a step would launch, in place of launching it, for tools that compile or measure it."""
 
-    def phase(self, phase: Phase, group: Group, launch: Launch, n_earlier: int) -> None:
+    def phase(self, phase: Phase, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> None:
         """Note a phase of a group, before its launches. n_earlier: number of sums per tensor that it receives."""
 
     def kernel(self, kernel: Any, grid: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
         """Note one launch: number of programs, arguments in order, compile-time arguments and options by name."""
 
 
+class Exchange(Protocol):
+    """Orthogonalisation, once and by one process each, of matrices whose parts several have."""
+
+    def __call__(self, directions: Sequence[torch.Tensor | None]) -> None:
+        """Orthogonalise in place. directions: of each task, which lies as its weight; None where that is empty."""
+        ...
+
+
 class Reduce(Protocol):
-    """Adds up over processes."""
+    """Sum over processes, of tensors that are sharded."""
 
     device: torch.device
 
     def __call__(self, sums: torch.Tensor) -> None:
-        """In place: fp64 [tasks, sums], of all tasks, also of those that are empty here."""
+        """Add up sums in place: fp64 [tasks, sums], of all tasks, also of those that are empty here."""
         ...
 
 
-def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[torch.Tensor | None]:
+def run_phases(groups: Sequence[LaunchGroup], launch: LaunchSpec, n_tasks: int) -> list[torch.Tensor | None]:
     """Launch the phases one after the other; a phase receives the sums of all before it. Returns all sums."""
+    if launch.exchange is not None:
+        (phase,) = launch.phases
+        phase.launch_sharded(groups, launch, n_tasks)  # type: ignore[attr-defined]
+        return [None] * len(groups)
     if len(groups) == 1 and launch.reduce is None:
         with on_device_of(groups[0]):
-            found = None
+            total = None
             for phase in launch.phases:
-                found = _joined(found, _launched(phase, groups[0], launch, found))
-        return [found]
+                total = _joined(total, _launched(phase, groups[0], launch, total))
+        return [total]
     sums: list[torch.Tensor | None] = [None] * len(groups)
     for phase in launch.phases:
         emitted = []
@@ -123,14 +146,14 @@ def run_phases(groups: Sequence[Group], launch: Launch, n_tasks: int) -> list[to
     return sums
 
 
-def _launched(phase: Phase, group: Group, launch: Launch, sums: torch.Tensor | None) -> torch.Tensor | None:
+def _launched(phase: Phase, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> torch.Tensor | None:
     if launch.record is not None:
         launch.record.phase(phase, group, launch, 0 if sums is None else sums.shape[1])
     return phase.launch(group, launch, sums)
 
 
 def _reduce(
-    reduce: Reduce, groups: Sequence[Group], sums: Sequence[torch.Tensor | None], n_tasks: int, n_sums: int
+    reduce: Reduce, groups: Sequence[LaunchGroup], sums: Sequence[torch.Tensor | None], n_tasks: int, n_sums: int
 ) -> None:
     """One vector for all groups: a process whose shards are all empty takes part like the others."""
     total = torch.zeros(n_tasks, n_sums, dtype=torch.float64, device=reduce.device)

@@ -16,8 +16,8 @@ import torch
 
 from tritopt.engine import private, validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group, Rows, upload_table
-from tritopt.engine.phase import Launch, Recorder, Reduce, run_phases
+from tritopt.engine.group import LaunchGroup, ScalarTable, upload_table
+from tritopt.engine.phase import LaunchSpec, Recorder, Reduce, run_phases
 from tritopt.engine.recent import Recent
 from tritopt.engine.tuning.config import Config
 from tritopt.kernels.drivers.multi_tensor_norm import square_update
@@ -35,15 +35,15 @@ class Task(NamedTuple):
     grad: torch.Tensor
     state: tuple[torch.Tensor, ...]
     rows: torch.Tensor | None = None
-    """int64: which rows of the weight and the states the rows of the gradient are for; None: all, in order."""
+    """Numbers of the weight's and states' rows that the gradient's rows are for, int64; None: all, in order."""
     noise: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Key, first position, width and gap of the random bits, where a format draws: `Noise` says what they are."""
     state_formats: tuple[Format, ...] = ()
-    """Of each state, whose planes stand in `state` one after the other. Empty: all plain."""
+    """Format of each state, whose planes stand in `state` one after the other. Empty: all plain."""
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """Of the weight and of each state."""
+        """Formats of the weight and of each state."""
         return (self.format, *(self.state_formats or (PLAIN,) * len(self.state)))
 
     @property
@@ -61,7 +61,7 @@ class Task(NamedTuple):
         return {id(planes[-1]) for planes, fmt in zip(self.states(), self.formats[1:], strict=True) if fmt.block}
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """In the order of the driver's pointer table."""
+        """All tensors, in the order of the driver's pointer table."""
         return (*self.weight, self.grad, *self.state, *(() if self.rows is None else (self.rows,)))
 
     def written(self) -> tuple[torch.Tensor, ...]:
@@ -69,7 +69,7 @@ class Task(NamedTuple):
         return (*self.weight, *self.state)
 
     def versions(self) -> list[int]:
-        """How often autograd was told of writes to them."""
+        """Version counters of `written()`, by which autograd knows of writes; 0 for tensors of inference mode."""
         parts = map(private.local_part, self.written())
         return [0 if part.is_inference() else private.version_of(part) for part in parts]
 
@@ -79,9 +79,9 @@ kernel_device = "cpu" if INTERPRETED else "cuda"
 
 
 def unavailable(tensor: torch.Tensor, way_out: str = "") -> str | None:
-    """Why the fused path cannot take this tensor and what to do about it, or None if it can.
+    """Reason why the fused path cannot take this tensor, and what to do about it; None if it can.
 
-    way_out: what else the caller can do, such as "pass fused=False to run the reference step".
+    way_out: advice on what else the caller can do, such as "pass fused=False to run the reference step".
     """
     otherwise = way_out and f", or {way_out}"
     if not HAS_TRITON:
@@ -108,12 +108,12 @@ class Planner:
     """The plans of one optimizer, and the fused step over a list of tasks."""
 
     config: Config | None = None
-    """`Launch.config` of all its launches; tools and tests set it, and the next, before the first step."""
+    """`LaunchSpec.config` of all its launches; tools and tests set it, and the next, before the first step."""
     record: Recorder | None = None
-    """`Launch.record` of all its launches, and told of those that a step makes beside its phases."""
+    """`LaunchSpec.record` of all its launches, and told of those that a step makes beside its phases."""
 
     def __init__(self) -> None:
-        self._plans: Recent[tuple[Hashable, list[Group]]] = Recent()
+        self._plans: Recent[tuple[Hashable, list[LaunchGroup]]] = Recent()
         self._places: Recent[frozenset[Any]] = Recent()
         """Address, shape and strides of each tensor of a list whose tensors were found to share no element."""
         self.replays: Recent[Any] = Recent()
@@ -127,25 +127,29 @@ class Planner:
         """Let go of all plans, as after a step that failed, whose tables may be half written."""
         self._plans, self._places, self.replays = Recent(), Recent(), Recent()
 
-    def configured(self, launch: Launch) -> Launch:
+    def configured(self, launch: LaunchSpec) -> LaunchSpec:
         """The launch as this planner makes it."""
         if self.config is None and self.record is None:
             return launch
         return launch._replace(config=self.config, record=self.record)
 
     def apply(
-        self, key: Hashable, tasks: Sequence[Task], rows: Rows | Sequence[tuple[float, ...]], launch: Launch
-    ) -> list[Group] | None:
+        self,
+        key: Hashable,
+        tasks: Sequence[Task],
+        scalars: ScalarTable | Sequence[tuple[float, ...]],
+        launch: LaunchSpec,
+    ) -> list[LaunchGroup] | None:
         """Update all tasks in place. Returns the groups that were launched, None if tensors had to be copied.
 
-        `rows[i]` is task i's: rescale, clip bound, wd, the optimizer's scalars.
+        `scalars[i]` is task i's: rescale, clip bound, wd, the optimizer's scalars.
         """
-        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        scalars = scalars if isinstance(scalars, ScalarTable) else ScalarTable.of(scalars)
         by_position = any(isinstance(phase, Apply) and phase.reads_offsets for phase in launch.phases)
         dense, copied_back = _as_dense(tasks, by_position)
         groups = self._groups(key, dense)
         for group in groups:
-            upload_table(group, _words(group, dense, rows), rows.values)
+            upload_table(group, _words(group, dense, scalars), scalars.values)
         run_phases(groups, self.configured(launch), len(dense))
         for original, copy in copied_back:
             original.copy_(copy)
@@ -158,54 +162,56 @@ class Planner:
         """Sum of squares of each tensor, fp64 [tensors], one launch per dtype; bit-identical from run to run."""
         tasks, _ = _as_dense([Task((t,), PLAIN, t, ()) for t in tensors])
         groups = self._groups(("squares", key), tasks)
-        rows = Rows.of([(1.0, np.inf, 0.0)] * len(tasks))
+        scalars = ScalarTable.of([(1.0, np.inf, 0.0)] * len(tasks))
         for group in groups:
-            upload_table(group, _words(group, tasks, rows), rows.values)
+            upload_table(group, _words(group, tasks, scalars), scalars.values)
         device = tensors[0].device if tensors else torch.device("cpu")
         return self.squares_of(groups, len(tasks), device, reduce).view(-1)
 
-    def squares_of(self, groups: Sequence[Group], n: int, device: torch.device, reduce: Reduce | None) -> torch.Tensor:
+    def squares_of(
+        self, groups: Sequence[LaunchGroup], n: int, device: torch.device, reduce: Reduce | None
+    ) -> torch.Tensor:
         """Sums of squares, fp64 [n, 1], of tensors whose tables are uploaded; 0 for those that no group has."""
-        found = run_phases(groups, self.configured(_OF_SQUARES), n)
+        by_group = run_phases(groups, self.configured(_OF_SQUARES), n)
         if len(groups) == 1 and len(groups[0].members) == n and reduce is None:
-            assert found[0] is not None
-            return found[0]
+            assert by_group[0] is not None
+            return by_group[0]
         sums = torch.zeros(n, 1, dtype=torch.float64, device=device)
-        for group, values in zip(groups, found, strict=True):
+        for group, values in zip(groups, by_group, strict=True):
             assert values is not None
             sums.index_copy_(0, group.places.to(device), values.to(device))
         if reduce is not None:
             reduce(sums)
         return sums
 
-    def groups_of_squares(self, key: Hashable) -> list[Group] | None:
-        """Those of the last `squares` with this key; None if there was none, or it had to go for others."""
-        found = self._plans.get(("squares", key))
-        return None if found is None else found[1]
+    def groups_of_squares(self, key: Hashable) -> list[LaunchGroup] | None:
+        """Groups of the last `squares` with this key; None if there was none, or it had to go for others."""
+        plan = self._plans.get(("squares", key))
+        return None if plan is None else plan[1]
 
     def held(self) -> list[Any]:
-        """All groups, and what they have on the device (`Group.held`)."""
+        """All groups, and what they have on the device (`LaunchGroup.held`)."""
         return [(group, group.held()) for _, groups in self._plans.values() for group in groups]
 
     def check_aliases(self, key: Hashable, owners: Sequence[Hashable], tasks: Sequence[Task]) -> None:
         """ValueError if the step would write an element twice; looked at again only when a tensor has moved."""
         places = [(t.data_ptr(), t.shape, t.stride()) for task in tasks for t in task.written()]
         known = self._places.get(key)
-        found = frozenset(places)
+        distinct = frozenset(places)
         # Without some of its tensors a list that shares none still shares none; one that is there twice does.
-        if known is not None and len(found) == len(places) and found <= known:
+        if known is not None and len(distinct) == len(places) and distinct <= known:
             return
         owner_of = [owner for owner, task in zip(owners, tasks, strict=True) for _ in task.written()]
         validate.no_aliases(owner_of, [tensor for task in tasks for tensor in task.written()])
-        self._places.put(key, found, len(places))
+        self._places.put(key, distinct, len(places))
 
-    def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[Group]:
-        signature = tuple([(_kind(task), task.grad.shape, task.noise) for task in tasks])
-        found = self._plans.get(key)
-        if found is None or found[0] != signature:
-            groups = _build_groups(tasks, [kind for kind, *_ in signature])
-            found = self._plans.put(key, (signature, groups), len(tasks))
-        return found[1]
+    def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[LaunchGroup]:
+        signature = tuple([(_group_key(task), task.grad.shape, task.weight[0].stride(), task.noise) for task in tasks])
+        plan = self._plans.get(key)
+        if plan is None or plan[0] != signature:
+            groups = _build_groups(tasks, [group_key for group_key, *_ in signature])
+            plan = self._plans.put(key, (signature, groups), len(tasks))
+        return plan[1]
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -218,33 +224,36 @@ class NoScalars(NamedTuple):
 
 
 _SQUARES = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
-_OF_SQUARES = Launch((_SQUARES,), NoScalars, "decoupled")
+_OF_SQUARES = LaunchSpec((_SQUARES,), NoScalars, "rescaled")
 
 
-def _words(group: Group, tasks: Sequence[Task], rows: Rows) -> np.ndarray[Any, np.dtype[np.int64]]:
-    words = [[*[t.data_ptr() for t in tasks[i].tensors()], rows.row_of[i]] for i in group.members]
+def _words(group: LaunchGroup, tasks: Sequence[Task], scalars: ScalarTable) -> np.ndarray[Any, np.dtype[np.int64]]:
+    words = [[*[t.data_ptr() for t in tasks[i].tensors()], scalars.place_of[i]] for i in group.members]
     return np.array(words, dtype=np.int64)
 
 
-def _kind(task: Task) -> Hashable:
-    """What tasks of one group have in common."""
+def _group_key(task: Task) -> Hashable:
+    """Key that tasks of one group have in common: device, names of formats, dtypes."""
     names = tuple([fmt.name for fmt in task.formats])
     return task.grad.device, names, tuple([t.dtype for t in task.tensors()])
 
 
-def _build_groups(tasks: Sequence[Task], kinds: Sequence[Hashable]) -> list[Group]:
+def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable]) -> list[LaunchGroup]:
     members: dict[Hashable, list[int]] = {}
-    for i, (task, kind) in enumerate(zip(tasks, kinds, strict=True)):
+    for i, (task, key) in enumerate(zip(tasks, keys, strict=True)):
         if task.grad.numel() > 0:
-            members.setdefault(kind, []).append(i)
+            members.setdefault(key, []).append(i)
     groups = []
     for positions in members.values():
         first = tasks[positions[0]]
         dtypes = tuple(t.dtype for t in first.tensors())
         shapes = [tasks[i].grad.shape for i in positions]
         noise = [tasks[i].noise for i in positions]
+        strides = [tasks[i].weight[0].stride() for i in positions]
         has_rows = first.rows is not None
-        groups.append(Group(positions, first.grad.device, first.formats, dtypes, shapes, noise, has_rows))
+        groups.append(
+            LaunchGroup(positions, first.grad.device, first.formats, dtypes, shapes, noise, strides, has_rows)
+        )
     return groups
 
 

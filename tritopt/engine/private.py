@@ -235,7 +235,7 @@ def compile_for(
         kernel: the jit function.
         kinds: Triton's name of each argument's type; pointers are taken as 16-byte aligned.
         constants: values of arguments that are compile-time ones, as the kernel says or as they are None.
-        options: of the launch.
+        options: options of the launch.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -284,14 +284,19 @@ def wrap_interpreter(
     np_dtype: Callable[[Any], Any],
     unwrap: Callable[[Any], Any],
     constructors: Callable[[Any], tuple[Any, Any]],
+    patch_attr: Callable[[Any, Any], Any],
+    methods: Callable[[Any, Any], Mapping[str, Any]],
 ) -> None:
-    """Replace internals of the interpreter until the process ends, by what is made of each.
+    """Replace internals of the interpreter until the process ends.
 
     Args:
-        patch_lang: of the function that replaces triton.language in a kernel's names.
-        np_dtype: of the one that gives NumPy's dtype of a type.
-        unwrap: of the one that takes values out of constexpr.
-        constructors: of triton.language.core, those of block_type and tensor.
+        patch_lang: takes the function that replaces triton.language in a kernel's names, and returns another.
+        np_dtype: takes the function that gives NumPy's dtype of a type, and returns another.
+        unwrap: takes the function that takes values out of constexpr, and returns another.
+        constructors: takes triton.language.core, and returns constructors of block_type and tensor.
+        patch_attr: takes the function that replaces one function of triton.language, and the semantics that it
+            passes; returns another such function.
+        methods: takes the class of these semantics and that of handles; returns methods of the first by name.
     """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     core: Any = importlib.import_module("triton.language.core")
@@ -299,6 +304,10 @@ def wrap_interpreter(
     interpreter._get_np_dtype = np_dtype(interpreter._get_np_dtype)
     core._unwrap_if_constexpr = unwrap(core._unwrap_if_constexpr)
     core.block_type.__init__, core.tensor.__init__ = constructors(core)
+    interpreter._patch_attr = patch_attr(interpreter._patch_attr, interpreter.interpreter_semantic)
+    semantic = type(interpreter.interpreter_semantic)
+    for name, method in methods(semantic, interpreter.TensorHandle).items():
+        setattr(semantic, name, method)
 
 
 def launches_of_interpreter() -> Any:

@@ -25,16 +25,16 @@ class Recent(Generic[Value]):
         self._size = 0
 
     def __len__(self) -> int:
-        """Number of entries."""
+        """Number of entries that are kept."""
         return len(self._entries)
 
     def get(self, key: Hashable) -> Value | None:
         """The value of a key, which thereby was used last; None if there is none."""
-        found = self._entries.get(key)
-        if found is None:
+        entry = self._entries.get(key)
+        if entry is None:
             return None
         self._entries.move_to_end(key)
-        return found[1]
+        return entry[1]
 
     def put(self, key: Hashable, value: Value, size: int) -> Value:
         """Keep a value of this size, in numbers of tensors; returns it."""

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from tritopt.engine import driver
-from tritopt.engine.group import Group
+from tritopt.engine.group import LaunchGroup
 from tritopt.engine.launcher import launch_once
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.tuning.config import GENERIC
 from tritopt.kernels.drivers.row_apply import row_apply
 from tritopt.kernels.language import tl
@@ -27,18 +27,18 @@ class ApplyRows(NamedTuple):
     mean: Any
     """The @triton.jit function of what is averaged over a row."""
     state: Any
-    """That of a row's new states, given the mean."""
+    """The @triton.jit function of a row's new states, given the mean."""
     update: Any
-    """That of the new weight, given the new states."""
+    """The @triton.jit function of the new weight, given the new states."""
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The update function's name."""
+        """Name of the update function, as a tuple of one."""
         return (str(self.update.__name__),)
 
     @property
     def n_sums(self) -> int:
-        """None leaves the phase."""
+        """0: no sum leaves the phase."""
         return 0
 
     @property
@@ -46,11 +46,16 @@ class ApplyRows(NamedTuple):
         """The mean depends on the order in which a row is summed."""
         return True
 
+    @property
+    def is_driver(self) -> bool:
+        """A kernel of its own does."""
+        return False
+
     def traffic(self, weight: tuple[float, float], grad: float, states: float) -> tuple[float, float]:
         """Bytes per parameter (read, written). The gradient is read twice, the second time mostly from the cache."""
         return weight[0] + 2 * grad + states, weight[1] + states
 
-    def launch(self, group: Group, launch: Launch, sums: torch.Tensor | None) -> None:
+    def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> None:
         """One launch; rows that fit into less than a block get a smaller one and fewer warps."""
         config = launch.config or GENERIC
         matrix_table, row_table = group.tables("rows", row_tables)
@@ -86,7 +91,7 @@ def row_tables(shapes: Sequence[torch.Size]) -> tuple[np.ndarray[Any, Any], np.n
     return matrices, np.repeat(np.arange(len(rows), dtype=np.int32), rows)
 
 
-def group_constants(group: Group, launch: Launch) -> dict[str, Any]:
+def group_constants(group: LaunchGroup, launch: LaunchSpec) -> dict[str, Any]:
     """Compile-time arguments that say how a group's tensors are stored and what its scalars are called."""
     moved = group.dtypes[: group.format.n_planes + 1]  # by whole vectors: the weight's planes and the gradient
     return {

@@ -9,7 +9,7 @@ import torch
 
 
 def sqrt(x: Any) -> Any:
-    """Square root."""
+    """Square root of a number, or of an fp64 tensor."""
     return torch.sqrt(x) if isinstance(x, torch.Tensor) else math.sqrt(x)
 
 
@@ -23,7 +23,7 @@ def where(condition: Any, x: Any, y: Any) -> Any:
 
 
 def minimum(x: Any, y: Any) -> Any:
-    """The smaller."""
+    """The smaller of x and y, numbers or fp64 tensors."""
     return where(x < y, x, y)
 
 

@@ -1,4 +1,4 @@
-"""Which format each state of an optimizer is stored in, and the tensors that this takes."""
+"""Choice of the format that each state of an optimizer is stored in, and the tensors that this takes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _checked_name(value: Any, of: str) -> str:
 
 
 def formats_of(choice: Choice, kinds: Mapping[str, str | None]) -> tuple[Format, ...]:
-    """Of each state. `kinds`: SIGNED or SQUARES by name, None for a state that must stay as it is.
+    """Format of each state. kinds: SIGNED or SQUARES by name, None for a state that must stay as it is.
 
     Raises:
         ValueError: a name that is no state's, or a format that its state must not have.
@@ -94,7 +94,9 @@ def format_of_planes(planes: Sequence[torch.Tensor], kind: str | None) -> Format
     dtypes = tuple(plane.dtype for plane in planes)
     if len(planes) == 1:
         return PLAIN
-    found = [by_kind[kind] for by_kind in STATE_FORMATS.values() if kind in by_kind and by_kind[kind].dtypes == dtypes]
-    if not found:
+    matching = [
+        by_kind[kind] for by_kind in STATE_FORMATS.values() if kind in by_kind and by_kind[kind].dtypes == dtypes
+    ]
+    if not matching:
         raise ValueError(f"a state cannot be stored in {', '.join(map(str, dtypes))}")
-    return found[0]
+    return matching[0]

@@ -1,4 +1,4 @@
-"""What a step does to each tensor: summed up in its kernels' registers, so no byte of a tensor moves for it.
+"""Telemetry: what a step does to each tensor, summed up in its kernels' registers, so no byte of it moves for that.
 
 One reads here what a loss curve does not show: a tensor whose stored weight no longer changes because its updates are
 below the distance of two bf16 numbers, gradients that are not finite and of which tensor, updates out of proportion.
@@ -17,31 +17,31 @@ from tritopt.kernels.telemetry import COLUMNS
 
 
 class Tracked(NamedTuple):
-    """What one launch summed up."""
+    """Sums that one launch formed over its tensors."""
 
     places: Sequence[int]
-    """Of its tensors among those of the launch."""
+    """Places of the tensors among those of the launch."""
     columns: tuple[str, ...]
-    """Some of COLUMNS."""
+    """Names of the columns of `sums`, some of COLUMNS."""
     sums: torch.Tensor
-    """fp64 [places, columns], on the device."""
+    """Sums over each tensor, fp64 [places, columns], on the device."""
 
 
 class TensorTelemetry(NamedTuple):
-    """One tensor in the last step."""
+    """Telemetry of one tensor in the last step."""
 
     name: Hashable
     elements: int
     grad_norm: float
-    """Euclidean, of the gradient as it was given: before unscaling and clipping."""
+    """Euclidean norm of the gradient as it was given: before unscaling and clipping."""
     weight_norm: float
-    """Of the weight after the step, the master if there is one; 0 if the step was skipped."""
+    """Euclidean norm of the weight after the step, the master if there is one; 0 if the step was skipped."""
     update_norm: float
-    """Of the change that was computed, before the weight was rounded."""
+    """Euclidean norm of the change that was computed, before the weight was rounded."""
     unchanged: float
     """Share of elements whose stored weight did not change; 0 to 1."""
     nonfinite: int
-    """Elements of the gradient that are NaN or infinite."""
+    """Number of elements of the gradient that are NaN or infinite."""
 
 
 class Telemetry(list[TensorTelemetry]):
@@ -61,40 +61,40 @@ class Telemetry(list[TensorTelemetry]):
 
 
 class Tracker:
-    """What was summed up of each tensor in its last step. Nothing waits for it until somebody asks."""
+    """Sums over each tensor in its last step. Nothing waits for them until somebody asks."""
 
     def __init__(self) -> None:
         self._last: dict[Hashable, tuple[list[Tracked], int, int]] = {}
 
     def __reduce__(self) -> tuple[type[Tracker], tuple[()]]:
-        """A copy starts without any."""
+        """Reduce to a tracker without sums: a copy starts without any."""
         return Tracker, ()
 
     def add(self, names: Sequence[Hashable], tracked: list[Tracked]) -> None:
-        """Of a launch over these tensors."""
+        """Take what a launch over these tensors summed up."""
         self._last.update((name, (tracked, len(names), place)) for place, name in enumerate(names))
 
     def sums(self, names: Sequence[Hashable]) -> torch.Tensor:
-        """fp64 [tensors, COLUMNS], on the CPU; NaN for tensors that had no step."""
-        found = torch.full((len(names), len(COLUMNS)), torch.nan, dtype=torch.float64, device="cpu")
+        """Sums of these tensors, fp64 [tensors, COLUMNS], on the CPU; NaN for tensors that had no step."""
+        sums = torch.full((len(names), len(COLUMNS)), torch.nan, dtype=torch.float64, device="cpu")
         launches: dict[int, torch.Tensor] = {}
         for row, name in enumerate(names):
             if name in self._last:
                 tracked, size, place = self._last[name]
                 if id(tracked) not in launches:
                     launches[id(tracked)] = _joined(tracked, size)
-                found[row] = launches[id(tracked)][place]
-        return found
+                sums[row] = launches[id(tracked)][place]
+        return sums
 
 
 def _joined(tracked: Sequence[Tracked], size: int) -> torch.Tensor:
-    """fp64 [size, COLUMNS], 0 where a tensor has no elements here."""
-    found = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device="cpu")
+    """Sums of all launches, fp64 [size, COLUMNS]; 0 where a tensor has no elements here."""
+    table = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device="cpu")
     for places, columns, values in tracked:
         at = [COLUMNS.index(column) for column in columns]
         for place, row in zip(places, values.cpu(), strict=True):
-            found[place, at] = row
-    return found
+            table[place, at] = row
+    return table
 
 
 def telemetry(names: Sequence[Hashable], sizes: Sequence[int], sums: torch.Tensor) -> Telemetry:
@@ -119,7 +119,7 @@ def telemetry(names: Sequence[Hashable], sizes: Sequence[int], sums: torch.Tenso
 
 
 def whole(place: int, columns: torch.Tensor) -> Tracked:
-    """All COLUMNS of one tensor."""
+    """Sums of one tensor that has all COLUMNS, as a launch would give them."""
     return Tracked((place,), COLUMNS, columns[None])
 
 

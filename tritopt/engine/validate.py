@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -110,8 +111,8 @@ def same_length(**lists: Any) -> None:
         if not isinstance(items, list | tuple):
             raise TypeError(f"{name} must be a list or a tuple beside a list of indices, got {items!r:.60}")
     if len({len(items) for items in lists.values()}) > 1:
-        found = ", ".join(f"{len(items)} {name}" for name, items in lists.items())
-        raise ValueError(f"one of each per parameter, got {found}")
+        lengths = ", ".join(f"{len(items)} {name}" for name, items in lists.items())
+        raise ValueError(f"one of each per parameter, got {lengths}")
 
 
 def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
@@ -142,6 +143,18 @@ def weight_and_grad(index: Hashable, weight: Any, grad: Any) -> None:
         raise TypeError(f"parameter {index!r}: a float64 gradient needs a float64 weight, not {weight.dtype}")
 
 
+def not_spread(index: Hashable, weight: Any, grad: Any) -> None:
+    """TypeError for a DTensor, whose elements lie in several processes."""
+    # Whoever made one has imported the module, which a torch built without torch.distributed does not have.
+    module = sys.modules.get("torch.distributed.tensor")
+    for name, tensor in (("weight", weight), ("gradient", grad)):
+        if module is not None and isinstance(tensor, module.DTensor):
+            raise TypeError(
+                f"parameter {index!r}: the {name} is a DTensor, which is spread over processes: take the class of "
+                "tritopt.optim, or pass .to_local() of weight and gradient to an optimizer that is elementwise"
+            )
+
+
 def has_memory(index: Hashable, name: str, tensor: torch.Tensor) -> None:
     """ValueError for one of torch's zero tensors, which have no memory that a step could write to."""
     if is_zero_tensor(tensor):
@@ -149,12 +162,12 @@ def has_memory(index: Hashable, name: str, tensor: torch.Tensor) -> None:
 
 
 class WayOut(NamedTuple):
-    """What a face of the package advises where a state does not fit its weight."""
+    """Advice of a face of the package where a state does not fit its weight."""
 
     create: str
-    """In place of a state that cannot stand beside the weight."""
+    """Advice in place of a state that cannot stand beside the weight."""
     convert: str
-    """For a state in another format."""
+    """Advice for a state in another format."""
 
 
 MXNETS = WayOut(
@@ -230,7 +243,7 @@ def no_aliases(owners: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> N
 
     `owners[i]` is the parameter that `tensors[i]` belongs to.
     """
-    has_memory = [tensor.device.type != "meta" for tensor in tensors]
+    has_memory = [not tensor.is_meta for tensor in tensors]
     owners = [owner for owner, has in zip(owners, has_memory, strict=True) if has]
     tensors = [tensor for tensor, has in zip(tensors, has_memory, strict=True) if has]
     extents = [_extent(tensor) for tensor in tensors]
@@ -259,8 +272,8 @@ def _earlier_overlap(order: Any, position: int, starts: Any, extents: Sequence[i
 
 def _extent(tensor: torch.Tensor) -> int:
     """Bytes from the first element to the end of the last."""
-    if tensor.numel() == 0:
-        return 0
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int((last + 1) * tensor.element_size())
 

@@ -1,4 +1,4 @@
-"""What a replayed step asks of every tensor of a list: whether it is the one it was, and where it lies.
+"""Questions that a replayed step asks of every tensor of a list: whether it is the one it was, and where it lies.
 
 In Python a step of 400 parameters with their gradients and states takes 1.6 to 3.5 ms for these questions, longer than
 torch's own fused step. tritopt/engine/walk.c asks the same in C, in 15 to 70 ns a tensor, through torch's interfaces
@@ -33,7 +33,7 @@ from tritopt.kernels.language import HAS_TRITON
 
 
 class Walk(Protocol):
-    """The questions."""
+    """Questions about tensors, states and param_groups, answered in C or in Python."""
 
     def are(self, tensors: list[torch.Tensor], said: Any, addresses: Array) -> bool:
         """Whether `describe` says this of them, and that is where they lie, int64 [tensors]."""
@@ -68,12 +68,12 @@ class Walk(Protocol):
 
 
 def n_words(tensors: list[Any]) -> int:
-    """Of the words with which `Walk.describe` describes these."""
+    """Number of words with which `Walk.describe` describes these."""
     return sum(2 + 2 * (0 if tensor is None else tensor.dim()) for tensor in tensors)
 
 
 def known_states(walk: Walk, dicts: list[dict[str, Any]]) -> tuple[Any, Array]:
-    """What `Walk.states_are` compares. It holds no state alive: whoever replaces one wants its memory back.
+    """Record for `Walk.states_are`. It holds no state alive: whoever replaces one wants its memory back.
 
     Returns what is said of the tensors, and int64: for each dict (identity, number of values, where in words the
     description of its tensors begins), then for each value (its key's identity, its own, address), -1 where there is
@@ -83,9 +83,9 @@ def known_states(walk: Walk, dicts: list[dict[str, Any]]) -> tuple[Any, Array]:
     parts: list[torch.Tensor] = []
     places: list[int] = []
     n = 0
-    for some in dicts:
-        rows += [id(some), len(some), n]
-        for name, value in some.items():
+    for state in dicts:
+        rows += [id(state), len(state), n]
+        for name, value in state.items():
             part = _with_memory(value)
             rows += [id(name), id(value), -1]
             if part is not None:
@@ -113,11 +113,11 @@ def _with_memory(value: Any) -> torch.Tensor | None:
 def _states_are(dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
     parts, addresses = [], []
     known = iter(table.tolist())
-    for some in dicts:
+    for state in dicts:
         row = [next(known, None) for _ in range(3)]
-        if row[0] != id(some) or row[1] != len(some):
+        if row[0] != id(state) or row[1] != len(state):
             return False
-        for name, value in some.items():
+        for name, value in state.items():
             key, identity, address = next(known), next(known), next(known)
             if key != id(name) or identity != id(value):
                 return False
@@ -128,8 +128,8 @@ def _states_are(dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
 
 
 def _are(tensors: list[torch.Tensor], said: Any, addresses: Array) -> bool:
-    found = np.empty(len(tensors), np.int64)
-    return bool(_describe(tensors, found, n_words(tensors)) == said) and found.tolist() == addresses.tolist()
+    now = np.empty(len(tensors), np.int64)
+    return bool(_describe(tensors, now, n_words(tensors)) == said) and now.tolist() == addresses.tolist()
 
 
 def _describe(tensors: list[Any], out: Array, n_words: int) -> Hashable | None:
@@ -159,7 +159,7 @@ def _hold(lists: list[list[Any]], items: list[Any]) -> bool:
 def _changed(dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]]) -> list[int]:
     if len(dicts) != len(before):
         raise ValueError("as many dicts as tuples")
-    now = [list(chain.from_iterable(some.items())) for some in dicts]
+    now = [list(chain.from_iterable(group.items())) for group in dicts]
     return [i for i, (items, old) in enumerate(zip(now, before, strict=True)) if not _same(items, list(old))]
 
 
@@ -176,17 +176,17 @@ IN_PYTHON: Walk = SimpleNamespace(
 
 @dataclass(frozen=True)
 class Choice:
-    """The walk of this process."""
+    """The walk of this process, and where it comes from."""
 
     walk: Walk
     origin: str
     """Language, and how it got here, for a reader."""
     complaint: str = ""
-    """Why it is the slow one though nobody asked for that; "" if it is as it should be."""
+    """Reason why it is the slow one though nobody asked for that; "" if it is as it should be."""
 
 
 MEANT = Choice(IN_PYTHON, "Python, as TRITOPT_WALK says")
-_found: list[Choice] = []
+_chosen: list[Choice] = []
 
 
 def walk() -> Walk:
@@ -208,9 +208,9 @@ def warn_if_slow() -> None:
 
 def chosen() -> Choice:
     """Return the walk of this process and where it comes from."""
-    if not _found:
-        _found.append(MEANT if os.environ.get("TRITOPT_WALK") == "python" else _choose())
-    return _found[0]
+    if not _chosen:
+        _chosen.append(MEANT if os.environ.get("TRITOPT_WALK") == "python" else _choose())
+    return _chosen[0]
 
 
 def description() -> str:
@@ -279,13 +279,13 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def _agrees(made: Walk) -> bool:
     """Whether it says of some tensors what Python says, and refuses what it should."""
     tensors = [_empty(3, 5).t(), torch.nn.Parameter(_empty(2, dtype=torch.bfloat16)), _empty()]
-    found, expected = np.zeros(3, np.int64), np.array([tensor.data_ptr() for tensor in tensors])
-    said = made.describe(tensors, found, n_words(tensors))
+    addresses, expected = np.zeros(3, np.int64), np.array([tensor.data_ptr() for tensor in tensors])
+    said = made.describe(tensors, addresses, n_words(tensors))
     words = [x for t in tensors for x in (t.dim(), *t.shape, *t.stride())]
     numbers = np.frombuffer(said, np.int64).tolist() if isinstance(said, bytes) else []
     # The dtype stands before each; which number it has is torch's affair.
     starts = np.cumsum([0] + [2 + 2 * t.dim() for t in tensors])[:3]
     kept = [x for i, x in enumerate(numbers) if i not in starts]
     refused = (_empty(2, 2).to_sparse(), private.negated_view(_empty(2, 2)), private.zero_tensor(2, 2))
-    is_right = np.array_equal(found, expected) and kept == words
-    return is_right and all(made.describe([tensor], found[:1], 6) is None for tensor in refused)
+    is_right = np.array_equal(addresses, expected) and kept == words
+    return is_right and all(made.describe([tensor], addresses[:1], 6) is None for tensor in refused)

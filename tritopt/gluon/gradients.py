@@ -25,7 +25,7 @@ _requires_grad = attrgetter("requires_grad")
 _SHOWN = 5
 
 
-class Found(NamedTuple):
+class StepGradients(NamedTuple):
     """Gradients at the beginning of a step."""
 
     places: list[int]
@@ -33,13 +33,13 @@ class Found(NamedTuple):
     grads: list[Any]
     """Gradient of each of these, None where there is none."""
     stale: set[int]
-    """Those of these places whose gradient was not written since the last step."""
+    """Places among these whose gradient was not written since the last step."""
     kept: set[int]
-    """Those of these places whose gradient stays after a step, because their grad_req is "add"."""
+    """Places among these whose gradient stays after a step, because their grad_req is "add"."""
 
 
 class Marks:
-    """Which gradients were noted, and whether they are as they were: by identity and version, at places of parameters.
+    """Gradients that were noted, by identity and version: tells those that are as they were then.
 
     A weak reference is the same object for as long as its tensor lives, and nobody else's after that.
     """
@@ -49,7 +49,7 @@ class Marks:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all gradients that were noted."""
         self._is_empty = True
         self._references: list[Any] = [None] * self._n
         self._versions = [-1] * self._n
@@ -69,16 +69,16 @@ class Marks:
         if self._is_empty:
             return set()
         there = [(i, grad) for i, grad in zip(places, grads, strict=True) if grad is not None]
-        places, found = [i for i, _ in there], [grad for _, grad in there]
+        places, here = [i for i, _ in there], [grad for _, grad in there]
         references, versions = self._references, self._versions
         if len(places) < self._n:
             references, versions = [references[i] for i in places], [versions[i] for i in places]
-        is_same = list(map(and_, map(is_, map(weakref.ref, found), references), map(eq, _versions(found), versions)))
+        is_same = list(map(and_, map(is_, map(weakref.ref, here), references), map(eq, _versions(here), versions)))
         return {i for i, same in zip(places, is_same, strict=True) if same} if any(is_same) else set()
 
 
 def _versions(grads: Sequence[torch.Tensor]) -> list[int]:
-    """How often each was written to; -1 for those of inference mode, where nothing counts."""
+    """Number of writes to each gradient; -1 for those of inference mode, where nothing counts."""
     try:
         return list(map(private.version_of, grads))
     except RuntimeError:
@@ -101,7 +101,7 @@ class Gradients:
         self._reduced = Marks(len(params.tensors))
         """Gradients that are sums over processes already."""
 
-    def find(self) -> Found:
+    def find(self) -> StepGradients:
         """Find the gradients. ValueError for a grad_req that is none."""
         params, places = self._params.tensors, self._all
         kept: set[int] = set()
@@ -119,19 +119,19 @@ class Gradients:
         stale = self._used.have(places, grads)
         if NoneType in set(map(type, grads)):
             stale |= {i for i, grad in zip(places, grads, strict=True) if grad is None}
-        return Found(places, grads, stale, kept)
+        return StepGradients(places, grads, stale, kept)
 
-    def used(self, found: Found, places: Sequence[int]) -> None:
+    def used(self, current: StepGradients, places: Sequence[int]) -> None:
         """Note that a step has used up the gradients at these places: they are dropped, or kept where they add up."""
         params = self._params.tensors
         self._reduced.clear()
-        if found.kept is self._every and len(places) == len(self._all):
+        if current.kept is self._every and len(places) == len(self._all):
             self._used.note(places, list(map(_grad, params)))
             return
-        if found.kept:
-            kept = [i for i in places if i in found.kept]
+        if current.kept:
+            kept = [i for i in places if i in current.kept]
             self._used.note(kept, list(map(_grad, [params[i] for i in kept])))
-            places = [i for i in places if i not in found.kept]
+            places = [i for i in places if i not in current.kept]
         for i in places:
             params[i].grad = None
 
@@ -145,10 +145,10 @@ class Gradients:
                 param.grad.detach_().zero_()
                 self._used.note([i], [param.grad])
 
-    def refuse_stale(self, found: Found) -> None:
+    def refuse_stale(self, current: StepGradients) -> None:
         """Raise UserWarning, as Gluon does, if gradients are stale."""
-        if found.stale:
-            stale = sorted(found.stale)
+        if current.stale:
+            stale = sorted(current.stale)
             several = "s" if len(stale) > 1 else ""
             labels = ", ".join(map(self._params.label, stale[:_SHOWN]))
             labels += f" and {len(stale) - _SHOWN} more" if len(stale) > _SHOWN else ""
@@ -161,7 +161,7 @@ class Gradients:
 
     # Over processes.
 
-    def add_up(self, found: Found, agree: bool) -> Found:
+    def add_up(self, current: StepGradients, agree: bool) -> StepGradients:
         """Sum gradients up over all processes, in place, in one all-reduce for each dtype and device.
 
         agree: let the processes find out which gradients are fresh in any of them, which waits for all; a process
@@ -170,22 +170,22 @@ class Gradients:
         Raises:
             RuntimeError: some are sums already. TypeError: sparse ones. Nothing is sent then.
         """
-        params, live = self._params.tensors, found.places
+        params, live = self._params.tensors, current.places
         if agree and live:
-            flags = torch.tensor([i not in found.stale for i in live], dtype=torch.uint8, device=params[0].device)
+            flags = torch.tensor([i not in current.stale for i in live], dtype=torch.uint8, device=params[0].device)
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             live = [i for i, is_fresh in zip(live, flags.tolist(), strict=True) if is_fresh]
-        self._check_sent([i for i in live if i not in found.stale])
-        for i in found.stale.intersection(live):
+        self._check_sent([i for i in live if i not in current.stale])
+        for i in current.stale.intersection(live):
             params[i].grad = torch.zeros_like(params[i], requires_grad=False)
         grads: list[Any] = [params[i].grad for i in live]
         by_kind: dict[Any, list[torch.Tensor]] = {}
         for grad in grads:
             by_kind.setdefault((grad.dtype, grad.device), []).append(grad.detach())
-        for some in by_kind.values():
-            _add_up(some)
+        for alike in by_kind.values():
+            _add_up(alike)
         self._reduced.note(live, grads)
-        return found._replace(grads=[params[i].grad for i in found.places], stale=found.stale.difference(live))
+        return current._replace(grads=[params[i].grad for i in current.places], stale=current.stale.difference(live))
 
     def _check_sent(self, places: Sequence[int]) -> None:
         grads: list[Any] = [self._params.tensors[i].grad for i in places]

@@ -10,7 +10,7 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.device import on_device
-from tritopt.engine.launcher import Launcher
+from tritopt.engine.launcher import BoundKernel
 from tritopt.engine.plan import unavailable
 from tritopt.kernels.loss_scale import loss_scale_update
 
@@ -69,7 +69,7 @@ class LossScaler:
         self._scale = self._checked_scale("init_scale", init_scale)
         self._clean = torch.zeros((), dtype=torch.int32, device=_CPU)
         self._trainer: Callable[[], Any] = lambda: None
-        self._launch = Launcher(loss_scale_update, 1, {**self._constants, "enable_fp_fusion": False})
+        self._launch = BoundKernel(loss_scale_update, 1, {**self._constants, "enable_fp_fusion": False})
 
     @property
     def loss_scale(self) -> float:

@@ -104,18 +104,18 @@ def parameters_of(given: Any) -> Parameters:
         reduced_by = _reducer(given)
         inner: Any = given.module if isinstance(given, nn.parallel.DistributedDataParallel) else given
         # What torch.compile has wrapped has the names that it had before.
-        found = [(name.replace("_orig_mod.", ""), param) for name, param in inner.named_parameters()]
+        pairs = [(name.replace("_orig_mod.", ""), param) for name, param in inner.named_parameters()]
     elif isinstance(given, Mapping):
-        found = list(given.items())
+        pairs = list(given.items())
     elif isinstance(given, torch.Tensor | str) or not isinstance(given, Iterable):
         raise TypeError(
             f"params is a {type(given).__name__}: pass a module, a list of parameters or of (name, parameter) pairs, "
             "or a dict by name"
         )
     else:
-        found = [one if isinstance(one, tuple) else (None, one) for one in given]
+        pairs = [one if isinstance(one, tuple) else (None, one) for one in given]
     seen: dict[int, tuple[Any, torch.Tensor]] = {}
-    for i, pair in enumerate(found):
+    for i, pair in enumerate(pairs):
         _check(i, pair)
         seen.setdefault(id(pair[1]), pair)
     if not seen:

@@ -83,11 +83,11 @@ def check_states(updater: Updater, params: Sequence[torch.Tensor]) -> None:
         indices.append(index)
     weights = [params[i] for i in indices]
     updater.make_ready(indices, weights)
-    found = [states[i] for i in indices]
+    own_states = [states[i] for i in indices]
     # As for an update, with gradients that fit.
-    optimizer.check(indices, weights, [weight.detach() for weight in weights], found)
+    optimizer.check(indices, weights, [weight.detach() for weight in weights], own_states)
     if type(optimizer).step is not Optimizer.step or type(optimizer).fused_step is not Optimizer.fused_step:
-        for i, weight, state in zip(indices, weights, found, strict=True):  # which `check` knows nothing of
+        for i, weight, state in zip(indices, weights, own_states, strict=True):  # which `check` knows nothing of
             expected = optimizer.create_state_multi_precision(i, weight)
             if structure(state) != structure(expected):
                 raise ValueError(f"parameter {i}: a state is {structure(state)}, and must be {structure(expected)}")

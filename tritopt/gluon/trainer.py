@@ -16,7 +16,7 @@ from tritopt.engine.names import Selector
 from tritopt.engine.warning import warn
 from tritopt.gluon import states_file
 from tritopt.gluon.arguments import check_kvstore, checked_scaler, optimizer_of
-from tritopt.gluon.gradients import Found, Gradients, n_processes
+from tritopt.gluon.gradients import Gradients, StepGradients, n_processes
 from tritopt.gluon.loss_scaler import Loss, LossScaler
 from tritopt.gluon.parameters import ParameterDict, Params, collect, parameters_of, refuse_ddp
 from tritopt.mxnet.optimizer import Optimizer
@@ -137,12 +137,12 @@ class Trainer:
             counts are then as they were.
         """
         rescale = self._checked_rescale("step", batch_size)
-        found = self._gradients.find()
+        current = self._gradients.find()
         if not ignore_stale_grad:
-            self._gradients.refuse_stale(found)
+            self._gradients.refuse_stale(current)
         if n_processes() > 1 and not self._params.reduced_by:
-            found = self._sum_up(found, agree=ignore_stale_grad)
-        self._update(found, rescale)
+            current = self._sum_up(current, agree=ignore_stale_grad)
+        self._update(current, rescale)
 
     def allreduce_grads(self) -> None:
         """Sum gradients up over processes, before `update`; `step` does both.
@@ -163,10 +163,10 @@ class Trainer:
     def update(self, batch_size: float, ignore_stale_grad: bool = False) -> None:
         """`step` without its sum over processes, after `allreduce_grads`."""
         rescale = self._checked_rescale("update", batch_size)
-        found = self._gradients.find()
+        current = self._gradients.find()
         if not ignore_stale_grad:
-            self._gradients.refuse_stale(found)
-        self._update(found, rescale)
+            self._gradients.refuse_stale(current)
+        self._update(current, rescale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Let go of all gradients, or with set_to_none=False write zeros, which do not count as written by backward."""
@@ -265,7 +265,7 @@ class Trainer:
         return updater
 
     def _checked_rescale(self, name: str, batch_size: Any) -> float:
-        """What gradients are multiplied by but for the loss scale. Errors as `step` has them."""
+        """Factor of gradients without the loss scale. Errors as `step` has them."""
         if self._depth:
             raise RuntimeError(f"{name}() inside scale_loss(): leave the block after backward, and call it then")
         if not validate.finite("batch_size", batch_size) > 0:
@@ -277,23 +277,23 @@ class Trainer:
             )
         return float(self._scale / batch_size)
 
-    def _sum_up(self, found: Found, agree: bool) -> Found:
+    def _sum_up(self, current: StepGradients, agree: bool) -> StepGradients:
         if not self._knows_ddp:
             refuse_ddp(self._params)
             self._knows_ddp = True
-        return self._gradients.add_up(found, agree)
+        return self._gradients.add_up(current, agree)
 
-    def _update(self, found: Found, rescale: float) -> None:
+    def _update(self, current: StepGradients, rescale: float) -> None:
         """Update the parameters whose gradient is fresh, and use the gradients up."""
-        indices, grads, params = found.places, found.grads, self._params.tensors
-        if found.stale:
-            fresh = [(i, grad) for i, grad in zip(indices, grads, strict=True) if i not in found.stale]
+        indices, grads, params = current.places, current.grads, self._params.tensors
+        if current.stale:
+            fresh = [(i, grad) for i, grad in zip(indices, grads, strict=True) if i not in current.stale]
             indices, grads = [i for i, _ in fresh], [grad for _, grad in fresh]
         if len(indices) < len(params):
             params = [params[i] for i in indices]
         if indices:
             self._apply(indices, grads, params, rescale)
-        self._gradients.used(found, indices)
+        self._gradients.used(current, indices)
         self._is_scaled = False
 
     def _apply(self, indices: list[int], grads: list[Any], params: list[torch.Tensor], rescale: float) -> None:

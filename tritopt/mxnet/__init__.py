@@ -1,1 +1,1 @@
-"""MXNet's face: the API of `mxnet.optimizer` 2.0."""
+"""MXNet's face: optimizers with the API of `mxnet.optimizer` 2.0."""

@@ -27,5 +27,5 @@ def unknown_keywords(cls: Any, unknown: Iterable[str]) -> str:
     """The message for keywords that no constructor of a class takes, with the nearest that one does."""
     names = {name for base in cls.__mro__[:-1] for name in parameters_of(vars(base).get("__init__"))}
     known = sorted(names if cls.supports_lazy_update else names - {"lazy_update"})
-    found = [f"{name!r}{validate.did_you_mean(name, known)}" for name in unknown]
-    return f"{cls.__name__}() has no argument {' '.join(found)} known: {', '.join(known)}"
+    complaints = [f"{name!r}{validate.did_you_mean(name, known)}" for name in unknown]
+    return f"{cls.__name__}() has no argument {' '.join(complaints)} known: {', '.join(known)}"

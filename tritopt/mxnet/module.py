@@ -1,4 +1,4 @@
-"""From an `nn.Module` to the lists that an Optimizer takes."""
+"""Lists of indices, weights and gradients that an Optimizer takes, from an `nn.Module`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ModuleParameters(NamedTuple):
     indices: list[int]
     weights: list[nn.Parameter]
     idx2name: dict[int, str]
-    """For `param_idx2name`: multipliers by name."""
+    """Names by index, for `param_idx2name`: multipliers go by them."""
     param_dict: dict[int, nn.Parameter]
-    """For `param_dict`: `lr_mult` and `wd_mult` attributes set on the parameters."""
+    """Parameters by index, for `param_dict`: their attributes `lr_mult` and `wd_mult` are read live."""
 
     def grads(self) -> list[torch.Tensor | None]:
         """The gradients as they are now, None where there is none."""

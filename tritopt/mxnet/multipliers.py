@@ -48,21 +48,21 @@ class Factors:
         return 1.0 if key is None else self._given[key]
 
 
-def carried(objects: Sequence[Any], kind: str) -> list[Any] | None:
-    """The attribute `kind` of each object, None where it has none; None if none has it. Attributes are read live.
+def carried(objects: Sequence[Any], attribute: str) -> list[Any] | None:
+    """The attribute `attribute` of each object, None where it has none; None if none has it. Attributes are read live.
 
     torch's own parameters have none but those in their `__dict__`: to ask that takes a tenth of the time.
     """
     if not set(map(type, objects)) <= _PLAIN:
-        return [getattr(one, kind, None) for one in objects]
+        return [getattr(one, attribute, None) for one in objects]
     if not any(map(_attributes, objects)):
         return None
-    found = [attributes.get(kind) for attributes in map(_attributes, objects)]
-    return None if found.count(None) == len(found) else found
+    values = [attributes.get(attribute) for attributes in map(_attributes, objects)]
+    return None if values.count(None) == len(values) else values
 
 
 def check_names(
-    kind: str, keys: Iterable[Any], names: Mapping[Any, str], params: Mapping[Any, Any], is_strict: bool
+    attribute: str, keys: Iterable[Any], names: Mapping[Any, str], params: Mapping[Any, Any], is_strict: bool
 ) -> None:
     """Warn of names and patterns that match no parameter.
 
@@ -75,13 +75,13 @@ def check_names(
     patterns = [key for key in keys if is_pattern(key)]
     if patterns and not names:
         raise ValueError(
-            f"{kind}: {shown(patterns[0])} is matched with names of parameters, and none has a name: construct it "
+            f"{attribute}: {shown(patterns[0])} is matched with names of parameters, and none has a name: construct it "
             "with param_idx2name=tritopt.module_parameters(model).idx2name, or a Trainer with named parameters"
         )
     if not (names or params):
         return
     for key in unmatched(keys, names.values(), {*names, *params}):
-        message = f"{kind}: {no_match(key, names.values())}"
+        message = f"{attribute}: {no_match(key, names.values())}"
         if is_strict:
             raise ValueError(message)
         warn(f"{message}; strict=True makes this an error")

@@ -20,7 +20,7 @@ from tritopt.mxnet.constructor import constructor_of, unknown_keywords
 from tritopt.mxnet.multipliers import Factors
 from tritopt.mxnet.rates import initial_lr
 from tritopt.mxnet.replay import Repeated
-from tritopt.mxnet.rows import Partition
+from tritopt.mxnet.scalars import Partition
 from tritopt.mxnet.settings import check_clip, check_kinds, check_settings
 from tritopt.mxnet.states import checked_master, checked_state_dtype
 from tritopt.mxnet.update import Update
@@ -49,28 +49,28 @@ class Optimizer(Update):
         param_idx2name: names by index, for multipliers by name.
         wd: weight decay, a factor of the weight per unit of learning rate.
         clip_gradient: bound on each *element* of the rescaled gradient (not on a norm). None or <= 0: off.
-        learning_rate: per update. None: the scheduler's own base, or 0.01 without a scheduler.
+        learning_rate: rate per update. None: the scheduler's own base, or 0.01 without a scheduler.
         lr_scheduler: called with `num_update`; `learning_rate`, if given, becomes its `base_lr`.
         sym: anything with MXNet's `attr_dict()` and `list_arguments()`; its `__lr_mult__`/`__wd_mult__` are read.
         begin_num_update: count that every parameter starts from.
         multi_precision: keep a master and fp32 states for fp16 and bf16 weights.
-        master: how it is kept. "fp32": a copy. "split16": 16 bits that complete a bf16 weight to exactly the fp32
+        master: format of the master. "fp32": a copy. "split16": 16 bits that complete a bf16 weight to exactly the fp32
             master, for the same trajectory; such a weight is the master rounded to nearest, away from zero at a tie.
             "split8": 8 bits in their place, rounded stochastically. "kahan": what the weight lacks, in its dtype;
             updates below 2^-17 of a bf16 weight can be lost. "stochastic": nothing beside a bf16 weight, which is
             rounded stochastically. None: as without multi_precision. An optimizer that overrides `step` sees fp32
             masters, so it takes "fp32" or None.
-        state_dtype: how states are stored: "fp32", "bf16", "fp16", "int8", "fp8" (torch's dtypes do as well), or a dict
+        state_dtype: format of states: "fp32", "bf16", "fp16", "int8", "fp8" (torch's dtypes do as well), or a dict
             of these by name of the state, the others fp32. All but fp32 round stochastically; the last three share a
             scale among 64 neighbours in memory (kernels/formats/scales.py). A state that would not bear it stays fp32:
             see `state_kinds`. None: the (master) weight's dtype.
-        rounding_seed: of the bits of stochastic rounding, which are a function of it, the index, the count and the
-            element.
+        rounding_seed: seed of the bits of stochastic rounding, which are a function of it, the index, the count and
+            the element.
         track: sum up in each step, from registers, what `telemetry` shows.
         param_dict: objects by index, such as `nn.Parameter`, whose `lr_mult`/`wd_mult` attributes are read live.
         aggregate_num: tensors per call that an Updater makes. None: all at once.
         use_fused_step: True: fused or an error. False: the reference `step`. None: fused where it can run.
-        lazy_update: with a row-sparse gradient, update only the rows present; for optimizers that support it.
+        lazy_update: update only the rows present in a row-sparse gradient; for optimizers that support it.
         max_grad_norm: bound on the norm of all rescaled gradients of an update together, clipped on the device before
             elements are; infinity measures only. A norm that is not finite skips the update, as NaN in rescale_grad.
 
@@ -270,11 +270,11 @@ class Optimizer(Update):
         if self._overrides_step() or not isinstance(indices, list | tuple):
             return None
         lists = [indices, weights, grads, states]
-        if not all(isinstance(some, list | tuple) and len(some) == len(indices) for some in lists):
+        if not all(isinstance(items, list | tuple) and len(items) == len(indices) for items in lists):
             return None
         if NoneType in set(map(type, grads)):
             keep = [i for i, grad in enumerate(grads) if grad is not None]
-            lists = [[some[i] for i in keep] for some in lists]
+            lists = [[items[i] for i in keep] for items in lists]
         return self._replay_of(key, *map(list, lists))
 
     def telemetry(self) -> Telemetry:
@@ -346,4 +346,5 @@ def _with_gradients(
     kept = [[items[i] for i in keep] for items in (indices, weights, grads, states)]
     for index, weight, grad in zip(*kept[:3], strict=True):
         validate.weight_and_grad(index, weight, grad)
+        validate.not_spread(index, weight, grad)
     return kept[0], kept[1], kept[2], kept[3]

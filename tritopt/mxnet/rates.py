@@ -72,20 +72,22 @@ class Rates(Rule):
         attributes, arguments = self.sym_info
         return {name: float(attributes[name][attribute]) for name in arguments if attribute in attributes.get(name, {})}
 
-    def _multiplied(self, value: float, indices: Sequence[Hashable], kind: str) -> list[float]:
-        multipliers: dict[Any, float] = getattr(self, kind)
+    def _multiplied(self, value: float, indices: Sequence[Hashable], attribute: str) -> list[float]:
+        multipliers: dict[Any, float] = getattr(self, attribute)
         if not (self.param_dict or multipliers):
             return [value] * len(indices)
-        own = carried(list(map(self.param_dict.get, indices)), kind) if self.param_dict else None
+        own = carried(list(map(self.param_dict.get, indices)), attribute) if self.param_dict else None
         if own is None and not multipliers:
             return [value] * len(indices)
-        factors = self._factors[kind].of(indices, multipliers, self.idx2name)
+        factors = self._factors[attribute].of(indices, multipliers, self.idx2name)
         if own is not None:
             factors = [factor if one is None else float(one) for factor, one in zip(factors, own, strict=True)]
         products = [value * factor for factor in factors]
         if not all(map(math.isfinite, products)):
             index, product = next((i, p) for i, p in zip(indices, products, strict=True) if not math.isfinite(p))
-            raise ValueError(f"parameter {index!r}: {kind} makes {value!r} into {product!r}; give a finite multiplier")
+            raise ValueError(
+                f"parameter {index!r}: {attribute} makes {value!r} into {product!r}; give a finite multiplier"
+            )
         return products
 
     def _get_lrs(self, indices: Sequence[Hashable]) -> list[float]:

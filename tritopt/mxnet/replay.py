@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.engine.group import Group, Rows
-from tritopt.engine.phase import Launch, run_phases
+from tritopt.engine.group import LaunchGroup, ScalarTable
+from tritopt.engine.phase import LaunchSpec, run_phases
 from tritopt.engine.replay import NormTables, table_of
 from tritopt.engine.walk import n_words, walk
 from tritopt.mxnet.states import States
@@ -24,14 +24,15 @@ class Launched(NamedTuple):
     """One launch of an update."""
 
     indices: list[Hashable]
-    """Its parameters'."""
+    """Indices of the launch's parameters."""
     places: list[int]
-    """Their places among all of the update."""
+    """Places of these parameters among all of the update."""
     draws: bool
-    """Whether rows end with the step, for random bits."""
+    """Whether a set of scalars ends with the step, which random bits depend on."""
     device: torch.device
-    groups: tuple[Group, ...] = ()
-    """The engine's, once it was made."""
+    """Device of the parameters."""
+    groups: tuple[LaunchGroup, ...] = ()
+    """The engine's groups that were launched; none before that."""
 
 
 class Replay:
@@ -69,7 +70,7 @@ class Replay:
         self._grads_are = self._walk.describe(list(grads), self._grads, self._n_words)
         self._devices = list(map(_device, grads))
         self._norm = norm
-        self._row_of = [np.empty(0, np.int64) for _ in launched]
+        self._place_of = [np.empty(0, np.int64) for _ in launched]
         self._tables = {
             id(one.indices): [table_of(group, np.array(one.places, np.int64)) for group in one.groups]
             for one in launched
@@ -88,30 +89,30 @@ class Replay:
             return None
         if not self._walk.are(kept, self._kept_are, self._kept_at):
             return None
-        found = np.empty(len(grads), np.int64)
-        if self._walk.describe(grads, found, self._n_words) != self._grads_are:
+        addresses = np.empty(len(grads), np.int64)
+        if self._walk.describe(grads, addresses, self._n_words) != self._grads_are:
             return None
         # Their addresses say nothing of the device that they are on.
         if list(map(_device, grads)) != self._devices:
             return None
-        if found.tobytes() != self._grads.tobytes():
-            self._grads = found
+        if addresses.tobytes() != self._grads.tobytes():
+            self._grads = addresses
         return Repeated(self, weights, grads, states)
 
     def squares(self) -> torch.Tensor:
         """Sum of squares of each gradient, fp64 [gradients, 1]."""
         return self._norm.squares(self._grads, self.launched[0].device)
 
-    def launch(self, launched: Launched, rows: Rows, launch: Launch) -> None:
-        """Launch once more, with these rows."""
+    def launch(self, launched: Launched, table: ScalarTable, launch: LaunchSpec) -> None:
+        """Launch once more, with these scalars."""
         place = next(i for i, one in enumerate(self.launched) if one is launched)
-        if np.array_equal(rows.row_of, self._row_of[place]):
-            rows = rows._replace(row_of=self._row_of[place])  # the very array is known to be on the device
-        self._row_of[place] = rows.row_of
+        if np.array_equal(table.place_of, self._place_of[place]):
+            table = table._replace(place_of=self._place_of[place])  # the very array is known to be on the device
+        self._place_of[place] = table.place_of
         tables = self._tables[id(launched.indices)]
-        for table in tables:
-            table.upload(self._grads, rows.row_of, rows.values)
-        run_phases([table.group for table in tables], launch, len(launched.places))
+        for replay_table in tables:
+            replay_table.upload(self._grads, table.place_of, table.values)
+        run_phases([replay_table.group for replay_table in tables], launch, len(launched.places))
 
 
 class Repeated(NamedTuple):
@@ -151,18 +152,18 @@ def can_be_replayed(weights: Sequence[torch.Tensor], grads: Sequence[torch.Tenso
 
 def _flattened(states: Sequence[State]) -> tuple[list[Any], list[Any]]:
     """Tensors of some states, in an order that depends on their structure alone; and that structure."""
-    found: list[Any] = list(states)
-    kinds = set(map(type, found))
-    structure: list[Any] = [_said(type, found, kinds)]
-    while any(issubclass(kind, tuple) for kind in kinds):
-        tuples = found if len(kinds) == 1 else [value for value in found if isinstance(value, tuple)]
-        others = [] if len(kinds) == 1 else [value for value in found if not isinstance(value, tuple)]
-        found = others + list(chain.from_iterable(tuples))
-        kinds = set(map(type, found))
-        structure += [_said(len, tuples, set(map(len, tuples))), _said(type, found, kinds)]
-    return [value for value in found if value is not None] if NoneType in kinds else found, structure
+    flat: list[Any] = list(states)
+    types = set(map(type, flat))
+    structure: list[Any] = [_answers(type, flat, types)]
+    while any(issubclass(one, tuple) for one in types):
+        tuples = flat if len(types) == 1 else [value for value in flat if isinstance(value, tuple)]
+        others = [] if len(types) == 1 else [value for value in flat if not isinstance(value, tuple)]
+        flat = others + list(chain.from_iterable(tuples))
+        types = set(map(type, flat))
+        structure += [_answers(len, tuples, set(map(len, tuples))), _answers(type, flat, types)]
+    return [value for value in flat if value is not None] if NoneType in types else flat, structure
 
 
-def _said(ask: Callable[[Any], Any], values: list[Any], answers: set[Any]) -> Any:
-    """The answer of each value, or the number of values and the one answer that all have."""
-    return (len(values), *answers) if len(answers) == 1 else list(map(ask, values))
+def _answers(ask: Callable[[Any], Any], values: list[Any], different: set[Any]) -> Any:
+    """Answer for each value; the number of values and the one answer where all have the same."""
+    return (len(values), *different) if len(different) == 1 else list(map(ask, values))

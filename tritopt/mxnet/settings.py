@@ -30,7 +30,7 @@ def parameters_of(function: Callable[..., Any] | None) -> list[str]:
 def _hyperparameters(cls: Any) -> dict[Any, tuple[str, ...]]:
     """The package's rules that a class stands on, and what the constructor of each takes.
 
-    One by one, since a class may settle what the one above it takes.
+    They are asked one by one, since a class may settle what the one above it takes.
     """
     own = [one for one in cls.__mro__ if one.__module__.startswith("tritopt.optimizers.")]
     return {one: tuple(parameters_of(vars(one).get("__init__"))) for one in own if not issubclass(one, Rates)}
@@ -85,12 +85,12 @@ def check_settings(opt: Update) -> None:
         validate.boolean("use_fused_step", opt.use_fused_step)
     cls: Any = type(opt)
     own = _hyperparameters(cls)
-    names = [name for some in own.values() for name in some if name in vars(opt)]
+    names = [name for arguments in own.values() for name in arguments if name in vars(opt)]
     values = [opt.master, opt.state_dtype, *[getattr(opt, name) for name in names]]
     if len(values) == len(opt._checked) and all(map(is_, values, opt._checked)):
         return
-    for rule, some in own.items():
-        rule(**{name: getattr(opt, name) for name in some if name in vars(opt)})
+    for rule, arguments in own.items():
+        rule(**{name: getattr(opt, name) for name in arguments if name in vars(opt)})
     if own and cls.__module__.startswith("tritopt."):
         cls(master=opt.master, state_dtype=opt.state_dtype)
     opt._checked = tuple(values)

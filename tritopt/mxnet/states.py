@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from tritopt.engine.driver import Apply
 from tritopt.engine.plan import is_low_precision
 from tritopt.engine.state_dtype import FP32, Choice, checked, format_of_planes, formats_of, stored
 from tritopt.engine.warning import warn
@@ -99,7 +98,7 @@ class States(Rates):
         if len(values) != len(wanted) or not all(map(is_planes, values)):
             return inner  # the next step says what is wrong
         plain = self._plain_dtype(weight)
-        found = []
+        converted = []
         for name, value, fmt in zip(self.state_names, values, wanted, strict=True):
             planes = value if isinstance(value, tuple) else (value,)
             old = format_of_planes(planes, self.state_kinds.get(name))
@@ -108,10 +107,10 @@ class States(Rates):
             elif [plane.dtype for plane in planes] != list(fmt.dtypes):
                 planes = stored(fmt, old.decode(planes, plain if fmt is PLAIN else torch.float32))
                 value = planes if len(planes) > 1 else planes[0]
-            found.append(value)
-        if all(new is old for new, old in zip(found, values, strict=True)):
+            converted.append(value)
+        if all(new is old for new, old in zip(converted, values, strict=True)):
             return inner
-        return found[0] if len(found) == 1 else tuple(found)
+        return converted[0] if len(converted) == 1 else tuple(converted)
 
     def _plain_dtype(self, weight: torch.Tensor) -> torch.dtype:
         """Dtype of a state of this weight that is stored as it is."""
@@ -137,7 +136,7 @@ class States(Rates):
                 f"parameter {index!r}: master={self.master!r} completes bfloat16 weights, not {weight.dtype}: take "
                 "master='fp32' or 'kahan'"
             )
-        if fmt.draws and not all(isinstance(phase, Apply) for phase in self.phases):
+        if fmt.draws and not all(phase.is_driver for phase in self.phases):
             raise ValueError(
                 f"parameter {index!r}: master={self.master!r} is not for {type(self).__name__}, whose kernels draw no "
                 "random bits: take 'fp32', 'split16' or 'kahan'"
@@ -147,7 +146,7 @@ class States(Rates):
     def _masters(
         self, indices: Sequence[Hashable], weights: Sequence[torch.Tensor], states: Sequence[State]
     ) -> list[bool]:
-        """Which weights have a companion; ValueError for a state without the one that it must have."""
+        """Whether each weight has a companion; ValueError for a state without the one that it must have."""
         formats = [self._format_of(*item) for item in zip(indices, weights, strict=True)]
         for index, weight, state, fmt in zip(indices, weights, states, formats, strict=True):
             if fmt.companion and not self._has_companion(fmt, weight, state):

@@ -6,23 +6,24 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from tritopt.engine import validate
 from tritopt.engine.clip import Clip, squares
-from tritopt.engine.driver import Apply
 from tritopt.engine.launcher import Updates
-from tritopt.engine.phase import Launch
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner, Task, unavailable
 from tritopt.engine.random_keys import noise_key
 from tritopt.engine.replay import NormTables, mark_written
 from tritopt.engine.telemetry import Tracked, Tracker, refuse, whole
 from tritopt.engine.walk import warn_if_slow
 from tritopt.kernels.formats.format import PLAIN, Format
+from tritopt.kernels.preambles import without_clip
 from tritopt.kernels.telemetry import measure
 from tritopt.kernels.twins.random import Noise
 from tritopt.mxnet.replay import Launched, Repeated, Replay, can_be_replayed
-from tritopt.mxnet.rows import ParameterRows, Partition, rows_of
+from tritopt.mxnet.scalars import ParameterScalars, Partition, scalars_at
 from tritopt.mxnet.sparse import StandIn
 from tritopt.mxnet.states import States, is_planes, structure
 from tritopt.rule import State, Values
@@ -54,7 +55,7 @@ class Update(States):
 
     @property
     def grad_factor(self) -> torch.Tensor:
-        """Size of what the last update with max_grad_norm multiplied gradients by, fp64 []; NaN if it was skipped."""
+        """Size of the factor of gradients in the last update with max_grad_norm, fp64 []; NaN if that was skipped."""
         return self._clip.factor
 
     def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> tuple[float, ...]:
@@ -102,7 +103,7 @@ class Update(States):
         is_whole = not sparse and sum(len(one.places) for one in launched) == len(tasks)
         norm_groups = [] if self.max_grad_norm is None else self._planner.groups_of_squares(tuple(indices))
         if key is not None and is_whole and norm_groups is not None and can_be_replayed(weights, grads, states):
-            norm = NormTables(self._planner, norm_groups, len(tasks))
+            norm = NormTables(self._planner, norm_groups, np.arange(len(tasks)))
             replay = Replay(self, indices, weights, grads, states, launched, norm)
             self._planner.replays.put(_key(key, indices, weights), replay, len(tasks))
 
@@ -111,13 +112,13 @@ class Update(States):
     ) -> Repeated | None:
         """An earlier update of these parameters that this one repeats."""
         try:
-            found: Replay | None = self._planner.replays.get(_key(key, indices, weights))
+            replay: Replay | None = self._planner.replays.get(_key(key, indices, weights))
         except TypeError:  # an index that cannot be hashed, which the checks refuse
             return None
         validate.rescale(self.rescale_grad)
-        if found is None or self._skips(self._rescale()[0]):
+        if replay is None or self._skips(self._rescale()[0]):
             return None
-        return found.repeated(self, weights, grads, states)
+        return replay.repeated(self, weights, grads, states)
 
     @torch.no_grad()
     def _run_again(self, repeated: Repeated) -> None:
@@ -130,11 +131,11 @@ class Update(States):
                 tasks, on_kernel = self._tasks(replay.indices, *repeated[1:4], self.use_fused_step)
                 self._apply(replay.indices, tasks, on_kernel, updates, scale)
                 return
-            rows = self._rows(replay.indices, lrs, rescale)
+            scalars = self._parameter_scalars(replay.indices, lrs, rescale)
             for launched in replay.launched:
-                launch = self._launch(type(rows.scalars[0]), launched.draws, launched.device, device_rescale)
+                launch = self._launch(type(scalars.scalars[0]), launched.draws, launched.device, device_rescale)
                 updates.begin(launched.indices)
-                replay.launch(launched, rows.of_launch(launched), self._planner.configured(launch))
+                replay.launch(launched, scalars.of_launch(launched), self._planner.configured(launch))
                 if launch.tracked is not None:
                     self._tracker.add(launched.indices, launch.tracked)
         mark_written(repeated.weights)
@@ -151,7 +152,7 @@ class Update(States):
         validate.rescale(self.rescale_grad)
         tasks = [self._task(*item) for item in zip(indices, weights, grads, states, strict=True)]
         on_kernel = [self._runs_fused(index, weight, fused) for index, weight in zip(indices, weights, strict=True)]
-        if self.track and any(on_kernel) and not all(isinstance(phase, Apply) for phase in self.phases):
+        if self.track and any(on_kernel) and not all(phase.is_driver for phase in self.phases):
             refuse(type(self).__name__, "use_fused_step=False")
         self._planner.check_aliases(tuple(indices), indices, tasks)
         return tasks, on_kernel
@@ -212,7 +213,7 @@ class Update(States):
         """
         lrs = self._get_lrs(indices)
         rescale, device_rescale = scale
-        rows = self._rows(indices, lrs, rescale)
+        scalars = self._parameter_scalars(indices, lrs, rescale)
         if self.track:
             self._sizes.update((index, task.grad.numel()) for index, task in zip(indices, tasks, strict=True))
         if self._skips(rescale):
@@ -224,67 +225,73 @@ class Update(States):
         for i in live:
             if on_kernel[i]:
                 by_launch.setdefault((tasks[i].draws, tasks[i].grad.device), []).append(i)
-        found = []
+        replayable = []
         for (draws, device), places in by_launch.items():
-            launch = self._launch(type(rows.scalars[0]), draws, device, device_rescale)
+            launch = self._launch(type(scalars.scalars[0]), draws, device, device_rescale)
             launched = Launched([indices[i] for i in places], places, draws, device)
             updates.begin(launched.indices)
             groups = self._planner.apply(
                 tuple(launched.indices),
                 [tasks[i] for i in places],
-                rows.of_launch(launched),
+                scalars.of_launch(launched),
                 launch,
             )
             if groups is not None:
-                found.append(launched._replace(groups=tuple(groups)))
+                replayable.append(launched._replace(groups=tuple(groups)))
             if launch.tracked is not None:
                 self._tracker.add(launched.indices, launch.tracked)
         for i in live:
             if not on_kernel[i]:
-                place = rows.row_of[i]
-                row, scalars = rows.values[place], rows.scalars[place]
-                self._apply_reference(indices[i], tasks[i], row, scalars, device_rescale, updates)
-        return found
+                place = scalars.place_of[i]
+                values, of_rule = scalars.values[place], scalars.scalars[place]
+                self._apply_reference(indices[i], tasks[i], values, of_rule, device_rescale, updates)
+        return replayable
 
     def _apply_reference(
         self,
         index: Hashable,
         task: Task,
-        row: tuple[float, ...],
+        values: tuple[float, ...],
         scalars: Any,
         device_rescale: torch.Tensor | None,
         updates: Updates[Hashable],
     ) -> None:
-        noise = Noise(*task.noise, row[-1]) if task.draws else None
+        noise = Noise(*task.noise, values[-1]) if task.draws else None
         tracked: list[Tracked] | None = [] if self.track else None
         updates.begin([index], task.versions)
-        self.apply_reference(task, row[:3], scalars, device_rescale, noise=noise, tracked=tracked)
+        self.apply_reference(task, values[:3], scalars, device_rescale, noise=noise, tracked=tracked)
         if tracked is not None:
             self._tracker.add([index], tracked)
 
-    def _launch(self, scalars: type, draws: bool, device: torch.device, device_rescale: torch.Tensor | None) -> Launch:
-        return Launch(
+    def _launch(
+        self, scalars: type, draws: bool, device: torch.device, device_rescale: torch.Tensor | None
+    ) -> LaunchSpec:
+        return LaunchSpec(
             self.phases,
             scalars,
-            self.preamble,
+            self.preamble if self._clip_bound() < math.inf else without_clip(self.preamble),
             None if device_rescale is None else device_rescale.to(device),
             skip_zero_rescale=self.skips_zero_rescale,
             draws=draws,
             tracked=[] if self.track else None,
         )
 
-    def _rows(self, indices: Sequence[Hashable], lrs: list[float], rescale: float) -> ParameterRows:
+    def _parameter_scalars(self, indices: Sequence[Hashable], lrs: list[float], rescale: float) -> ParameterScalars:
         wds = self._get_wds(indices)
         counts = list(map(self._index_update_count.__getitem__, indices))
-        bound = validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
+        bound = self._clip_bound()
         self._known_scalars = {}  # of this step alone: hyperparameters may be assigned between steps
         is_own = type(self).scalars_of is not Update.scalars_of or "scalars_of" in vars(self) or self.is_per_parameter
-        firsts, row_of = self._partition.of([lrs, wds], counts, [indices] if is_own else [])
+        firsts, place_of = self._partition.of([lrs, wds], counts, [indices] if is_own else [])
 
         def scalars_of(place: int, lr: float, wd: float, count: int) -> Any:
             return self.scalars_of(indices[place], lr, wd, count) if is_own else self.scalars(lr, wd, count)
 
-        return rows_of((rescale, bound), firsts, row_of, lrs, wds, counts, scalars_of)
+        return scalars_at((rescale, bound), firsts, place_of, lrs, wds, counts, scalars_of)
+
+    def _clip_bound(self) -> float:
+        """Bound of the gradients' elements; infinity where there is none."""
+        return validate.bound_or(self.clip_gradient, math.inf) if self.clips else math.inf
 
     def _skips(self, rescale: float) -> bool:
         """Whether this rescale, on the host, leaves weights and states alone."""
@@ -293,7 +300,7 @@ class Update(States):
     def _gradient_scale(
         self, measure: Callable[[], torch.Tensor], on_host: bool = False
     ) -> tuple[float, torch.Tensor | None]:
-        """What gradients are multiplied by: a number, and a device scalar that multiplies it, if there is one.
+        """Factor of gradients: a number, and a device scalar that multiplies it, None if there is none.
 
         With max_grad_norm the latter is the clip's factor, NaN where the norm is not finite, which skips the update.
 
@@ -302,12 +309,12 @@ class Update(States):
         rescale, on_device = self._rescale()
         if self.max_grad_norm is None or self._skips(rescale):
             return rescale, on_device
-        found = measure()
+        sums = measure()
         if on_device is None:
-            factor = self._clip(found, self.max_grad_norm, abs(rescale), self._planner.record)
+            factor = self._clip(sums, self.max_grad_norm, abs(rescale), self._planner.record)
         else:
-            signed = on_device.to(found.device, torch.float64).reshape(())
-            factor = self._clip(found, self.max_grad_norm, signed.abs(), self._planner.record).copysign(signed)
+            signed = on_device.to(sums.device, torch.float64).reshape(())
+            factor = self._clip(sums, self.max_grad_norm, signed.abs(), self._planner.record).copysign(signed)
         sign = 1.0 if on_device is not None else math.copysign(1.0, rescale)
         return (sign * float(factor), None) if on_host else (sign, factor)
 

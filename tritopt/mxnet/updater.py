@@ -32,7 +32,7 @@ class Updater:
     updated `aggregate_num` tensors at a time (infinity: the whole list at once), otherwise one tensor at a time.
 
     Args:
-        optimizer: what to apply.
+        optimizer: the optimizer to apply.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -54,7 +54,7 @@ class Updater:
             index, grad, weight = [index], [grad], [weight]
         validate.same_length(indices=index, gradients=grad, weights=weight)
         indices = list(index)
-        if any(issubclass(kind, bytes) for kind in set(map(type, indices))):
+        if any(issubclass(cls, bytes) for cls in set(map(type, indices))):
             indices = [_decoded(i) for i in index]
             if isinstance(index, list):
                 index[:] = indices
@@ -140,12 +140,12 @@ class Updater:
         return buffer.getvalue()
 
     def content(self, dump_optimizer: bool = False) -> dict[str, Any]:
-        """What `get_states` turns into bytes: plain data, the states themselves and no copies."""
+        """Plain data that `get_states` turns into bytes: the states themselves and no copies."""
         _require_plain(self.states, "the states")
-        found: dict[str, Any] = {"states": self.states}
+        content: dict[str, Any] = {"states": self.states}
         if dump_optimizer:
-            found[_OPTIMIZER] = _pack_optimizer(self.optimizer)
-        return found
+            content[_OPTIMIZER] = _pack_optimizer(self.optimizer)
+        return content
 
     def take(self, content: Mapping[str, Any]) -> None:
         """Take over what `content` gave; `set_states` says more. Errors are of any kind, and change nothing."""
@@ -185,21 +185,21 @@ def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     attributes = optimizer.__getstate__()
     for name in _NOT_SAVED:
         del attributes[name]
-    attributes.update({kind: packed(attributes[kind]) for kind in _MULTIPLIERS})
+    attributes.update({name: packed(attributes[name]) for name in _MULTIPLIERS})
     device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)
     schedule, name = attributes.pop(_SCHEDULER), type(optimizer).__name__.lower()
     if registry.OPTIMIZERS.get(name) is not type(optimizer):
         raise TypeError(f"{type(optimizer)!r} is not what {name!r} brings back; register it to dump it")
-    found: dict[str, Any] = {"name": name, "attributes": attributes, "device": device}
+    saved: dict[str, Any] = {"name": name, "attributes": attributes, "device": device}
     if schedule is not None:
         if _scheduler_classes().get(type(schedule).__name__) is not type(schedule):
             raise TypeError(
                 f"lr_scheduler={schedule!r} is not what {type(schedule).__name__!r} brings back; rename "
                 "its class, or call get_states(dump_optimizer=False)"
             )
-        found[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}
-    _require_plain(found, type(optimizer).__name__)
-    return found
+        saved[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}
+    _require_plain(saved, type(optimizer).__name__)
+    return saved
 
 
 def _unpack_optimizer(saved: dict[str, Any]) -> Optimizer:
@@ -208,8 +208,8 @@ def _unpack_optimizer(saved: dict[str, Any]) -> Optimizer:
     optimizer = object.__new__(registry.find(saved["name"]))
     Optimizer.__init__(optimizer)
     optimizer.__setstate__(saved["attributes"])
-    for kind in _MULTIPLIERS:
-        setattr(optimizer, kind, unpacked(getattr(optimizer, kind)))
+    for multipliers in _MULTIPLIERS:
+        setattr(optimizer, multipliers, unpacked(getattr(optimizer, multipliers)))
     optimizer._set_current_device(saved["device"])
     optimizer.lr_scheduler = None
     if _SCHEDULER in saved:
@@ -223,13 +223,13 @@ def _unpack_optimizer(saved: dict[str, Any]) -> Optimizer:
 
 def _scheduler_classes() -> dict[str, type[lr_scheduler.LRScheduler]]:
     """LRScheduler and its subclasses by name; the nearest to the base has the name that several share."""
-    found: dict[str, type[lr_scheduler.LRScheduler]] = {}
+    classes: dict[str, type[lr_scheduler.LRScheduler]] = {}
     level = [lr_scheduler.LRScheduler]
     while level:
         for cls in level:
-            found.setdefault(cls.__name__, cls)
+            classes.setdefault(cls.__name__, cls)
         level = [subclass for cls in level for subclass in cls.__subclasses__()]
-    return found
+    return classes
 
 
 def _require_plain(value: Any, path: str) -> None:

@@ -17,6 +17,8 @@ from tritopt.optim.lamb import LAMB as LAMB
 from tritopt.optim.lans import LANS as LANS
 from tritopt.optim.lars import LARS as LARS
 from tritopt.optim.lion import Lion as Lion
+from tritopt.optim.mixed import Mixed as Mixed
+from tritopt.optim.muon import Muon as Muon
 from tritopt.optim.nadam import NAdam as NAdam
 from tritopt.optim.nag import NAG as NAG
 from tritopt.optim.named_groups import ParamGroups as ParamGroups

@@ -1,4 +1,4 @@
-"""AdaBelief."""
+"""AdaBelief with torch's interface."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class AdaBelief(BeyondTorch):
     and decays the weight itself.
 
     Args:
-        params: as torch's.
-        lr: per step.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate, per step.
         betas: decay rates of the moments, in [0, 1).
         eps: added to the variance at each step, and to its root.
         weight_decay: coupled (L2).

@@ -22,20 +22,20 @@ class FactoredLayouts(Layouts):
     """Two factors for a matrix, the whole second moment for what is none: torch keeps no empty tensors."""
 
     def names(self, rule: Rule, param: torch.Tensor) -> tuple[str, ...]:
-        """The factors, or one that is empty and the whole."""
+        """Names of the factors, or one that is empty and that of the whole."""
         return FACTORS if param.dim() > 1 else ("row_var", "variance")
 
     def expected(
         self, param: torch.Tensor, group: dict[str, Any], rule: Rule, fmt: Format, formats: Mapping[str, Format]
     ) -> dict[str, Expected]:
-        """Without the empty one."""
-        found = super().expected(param, group, rule, fmt, formats)
+        """Shapes and dtypes of the state tensors, without the empty one."""
+        planes = super().expected(param, group, rule, fmt, formats)
         if param.dim() <= 1:
-            del found["row_var"]
-        return found
+            del planes["row_var"]
+        return planes
 
     def planes(self, layout: Layout, state: State) -> Values:
-        """The rule's states, the empty one included."""
+        """Planes of the rule's states, the empty one included."""
         if "row_var" in layout.expected:
             return super().planes(layout, state)
         variance = state["variance"]

@@ -25,12 +25,12 @@ class TorchAdagrad(AdaGradRule):
         self.initial = validate.nonnegative("initial_accumulator_value", initial)
 
     def create_state(self, index: Any, weight: torch.Tensor) -> torch.Tensor:
-        """The sum's first value."""
+        """State that holds the sum's first value."""
         state: torch.Tensor = super().create_state(index, weight)
         return state.fill_(self.initial)
 
     def scalars(self, lr: Any, wd: float, count: Any) -> AdaGradScalars:
-        """The learning rate at this step."""
+        """Scalars of a step, whose learning rate decays with the count."""
         return AdaGradScalars(lr / (1 + (count - 1) * self.lr_decay), self.epsilon)
 
 
@@ -91,10 +91,10 @@ class Adagrad(Optimizer):
                     value.share_memory_()
 
     def rule_of(self, group: dict[str, Any]) -> Rule:
-        """torch's takes the first value of the sum from the constructor."""
+        """The rule with a group's hyperparameters; torch's takes the sum's first value from the constructor."""
         name = "initial_accumulator_value"
         return super().rule_of({**group, name: self.defaults[name]})
 
     def sparse_error_of(self, group: dict[str, Any]) -> str | None:
-        """torch's takes them, but not together with decay."""
+        """torch's message where a group has a decay, with which it takes no sparse gradients; None: it takes them."""
         return "weight_decay option is not compatible with sparse gradients" if group["weight_decay"] else None

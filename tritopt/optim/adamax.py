@@ -25,7 +25,7 @@ class TorchAdamax(AdamaxRule):
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamaxScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence of `Adamax` below."""
+        """One update by the recurrence of `Adamax` below: the new weight and states."""
         mean, norm = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         norm = maximum(s.beta2 * norm, abs(g) + s.epsilon)

@@ -1,4 +1,4 @@
-"""Adan."""
+"""Adan with torch's interface."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Adan(BeyondTorch):
     no_prox=False.
 
     Args:
-        params: as torch's.
-        lr: per step.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate, per step.
         betas: decay rates of the means of gradients, of their differences and of their squares, in [0, 1).
         eps: added to the corrected root.
         weight_decay: proximal, as above.

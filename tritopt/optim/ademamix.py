@@ -1,4 +1,4 @@
-"""AdEMAMix."""
+"""AdEMAMix with torch's interface."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class AdEMAMix(BeyondTorch):
     The paper lets both warm-ups last as long as the training: give t_alpha and t_beta3 the number of its steps.
 
     Args:
-        params: as torch's.
-        lr: per step.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate, per step.
         betas: decay rates of the fast mean, of the squares, and of the slow mean after its warm-up; in [0, 1).
         alpha: weight of the slow mean after its warm-up, >= 0.
         t_alpha, t_beta3: steps that the warm-ups of alpha and beta3 last. None or 0: none.

@@ -30,7 +30,7 @@ class BeyondTorch(Optimizer):
     """Base of optimizers that torch lacks.
 
     Args:
-        params: as torch's.
+        params: parameters or param_groups, as torch takes them.
         options: the keyword arguments that all have.
         lr, weight_decay: defaults of a param_group.
         own: its other defaults. lr, weight_decay, betas, eps and momentum are checked as torch checks them, the rest
@@ -66,7 +66,7 @@ class BeyondTorch(Optimizer):
         super().__init__(params, values, given)  # type: ignore[arg-type]
 
     def check_values(self, values: Mapping[str, Any]) -> None:
-        """In the words of torch's AdamW and SGD, which take them."""
+        """ValueError in the words of torch's AdamW and SGD, which take these hyperparameters."""
         known = {name: values[name] for name in ("lr", "eps", "weight_decay", *self.keywords) if name in values}
         if "betas" in values:
             betas = values["betas"]

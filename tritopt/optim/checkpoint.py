@@ -36,8 +36,12 @@ class Loads(Protocol):
     may_lack: ClassVar[frozenset[str]]
     _handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]]
 
+    def of_class(self, group: Mapping[str, Any]) -> Loads:
+        """An optimizer of the class that a group's parameters follow."""
+        ...
+
     def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
-        """How a parameter of a group is kept."""
+        """Layout by which a parameter of a group is kept."""
         ...
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -48,17 +52,19 @@ class Loads(Protocol):
 
 
 def load(opt: Loads, state_dict: dict[str, Any]) -> None:
-    """`Optimizer.load_state_dict`."""
+    """Load a state dict into an optimizer: `Optimizer.load_state_dict`."""
     state_dict = state_dict.copy()
     before, after = private.load_hooks(opt)
     for pre_hook in before:
         state_dict = pre_hook(opt, state_dict) or state_dict
     groups, saved_groups = opt.param_groups, deepcopy(state_dict["param_groups"])
     state_of = {key: _given(values) for key, values in state_dict["state"].items()}
-    found = {_name_of_state(name) for values in state_of.values() if isinstance(values, dict) for name in values}
+    saved_names = {_name_of_state(name) for values in state_of.values() if isinstance(values, dict) for name in values}
     _check_sizes(groups, saved_groups)
-    merged = [_merged(group, saved, opt) for group, saved in zip(groups, saved_groups, strict=True)]
-    warning = stranger(opt, saved_groups, found - COMPANIONS)
+    _check_routing(groups, saved_groups)
+    merged = [_merged(group, saved, opt.of_class(group)) for group, saved in zip(groups, saved_groups, strict=True)]
+    is_mixed = any("algorithm" in group for group in groups)
+    warning = None if is_mixed else stranger(opt, saved_groups, saved_names - COMPANIONS)
     _check_groups(opt, merged, warning[0] if warning else "")
     saved_ids = chain.from_iterable(saved["params"] for saved in saved_groups)
     owners = ((param, group) for group in merged for param in group["params"])
@@ -91,6 +97,17 @@ def _check_sizes(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]
         )
 
 
+def _check_routing(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
+    """ValueError unless each group is of the class that saved it, where there are several classes."""
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        ours, theirs = group.get("algorithm"), saved.get("algorithm")
+        if ours != theirs:
+            raise ValueError(
+                f"loaded state dict: parameter group {i} is {theirs or 'that of a single class'}'s there and "
+                f"{ours or 'that of a single class'}'s here: route parameters as when it was saved"
+            )
+
+
 def _check_groups(opt: Loads, groups: list[dict[str, Any]], whose: str) -> None:
     """ValueError for hyperparameters out of range. whose: what is known of another class that saved them."""
     for group in groups:
@@ -109,9 +126,10 @@ def _loaded_state(
     param, group = owner
     layout = opt.layout_of(param, group)
     expected, fmt = layout.expected, layout.format
-    for name in ("step", *opt.rule.scalar_states):
+    of_class = opt.of_class(group)
+    for name in ("step", *of_class.rule.scalar_states):
         _check_number(key, name, values.get(name, 0.0))
-    _check_states(key, values, expected, opt)
+    _check_states(key, values, expected, of_class)
     values = received(_without_stale_companion(opt, param, values))
     known = {**_other_forms(param, layout.kinds), **expected}
     loaded = {name: _loaded(key, name, value, param, known) for name, value in values.items()}
@@ -122,7 +140,7 @@ def _loaded_state(
     if not is_waiting and not take_companion(param, loaded, fmt):
         without_master.append(key)
     take_states(param, loaded, layout.formats, layout.kinds, expected)
-    opt.layouts.complete_loaded(loaded)
+    layout.owner.complete_loaded(loaded)
     return loaded
 
 
@@ -133,7 +151,7 @@ def versions(state: Mapping[Any, Any]) -> dict[int, tuple[torch.Tensor, tuple[in
 
 
 def _version(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Another after each write in place, to the tensor or to its part in this process."""
+    """Version of a tensor: another after each write in place, to the tensor or to its part in this process."""
     return tuple(0 if part.is_inference() else private.version_of(part) for part in (tensor, local(tensor)))
 
 
@@ -183,9 +201,9 @@ def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapp
         return value.clone() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
     is_real = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.dtype == expected[name].dtype)
     if not is_real:
-        found = value.dtype if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        given = value.dtype if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         raise ValueError(
-            f"loaded state dict: {name} of parameter {key!r} is {found}, and must be a tensor of real numbers"
+            f"loaded state dict: {name} of parameter {key!r} is {given}, and must be a tensor of real numbers"
         )
     shape, dtype, per_block = expected[name]
     if tuple(value.shape) != shape:
@@ -199,40 +217,40 @@ def _loaded(key: Any, name: str, value: Any, param: torch.Tensor, expected: Mapp
 
 
 def _other_forms(param: torch.Tensor, kinds: Mapping[str, str | None]) -> dict[str, Expected]:
-    """Of companions and states in other formats, which a checkpoint may have."""
+    """Shapes and dtypes of companions and states in other formats, which a checkpoint may have."""
     shape = tuple(param.shape)
     formats = [fmt for fmt in MASTERS.values() if fmt.companion and param.dtype in fmt.weight_dtypes]
-    found = {fmt.companion: Expected(shape, fmt.dtype_of_companion(param.dtype)) for fmt in formats}
+    planes = {fmt.companion: Expected(shape, fmt.dtype_of_companion(param.dtype)) for fmt in formats}
     plain = torch.promote_types(torch.float32, param.dtype)
     for name, kind in kinds.items():
         if kind is not None:
             for fmt in (PLAIN, *[of_kind[kind] for of_kind in STATE_FORMATS.values()]):
-                found.update(expected_planes(name, fmt, shape, plain))
-    return found
+                planes.update(expected_planes(name, fmt, shape, plain))
+    return planes
 
 
 def _name_of_state(key: str) -> str:
-    """Without what `keys_of` adds."""
+    """Name of the state that a key is of, without what `keys_of` adds."""
     return _ENDING.sub("", key)
 
 
 def _check_states(key: Any, values: Mapping[str, Any], expected: Mapping[str, Expected], opt: Loads) -> None:
     """ValueError for states of another optimizer, and for some that lack others."""
     numbers = {"step", *opt.rule.scalar_states}
-    found = {_name_of_state(name) for name in values} - COMPANIONS
-    if not found:
+    saved = {_name_of_state(name) for name in values} - COMPANIONS
+    if not saved:
         return
     needed = (set(map(_name_of_state, expected)) | numbers) - COMPANIONS
     own = states_of_class(type(opt))
     # What users keep beside is no optimizer's, and none of ours.
-    foreign = (found - own) & known_states() if found & own else found
-    missing = needed - found - opt.may_lack
+    foreign = (saved - own) & known_states() if saved & own else saved
+    missing = needed - saved - opt.may_lack
     if not missing:  # and of each state all planes, where it has several
         codes = {name.removesuffix("_scale") for name in values if _ENDING.search(name) and _name_of_state(name) in own}
         missing = {plane for name in codes for plane in (name, f"{name}_scale")} - values.keys()
     if not foreign and not missing:
         return
-    savers = [name for name in savers_of(found) if name != type(opt).__name__]
+    savers = [name for name in savers_of(saved) if name != type(opt).__name__]
     whose = "another optimizer's" + (f", such as {' or '.join(savers)}" if savers else "")
     has = f"loaded state dict: parameter {key!r} has {', '.join(sorted(values))}"
     if foreign:

@@ -110,7 +110,7 @@ def squares(
     grads: Sequence[torch.Tensor],
     reduce: ShardSums | None = None,
 ) -> torch.Tensor:
-    """Sum of squares of each gradient, fp64 [grads], likewise."""
+    """Sum of squares of each gradient, fp64 [grads], over all processes that share the parameters."""
     parts = [dense(local(aligned(grad, param)).detach()) for grad, param in zip(grads, params, strict=True)]
     reduce = ShardSums(params) if reduce is None else reduce
     return clip.squares(planner, key, parts, reduce if reduce else None)

@@ -32,9 +32,9 @@ def received(values: Any) -> Any:
     return _with_remainder(values, torch.float16, torch.int16)
 
 
-def _with_remainder(values: Any, found: torch.dtype, wanted: torch.dtype) -> Any:
+def _with_remainder(values: Any, old: torch.dtype, wanted: torch.dtype) -> Any:
     value = values.get(SPLIT16.companion) if isinstance(values, dict) else None
-    if not isinstance(value, torch.Tensor) or value.dtype != found:
+    if not isinstance(value, torch.Tensor) or value.dtype != old:
         return values
     return {**values, SPLIT16.companion: seen_as(value, wanted)}
 
@@ -42,21 +42,21 @@ def _with_remainder(values: Any, found: torch.dtype, wanted: torch.dtype) -> Any
 def take_companion(param: torch.Tensor, state: dict[str, Any], fmt: Format) -> bool:
     """Bring the master in a state into this format, or make it from the weight. False if that was rounded.
 
-    One of a weight of another dtype, as it is after `model.to(dtype)`, says nothing of this weight and is dropped.
+    That of a weight of another dtype, as it is after `model.to(dtype)`, says nothing of this weight and is dropped.
     """
-    found = next((other for other in MASTERS.values() if other.companion in state), None)
-    if found is not None and not completes(param, state, found):
-        del state[found.companion]
-        found = None
-    if found is fmt:
+    old = next((other for other in MASTERS.values() if other.companion in state), None)
+    if old is not None and not completes(param, state, old):
+        del state[old.companion]
+        old = None
+    if old is fmt:
         return True
     weight = local(param.detach()).resolve_neg()
     value = weight.float()
-    if found is not None:
-        value = found.decode((weight, local(state.pop(found.companion))), torch.float32)
+    if old is not None:
+        value = old.decode((weight, local(state.pop(old.companion))), torch.float32)
     if fmt.companion_of is not None:
         state[fmt.companion] = like(param, fmt.companion_of(weight, value), tuple(param.shape))
-    return found is not None or fmt.companion_of is None
+    return old is not None or fmt.companion_of is None
 
 
 def completes(param: torch.Tensor, state: Mapping[str, Any], fmt: Format) -> bool:
@@ -78,14 +78,14 @@ def take_states(
     for name, fmt in formats.items():
         kind = kinds[name] or ""
         forms = (PLAIN, *[of_kind[kind] for of_kind in STATE_FORMATS.values() if kind in of_kind])
-        found = next((form for form in forms if keys_of(name, form)[0] in state), None)
-        if found is None or is_stored_as(param, state, name, fmt, expected):
+        old = next((form for form in forms if keys_of(name, form)[0] in state), None)
+        if old is None or is_stored_as(param, state, name, fmt, expected):
             continue
-        if fmt is PLAIN and found is PLAIN:
+        if fmt is PLAIN and old is PLAIN:
             state[name] = state[name].to(expected[name].dtype)
             continue
-        planes = [local(state.pop(key)) for key in keys_of(name, found)]
-        value = torch.empty_like(local(param.detach()), dtype=torch.float32).copy_(found.decode(planes, torch.float32))
+        planes = [local(state.pop(key)) for key in keys_of(name, old)]
+        value = torch.empty_like(local(param.detach()), dtype=torch.float32).copy_(old.decode(planes, torch.float32))
         for key, plane in zip(keys_of(name, fmt), stored(fmt, value), strict=True):
             state[key] = like(param, plane, expected[key].shape, expected[key].per_block)
 

@@ -24,8 +24,8 @@ class DCASGD(BeyondTorch):
     weight that a worker computed its gradient from. Defaults are MXNet's.
 
     Args:
-        params: as torch's.
-        lr: per step.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate, per step.
         momentum: share of the last update that is kept, >= 0.
         lambd: strength of the compensation.
         weight_decay: coupled (L2).

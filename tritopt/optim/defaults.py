@@ -27,7 +27,7 @@ _SYNONYMS = {
     "rounding_seed": ("seed",),
 }  # fmt: skip
 MEANT = {word: name for name, words in _SYNONYMS.items() for word in words}
-"""Our word for what other libraries call otherwise."""
+"""Our keyword for what other libraries call otherwise, by their word."""
 
 
 class WrongKindError(TypeError, ValueError):
@@ -43,7 +43,7 @@ def torch_defaults(torch_class: type[torch.optim.Optimizer], **arguments: Any) -
     kinds = arguments_of(torch_class)
     for name, value in arguments.items():
         check_kind(name, value, kinds[name])
-    dummy = torch.zeros((), dtype=torch.float32, device="cpu")
+    dummy = torch.zeros(1, 1, dtype=torch.float32, device="cpu")  # a matrix, for Muon
     defaults: dict[str, Any] = torch_class([dummy], **arguments).defaults
     return defaults
 
@@ -55,14 +55,14 @@ def arguments_of(cls: Any) -> Mapping[str, Any]:
 
 @cache
 def _arguments_of(cls: Any) -> Mapping[str, Any]:
-    found: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for base in cls.__mro__:
         init = vars(base).get("__init__")
         parameters = inspect.signature(init).parameters if inspect.isfunction(init) else {}
         for name, parameter in parameters.items():
             if parameter.default is not parameter.empty:
-                found.setdefault(name, parameter.default)
-    return MappingProxyType(found)
+                defaults.setdefault(name, parameter.default)
+    return MappingProxyType(defaults)
 
 
 def check_kind(name: str, value: Any, like: Any) -> None:

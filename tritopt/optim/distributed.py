@@ -1,4 +1,4 @@
-"""What differs for DTensors: their local parts, and sums over the processes that share a tensor."""
+"""Treatment of DTensors: their local parts, and sums over the processes that share a tensor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor; itself unless it is a DTensor."""
+    """Part of a tensor that this process holds; the tensor itself unless it is a DTensor."""
     if not is_dtensor(tensor):
         return tensor
     # For a parameter, to_local makes a view through the dispatcher: 1.3 us to the attribute's 0.01 us, several times a
@@ -51,9 +51,9 @@ def aligned(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
             return grad
         return grad.redistribute(param.device_mesh, param.placements)
     if is_dtensor(grad) or is_dtensor(param):
-        kinds = [f"a {'DTensor' if is_dtensor(t) else 'plain tensor'} of shape {tuple(t.shape)}" for t in (grad, param)]
+        said = [f"a {'DTensor' if is_dtensor(t) else 'plain tensor'} of shape {tuple(t.shape)}" for t in (grad, param)]
         raise TypeError(
-            f"the gradient is {kinds[0]}, its parameter {kinds[1]}: give a DTensor parameter a gradient made by "
+            f"the gradient is {said[0]}, its parameter {said[1]}: give a DTensor parameter a gradient made by "
             "distribute_tensor or DTensor.from_local on the parameter's device_mesh, and a plain one grad.full_tensor()"
         )
     return grad
@@ -70,14 +70,15 @@ def has_whole_rows(tensor: torch.Tensor) -> bool:
 
 
 LONG = 2**15
-"""Elements. What is shorter and has no rows of whole blocks, norms and biases, is next to nothing of a model."""
+"""Number of elements from which a tensor without rows of whole blocks is stored in blocks, too. Shorter ones, norms and
+biases, are next to nothing of a model."""
 
 
 def takes_blocks(param: torch.Tensor, block: int) -> bool:
     """Whether runs of so many elements may share a number: each run must lie in one process.
 
-    The answer must not depend on how many processes there are, or a checkpoint would have other names on another number
-    of them. So matrices need rows of whole runs; for long tensors that have none it depends after all.
+    The answer for a matrix does not depend on the number of processes, so that checkpoint keys agree after resharding.
+    1-D tensors are the exception: where they are split, their length must be a multiple of block times the parts.
     """
     row = param.shape[1:].numel() if param.dim() > 1 else 1
     n_parts = [1, 1]
@@ -95,7 +96,7 @@ def takes_blocks(param: torch.Tensor, block: int) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, in every process."""
+    """All of a tensor, gathered in every process."""
     if not is_dtensor(tensor):
         return tensor
     if tensor.dtype == torch.int16:  # which is not sent
@@ -107,7 +108,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def like(param: torch.Tensor, value: torch.Tensor, shape: tuple[int, ...], per_block: bool = False) -> torch.Tensor:
     """A state made for the local part of a parameter, laid out over the processes as that is.
 
-    shape: of the whole. per_block: a number for each run of elements, split as they are.
+    shape: that of the whole. per_block: whether it has a number for each run of elements, and is split as they are.
     """
     if not is_dtensor(param):
         return value
@@ -175,9 +176,9 @@ def encode(fmt: Format, planes: Sequence[torch.Tensor], value: torch.Tensor, noi
 
 
 def placements_for(param: DTensor, shape: tuple[int, ...], per_block: bool = False) -> list[Placement]:
-    """Of a state of this shape: as the parameter along dimensions that are as long, replicated elsewhere.
+    """Placements of a state of this shape: the parameter's along dimensions that are as long, replicated elsewhere.
 
-    per_block: as the parameter.
+    per_block: whether it has a number for each run of elements, and is placed like the parameter.
     """
     if per_block:
         return list(param.placements)
@@ -255,8 +256,11 @@ class ShardSums:
                     if not placement.is_replicate():
                         rows.setdefault(tensor.device_mesh.get_group(dim), []).append(i)
         self._rows = [
-            (group, None if len(found) == len(tensors) else torch.tensor(found, dtype=torch.int64, device=self.device))
-            for group, found in rows.items()
+            (
+                group,
+                None if len(places) == len(tensors) else torch.tensor(places, dtype=torch.int64, device=self.device),
+            )
+            for group, places in rows.items()
         ]
 
     def __bool__(self) -> bool:
@@ -264,7 +268,7 @@ class ShardSums:
         return bool(self._rows)
 
     def __call__(self, sums: torch.Tensor) -> None:
-        """In place: fp64 [tensors, sums]."""
+        """Add up in place over the processes: fp64 [tensors, sums]."""
         for group, rows in self._rows:
             part = sums if rows is None else sums.index_select(0, rows)
             dist.all_reduce(part, group=group)

@@ -1,4 +1,4 @@
-"""FTML."""
+"""FTML with torch's interface."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class FTML(BeyondTorch):
     betas and eps, and MXNet's rate.
 
     Args:
-        params: as torch's.
-        lr: per step.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate, per step.
         betas: decay rates of the samples' influence and of the second moment, in [0, 1).
         eps: added to the root.
         weight_decay: coupled (L2).

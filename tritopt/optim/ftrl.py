@@ -1,4 +1,4 @@
-"""Ftrl."""
+"""Ftrl with torch's interface."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Ftrl(BeyondTorch):
     states alone. Defaults are MXNet's.
 
     Args:
-        params: as torch's.
-        lr: per step.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate, per step.
         lambda1: strength of the L1 penalty, >= 0.
         beta: added to the root, >= 0. The larger, the shorter are the first steps.
         weight_decay: strength of the L2 penalty.

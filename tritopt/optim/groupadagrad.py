@@ -1,4 +1,4 @@
-"""GroupAdaGrad."""
+"""GroupAdaGrad with torch's interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GroupAdaGrad(BeyondTorch):
     Parameters are matrices. State: history (h), [rows, 1], at least fp32. Defaults are MXNet's.
 
     Args:
-        params: as torch's.
+        params: parameters or param_groups, as torch takes them.
         lr: length of the first step of a row whose gradients are equal; later ones shrink.
         eps: added to the root.
         weight_decay: must be 0.

@@ -1,4 +1,4 @@
-"""LAMB."""
+"""LAMB with torch's interface."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class LAMB(BeyondTorch):
     norm of 1: pass max_grad_norm=1.0.
 
     Args:
-        params: as torch's.
-        lr: per step, relative to a parameter's norm.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate per step, relative to a parameter's norm.
         betas: decay rates of the moments, in [0, 1).
         eps: added to the root.
         weight_decay: share of the weight in the direction.
         bias_correction: whether to correct the moments for their zero start.
-        lower_bound, upper_bound: of the weight's norm. None or <= 0: unbounded.
+        lower_bound, upper_bound: bounds on the weight's norm. None or <= 0: unbounded.
         options: see `Keywords`.
     """
 

@@ -1,4 +1,4 @@
-"""LANS."""
+"""LANS with torch's interface."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class LANS(BeyondTorch):
     `LAMB`.
 
     Args:
-        params: as torch's.
-        lr: per step, relative to a parameter's norm.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate per step, relative to a parameter's norm.
         betas: decay rates of the moments, in [0, 1); the first is the mean's share in the step, too.
         eps: added to the root.
         weight_decay: share of the weight in both directions.
-        lower_bound, upper_bound: of the weight's norm. None or <= 0: unbounded.
+        lower_bound, upper_bound: bounds on the weight's norm. None or <= 0: unbounded.
         options: see `Keywords`.
     """
 

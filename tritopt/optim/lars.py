@@ -1,4 +1,4 @@
-"""LARS."""
+"""LARS with torch's interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TorchLARS(lars.LARSRule):
         self.layer_wise = validate.boolean("layer_wise", layer_wise)
 
     def scalars(self, lr: Any, wd: float, count: Any) -> Any:
-        """With the switch."""
+        """Scalars of a step, with the switch `is_layer_wise`."""
         return super().scalars(lr, wd, count)._replace(is_layer_wise=float(self.layer_wise))
 
 
@@ -37,11 +37,11 @@ class LARS(BeyondTorch):
     and weight_decay=0. Defaults are the paper's trust coefficient and momentum, and MXNet's rate.
 
     Args:
-        params: as torch's.
-        lr: per step, of a parameter's norm times trust_coefficient.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate per step, of a parameter's norm times trust_coefficient.
         momentum: share of the last update that is kept, >= 0.
         weight_decay: coupled (L2).
-        trust_coefficient: how far a layer moves, relative to its norm, >= 0.
+        trust_coefficient: distance that a layer moves, relative to its norm, >= 0.
         eps: added to the norms.
         layer_wise: False for plain SGD.
         options: see `Keywords`.

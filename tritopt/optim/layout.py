@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tritopt.engine.driver import Apply
 from tritopt.engine.plan import is_low_precision
 from tritopt.engine.state_dtype import FP32, checked, formats_of
 from tritopt.kernels.formats.format import PLAIN, Format
@@ -49,9 +48,11 @@ class Layout(NamedTuple):
     """Whether the step stands in the state."""
 
     state_formats: tuple[Format, ...]
-    """The formats alone."""
+    """Formats of the states, in the rule's order."""
     draws: bool
     """Whether storing takes random bits."""
+    owner: Layouts
+    """The layouts of the class that this one is of."""
 
 
 class Layouts:
@@ -78,12 +79,12 @@ class Layouts:
             id(rule), param.shape, param.dtype, group["multi_precision"], group["master"],
             tuple(choice.items()) if isinstance(choice, dict) else choice, group.get("differentiable"), _spread(param),
         )  # fmt: skip
-        found = self._known.get(key)
-        if found is None:
+        layout = self._known.get(key)
+        if layout is None:
             if len(self._known) >= MAX_LAYOUTS:
                 self._known.clear()
-            found = self._known[key] = self._derived(param, group, rule)
-        return found
+            layout = self._known[key] = self._derived(param, group, rule)
+        return layout
 
     def names(self, rule: Rule, param: torch.Tensor) -> tuple[str, ...]:
         """Names of the states in `state[param]`, in the rule's order."""
@@ -114,12 +115,12 @@ class Layouts:
         is_wide = fmt is not PLAIN or group["state_dtype"] is not None
         dtype = torch.promote_types(torch.float32, param.dtype) if is_wide else param.dtype
         plain = dtype if rule.least_state_dtype is None else torch.promote_types(rule.least_state_dtype, dtype)
-        found: dict[str, Expected] = {}
+        planes: dict[str, Expected] = {}
         for (name, of_state), shape in zip(formats.items(), rule.state_shapes(param.shape), strict=True):
-            found.update(expected_planes(name, of_state, tuple(shape), plain))
+            planes.update(expected_planes(name, of_state, tuple(shape), plain))
         if fmt.companion:
-            found[fmt.companion] = Expected(tuple(param.shape), fmt.dtype_of_companion(param.dtype))
-        return found
+            planes[fmt.companion] = Expected(tuple(param.shape), fmt.dtype_of_companion(param.dtype))
+        return planes
 
     def planes(self, layout: Layout, state: State) -> tuple[torch.Tensor, ...]:
         """The planes of a parameter's states, in the rule's order."""
@@ -139,6 +140,7 @@ class Layouts:
             self.shows_numbers((fmt, *formats.values())),
             tuple(formats.values()),
             any(one.draws for one in (fmt, *formats.values())),
+            self,
         )
 
     def _format_of(self, param: torch.Tensor, group: dict[str, Any], rule: Rule) -> Format:
@@ -160,7 +162,7 @@ class Layouts:
                 f"master={group['master']!r} is not for differentiable=True: it is made of bits, through which nothing "
                 "can be differentiated: take 'auto', 'fp32' or 'kahan'"
             )
-        if fmt.draws and not all(isinstance(phase, Apply) for phase in rule.phases):
+        if fmt.draws and not all(phase.is_driver for phase in rule.phases):
             raise ValueError(
                 f"master={group['master']!r} is not for {self._name}, whose kernels draw no random bits: take "
                 "'fp32', 'split16' or 'kahan'"
@@ -196,8 +198,8 @@ def keys_of(name: str, fmt: Format) -> tuple[str, ...]:
 def expected_planes(name: str, fmt: Format, shape: tuple[int, ...], plain: torch.dtype) -> dict[str, Expected]:
     """Planes of a state of this shape. `plain`: its dtype, if it is stored as it is."""
     shapes = (shape, scales_shape(shape, fmt.block)) if fmt.block else (shape,)
-    found = zip(keys_of(name, fmt), shapes, fmt.dtypes or (plain,), (False, True), strict=False)
-    return {key: Expected(shape, dtype, per_block) for key, shape, dtype, per_block in found}
+    planes = zip(keys_of(name, fmt), shapes, fmt.dtypes or (plain,), (False, True), strict=False)
+    return {key: Expected(shape, dtype, per_block) for key, shape, dtype, per_block in planes}
 
 
 def checked_master(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Lion."""
+"""Lion with torch's interface."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Lion(BeyondTorch):
     AdamW's and a weight decay as much larger. Defaults are those of the authors' code.
 
     Args:
-        params: as torch's.
-        lr: per step; also what an element moves by.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate, per step; also what an element moves by.
         betas: share of the past in the direction, and decay rate of the momentum; in [0, 1).
         weight_decay: decoupled.
         options: see `Keywords`.

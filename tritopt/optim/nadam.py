@@ -16,7 +16,7 @@ from tritopt.rule import Values, takes_arrays
 
 
 class TorchNAdamScalars(NamedTuple):
-    """`NadamScalars`, and the decay."""
+    """`NadamScalars`, and the decay that torch's NAdam may have."""
 
     lr: float
     beta1: float
@@ -51,7 +51,7 @@ class TorchNAdam(NadamRule):
         return self.beta1 * (1 - 0.5 * 0.96 ** (count * self.schedule_decay))
 
     def factors(self, name: str, counts: torch.Tensor) -> torch.Tensor:
-        """mu_t."""
+        """Factor mu_t of the schedule's product at these counts, fp64 [parameters]."""
         mu: torch.Tensor = self._mu(counts)
         return mu
 
@@ -77,7 +77,7 @@ class TorchNAdam(NadamRule):
     def reference(  # type: ignore[override]
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchNAdamScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence of `NAdam` below."""
+        """One update by the recurrence of `NAdam` below: the new weight and states."""
         return super().reference(s.keep * w, g, state, s)  # type: ignore[arg-type]
 
 

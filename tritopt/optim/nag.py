@@ -1,4 +1,4 @@
-"""NAG."""
+"""NAG with torch's interface."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class NAG(BeyondTorch):
     usual momentum.
 
     Args:
-        params: as torch's.
-        lr: per step.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate, per step.
         momentum: share of the last update that is kept, >= 0.
         weight_decay: coupled (L2).
         options: see `Keywords`.

@@ -87,15 +87,15 @@ def param_groups(
     chosen: list[list[tuple[str, torch.Tensor]]] = [[] for _ in (*keys, DEFAULT)]
     for names, param in names_of:
         chosen[_choice(names, keys, is_ordered=not isinstance(rules, Mapping))].append((names[0], param))
-    for key, some in zip(keys, chosen, strict=False):
-        if not some:
+    for key, pairs_of_key in zip(keys, chosen, strict=False):
+        if not pairs_of_key:
             raise ValueError(f"{shown(key)} chooses no parameter that those before it leave: put it before them")
     groups = ParamGroups()
-    for (key, settings), some in zip([*pairs, (DEFAULT, default or {})], chosen, strict=True):
+    for (key, settings), named in zip([*pairs, (DEFAULT, default or {})], chosen, strict=True):
         name = key.pattern if isinstance(key, re.Pattern) else key
-        is_split = no_decay_1d and ("weight_decay" not in settings or some is chosen[-1])
-        flat = [pair for pair in some if is_split and pair[1].dim() <= 1]
-        rest = [pair for pair in some if not (is_split and pair[1].dim() <= 1)]
+        is_split = no_decay_1d and ("weight_decay" not in settings or named is chosen[-1])
+        flat = [pair for pair in named if is_split and pair[1].dim() <= 1]
+        rest = [pair for pair in named if not (is_split and pair[1].dim() <= 1)]
         groups += [{"params": rest, "name": name, **settings}] if rest else []
         groups += [{"params": flat, "name": f"{name}, 1-d", **settings, "weight_decay": 0.0}] if flat else []
     return groups
@@ -118,7 +118,7 @@ def _names_of(model: Any) -> list[tuple[list[str], torch.Tensor]]:
         named = list(model.named_parameters(remove_duplicate=False))
     else:
         named = list(model.items() if isinstance(model, Mapping) else model)
-    found: dict[int, tuple[list[str], torch.Tensor]] = {}
+    names_of: dict[int, tuple[list[str], torch.Tensor]] = {}
     for pair in named:
         is_pair = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
         if not (is_pair and isinstance(pair[1], torch.Tensor)):
@@ -128,20 +128,20 @@ def _names_of(model: Any) -> list[tuple[list[str], torch.Tensor]]:
             )
         if isinstance(pair[1], nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {pair[0]!r} has no shape yet: run the model once before it is grouped")
-        found.setdefault(id(pair[1]), ([], pair[1]))[0].append(pair[0])
-    if not found:
+        names_of.setdefault(id(pair[1]), ([], pair[1]))[0].append(pair[0])
+    if not names_of:
         raise ValueError(f"{model!r:.80} has no parameters")
-    return list(found.values())
+    return list(names_of.values())
 
 
 def _choice(names: list[str], keys: list[Selector], is_ordered: bool) -> int:
     """Place of the key that chooses a parameter with these names; -1 if none does."""
     exact = [i for i, key in enumerate(keys) if isinstance(key, str) and key in names]
-    found = exact or [i for i, key in enumerate(keys) if is_pattern(key) and any(matches(key, name) for name in names)]
-    if len(found) > 1 and not is_ordered:
-        both = " and ".join(shown(keys[i]) for i in found[:2])
+    places = exact or [i for i, key in enumerate(keys) if is_pattern(key) and any(matches(key, name) for name in names)]
+    if len(places) > 1 and not is_ordered:
+        both = " and ".join(shown(keys[i]) for i in places[:2])
         raise ValueError(
             f"parameter {names[0]!r} is chosen by {both}: give a list of pairs, of which the first that matches wins, "
             "or its name, which comes before patterns"
         )
-    return found[0] if found else -1
+    return places[0] if places else -1

@@ -25,8 +25,8 @@ from tritopt.optim.layout import AUTO, Layout, Layouts, checked_master
 from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.options import Options as Options
 from tritopt.optim.origin import CLASSES
-from tritopt.optim.param_group import ParamGroup, check_settings, saved
-from tritopt.optim.step.members import Only, lives_on_device
+from tritopt.optim.param_group import ParamGroup, check_settings, naming, saved
+from tritopt.optim.step.members import SingleParameter, lives_on_device
 from tritopt.optim.step.stepper import Stepper
 from tritopt.rule import Rule
 
@@ -55,9 +55,9 @@ class Optimizer(torch.optim.Optimizer):
 
     rule: ClassVar[type[Rule]]
     torch_class: ClassVar[Any] = None
-    """torch's of the same name, kept at import: frameworks are patched by assigning ours to its name."""
+    """torch's class of the same name, kept at import: frameworks are patched by assigning ours to its name."""
     arguments: ClassVar[Mapping[str, str | tuple[str, ...]]] = {"betas": ("beta1", "beta2"), "eps": "epsilon"}
-    """What the rule calls a key of a param_group."""
+    """Names that the rule has for keys of a param_group."""
     state_keys: ClassVar[Mapping[str, str]] = {
         "mean": "exp_avg",
         "var": "exp_avg_sq",
@@ -66,7 +66,7 @@ class Optimizer(torch.optim.Optimizer):
     }
     """torch's name for a state of the rule; others keep their own."""
     layouts_class: ClassVar[type[Layouts]] = Layouts
-    """How parameters are kept, where that is special."""
+    """Class that derives how parameters are kept, where that is special."""
     may_lack: ClassVar[frozenset[str]] = frozenset()
     """States that checkpoints of torch's class do not have, or not before a first gradient."""
     sparse_error: ClassVar[str | None] = None
@@ -111,13 +111,13 @@ class Optimizer(torch.optim.Optimizer):
         """Start without what is derived from parameters and states."""
         self._rules: dict[Hashable, Rule] = {}
         self.layouts = self.layouts_class(type(self).__name__, self.state_keys)
-        """How each parameter is kept."""
+        """Layouts by which parameters are kept, each derived once."""
         self._checked: dict[int, tuple[Any, ...]] = {}
         """Keys and values of param_groups when they were last found right, by `id` of the group."""
         self._handed_out: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {}
         """Versions of state tensors when `state_dict` was last called, if there was no step since."""
         before: Stepper | None = getattr(self, "_stepper", None)
-        self._stepper = Stepper({"step": 0.0, **self.rule.scalar_states})
+        self._stepper = Stepper({"step": 0.0, **(self.rule.scalar_states if hasattr(self, "rule") else {})})
         if before is not None:
             self._stepper.of_graphs = before.of_graphs
 
@@ -133,12 +133,13 @@ class Optimizer(torch.optim.Optimizer):
     # torch's protocol.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch; ValueError also for parameters that no kernel takes. Nothing is added then."""
+        """Add a param_group as torch does. ValueError, and nothing added, also for parameters that no kernel takes."""
         # ZeroRedundancyOptimizer puts every argument into its groups, so the same value passes.
         if isinstance(param_group, dict) and param_group.get("max_grad_norm", self.max_grad_norm) != self.max_grad_norm:
             raise ValueError(
                 "max_grad_norm is the optimizer's, of all gradients together, not a param_group's: pass it beside lr"
             )
+        first = sum(len(group["params"]) for group in self.param_groups)
         super().add_param_group(param_group)
         try:
             for param in param_group["params"]:
@@ -150,26 +151,30 @@ class Optimizer(torch.optim.Optimizer):
                 if param.dtype not in validate.WEIGHT_DTYPES:
                     raise ValueError(f"{type(self).__name__} takes float16 to float64 parameters, not {param.dtype}")
             self.check_group(param_group)
-            for param in param_group["params"]:
-                self.layout_of(param, param_group)
+            names = param_group.get("param_names") or range(first, first + len(param_group["params"]))
+            for name, param in zip(names, param_group["params"], strict=True):
+                with naming(name):
+                    self.layout_of(param, param_group)
         except Exception:
             self.param_groups.pop()
             raise
-        self.param_groups[-1] = ParamGroup(param_group, self.unsaved)
+        self.param_groups[-1] = ParamGroup(param_group, self.of_class(param_group).unsaved)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What torch copies, and the option that is in no group."""
+        """Return what torch copies, and the option that is in no group."""
         ours = {name: getattr(self, name) for name in ("max_grad_norm", "rounding_seed", "track")}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickled, deep-copied and loaded states pass here."""
+        """Take up a state that was unpickled, deep-copied or loaded."""
         defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
         # Without "differentiable", which torch adds here for classes that lack it: no group is to get it.
         self.defaults = defaults
         self._forget()
-        self.param_groups = [ParamGroup({**self.defaults, **group}, self.unsaved) for group in self.param_groups]
+        self.param_groups = [
+            ParamGroup({**self.defaults, **group}, self.of_class(group).unsaved) for group in self.param_groups
+        ]
 
     @property
     def unsaved(self) -> frozenset[str]:
@@ -188,12 +193,13 @@ class Optimizer(torch.optim.Optimizer):
             state_dict["state"] = sendable(state_dict["state"])
             self._handed_out = checkpoint.versions(state_dict["state"])
         if "param_groups" in state_dict:  # a hook may have made another dict of it
-            state_dict["param_groups"] = [saved(group, self.unsaved) for group in state_dict["param_groups"]]
+            groups = state_dict["param_groups"]
+            state_dict["param_groups"] = [saved(group, self.of_class(group).unsaved) for group in groups]
         return state_dict
 
     @uncompiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch, but states keep their precision, and masters stay.
+        """Load as torch does, but states keep their precision, and masters stay.
 
         Takes checkpoints of this class and of torch's class of the same name. A state keeps the dtype it was saved in
         where that is wider than this optimizer's own. An fp16 or bf16 parameter without a master in the checkpoint
@@ -224,7 +230,7 @@ class Optimizer(torch.optim.Optimizer):
         self._update()
         return loss
 
-    def _update(self, only: Only | None = None) -> None:
+    def _update(self, single: SingleParameter | None = None) -> None:
         self._handed_out = {}
         is_captured = is_capturing()
         if is_captured:
@@ -232,10 +238,10 @@ class Optimizer(torch.optim.Optimizer):
         if torch.is_inference_mode_enabled():
             # What is made there could not be written outside of it.
             with torch.inference_mode(False):
-                self._update(only)
+                self._update(single)
             return
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            self._stepper.update(self, only, is_captured)
+            self._stepper.update(self, single, is_captured)
 
     def _check_capturable(self) -> None:
         if not all(group["capturable"] for group in self.param_groups):
@@ -254,8 +260,8 @@ class Optimizer(torch.optim.Optimizer):
     def telemetry(self) -> Telemetry:
         """A row for each parameter, of its last step: norms, share of weights that stayed, non-finite gradients.
 
-        By name where parameters are named, else by position. Waits for the device, and for the other processes that
-        hold shards, all of which must call it. Empty before the first step.
+        Rows go by name where parameters are named, else by position. This waits for the device, and for the other
+        processes that hold shards, all of which must call it. Empty before the first step.
 
         Raises:
             ValueError: constructed without `track=True`.
@@ -270,26 +276,34 @@ class Optimizer(torch.optim.Optimizer):
             return weight
         return like(param, fmt.decode((local(weight), local(state[fmt.companion])), torch.float32), tuple(param.shape))
 
+    def of_class(self, group: Mapping[str, Any]) -> Optimizer:
+        """An optimizer of the class that a group's parameters follow: this one, unless there are several."""
+        return self
+
+    def first_count(self, state: dict[str, Any]) -> float:
+        """Steps that a state stands for which does not show them."""
+        return self.layouts.first_count(state)
+
     def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
-        """How a parameter of a group is kept. ValueError if its group says what cannot be."""
-        return self.layouts.of(param, group, self.rule_of(group))
+        """Layout by which a parameter of a group is kept. ValueError if its group says what cannot be."""
+        return self.of_class(group).layouts.of(param, group, self.rule_of(group))
 
     def sparse_error_of(self, group: dict[str, Any]) -> str | None:
-        """`sparse_error`, where it depends on the group."""
+        """torch's message where a group takes no sparse gradients; None: it takes them."""
         return self.sparse_error
 
     def check_group(self, group: dict[str, Any]) -> None:
         """ValueError, in the constructor's words, unless a param_group's values are such as the constructor takes.
 
-        Asked wherever values come from: when a group is added or loaded, and when it has changed between two steps. A
-        learning rate that lives on a device is not waited for.
+        This is asked wherever values come from: when a group is added or loaded, and when it has changed between two
+        steps. A learning rate that lives on a device is not waited for.
         """
         now = (*group.keys(), *group.values())
         before = self._checked.get(id(group), ())
         try:
             if len(now) != len(before) or not all(map(is_, now, before)):
                 check_settings(type(self), self.defaults, group)
-            # As the step does, which reads a rate on the device under capturable.
+            # Under capturable the step reads a rate on the device, and the host would have to wait for it.
             if not (group["capturable"] and isinstance(group["lr"], torch.Tensor)):
                 self._check_rate("lr", group["lr"])
             self._check_rate("weight_decay", group.get("weight_decay", 0.0))

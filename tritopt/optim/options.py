@@ -8,30 +8,32 @@ from typing import Any, TypedDict
 class Options(TypedDict, total=False):
     """Keyword arguments of every optimizer, beside torch's.
 
-    multi_precision: keep a master and fp32 states for fp16 and bf16 parameters; default True.
-    master: how it is kept. "auto", the default: "split16" for bf16 parameters, "fp32" for fp16 ones and under
-        differentiable=True. "fp32": a copy, 4 bytes. "split16": 16 bits that complete a bf16 parameter to exactly the
-        fp32 master; 2 bytes less to keep and 4 to move, and the same trajectory. Such a parameter is the master rounded
-        to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in all, rounded stochastically.
-        "kahan": what the parameter lacks, in its own dtype; updates below 2^-17 of a bf16 weight can be lost.
-        "stochastic": nothing beside a bf16 parameter, which is rounded stochastically. None is multi_precision=False.
-    state_dtype: how states are stored: "fp32", "bf16", "fp16", "int8" or "fp8" (torch's dtypes do as well), or a dict
-        of these by name of the state, such as {"exp_avg": "int8", "exp_avg_sq": "bf16"}, the others fp32. All but fp32
-        round stochastically. "fp16", "int8" and "fp8" share a scale among 64 neighbours in memory; `state` then holds,
-        in place of "exp_avg", "exp_avg_int8" and "exp_avg_int8_scale", or likewise. A state that would not bear it
-        stays fp32: a largest value so far, factors, what weights are computed from. So does one with scales unless the
-        parameter's rows (what has one index along the first dimension) are multiples of 64 elements, so that they may
-        be split over any number of processes, or it has 32768 elements and is not split. None, the default: fp32 where
-        there is a master, otherwise the parameter's dtype.
-    rounding_seed: of the random bits of stochastic rounding, an int >= 0; default 0. They are a function of the seed,
-        the parameter (its name where parameters are named, else its position), the step and the element.
-    max_grad_norm: clip the gradients' global norm to this in the step, on the device; `opt.grad_norm` holds the norm.
-        Gradients are not rewritten. A norm that is not finite skips the update. None: off.
-        The norm is that of this optimizer's parameters, over all processes that share one of them. ZeRO's
-        ZeroRedundancyOptimizer gives each process parameters of its own, and cannot be told from a caller that wants
-        this: there call `tritopt.clip_grad_norm_` before the step instead.
-    clip_value: bound on each element of the gradient, after the norm is clipped. None: off.
-    track: sum up in each step, from registers, what `telemetry` shows; default False.
+    Attributes:
+        multi_precision: keep a master and fp32 states for fp16 and bf16 parameters; default True.
+        master: format of the master. "auto", the default: "split16" for bf16 parameters, "fp32" for fp16 ones and under
+            differentiable=True. "fp32": a copy, 4 bytes. "split16": 16 bits that complete a bf16 parameter to exactly
+            the fp32 master; 2 bytes less to keep and 4 to move, and the same trajectory. Such a parameter is the master
+            rounded to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in all, rounded
+            stochastically. "kahan": what the parameter lacks, in its own dtype; updates below 2^-17 of a bf16 weight
+            can be lost. "stochastic": nothing beside a bf16 parameter, which is rounded stochastically. None is
+            multi_precision=False.
+        state_dtype: format of states: "fp32", "bf16", "fp16", "int8" or "fp8" (torch's dtypes do as well), or a dict of
+            these by name of the state, such as {"exp_avg": "int8", "exp_avg_sq": "bf16"}, the others fp32. All but fp32
+            round stochastically. "fp16", "int8" and "fp8" share a scale among 64 neighbours in memory; `state` then
+            holds, in place of "exp_avg", "exp_avg_int8" and "exp_avg_int8_scale", or likewise. A state that would not
+            bear it stays fp32: a largest value so far, factors, what weights are computed from. A tensor gets scales if
+            its row length (numel / shape[0]) is divisible by 64, or if it is not split and has at least 32,768
+            elements; states of smaller ones (biases, norms) stay fp32. None, the default: fp32 where there is a master,
+            otherwise the parameter's dtype.
+        rounding_seed: seed of the random bits of stochastic rounding, >= 0; default 0. They are a function of the seed,
+            the parameter (its name where parameters are named, else its position), the step and the element.
+        max_grad_norm: clip the gradients' global norm to this in the step, on the device; `opt.grad_norm` holds the
+            norm. Gradients are not rewritten. A norm that is not finite skips the update. None: off. The norm is that
+            of this optimizer's parameters, over all processes that share one of them. ZeRO's ZeroRedundancyOptimizer
+            gives each process parameters of its own, and cannot be told from a caller that wants this: there call
+            `tritopt.clip_grad_norm_` before the step instead.
+        clip_value: bound on each element of the gradient, after the norm is clipped. None: off.
+        track: sum up in each step, from registers, what `telemetry` shows; default False.
     """
 
     multi_precision: bool

@@ -1,4 +1,4 @@
-"""Which classes a checkpoint may come from, by the names of its states and hyperparameters."""
+"""Origin of a checkpoint: the classes it may come from, by the names of its states and hyperparameters."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tritopt.optim.defaults import HOW, arguments_of
 
 CLASSES: dict[str, Any] = {}
 """This package's classes by name, which each class of it enters."""
-_NEUTRAL = {*HOW, "maximize", "clip_value"}
-"""Arguments that tell no optimizer from another."""
+_NEUTRAL = {*HOW, "maximize", "clip_value", "flatten", "split", "split_dim", "ns_dtype", "scratch_bytes"}
+"""Arguments that tell no optimizer from another: all have them, or torch's class of the same name lacks them."""
 _TORCH_ONLY = {
     "ASGD": {"step", "eta", "mu", "ax"},
     "LBFGS": {
@@ -29,7 +29,6 @@ _TORCH_ONLY = {
         "prev_loss",
         "al",
     },
-    "Muon": {"momentum_buffer"},
     "Rprop": {"step", "prev", "step_size"},
     "SparseAdam": {"step", "exp_avg", "exp_avg_sq"},
 }
@@ -47,7 +46,7 @@ def variants_of(cls: Any) -> tuple[frozenset[str], ...]:
 
 
 def states_of_class(cls: Any) -> frozenset[str]:
-    """All of them."""
+    """Names of the states that a class keeps for some choice of hyperparameters."""
     return frozenset().union(*variants_of(cls))
 
 
@@ -57,10 +56,10 @@ def known_states() -> frozenset[str]:
     return frozenset().union(*(names for variants in _states().values() for names in variants))
 
 
-def savers_of(found: Collection[str]) -> list[str]:
+def savers_of(saved: Collection[str]) -> list[str]:
     """Classes that keep states of these very names."""
-    found = {*found, "step"}  # which torch's SGD and Muon do not keep
-    return sorted(name for name, variants in _states().items() if found in [{*names, "step"} for names in variants])
+    saved = {*saved, "step"}  # which SGD and Muon do not keep
+    return sorted(name for name, variants in _states().items() if saved in [{*names, "step"} for names in variants])
 
 
 @cache
@@ -87,7 +86,7 @@ def same_keys(cls: Any) -> list[str]:
 
 
 def stranger(opt: Any, groups: Sequence[Mapping[str, Any]], states: Collection[str]) -> tuple[str, str] | None:
-    """What to say of param_groups that are another class's, and what becomes of them; None if they are this one's."""
+    """Complaint about param_groups that are another class's, with what becomes of them; None if they are this one's."""
     own, cls = opt.defaults.keys() - _NEUTRAL, type(opt).__name__
     for group in groups:
         foreign = {name for name in group if is_foreign_key(opt, name)}

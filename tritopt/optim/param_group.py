@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tritopt.engine import validate
@@ -10,11 +11,14 @@ from tritopt.engine.state_dtype import checked
 from tritopt.optim.defaults import arguments_of, check_flag
 from tritopt.optim.layout import checked_master
 
+_OPTIONAL = {"clip_value": None, "flatten": None, "split": None, "split_dim": -2, "ns_dtype": "bf16"}
+"""Keys that torch's classes lack, and values that make of a group what it would be there: these are not saved."""
+
 
 class ParamGroup(dict[str, Any]):
     """A param_group that has everything for who asks, and for who iterates over it what a checkpoint holds.
 
-    By `for key in param_group`, torch.distributed.checkpoint finds out which keys a flattened checkpoint must have.
+    torch.distributed.checkpoint iterates over a param_group to find out which keys a flattened checkpoint must have.
 
     Args:
         group: its keys and values.
@@ -31,12 +35,21 @@ class ParamGroup(dict[str, Any]):
 
 
 def saved(group: Mapping[str, Any], unsaved: Collection[str]) -> dict[str, Any]:
-    """The part of a group that a checkpoint holds: what torch's does, and a bound if there is one."""
+    """The part of a group that a checkpoint holds: what torch's does, and beyond that what is set."""
     return {
         name: value
         for name, value in group.items()
-        if name not in unsaved and not (name == "clip_value" and value is None)
+        if name not in unsaved and not (name in _OPTIONAL and value == _OPTIONAL[name])
     }
+
+
+@contextmanager
+def naming(name: Hashable) -> Iterator[None]:
+    """Let a ValueError name the parameter that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
 
 
 def check_settings(cls: type, defaults: Mapping[str, Any], group: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from tritopt.rule import Values, takes_arrays
 
 
 class TorchRAdamScalars(NamedTuple):
-    """`RAdamScalars`, and the decay."""
+    """`RAdamScalars`, and the decay that torch's RAdam may have."""
 
     lr: float
     beta1: float
@@ -45,14 +45,14 @@ class TorchRAdam(RAdamRule):
         return "decoupled" if self.decoupled else "coupled"
 
     def scalars(self, lr: Any, wd: float, count: Any) -> TorchRAdamScalars:  # type: ignore[override]
-        """The paper's, and the decay."""
+        """Scalars of the paper's RAdam, and the decay."""
         return TorchRAdamScalars(*super().scalars(lr, wd, count), 1 - lr * wd if self.decoupled else 1.0)
 
     @takes_arrays
     def reference(  # type: ignore[override]
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchRAdamScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence of `RAdam` below."""
+        """One update by the recurrence of `RAdam` below: the new weight and states."""
         return super().reference(s.keep * w, g, state, s)  # type: ignore[arg-type]
 
 

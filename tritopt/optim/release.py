@@ -15,14 +15,14 @@ import torch.distributed as dist
 from tritopt.engine import validate
 from tritopt.optim.distributed import is_dtensor
 from tritopt.optim.optimizer import Optimizer
-from tritopt.optim.step.members import Only
+from tritopt.optim.step.members import SingleParameter
 
 _NAMED = 4  # parameters in an error's text
 _lock = threading.Lock()  # autograd runs the hooks of each device in a thread of its own
 
 
 def release_gradients(model_or_params: torch.nn.Module | Iterable[torch.Tensor], opt: Optimizer) -> GradientRelease:
-    """From now on, `loss.backward()` updates each parameter when its gradient is final, and frees the gradient.
+    """Let `loss.backward()` update each parameter when its gradient is final, and free the gradient.
 
         release_gradients(model, opt)
         for batch in batches:
@@ -45,8 +45,8 @@ def release_gradients(model_or_params: torch.nn.Module | Iterable[torch.Tensor],
     turn in backward after the update: autograd then raises, and such a parameter is to be left out here.
 
     Args:
-        model_or_params: those with requires_grad=True are released. Tied ones count once.
-        opt: of `tritopt.optim`; has them all.
+        model_or_params: parameters to release, those with requires_grad=True. Tied ones count once.
+        opt: an optimizer of `tritopt.optim` that has them all.
 
     Returns:
         A handle: `.remove()`, or the end of a `with` block, ends it.
@@ -80,11 +80,11 @@ def release_gradients(model_or_params: torch.nn.Module | Iterable[torch.Tensor],
 
 
 class GradientRelease:
-    """What `release_gradients` returns: ends the release by `remove()` or at the end of a `with` block."""
+    """Handle that `release_gradients` returns: `remove()` or the end of a `with` block ends the release."""
 
     def __init__(self, params: Sequence[torch.Tensor], opt: Optimizer) -> None:
         self.params = list(params)
-        """Those that are updated in backward."""
+        """Parameters that are updated in backward."""
         self._opt = opt
         self._done: set[int] = set()
         self._sizes: list[int] = []
@@ -98,44 +98,44 @@ class GradientRelease:
         _active.add(self)
 
     def remove(self) -> None:
-        """From now on gradients stay, and `opt.step()` updates."""
+        """End the release: gradients stay, and `opt.step()` updates."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         _active.discard(self)
 
     def __enter__(self) -> GradientRelease:
-        """Itself."""
+        """Return the handle itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Remove."""
+        """End the release, as `remove` does."""
         self.remove()
 
     def update(self, param: torch.Tensor) -> None:
-        """A parameter whose gradient is final."""
+        """Update a parameter whose gradient is final."""
         with _lock:
             if param.grad is None:  # a hook that ran before has taken it
                 return
-            only = self._only(param)
+            single = self._single(param)
             if id(param) in self._done:
                 raise RuntimeError(
-                    f"the gradient of parameter {only.name!r} was released, and arrives a second time before "
+                    f"the gradient of parameter {single.name!r} was released, and arrives a second time before "
                     "opt.step(): call opt.step() after each backward; to add up gradients of several, use `with "
                     "release_gradients(...):` around the last one only"
                 )
-            _check_options(self._opt, [only.group])
+            _check_options(self._opt, [single.group])
             _check_unscaled(self._opt)
             if not self._is_checked:  # wrapped after release_gradients
-                _check_not_distributed([(only.name, param)])
+                _check_not_distributed([(single.name, param)])
                 self._is_checked = True
-            self._opt._update(only)
+            self._opt._update(single)
             param.grad = None
             self._done.add(id(param))
 
-    def _only(self, param: torch.Tensor) -> Only:
+    def _single(self, param: torch.Tensor) -> SingleParameter:
         groups = self._opt.param_groups
         sizes = [len(group["params"]) for group in groups]
         place = self._places.get(id(param))
@@ -148,7 +148,7 @@ class GradientRelease:
                 "are released: remove() the handle before taking parameters out"
             )
         group = groups[place[0]]
-        return Only(place[2], _name_of(group, place[1], place[2]), param, group)
+        return SingleParameter(place[2], _name_of(group, place[1], place[2]), param, group)
 
     def _before_step(self, opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._done:
@@ -181,10 +181,12 @@ def _trainable(model_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> lis
     for name, param in pairs:
         if not isinstance(param, torch.Tensor):
             raise TypeError(f"release_gradients takes a module or a list of parameters; {name!r} is {type(param)}")
-    found = list({id(param): (name, param) for name, param in reversed(pairs) if param.requires_grad}.values())[::-1]
-    if not found:
+    trainable = list({id(param): (name, param) for name, param in reversed(pairs) if param.requires_grad}.values())[
+        ::-1
+    ]
+    if not trainable:
         raise ValueError("release_gradients: none of the parameters has requires_grad=True")
-    return found
+    return trainable
 
 
 def _check_known(named: Sequence[tuple[Hashable, torch.Tensor]], opt: Optimizer) -> None:
@@ -241,7 +243,7 @@ def _check_not_distributed(named: Sequence[tuple[Hashable, torch.Tensor]]) -> No
 
 
 def _places_in(opt: Optimizer) -> dict[int, tuple[int, int, int]]:
-    """Of each parameter's id: its group, its place there and among all."""
+    """Group, place there and place among all of each parameter, by its id."""
     places = [(i, j, param) for i, group in enumerate(opt.param_groups) for j, param in enumerate(group["params"])]
     return {id(param): (i, j, position) for position, (i, j, param) in enumerate(places)}
 

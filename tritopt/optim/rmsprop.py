@@ -24,7 +24,7 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class TorchRMSpropScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update reads beside its tensors."""
 
     lr: float
     rho: float
@@ -32,7 +32,7 @@ class TorchRMSpropScalars(NamedTuple):
     momentum: float
     epsilon: float
     clip_weights: float
-    """Of MXNet's, which shares the plain update: infinity."""
+    """Bound on weights, which MXNet's plain update has; infinity: there is none."""
 
 
 class TorchRMSprop(Rule):
@@ -59,7 +59,7 @@ class TorchRMSprop(Rule):
 
     @property
     def phases(self) -> tuple[Apply, ...]:
-        """One launch."""
+        """Phases of a step: one launch."""
         if self.centered:
             return (Apply(rmsprop_deviation_momentum_update if self.momentum else rmsprop_deviation_update),)
         return (Apply(rmsprop_momentum_update if self.momentum else rmsprop_update),)
@@ -71,18 +71,18 @@ class TorchRMSprop(Rule):
 
     @property
     def state_kinds(self) -> dict[str, str | None]:
-        """If centered, rounding would make v - n^2 negative."""
+        """Kinds of the states; none if centered, where rounding would make v - n^2 negative."""
         return {"momentum_buffer": SIGNED, **({} if self.centered else {"square_avg": SQUARES})}
 
     def scalars(self, lr: Any, wd: float, count: Any) -> TorchRMSpropScalars:
-        """Constant but for the learning rate."""
+        """Scalars of a step, constant but for the learning rate."""
         return TorchRMSpropScalars(lr, self.alpha, 1 - self.alpha, self.momentum, self.epsilon, math.inf)
 
     @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchRMSpropScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence."""
+        """One update by the recurrence of `RMSprop` below: the new weight and states."""
         var, *others = state
         var = s.rho * var + s.one_minus_rho * (g * g)
         new, variance = [var], var

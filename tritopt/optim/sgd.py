@@ -19,12 +19,12 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class TorchSGDScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update reads beside its tensors."""
 
     lr: float
     momentum: float
     grad_share: float
-    """1 - dampening; 1 in the step that the buffer begins with."""
+    """Share of the gradient in the buffer: 1 - dampening; 1 in the step that the buffer begins with."""
 
 
 class TorchSGD(Rule):
@@ -42,7 +42,7 @@ class TorchSGD(Rule):
 
     @property
     def phases(self) -> tuple[Apply, ...]:
-        """One launch."""
+        """Phases of a step: one launch."""
         if not self.momentum:
             return (Apply(sgd_update),)
         return (Apply(sgd_nesterov_update if self.nesterov else sgd_buffer_update),)
@@ -53,14 +53,14 @@ class TorchSGD(Rule):
         return ("momentum",) if self.momentum else ()
 
     def scalars(self, lr: Any, wd: float, count: Any) -> TorchSGDScalars:
-        """A buffer begins with the gradient, whatever the dampening."""
+        """Scalars of a step. A buffer begins with the gradient, whatever the dampening."""
         return TorchSGDScalars(lr, self.momentum, where(count == 1, 1.0, 1 - self.dampening))
 
     @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TorchSGDScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence."""
+        """One update by the recurrence of `SGD` below: the new weight and states."""
         if not self.momentum:
             return w - s.lr * g, ()
         (buffer,) = state
@@ -75,11 +75,11 @@ class BufferLayouts(Layouts):
     """A momentum buffer, and as torch's no step: but one that random bits depend on must be in checkpoints."""
 
     def shows_numbers(self, formats: tuple[Format, ...]) -> bool:
-        """Where a format draws random bits."""
+        """Whether the step stands in a state: where a format draws random bits."""
         return any(fmt.draws for fmt in formats)
 
     def first_count(self, state: State) -> float:
-        """A buffer that is there has begun."""
+        """Steps that a state stands for which does not show them: a buffer that is there has begun."""
         return float(_has_buffer(state))
 
     def begins_anew(self, state: State) -> bool:
@@ -87,7 +87,7 @@ class BufferLayouts(Layouts):
         return not _has_buffer(state)
 
     def complete_loaded(self, state: State) -> None:
-        """torch's buffer is sparse where gradients are."""
+        """Make a loaded buffer dense; torch's is sparse where gradients are."""
         if "momentum_buffer" in state:
             state["momentum_buffer"] = state["momentum_buffer"].to_dense()
 

@@ -22,10 +22,10 @@ class SGLD(BeyondTorch):
     has noise of its own. Defaults are MXNet's.
 
     Args:
-        params: as torch's.
-        lr: per step; also the variance of the noise.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate, per step; also the variance of the noise.
         weight_decay: coupled (L2): a normal prior.
-        seed: of the noise, an int >= 0.
+        seed: seed of the noise, an int >= 0.
         options: see `Keywords`. The noise is neither scaled nor clipped.
     """
 

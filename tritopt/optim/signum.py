@@ -1,4 +1,4 @@
-"""Signum, and signSGD."""
+"""Signum and signSGD with torch's interface."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TorchSignum(signum.SignumRule):
 
     @property
     def preamble(self) -> str:
-        """Without momentum the scaled gradient, unclipped."""
+        """Preamble: without momentum the scaled gradient, unclipped."""
         return "coupled" if self.momentum else "rescaled"
 
 
@@ -30,8 +30,8 @@ class Signum(BeyondTorch):
     sign(0) = 0 and sign(NaN) = NaN. State: momentum_buffer (m), none with momentum=0. Defaults are MXNet's.
 
     Args:
-        params: as torch's.
-        lr: per step; also what an element moves by.
+        params: parameters or param_groups, as torch takes them.
+        lr: learning rate, per step; also what an element moves by.
         momentum: share of the average that is kept, in [0, 1).
         weight_decay: coupled (L2) with momentum, otherwise decoupled.
         wd_lh: decoupled decay (Loshchilov & Hutter 2017, arXiv:1711.05101) in both cases.

@@ -19,6 +19,7 @@ from tritopt.optimizers.lamb import LAMB as LAMB
 from tritopt.optimizers.lans import LANS as LANS
 from tritopt.optimizers.lars import LARS as LARS
 from tritopt.optimizers.lion import Lion as Lion
+from tritopt.optimizers.muon import Muon as Muon
 from tritopt.optimizers.nadam import Nadam as Nadam
 from tritopt.optimizers.nag import NAG as NAG
 from tritopt.optimizers.radam import RAdam as RAdam

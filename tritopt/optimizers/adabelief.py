@@ -1,4 +1,4 @@
-"""AdaBelief."""
+"""AdaBelief: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdaBeliefScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of AdaBelief reads beside its tensors."""
 
     lr: float
-    """Times both bias corrections, if correct_bias."""
+    """Learning rate times both bias corrections, if correct_bias."""
     beta1: float
     one_minus_beta1: float
     beta2: float
@@ -66,7 +66,7 @@ class AdaBeliefRule(Rule):
         self.correct_bias = validate.boolean("correct_bias", correct_bias)
 
     def scalars(self, lr: float, wd: float, count: int) -> AdaBeliefScalars:
-        """Bias corrections folded into the learning rate."""
+        """Scalars of a step, bias corrections folded into the learning rate."""
         if self.correct_bias:
             lr = bias_corrected(lr, self.beta1, self.beta2, count)
         return AdaBeliefScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon)
@@ -75,7 +75,7 @@ class AdaBeliefRule(Rule):
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdaBeliefScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         surprise = g - mean

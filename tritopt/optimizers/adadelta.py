@@ -1,4 +1,4 @@
-"""AdaDelta."""
+"""AdaDelta: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdaDeltaScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of AdaDelta reads beside its tensors."""
 
     lr: float
     rho: float
@@ -60,14 +60,14 @@ class AdaDeltaRule(Rule):
         self.epsilon = validate.nonnegative("epsilon", epsilon)
 
     def scalars(self, lr: float, wd: float, count: int) -> AdaDeltaScalars:
-        """Constant but for the learning rate."""
+        """Scalars of a step, constant but for the learning rate."""
         return AdaDeltaScalars(lr, self.rho, 1 - self.rho, self.epsilon)
 
     @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdaDeltaScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         acc_g, acc_delta = state
         acc_g = s.rho * acc_g + s.one_minus_rho * (g * g)
         delta = sqrt(acc_delta + s.epsilon) / sqrt(acc_g + s.epsilon) * g

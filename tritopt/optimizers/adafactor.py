@@ -1,4 +1,4 @@
-"""Adafactor."""
+"""Adafactor: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ TINY = 2.0**-126  # the smallest normal fp32
 
 
 class AdafactorScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of Adafactor reads beside its tensors."""
 
     rate: float
-    """Relative step: min(lr, 1 / sqrt(t))."""
+    """Step relative to the weight's size: min(lr, 1 / sqrt(t))."""
     keep: float
     """Share of the old weight that stays: 1 - lr wd."""
     beta2: float
     one_minus_beta2: float
     epsilon1: float
-    """Negative: the machine epsilon of the arithmetic."""
+    """Epsilon of the second moment; negative: the machine epsilon of the arithmetic takes its place."""
     epsilon2: float
     clip_threshold: float
 
@@ -107,7 +107,7 @@ class AdafactorRule(Rule):
         return [(*shape[:-1], 1), (*shape[:-2], 1, shape[-1])]
 
     def scalars(self, lr: Any, wd: float, count: Any) -> AdafactorScalars:
-        """1 - beta_t is a power of t and needs no subtraction."""
+        """Scalars of a step. 1 - beta_t is a power of t and needs no subtraction."""
         return AdafactorScalars(
             rate=minimum(lr, 1 / scalar_sqrt(count)),
             keep=1 - lr * wd,
@@ -121,7 +121,7 @@ class AdafactorRule(Rule):
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdafactorScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         row_var, col_var = state
         if not g.numel():
             return w, state

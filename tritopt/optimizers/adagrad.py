@@ -1,4 +1,4 @@
-"""AdaGrad."""
+"""AdaGrad: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdaGradScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of AdaGrad reads beside its tensors."""
 
     lr: float
     epsilon: float
@@ -54,14 +54,14 @@ class AdaGradRule(Rule):
         self.epsilon = validate.nonnegative("epsilon", epsilon)
 
     def scalars(self, lr: float, wd: float, count: int) -> AdaGradScalars:
-        """Constant but for the learning rate."""
+        """Scalars of a step, constant but for the learning rate."""
         return AdaGradScalars(lr, self.epsilon)
 
     @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdaGradScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         (history,) = state
         history = history + g * g
         return w - s.lr * (g / (sqrt(history) + s.epsilon)), (history,)

@@ -1,4 +1,4 @@
-"""Adam."""
+"""Adam: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdamScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of Adam reads beside its tensors."""
 
     lr: float
-    """Times both bias corrections."""
+    """Learning rate times both bias corrections."""
     beta1: float
     one_minus_beta1: float
-    """Formed in double: 1 - 0.999 in fp32 is 1.3e-5 off."""
+    """1 - beta1, formed in double: 1 - 0.999 in fp32 is 1.3e-5 off."""
     beta2: float
     one_minus_beta2: float
     epsilon: float
 
 
 def bias_corrected(lr: Any, beta1: float, beta2: float, count: Any) -> Any:
-    """lr sqrt(1 - beta2^count) / (1 - beta1^count)."""
+    """Learning rate with both bias corrections: lr sqrt(1 - beta2^count) / (1 - beta1^count)."""
     return lr * root(1 - beta2**count) / (1 - beta1**count)
 
 
@@ -49,7 +49,7 @@ class AdamRule(Rule):
         learning_rate: per update.
         beta1, beta2: decay rates of the moments, in [0, 1).
         epsilon: added to the root, >= 0.
-        lazy_update: with a row-sparse gradient, update only the rows present.
+        lazy_update: update only the rows present in a row-sparse gradient.
         kwargs: see `Optimizer`.
 
     Raises:
@@ -65,13 +65,13 @@ class AdamRule(Rule):
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
 
     def scalars(self, lr: float, wd: float, count: int) -> AdamScalars:
-        """Bias corrections folded into the learning rate."""
+        """Scalars of a step, bias corrections folded into the learning rate."""
         lr = bias_corrected(lr, self.beta1, self.beta2, count)
         return AdamScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon)
 
     @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)

@@ -1,4 +1,4 @@
-"""Adamax."""
+"""Adamax: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdamaxScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of Adamax reads beside its tensors."""
 
     lr: float
-    """Over 1 - beta1^t."""
+    """Learning rate over 1 - beta1^t, the bias correction of the mean."""
     beta1: float
     one_minus_beta1: float
     beta2: float
@@ -57,14 +57,14 @@ class AdamaxRule(Rule):
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
 
     def scalars(self, lr: float, wd: float, count: int) -> AdamaxScalars:
-        """The mean's bias correction folded into the learning rate; the norm needs none."""
+        """Scalars of a step, the mean's bias correction folded into the learning rate; the norm needs none."""
         return AdamaxScalars(lr / (1 - self.beta1**count), self.beta1, 1 - self.beta1, self.beta2, self.epsilon)
 
     @takes_arrays
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamaxScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         mean, norm = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         norm = maximum(s.beta2 * norm, abs(g))

@@ -1,4 +1,4 @@
-"""AdamW."""
+"""AdamW: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdamWScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of AdamW reads beside its tensors."""
 
     lr: float
-    """Times both bias corrections, if correct_bias."""
+    """Learning rate times both bias corrections, if correct_bias."""
     beta1: float
     one_minus_beta1: float
     beta2: float
@@ -83,16 +83,16 @@ class AdamWRule(Rule):
 
     @property
     def phases(self) -> tuple[Apply, ...]:
-        """One launch."""
+        """Phases of a step: one launch."""
         return (Apply(adamw_amsgrad_update if self.amsgrad else adamw_update),)
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """The moments, and with amsgrad the largest second one."""
+        """Names of the moments, and with amsgrad of the largest second one."""
         return ("mean", "var", "max_var") if self.amsgrad else ("mean", "var")
 
     def scalars(self, lr: float, wd: float, count: int) -> AdamWScalars:
-        """Bias corrections folded into the learning rate, and with it into the decay."""
+        """Scalars of a step, bias corrections folded into the learning rate, and with it into the decay."""
         if self.correct_bias:
             lr = bias_corrected(lr, self.beta1, self.beta2, count)
         return AdamWScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon, 1 - lr * wd)
@@ -101,7 +101,7 @@ class AdamWRule(Rule):
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdamWScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         mean, var, *largest = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)

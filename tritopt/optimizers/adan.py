@@ -1,4 +1,4 @@
-"""Adan."""
+"""Adan: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdanScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of Adan reads beside its tensors."""
 
     mean_lr: float
-    """lr sqrt(1 - beta3^t) / (1 - beta1^t)."""
+    """Rate of the mean: lr sqrt(1 - beta3^t) / (1 - beta1^t)."""
     diff_lr: float
-    """lr sqrt(1 - beta3^t) beta2 / (1 - beta2^t)."""
+    """Rate of the mean difference: lr sqrt(1 - beta3^t) beta2 / (1 - beta2^t)."""
     beta1: float
     one_minus_beta1: float
     beta2: float
@@ -31,11 +31,11 @@ class AdanScalars(NamedTuple):
     beta3: float
     one_minus_beta3: float
     epsilon: float
-    """Times sqrt(1 - beta3^t): what it is beside the uncorrected root."""
+    """Epsilon times sqrt(1 - beta3^t): what it is beside the uncorrected root."""
     keep: float
-    """1 / (1 + lr wd), the share of the moved weight that decay leaves."""
+    """Share of the moved weight that decay leaves, 1 / (1 + lr wd)."""
     first: float
-    """1 at the parameter's first update, whose gradient has none before it; else 0."""
+    """Flag: 1 at the parameter's first update, whose gradient has none before it; else 0."""
 
 
 class AdanRule(Rule):
@@ -87,7 +87,7 @@ class AdanRule(Rule):
         self.beta3 = validate.fraction("beta3", beta3)
 
     def scalars(self, lr: Any, wd: float, count: Any) -> AdanScalars:
-        """Corrections folded into the rates and epsilon, and whether this is the first update."""
+        """Scalars of a step: corrections folded into the rates and epsilon, and whether this is the first update."""
         # Only a negative decay is worth a look at a learning rate that may live on the device.
         if wd < 0 and lr * wd <= -1:
             raise ValueError(f"wd={wd!r} with a learning rate of {lr!r} must keep 1 + lr wd above 0; raise wd")
@@ -108,7 +108,7 @@ class AdanRule(Rule):
 
     @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdanScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         mean, diff, var, previous = state
         change = g - (g if s.first else previous)
         ahead = g + s.beta2 * change

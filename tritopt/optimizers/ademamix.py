@@ -1,4 +1,4 @@
-"""AdEMAMix."""
+"""AdEMAMix: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class AdEMAMixScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of AdEMAMix reads beside its tensors."""
 
     mean_lr: float
-    """lr sqrt(1 - beta2^t) / (1 - beta1^t)."""
+    """Rate of the mean: lr sqrt(1 - beta2^t) / (1 - beta1^t)."""
     slow_lr: float
-    """lr sqrt(1 - beta2^t) alpha_t."""
+    """Rate of the slow mean: lr sqrt(1 - beta2^t) alpha_t."""
     beta1: float
     one_minus_beta1: float
     beta2: float
     one_minus_beta2: float
     beta3: float
-    """beta3_t, the slow mean's decay rate at this count."""
+    """Decay rate beta3_t of the slow mean at this count."""
     one_minus_beta3: float
     epsilon: float
-    """Times sqrt(1 - beta2^t): what it is beside the uncorrected root."""
+    """Epsilon times sqrt(1 - beta2^t): what it is beside the uncorrected root."""
     keep: float
-    """1 - lr wd, the share of the old weight that stays."""
+    """Share of the old weight that stays, 1 - lr wd."""
 
 
 class AdEMAMixRule(Rule):
@@ -99,7 +99,7 @@ class AdEMAMixRule(Rule):
         self.t_beta3 = None if t_beta3 is None else validate.nonnegative("t_beta3", t_beta3)
 
     def _slow_decay(self, count: Any) -> Any:
-        """beta3_t, as beta3 to the power ln beta1 / ((1 - a) ln beta3 + a ln beta1)."""
+        """Decay rate beta3_t: beta3 to the power ln beta1 / ((1 - a) ln beta3 + a ln beta1)."""
         if not self.t_beta3 or self.beta3 <= self.beta1:
             return self.beta3
         progress = minimum(count / self.t_beta3, 1.0)
@@ -107,7 +107,7 @@ class AdEMAMixRule(Rule):
         return self.beta3 ** (1 / (progress + (1 - progress) * start))
 
     def scalars(self, lr: Any, wd: float, count: Any) -> AdEMAMixScalars:
-        """Both warm-ups at this count, and the corrections folded into the rates and epsilon."""
+        """Scalars of a step: both warm-ups at this count, and the corrections folded into the rates and epsilon."""
         root = scalar_sqrt(1 - self.beta2**count)
         alpha = self.alpha * minimum(count / self.t_alpha, 1.0) if self.t_alpha else self.alpha
         beta3 = self._slow_decay(count)
@@ -128,7 +128,7 @@ class AdEMAMixRule(Rule):
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: AdEMAMixScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         mean, slow, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         slow = s.beta3 * slow + s.one_minus_beta3 * g

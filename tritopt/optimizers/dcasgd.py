@@ -15,7 +15,7 @@ from tritopt.rule import Rule, Values
 
 
 class DCASGDScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of DCASGD reads beside its tensors."""
 
     lr: float
     momentum: float
@@ -57,27 +57,27 @@ class DCASGDRule(Rule):
 
     @property
     def phases(self) -> tuple[Apply, ...]:
-        """One launch."""
+        """Phases of a step: one launch."""
         return (Apply(dcasgd_momentum_update if self.momentum else dcasgd_update),)
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """The previous weight, behind the momentum buffer if there is momentum."""
+        """Names of the states: the momentum, if there is any, and behind it the previous weight."""
         return ("momentum", "previous_weight") if self.momentum else ("previous_weight",)
 
     def create_state(self, index: Hashable, weight: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(momentum or None, previous weight)."""
+        """Fresh state: (momentum or None, previous weight)."""
         momentum = torch.zeros_like(weight, requires_grad=False) if self.momentum else None
         return momentum, weight.detach().clone()
 
     def scalars(self, lr: float, wd: float, count: int) -> DCASGDScalars:
-        """Constant but for the learning rate."""
+        """Scalars of a step, constant but for the learning rate."""
         return DCASGDScalars(lr, self.momentum, self.lamda)
 
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: DCASGDScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         *momentum, previous = state
         moved = w - previous
         # An infinite weight has not moved, though infinity minus infinity is NaN.

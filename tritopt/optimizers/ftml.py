@@ -1,4 +1,4 @@
-"""FTML."""
+"""FTML: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tritopt.rule import Rule, Values
 
 
 class FTMLScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of FTML reads beside its tensors."""
 
     inverse_lr: float
-    """(1 - beta1^t) / lr."""
+    """Inverse of the rate with the mean's bias correction: (1 - beta1^t) / lr."""
     beta1: float
     one_minus_beta1: float
     beta2: float
     one_minus_beta2: float
     epsilon: float
     var_correction: float
-    """1 / (1 - beta2^t)."""
+    """Bias correction of the second moment: 1 / (1 - beta2^t)."""
 
 
 class FTMLRule(Rule):
@@ -66,7 +66,7 @@ class FTMLRule(Rule):
         self.beta1, self.beta2, self.epsilon = validate.moments(beta1, beta2, epsilon)
 
     def scalars(self, lr: Any, wd: float, count: Any) -> FTMLScalars:
-        """Bias corrections as factors; those of a rate of 0 are never read."""
+        """Scalars of a step, with bias corrections as factors; those of a rate of 0 are never read."""
         return FTMLScalars(
             inverse_lr=divide(1 - self.beta1**count, lr),
             beta1=self.beta1,
@@ -78,7 +78,7 @@ class FTMLRule(Rule):
         )
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: FTMLScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         d, v, z = state
         v = s.beta2 * v + s.one_minus_beta2 * (g * g)
         new_d = s.inverse_lr * (sqrt(v * s.var_correction) + s.epsilon)

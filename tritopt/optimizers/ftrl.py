@@ -1,4 +1,4 @@
-"""Ftrl."""
+"""Ftrl: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tritopt.rule import Rule, Values
 
 
 class FtrlScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of Ftrl reads beside its tensors."""
 
     inverse_lr: float
     offset: float
-    """beta / lr + wd."""
+    """Offset of the divisor: beta / lr + wd."""
     lamda1: float
 
 
@@ -43,7 +43,7 @@ class FtrlRule(Rule):
         learning_rate: per update.
         lamda1: strength of the L1 penalty, >= 0.
         beta: added to the root, >= 0. The larger, the shorter are the first steps.
-        lazy_update: with a row-sparse gradient, update only the rows present; absent rows keep their weight.
+        lazy_update: update only the rows present in a row-sparse gradient; absent rows keep their weight.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:
@@ -63,12 +63,12 @@ class FtrlRule(Rule):
         self.beta = validate.nonnegative("beta", beta)
 
     def scalars(self, lr: Any, wd: float, count: Any) -> FtrlScalars:
-        """Constant but for the learning rate; those of a rate of 0 are never read."""
+        """Scalars of a step, constant but for the learning rate; those of a rate of 0 are never read."""
         inverse_lr = reciprocal(lr)
         return FtrlScalars(inverse_lr, self.beta * inverse_lr + wd, self.lamda1)
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: FtrlScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above; z - clamp(z) is z shrunk towards 0 by lamda1."""
+        """One update by the recurrence above; z - clamp(z) is z shrunk towards 0 by lamda1."""
         z, n = state
         lamda1 = z.new_tensor(s.lamda1)  # torch clamps to no Python number that its dtype cannot hold
         new_n = n + g * g

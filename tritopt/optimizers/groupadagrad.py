@@ -1,4 +1,4 @@
-"""GroupAdaGrad."""
+"""GroupAdaGrad: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tritopt.rule import Rule, Values
 
 
 class GroupAdaGradScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of GroupAdaGrad reads beside its tensors."""
 
     lr: float
     epsilon: float
@@ -55,7 +55,7 @@ class GroupAdaGradRule(Rule):
         self.epsilon = validate.nonnegative("epsilon", epsilon)
 
     def state_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
-        """One number per row. ValueError unless there are rows."""
+        """Shape of the state: one number per row. ValueError unless there are rows."""
         if len(shape) != 2:
             raise ValueError(
                 f"GroupAdaGrad keeps one number per row and needs a 2-D weight, got one of shape {tuple(shape)}: pass "
@@ -64,14 +64,14 @@ class GroupAdaGradRule(Rule):
         return [(shape[0], 1)]
 
     def scalars(self, lr: float, wd: float, count: int) -> GroupAdaGradScalars:
-        """Constant but for the learning rate. ValueError if there is decay."""
+        """Scalars of a step, constant but for the learning rate. ValueError if there is decay."""
         self.check_decay(wd)
         return GroupAdaGradScalars(lr, self.epsilon)
 
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: GroupAdaGradScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         (history,) = state
         squares = (g * g).sum(dim=1, keepdim=True, dtype=torch.float64)
         history = history + (squares / max(g.shape[1], 1)).to(g.dtype)

@@ -1,4 +1,4 @@
-"""LAMB."""
+"""LAMB: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tritopt.rule import Rule, Stored, Values
 
 
 class LAMBScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of LAMB reads beside its tensors."""
 
     lr: float
     wd: float
@@ -26,13 +26,13 @@ class LAMBScalars(NamedTuple):
     one_minus_beta2: float
     epsilon: float
     mean_correction: float
-    """1 / (1 - beta1^t), or 1 without bias_correction."""
+    """Bias correction of the mean: 1 / (1 - beta1^t), or 1 without bias_correction."""
     var_correction: float
-    """1 / (1 - beta2^t), likewise."""
+    """Bias correction of the second moment: 1 / (1 - beta2^t), or 1 without bias_correction."""
     lower_bound: float
-    """On the weight's norm; 0 if there is none."""
+    """Lower bound on the weight's norm in the trust ratio; 0: there is none."""
     upper_bound: float
-    """On the weight's norm; infinity if there is none."""
+    """Upper bound on the weight's norm in the trust ratio; infinity: there is none."""
 
 
 class LAMBRule(Rule):
@@ -55,7 +55,7 @@ class LAMBRule(Rule):
         learning_rate: per update, relative to the weight's norm.
         beta1, beta2: decay rates of the moments, in [0, 1).
         epsilon: added to the root, >= 0.
-        lower_bound, upper_bound: of the weight's norm. None or <= 0: unbounded.
+        lower_bound, upper_bound: bounds on the weight's norm. None or <= 0: unbounded.
         bias_correction: whether to correct the moments for their zero start.
         kwargs: see `Optimizer`.
 
@@ -90,7 +90,7 @@ class LAMBRule(Rule):
         self.bias_correction = bias_correction
 
     def scalars(self, lr: float, wd: float, count: int) -> LAMBScalars:
-        """Bias corrections as factors."""
+        """Scalars of a step, with the bias corrections as factors."""
         return LAMBScalars(
             lr=lr,
             wd=wd,
@@ -108,7 +108,8 @@ class LAMBRule(Rule):
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LAMBScalars, stored: Stored = lambda values: values
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above. u is computed again, from the moments as they are stored."""
+        """One update by the recurrence above: the new weight and states. u is computed again, from the moments as they
+        are stored."""
 
         def direction(wd: float, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
             return add_decay(mean * s.mean_correction / (sqrt(var * s.var_correction) + s.epsilon), w, wd)

@@ -1,4 +1,4 @@
-"""LANS."""
+"""LANS: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tritopt.rule import Rule, Stored, Values
 
 
 class LANSScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of LANS reads beside its tensors."""
 
     lr: float
     wd: float
@@ -26,15 +26,15 @@ class LANSScalars(NamedTuple):
     one_minus_beta2: float
     epsilon: float
     mean_correction: float
-    """1 / (1 - beta1^t)."""
+    """Bias correction of the mean: 1 / (1 - beta1^t)."""
     var_correction: float
-    """1 / (1 - beta2^t)."""
+    """Bias correction of the second moment: 1 / (1 - beta2^t)."""
     bound: float
-    """On elements of the normalised gradient; infinity if there is none."""
+    """Bound on elements of the normalised gradient; infinity: there is none."""
     lower_bound: float
-    """On the weight's norm; 0 if there is none."""
+    """Lower bound on the weight's norm in the trust ratio; 0: there is none."""
     upper_bound: float
-    """On the weight's norm; infinity if there is none."""
+    """Upper bound on the weight's norm in the trust ratio; infinity: there is none."""
 
 
 class LANSRule(Rule):
@@ -59,7 +59,7 @@ class LANSRule(Rule):
         learning_rate: per update, relative to the weight's norm.
         beta1, beta2: decay rates of the moments, in [0, 1); beta1 is the mean's share in the step, too.
         epsilon: added to the root, >= 0.
-        lower_bound, upper_bound: of the weight's norm. None or <= 0: unbounded.
+        lower_bound, upper_bound: bounds on the weight's norm. None or <= 0: unbounded.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:
@@ -97,7 +97,7 @@ class LANSRule(Rule):
         self.upper_bound = validate.positive_or_none("upper_bound", upper_bound)
 
     def scalars(self, lr: float, wd: float, count: int) -> LANSScalars:
-        """Bias corrections as factors."""
+        """Scalars of a step, with the bias corrections as factors."""
         bound = validate.bound_or(self.clip_gradient, math.inf)
         return LANSScalars(
             lr=lr,
@@ -117,7 +117,8 @@ class LANSRule(Rule):
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LANSScalars, stored: Stored = lambda values: values
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above. The directions are computed again, from the moments as they are stored."""
+        """One update by the recurrence above: the new weight and states. The directions are computed again, from the
+        moments as they are stored."""
 
         def directions(wd: float, mean: torch.Tensor, var: torch.Tensor) -> Values:
             root = sqrt(var * s.var_correction) + s.epsilon

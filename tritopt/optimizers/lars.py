@@ -1,4 +1,4 @@
-"""LARS."""
+"""LARS: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PLAIN_NAMES = ("gamma", "beta", "bias")
 
 
 class LARSScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of LARS reads beside its tensors."""
 
     lr: float
     wd: float
     bound: float
-    """On elements of the gradient; infinity if there is none."""
+    """Bound on elements of the gradient; infinity: there is none."""
     momentum: float
     eta: float
     epsilon: float
     is_layer_wise: float
-    """1, or 0 for plain SGD."""
+    """Flag: 1 for a rate of the layer's own, 0 for plain SGD."""
     other_rows: float
     """Sum of squares of the rows of the weight that a lazy update leaves alone."""
 
@@ -59,7 +59,7 @@ class LARSRule(SGDRule):
         momentum: share of the last update that is kept, >= 0.
         eta: trust coefficient, >= 0.
         epsilon: added to the norms, >= 0.
-        lazy_update: with a row-sparse gradient, update only the rows present.
+        lazy_update: update only the rows present in a row-sparse gradient.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:
@@ -79,17 +79,17 @@ class LARSRule(SGDRule):
 
     @property
     def phases(self) -> tuple[Apply, ...]:
-        """Norms, then the update."""
+        """Phases of a step: the norms, then the update."""
         norms = Apply(lars_norms, reads_states=False, writes_weight=False, writes_states=False, n_sums=2)
         return norms, Apply(lars_momentum_update if self.momentum else lars_update)
 
     def scalars(self, lr: float, wd: float, count: int) -> Any:
-        """Of a parameter with a rate of its own."""
+        """Scalars of a step for a parameter with a rate of its own."""
         bound = validate.bound_or(self.clip_gradient, math.inf)
         return LARSScalars(lr, wd, bound, self.momentum, self.eta, self.epsilon, 1.0, 0.0)
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         weight_norm, grad_norm = (norm(w) ** 2 + s.other_rows).sqrt(), norm(g)
         trust_ratio = s.eta * weight_norm / (grad_norm + s.wd * weight_norm + s.epsilon)
         if not s.is_layer_wise:
@@ -114,7 +114,7 @@ class LARS(LARSRule, SGD, learning_rate=0.1):
     _other_rows: Mapping[Hashable, float] = MappingProxyType({})
 
     def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> Any:
-        """The name decides whether the rate is the layer's own."""
+        """Scalars of a step; the name decides whether the rate is the layer's own."""
         if self.idx2name.get(index, str(index)).endswith(PLAIN_NAMES):
             return self.scalars(lr, wd, count)._replace(is_layer_wise=0.0)
         if index in self._other_rows:

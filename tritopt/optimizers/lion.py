@@ -1,4 +1,4 @@
-"""Lion."""
+"""Lion: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class LionScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of Lion reads beside its tensors."""
 
     lr: float
     beta1: float
@@ -23,7 +23,7 @@ class LionScalars(NamedTuple):
     beta2: float
     one_minus_beta2: float
     keep: float
-    """Share of the old weight that stays."""
+    """Share of the old weight that stays, 1 - lr wd."""
 
 
 class LionRule(Rule):
@@ -59,12 +59,12 @@ class LionRule(Rule):
         self.beta1, self.beta2 = validate.fraction("beta1", beta1), validate.fraction("beta2", beta2)
 
     def scalars(self, lr: float, wd: float, count: int) -> LionScalars:
-        """Constant but for learning rate and decay."""
+        """Scalars of a step, constant but for learning rate and decay."""
         return LionScalars(lr, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, 1 - lr * wd)
 
     @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: LionScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         (momentum,) = state
         direction = sign(s.beta1 * momentum + s.one_minus_beta1 * g)
         momentum = s.beta2 * momentum + s.one_minus_beta2 * g

@@ -1,4 +1,4 @@
-"""Nadam."""
+"""Nadam: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values, takes_arrays
 
 NEGLIGIBLE = 2.0**-54
-"""A product of the schedule this small leaves 1 - product at 1."""
+"""Product of the schedule so small that 1 - product is 1."""
 
 
 class NadamScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of Nadam reads beside its tensors."""
 
     lr: float
     beta1: float
@@ -28,11 +28,11 @@ class NadamScalars(NamedTuple):
     one_minus_beta2: float
     epsilon: float
     mean_share: float
-    """mu_{t+1} / (1 - Pi_{t+1})."""
+    """Share of the mean in the step: mu_{t+1} / (1 - Pi_{t+1})."""
     grad_share: float
-    """(1 - mu_t) / (1 - Pi_t)."""
+    """Share of the gradient in the step: (1 - mu_t) / (1 - Pi_t)."""
     var_correction: float
-    """1 / (1 - beta2^t)."""
+    """Bias correction of the second moment: 1 / (1 - beta2^t)."""
 
 
 class NadamRule(Rule):
@@ -54,7 +54,7 @@ class NadamRule(Rule):
         learning_rate: per update.
         beta1, beta2: decay rates of the moments, in [0, 1).
         epsilon: added to the root, >= 0.
-        schedule_decay: how fast mu_t warms up from beta1 / 2 to beta1, >= 0; 0: it stays at beta1 / 2.
+        schedule_decay: rate at which mu_t warms up from beta1 / 2 to beta1, >= 0; 0: it stays at beta1 / 2.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:
@@ -80,18 +80,18 @@ class NadamRule(Rule):
         self._schedule_products = [1.0]
 
     def _momentum(self, count: int) -> float:
-        """mu_t."""
+        """Momentum mu_t that the schedule has at a count."""
         return self.beta1 * (1 - 0.5 * math.pow(0.96, count * self.schedule_decay))
 
     def _schedule_product(self, count: int) -> float:
-        """Pi_t. The list grows by one entry a step until the products are negligible."""
+        """Product Pi_t of the schedule. The list grows by one entry a step until the products are negligible."""
         products, n_factors = self._schedule_products, count - self.begin_num_update
         while len(products) <= n_factors and products[-1] > NEGLIGIBLE:
             products.append(products[-1] * self._momentum(self.begin_num_update + len(products)))
         return products[min(n_factors, len(products) - 1)]
 
     def scalars(self, lr: float, wd: float, count: int) -> NadamScalars:
-        """The shares of mean and gradient, and the variance's correction as a factor."""
+        """Scalars of a step: the shares of mean and gradient, and the variance's correction as a factor."""
         momentum, next_momentum = self._momentum(count), self._momentum(count + 1)
         product = self._schedule_product(count)
         return NadamScalars(
@@ -110,7 +110,7 @@ class NadamRule(Rule):
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: NadamScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)

@@ -38,12 +38,12 @@ class NAGRule(SGDRule):
 
     @property
     def phases(self) -> tuple[Apply, ...]:
-        """One launch."""
+        """Phases of a step: one launch."""
         return (Apply(nag_update if self.momentum else sgd_update),)
 
     @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SGDScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         if not self.momentum:
             return super().reference(w, g, state, s)
         (momentum,) = state

@@ -1,4 +1,4 @@
-"""RAdam."""
+"""RAdam: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class RAdamScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of RAdam reads beside its tensors."""
 
     lr: float
-    """Times the bias corrections, and r_t where the step is adaptive."""
+    """Learning rate times the bias corrections, and times r_t where the step is adaptive."""
     beta1: float
     one_minus_beta1: float
     beta2: float
     one_minus_beta2: float
     epsilon: float
     adaptive: float
-    """1, or 0 while there are too few gradients to divide by their root mean square."""
+    """Flag: 1, or 0 while there are too few gradients to divide by their root mean square."""
 
 
 class RAdamRule(Rule):
@@ -54,7 +54,7 @@ class RAdamRule(Rule):
         learning_rate: per update.
         beta1, beta2: decay rates of the moments, in [0, 1).
         epsilon: added to the root, >= 0.
-        rectify_above: of rho_t, the number of gradients that v_t is worth; >= 4, where r_t starts from 0.
+        rectify_above: bound on rho_t, the number of gradients that v_t is worth; >= 4, where r_t starts from 0.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:
@@ -76,7 +76,7 @@ class RAdamRule(Rule):
             raise ValueError(f"rectify_above={rectify_above!r} must be >= 4; 4 is the paper's, 5 is torch's")
 
     def scalars(self, lr: Any, wd: float, count: Any) -> RAdamScalars:
-        """Bias corrections and rectification folded into the learning rate."""
+        """Scalars of a step, bias corrections and rectification folded into the learning rate."""
         is_adaptive, rectification = self.rectification(count)
         adaptive_lr = bias_corrected(lr, self.beta1, self.beta2, count) * rectification
         moments = (self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon)
@@ -100,7 +100,7 @@ class RAdamRule(Rule):
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: RAdamScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         mean, var = state
         mean = s.beta1 * mean + s.one_minus_beta1 * g
         var = s.beta2 * var + s.one_minus_beta2 * (g * g)

@@ -17,7 +17,7 @@ from tritopt.rule import Rule, Values
 
 
 class RMSPropScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of RMSProp reads beside its tensors."""
 
     lr: float
     rho: float
@@ -25,7 +25,7 @@ class RMSPropScalars(NamedTuple):
     momentum: float
     epsilon: float
     clip_weights: float
-    """Infinity if there is none."""
+    """Bound on weights; infinity: there is none."""
 
 
 class RMSPropRule(Rule):
@@ -88,7 +88,7 @@ class RMSPropRule(Rule):
 
     @property
     def phases(self) -> tuple[Apply, ...]:
-        """One launch."""
+        """Phases of a step: one launch."""
         return (Apply(rmsprop_centered_update if self.centered else rmsprop_update),)
 
     @property
@@ -98,18 +98,18 @@ class RMSPropRule(Rule):
 
     @property
     def state_kinds(self) -> dict[str, str | None]:
-        """If centered, rounding would make v - m^2 negative."""
+        """Kinds of the states; none if centered, where rounding would make v - m^2 negative."""
         return {"mom": SIGNED} if self.centered else {"var": SQUARES}
 
     def scalars(self, lr: float, wd: float, count: int) -> RMSPropScalars:
-        """Constant but for the learning rate."""
+        """Scalars of a step, constant but for the learning rate."""
         bound = validate.bound_or(self.clip_weights, math.inf)
         return RMSPropScalars(lr, self.rho, 1 - self.rho, self.momentum, self.epsilon, bound)
 
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: RMSPropScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrences above."""
+        """One update by the recurrences above: the new weight and states."""
         bound = w.new_tensor(s.clip_weights)  # torch clamps to no Python number that its dtype cannot hold
         if not self.centered:
             (var,) = state

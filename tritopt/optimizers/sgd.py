@@ -14,7 +14,7 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class SGDScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of SGD reads beside its tensors."""
 
     lr: float
     momentum: float
@@ -36,7 +36,7 @@ class SGDRule(Rule):
     Args:
         learning_rate: per update.
         momentum: share of the last update that is kept, >= 0.
-        lazy_update: with a row-sparse gradient, update only the rows present.
+        lazy_update: update only the rows present in a row-sparse gradient.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:
@@ -51,7 +51,7 @@ class SGDRule(Rule):
 
     @property
     def phases(self) -> tuple[Apply, ...]:
-        """One launch."""
+        """Phases of a step: one launch."""
         return (Apply(sgd_momentum_update if self.momentum else sgd_update),)
 
     @property
@@ -60,12 +60,12 @@ class SGDRule(Rule):
         return ("momentum",) if self.momentum else ()
 
     def scalars(self, lr: float, wd: float, count: int) -> SGDScalars:
-        """Constant but for the learning rate."""
+        """Scalars of a step, constant but for the learning rate."""
         return SGDScalars(lr, self.momentum)
 
     @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SGDScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         if not self.momentum:
             return w - s.lr * g, ()
         (momentum,) = state

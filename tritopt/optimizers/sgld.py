@@ -18,15 +18,15 @@ from tritopt.rule import Rule, Values
 
 
 class SGLDScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of SGLD reads beside its tensors."""
 
     half_lr: float
     deviation: float
-    """Of the noise: sqrt(lr)."""
+    """Standard deviation of the noise, sqrt(lr)."""
     step: float
-    """The update count; of the noise's counter."""
+    """Update count, which the noise's counter takes."""
     key_0: float
-    """With the next three the key of the noise, 16 bits each."""
+    """First 16 bits of the noise's key; the next three fields are the others."""
     key_1: float
     key_2: float
     key_3: float
@@ -51,7 +51,7 @@ class SGLDRule(Rule):
     Args:
         learning_rate: per update; also the variance of the noise.
         use_fused_step, kwargs: see `Optimizer`.
-        seed: of the noise, an int >= 0.
+        seed: seed of the noise, an int >= 0.
 
     Raises:
         ValueError: seed < 0. TypeError: seed not an int, or at the update an index of another type.
@@ -65,15 +65,15 @@ class SGLDRule(Rule):
         self.seed = validate.count("seed", seed)
 
     def scalars_at(self, index: Hashable, lr: Any, wd: float, count: Any, *numbers: Any) -> SGLDScalars:
-        """Every parameter has a key of its own."""
+        """Scalars of a parameter, each of which has a key of its own."""
         return SGLDScalars(lr / 2, sqrt(lr), count % STEPS, *halves(key_words(self.seed, index)))
 
     def scalars(self, lr: float, wd: float, count: int) -> SGLDScalars:
-        """Those of parameter 0."""
+        """Scalars of parameter 0, and of no other."""
         return self.scalars_at(0, lr, wd, count)
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SGLDScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         offsets = torch.arange(w.numel(), dtype=torch.int64, device=w.device).view(w.shape)
         noise = normal((s.key_0, s.key_1, s.key_2, s.key_3), offsets, s.step, 0).to(w.dtype)
         return w - s.half_lr * g + s.deviation * noise, ()

@@ -1,4 +1,4 @@
-"""Signum, and signSGD."""
+"""Signum and signSGD: their rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class SignumScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of Signum reads beside its tensors."""
 
     lr: float
     keep: float
-    """Share of the old weight that stays."""
+    """Share of the old weight that stays, 1 - lr wd."""
     momentum: float
     one_minus_momentum: float
 
@@ -57,12 +57,12 @@ class SignumRule(Rule):
 
     @property
     def preamble(self) -> str:
-        """Without momentum the gradient itself."""
+        """Preamble: without momentum the gradient itself."""
         return "coupled" if self.momentum else "raw"
 
     @property
     def phases(self) -> tuple[Apply, ...]:
-        """One launch."""
+        """Phases of a step: one launch."""
         return (Apply(signum_update if self.momentum else signsgd_update),)
 
     @property
@@ -71,7 +71,7 @@ class SignumRule(Rule):
         return ("momentum",) if self.momentum else ()
 
     def scalars(self, lr: float, wd: float, count: int) -> SignumScalars:
-        """Decay per step: with momentum wd is in the gradient."""
+        """Scalars of a step, with its decay: with momentum wd is in the gradient."""
         decay = lr * (self.wd_lh if self.momentum else wd + self.wd_lh)
         return SignumScalars(lr, 1 - decay, self.momentum, 1 - self.momentum)
 
@@ -79,7 +79,7 @@ class SignumRule(Rule):
     def reference(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: SignumScalars
     ) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         if not self.momentum:
             return s.keep * w - s.lr * sign(g), ()
         (momentum,) = state

@@ -1,4 +1,4 @@
-"""Test: the simplest optimizer there is."""
+"""Test, the simplest optimizer there is: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tritopt.rule import Rule, Values, takes_arrays
 
 
 class TestScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of Test reads beside its tensors."""
 
     lr: float
 
@@ -34,12 +34,12 @@ class TestRule(Rule):
     clips = False
 
     def scalars(self, lr: float, wd: float, count: int) -> TestScalars:
-        """The learning rate."""
+        """Scalars of a step: the learning rate."""
         return TestScalars(lr)
 
     @takes_arrays
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: TestScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         return w - s.lr * g, state
 
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for any GPU and without one: registers, spills, what the hot loops do.
+"""Compilation of the kernels for any GPU and without one: registers, spills, what the hot loops do.
 
 Needs kernels that are not interpreted: run with TRITON_INTERPRET unset.
 """
@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import driver, private
-from tritopt.engine.phase import Launch, Recorder
+from tritopt.engine.phase import LaunchSpec, Recorder
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.tuning.config import AMD, NVIDIA
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.formats.weights import format_of
 from tritopt.kernels.language import INTERPRETED
+from tritopt.kernels.preambles import without_clip
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
 from tritopt.tools.hot_loop import hot_loops, parse_gcn, parse_sass
@@ -57,30 +58,34 @@ class CompiledLaunch(NamedTuple):
 
     kernel: str
     registers: int
-    """A thread."""
+    """Number of registers of a thread."""
     spilled_bytes: int
-    """A thread."""
+    """Bytes of registers that a thread spills to memory."""
     shared_bytes: int
-    """A program."""
+    """Bytes of shared memory of a program."""
     num_warps: int
     elements: int
-    """That a thread has in an iteration; 0: there is no hot loop."""
+    """Number of elements that a thread has in an iteration of the hot loop; 0: there is no hot loop."""
     loads: Counter[int]
-    """Accesses to global memory that a thread makes for these, by their width in bits."""
+    """Number of loads from global memory that a thread makes for these, by their width in bits."""
     stores: Counter[int]
+    """Number of stores to global memory that a thread makes for these, by their width in bits."""
     expected_wide_loads: int | None
-    """As many of 128 bits as the driver needs if each access is that wide; None for other kernels."""
+    """Number of 128-bit loads that the driver needs if each access is that wide; None for other kernels."""
     expected_wide_stores: int | None
+    """Number of 128-bit stores that the driver needs if each access is that wide; None for other kernels."""
     bytes_loaded: float | None
-    """Per parameter. Of what a block of neighbours shares, its share; what a row shares is taken as nothing.
+    """Bytes per parameter. A number that a block of neighbours shares counts with its share; what a row shares is taken
+    as nothing.
 
-    Of Adafactor's kernels, what they load for matrices, not for vectors.
+    For Adafactor's kernels it is what they load for matrices, not for vectors. None: there is no hot loop.
     """
     bytes_stored: float | None
+    """Bytes per parameter that are stored, counted like `bytes_loaded`. None: there is no hot loop."""
     instructions: float | None
-    """That are issued, per parameter, on the shortest path."""
+    """Number of instructions per parameter that are issued on the shortest path. None: there is no hot loop."""
     arithmetic: float | None
-    """Those among them that compute."""
+    """Number of those that compute. None: there is no hot loop."""
 
 
 def compile_launches(
@@ -90,7 +95,7 @@ def compile_launches(
 
     Args:
         opt: the optimizer.
-        weight_dtype, grad_dtype, fmt: of the weights, gradients and the weights' storage.
+        weight_dtype, grad_dtype, fmt: dtypes of weights and gradients, and storage format of the weights.
         arch: compute capability of an NVIDIA GPU (90: sm_90, an H100 or H200), or the name of an AMD one ("gfx942").
 
     Raises RuntimeError under TRITON_INTERPRET=1, which replaces kernels by Python.
@@ -99,7 +104,7 @@ def compile_launches(
 
 
 def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunch]:
-    """Likewise, the launches that a global norm of gradients takes (max_grad_norm)."""
+    """Compile the launches that a global norm of gradients takes (max_grad_norm)."""
     grads = [torch.zeros(64, 64, dtype=dtype, device="cpu")]
     return _compiled(lambda planner: planner.squares("compile", grads), arch)
 
@@ -130,13 +135,15 @@ class Recording(Recorder):
 
 
 def compile_launch(launched: Launched, arch: int | str) -> Any:
-    """Triton's compiled kernel. Pointers are taken as 16-byte aligned, as torch allocates."""
+    """Compile a launch as Triton would. Pointers are taken as 16-byte aligned, as torch allocates."""
     kernel, kinds, constants = launched.kernel, {}, {}
     for name, value in launched.arguments.items():
         kinds[name] = _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if value is None or private.is_constant(kernel, name):
             kinds[name], constants[name] = "constexpr", value
-    return private.compile_for(arch, kernel, kinds, constants, launched.options)
+    is_nvidia = isinstance(arch, int)
+    options = {name: value for name, value in launched.options.items() if is_nvidia or name != "maxnreg"}
+    return private.compile_for(arch, kernel, kinds, constants, options)
 
 
 def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
@@ -146,21 +153,22 @@ def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtyp
     state = fresh_state(opt, 0, weight if fmt is PLAIN else fmt.decode(planes, torch.float32))
     task = Task(tuple(planes), fmt, grad, tuple(tensors_of(state)), state_formats=opt.state_formats())
     scalars = opt.scalars(0.1, opt.wd, 1)
-    # A device scalar and a flag, as under a GradScaler: the most that a launch reads.
+    # Under a GradScaler a launch reads the most: a device scalar and a flag.
     rescale, noop = (torch.full((), x, dtype=torch.float32, device="cpu") for x in (1.0, 0.0))
-    launch = Launch(opt.phases, type(scalars), opt.preamble, rescale, noop, draws=task.draws)
+    # Nobody clips elements unless told to.
+    launch = LaunchSpec(opt.phases, type(scalars), without_clip(opt.preamble), rescale, noop, draws=task.draws)
     planner.apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
 
 
-def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
-    """What runs from the second step on: a launch that spills gets more registers then."""
+def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> CompiledLaunch:
+    """Describe what runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
     code_of, metadata = private.assembly(binary), private.metadata(binary)
     if isinstance(arch, int):
         registers, spilled = _resources(code_of["cubin"])
-        if "FORMATS" in launched.arguments and spilled and "maxnreg" not in launched.options:
+        if "FORMATS" in launched.arguments and spilled and is_first:
             more = driver.more_registers(registers)
-            return _describe(launched._replace(options={**launched.options, **more}), arch)
+            return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
         has_vectors = _VECTOR.search(code_of["ptx"]) is not None
         code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=code_of["cubin"]) if has_vectors else "")
@@ -195,7 +203,7 @@ def _describe(launched: Launched, arch: int | str) -> CompiledLaunch:
 
 
 def _elements_of_a_thread(launched: Launched, warp_size: int) -> int:
-    """In one iteration over full blocks."""
+    """Number of elements that a thread has in one iteration over full blocks."""
     constants = launched.arguments
     block = (
         constants["BLOCK_SIZE"] if "BLOCK_SIZE" in constants else constants["BB"] * constants["BR"] * constants["BC"]
@@ -204,14 +212,14 @@ def _elements_of_a_thread(launched: Launched, warp_size: int) -> int:
 
 
 def _bytes(accesses: Counter[int], elements: int, is_driver: bool) -> float:
-    """Per parameter. A thread that accesses less than a byte for each of its elements shares that with others."""
+    """Bytes per parameter. A thread that accesses less than a byte for each of its elements shares that with others."""
     own = sum(bits // 8 * count for bits, count in accesses.items() if bits >= 8 * elements) / elements
     scales = sum(bits // 8 * count for bits, count in accesses.items() if bits < 8 * elements) / BLOCK
     return own + (scales if is_driver else 0)
 
 
 def _masked_bytes(launched: Launched) -> tuple[int, int]:
-    """Loaded and stored per parameter in the code, but never of a matrix: a vector's second moment."""
+    """Bytes per parameter that the code loads and stores, but never of a matrix: a vector's second moment."""
     constants = launched.arguments
     if "IS_UPDATE" not in constants:
         return 0, 0
@@ -223,6 +231,8 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
     """128-bit loads and stores that one thread of the driver needs for a full block."""
     constants = launched.arguments
     sizes = [dtype.primitive_bitwidth // 8 for dtype in constants["DTYPES"]]
+    if constants["scratch_ptr"] is not None:
+        sizes.append(constants["scratch_ptr"].dtype.itemsize)
     # Of 8-bit planes none: a thread's elements fill 64 bits, and those of neighbours whole sectors all the same.
     accesses = [per_thread * size // 16 for size in sizes]
     (_, weight_end, load, *_), *states = constants["FORMATS"]
@@ -239,12 +249,12 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of stack plus local memory, which is where spills go."""
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+    usage_of = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return usage_of["REG"], usage_of["STACK"] + usage_of["LOCAL"]
 
 
 def _tool(name: str, *options: str, cubin: bytes) -> str:
-    """What one of the tools that Triton ships says of a binary."""
+    """Output of one of the tools that Triton ships, for a binary."""
     tool = private.nvidia_tool(name)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Listing:
     kernels: tuple[str, ...]
     """Names of update functions, one per launch. Empty: no kernel."""
     states: tuple[str, ...]
-    """Names of states."""
+    """Names of states, in the rule's order."""
     moved: dict[str, Traffic]
     """Bytes that a step moves, by name of PRECISIONS, but for those that the optimizer refuses. Empty: no kernel."""
     resident: dict[str, float]
@@ -80,26 +81,64 @@ def bytes_per_parameter(
     Raises:
         ValueError: the optimizer has no kernel, or refuses the format, or that does not go with the dtype.
     """
-    moved = phase_traffic(opt, weight_dtype, grad_dtype, fmt)
-    return Traffic(_shortest(sum(phase.read for phase in moved)), _shortest(sum(phase.written for phase in moved)))
+    return _summed(phase_traffic(opt, weight_dtype, grad_dtype, fmt))
 
 
 def phase_traffic(
     opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN
 ) -> list[Traffic]:
     """Tell `bytes_per_parameter` of each phase."""
-    if not opt.phases:
-        raise ValueError(f"{type(opt).__name__} declares no phases, so the bytes its step moves are not known")
+    _check_kernel(opt)
     planes, states = _stored(opt, weight_dtype, fmt)
     weight_read = sum(size for size, is_read in zip(planes, fmt.plane_reads, strict=True) if is_read)
     weight = (weight_read, sum(planes))
-    return [Traffic(*map(_shortest, phase.traffic(weight, grad_dtype.itemsize, states))) for phase in opt.phases]
+    return _moved(opt, weight, grad_dtype.itemsize, sum(states.values()))
+
+
+def _moved(opt: Optimizer, weight: tuple[float, float], grad: float, states: float) -> list[Traffic]:
+    """Bytes that each phase moves of tensors of this many bytes per parameter."""
+    return [Traffic(*map(_shortest, phase.traffic(weight, grad, states))) for phase in opt.phases]
+
+
+def _summed(moved: Sequence[Traffic]) -> Traffic:
+    return Traffic(_shortest(sum(phase.read for phase in moved)), _shortest(sum(phase.written for phase in moved)))
+
+
+def traffic_by_tensor(
+    opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN
+) -> dict[str, Traffic]:
+    """Tell `bytes_per_parameter` of each tensor: gradient, weight, what completes it to the master, and each state.
+
+    >>> import tritopt
+    >>> from tritopt.kernels.formats.weights import SPLIT16
+    >>> list(traffic_by_tensor(tritopt.create("adam"), torch.bfloat16, torch.bfloat16, SPLIT16).items())[2]
+    ('master', Traffic(read=2, written=2))
+
+    Raises:
+        ValueError: as `bytes_per_parameter`.
+    """
+    _check_kernel(opt)
+    planes, states = _stored(opt, weight_dtype, fmt)
+    weights = {
+        name: (size * is_read, size)
+        for name, size, is_read in zip(("weight", "master"), planes, fmt.plane_reads, strict=False)
+    }
+    return {
+        "gradient": _summed(_moved(opt, (0, 0), grad_dtype.itemsize, 0)),
+        **{name: _summed(_moved(opt, sizes, 0, 0)) for name, sizes in weights.items()},
+        **{name: _summed(_moved(opt, (0, 0), 0, size)) for name, size in states.items()},
+    }
 
 
 def resident_bytes(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format = PLAIN) -> float:
     """Bytes per parameter of the weight's planes and the states, which count as above; gradients not included."""
     planes, states = _stored(opt, weight_dtype, fmt)
-    return _shortest(sum(planes) + states)
+    return _shortest(sum(planes) + sum(states.values()))
+
+
+def _check_kernel(opt: Optimizer) -> None:
+    if not opt.phases:
+        raise ValueError(f"{type(opt).__name__} declares no phases, so the bytes its step moves are not known")
 
 
 def _shortest(n: float) -> float:
@@ -178,8 +217,8 @@ def _listing(cls: type[Optimizer], arguments: dict[str, Any]) -> Listing:
     )
 
 
-def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], float]:
-    """Tell the bytes per parameter of each plane of the weight, and of the states, as allocated for a matrix."""
+def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[list[int], dict[str, float]]:
+    """Tell the bytes per parameter of each plane of the weight, and of each state, as allocated for a matrix."""
     if weight_dtype not in fmt.weight_dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in fmt.weight_dtypes)
         raise ValueError(f"format {fmt.name!r} stores {names} weights, not {weight_dtype}; pass PLAIN")
@@ -194,8 +233,14 @@ def _stored(opt: Optimizer, weight_dtype: torch.dtype, fmt: Format) -> tuple[lis
     if fmt.companion:
         companion, state = state
         planes.append(companion)
-    states = [tensor for tensor in tensors_of(state) if tensor.numel() * BLOCK >= weight.numel()]
-    return [plane.dtype.itemsize for plane in planes], sum(t.nbytes for t in states) / weight.numel()
+    tensors = iter(tensors_of(state))
+    states = {
+        name: sum(t.nbytes for t in islice(tensors, 2 if of_state.block else 1) if t.numel() * BLOCK >= weight.numel())
+        for name, of_state in zip(opt.state_names, opt.state_formats(), strict=True)
+    }
+    # An optimizer that makes its own states need not name them.
+    states["unnamed"] = sum(t.nbytes for t in tensors if t.numel() * BLOCK >= weight.numel())
+    return [plane.dtype.itemsize for plane in planes], {k: n / weight.numel() for k, n in states.items() if n}
 
 
 def _name_of(fmt: Format) -> str:

@@ -17,14 +17,14 @@ def source(cls: type[Optimizer]) -> str:
     >>> source(tritopt.LAMB)
     'You et al. 2019, arXiv:1904.00962, algorithm 2'
     """
-    found = re.search(r"\(((?:[^()]|\([^()]*\))*)\)", _paragraphs(cls)[0])
-    return found.group(1) if found else ""
+    match = re.search(r"\(((?:[^()]|\([^()]*\))*)\)", _paragraphs(cls)[0])
+    return match.group(1) if match else ""
 
 
 def differences(cls: type[Optimizer]) -> str:
     """Say how it departs from MXNet's: the docstring's paragraph that says so."""
-    found = (text for text in _paragraphs(cls) if text.startswith((_DIFFERS, "Not in MXNet")))
-    return next(found, "").removeprefix(_DIFFERS).strip().rstrip(".")
+    differing = (text for text in _paragraphs(cls) if text.startswith((_DIFFERS, "Not in MXNet")))
+    return next(differing, "").removeprefix(_DIFFERS).strip().rstrip(".")
 
 
 def _paragraphs(cls: type[Optimizer]) -> list[str]:

@@ -21,7 +21,7 @@ class Architecture(NamedTuple):
     warps: int
     """Number of warps per scheduler."""
     programs: int
-    """Number of programs."""
+    """Number of programs that it holds at most."""
     shared: int
     """Bytes of shared memory."""
     shared_per_program: int
@@ -53,7 +53,7 @@ class Gpu(NamedTuple):
 
     name: str
     target: str
-    """Key of ARCHITECTURES."""
+    """Key of ARCHITECTURES, which kernels are compiled for."""
     bandwidth: float
     """Bandwidth of its memory, bytes per second."""
     multiprocessors: int
@@ -83,7 +83,7 @@ GPUS = {
         Gpu("MI300X", "gfx942", 5.3e12, 304, 2.1e9),
     )
 }
-"""GPUs by name."""
+"""GPUs by the name that users give them."""
 DEFAULTS = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
 """GPU for a target, unless told otherwise."""
 

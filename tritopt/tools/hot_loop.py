@@ -59,8 +59,6 @@ class HotLoop:
     """Number of stores to global memory by their width in bits."""
 
 
-# NVIDIA
-
 _SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<rest>[^;]*);")
 _SASS_LABEL = re.compile(r"^(\.L_x_\d+):")
 _SASS_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
@@ -100,8 +98,6 @@ def parse_sass(text: str) -> Code:
     return Code(instructions, labels)
 
 
-# AMD
-
 _GCN_LINE = re.compile(r"^\s+(?P<name>[a-z]\w*)(?P<rest>[^;]*)")
 _GCN_LABEL = re.compile(r"^(\.LBB\w+):")
 _GCN_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+)")
@@ -109,7 +105,7 @@ _GCN_WIDTHS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "ss
 
 
 def parse_gcn(text: str) -> Code:
-    """Parse Triton's "amdgcn"."""
+    """Parse Triton's "amdgcn", the assembly of AMD's GPUs."""
     instructions: list[Instruction] = []
     labels = {}
     for line in text.splitlines():
@@ -122,7 +118,7 @@ def parse_gcn(text: str) -> Code:
             target = re.search(r"\.LBB\w+", match["rest"]) if name.startswith(("s_branch", "s_cbranch")) else None
             # Lanes are taken to be active, so what skips a block for want of them does not jump.
             is_skip, is_always = name == "s_cbranch_execz", name in ("s_branch", "s_cbranch_execnz")
-            found = _GCN_ACCESS.match(name)
+            access = _GCN_ACCESS.match(name)
             instructions.append(
                 Instruction(
                     name,
@@ -130,7 +126,7 @@ def parse_gcn(text: str) -> Code:
                     falls_through=not is_always and name not in ("s_endpgm", "s_setpc_b64"),
                     calls=name == "s_swappc_b64",
                     is_arithmetic=name.startswith("v_"),
-                    access=(found[1], _gcn_width(found[2])) if found else None,
+                    access=(access[1], _gcn_width(access[2])) if access else None,
                 )
             )
     return Code(instructions, labels)
@@ -139,9 +135,6 @@ def parse_gcn(text: str) -> Code:
 def _gcn_width(kind: str) -> int:
     kind = kind.split("_")[0]
     return 32 * int(kind[-1]) if kind.startswith("dwordx") else _GCN_WIDTHS[kind]
-
-
-# Both
 
 
 @dataclass(frozen=True)
@@ -198,15 +191,17 @@ def hot_loops(code: Code) -> list[HotLoop]:
     loops = [loop for loop in loops if loop.path]
     inner = [loop for loop in loops if not any(loop.holds(other) for other in loops)]
     # An unrolled loop leaves iterations over, for straight code around it or for a loop that is not unrolled.
-    remainders = [found for block in _blocks(code, inner) if _is_wide(found := _accesses(block))]
+    remainders = [accesses for block in _blocks(code, inner) if _is_wide(accesses := _accesses(block))]
     whole = [loop for loop in inner if all(_ratio(other.accesses, loop.accesses) < 2 for other in inner)]
     remainders += [loop.accesses for loop in inner if loop not in whole]
-    return [_described(loop, max([1, *[_ratio(loop.accesses, found) for found in remainders]])) for loop in whole]
+    return [_described(loop, max([1, *[_ratio(loop.accesses, accesses) for accesses in remainders]])) for loop in whole]
 
 
 def _blocks(code: Code, loops: Sequence[_Loop]) -> Iterator[Sequence[Instruction]]:
     """Yield runs of instructions outside of the loops, up to the next branch or label."""
-    ends = {at + 1 for at, found in enumerate(code.instructions) if found.label or not found.falls_through}
+    ends = {
+        at + 1 for at, instruction in enumerate(code.instructions) if instruction.label or not instruction.falls_through
+    }
     cuts = sorted({0, len(code.instructions), *code.labels.values(), *ends})
     for first, end in pairwise(cuts):
         if not any(loop.first <= first <= loop.last for loop in loops):
@@ -219,12 +214,12 @@ def _described(loop: _Loop, times_unrolled: int) -> HotLoop:
         Counter({bits: count // times_unrolled for (kind, bits), count in accesses.items() if kind == wanted})
         for wanted in ("load", "store")
     )
-    n_arithmetic = sum(found.is_arithmetic for found in loop.path)
+    n_arithmetic = sum(instruction.is_arithmetic for instruction in loop.path)
     return HotLoop(len(loop.path) / times_unrolled, n_arithmetic / times_unrolled, loads, stores)
 
 
 def _accesses(instructions: Sequence[Instruction]) -> Counter[tuple[str, int]]:
-    return Counter(found.access for found in instructions if found.access)
+    return Counter(instruction.access for instruction in instructions if instruction.access)
 
 
 def _is_wide(accesses: Counter[tuple[str, int]]) -> bool:

@@ -1,7 +1,8 @@
 """Triton's interpreter, without what it does over and over again.
 
-It replaces triton.language at every call of a jit function, and describes the type of every value anew. Both change no
-result, and take more than half of the time of a check.
+It replaces triton.language at every call of a jit function, describes the type of every value anew, and works out for
+each operation once more what becomes of its operands. None of this changes a result, and together it takes four fifths
+of the time of a step.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 _is_fast = False
 
 
 def speed_up() -> None:
-    """Make interpreted kernels more than twice as fast, with the same results, until the process ends.
+    """Make interpreted kernels about five times as fast, with the same results, until the process ends.
 
     Does nothing where kernels are compiled, or Triton is of a version that this was not tried with.
     """
@@ -26,7 +29,9 @@ def speed_up() -> None:
     if _is_fast or not INTERPRETED or not private.is_tried_interpreter():
         return
     _is_fast = True
-    private.wrap_interpreter(_once_per_launch, _by_name, _plain_first, _with_shared_shapes)
+    private.wrap_interpreter(
+        _once_per_launch, _by_name, _plain_first, _with_shared_shapes, _without_checks, _with_known_types
+    )
 
 
 class _Nothing:
@@ -137,3 +142,119 @@ def _with_shared_shapes(core: Any) -> tuple[Callable[..., None], Callable[..., N
         self.numel, self.shape = parts
 
     return block_type, tensor
+
+
+def _without_checks(patch_attr: Callable[..., None], semantic: Any) -> Callable[..., None]:
+    """Let each function of the language be called as it is, without a check that `_semantic` was passed."""
+    from triton.language import core
+
+    checks = core.builtin(lambda: None).__code__
+
+    @functools.wraps(patch_attr)
+    def patch(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function = member.__wrapped__ if getattr(member, "__code__", None) is checks else member
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(obj, name, call)
+
+    return patch
+
+
+_FLOATS: dict[str, np.dtype[Any]] = {"fp32": np.dtype("float32"), "fp64": np.dtype("float64")}
+_INTEGERS: dict[str, np.dtype[Any]] = {
+    name: np.dtype(name) for size in (8, 16, 32, 64) for name in (f"int{size}", f"uint{size}")
+}
+_BOUNDS = {name: (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)) for name, dtype in _INTEGERS.items()}
+
+
+def _with_known_types(semantic: Any, handle: Any) -> dict[str, Callable[..., Any]]:
+    """Methods of the class of the language's semantics that know what became of operands of the same types before.
+
+    handle: class of what holds a NumPy array.
+    """
+    binary, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
+    overflow = semantic.binary_op_sanitize_overflow_impl
+
+    @functools.wraps(overflow)
+    def in_debug(self: Any, lhs: Any, rhs: Any, op: Any) -> None:
+        # The operation is done once more in 64 bits, for an assertion that is one in debug mode only.
+        if self.builder.options.debug:
+            overflow(self, lhs, rhs, op)
+
+    return {
+        binary.__name__: _of_both(binary, handle),
+        broadcast.__name__: _to_one_shape(broadcast),
+        overflow.__name__: in_debug,
+    }
+
+
+def _of_both(binary: Callable[..., Any], handle: Any) -> Callable[..., Any]:
+    """Give both operands one type and shape, as `binary` does."""
+    from triton.language import core
+
+    tensor = core.tensor
+    # By the names of both types, which say all of them, and flags: what each operand is repeated to; None: nothing.
+    known: dict[Any, tuple[Any, Any]] = {}
+
+    def repeated(self: Any, value: Any, type_: Any) -> Any:
+        return value if type_ is None else tensor(self.builder.create_splat(type_, value.handle), type_)
+
+    @functools.wraps(binary)
+    def of_both(self: Any, lhs: Any, rhs: Any, *flags: Any, **named: Any) -> Any:
+        is_first, is_second = type(lhs) is tensor, type(rhs) is tensor
+        if is_first and is_second and not named:
+            key = lhs.type.name, rhs.type.name, flags
+            if key in known:
+                first, second = known[key]
+                return repeated(self, lhs, first), repeated(self, rhs, second)
+            new = binary(self, lhs, rhs, *flags)
+            if _is_repeated(new[0], lhs) and _is_repeated(new[1], rhs):
+                known[key] = None if new[0] is lhs else new[0].type, None if new[1] is rhs else new[1].type
+            return new
+        if is_first != is_second and not named and all(flags[2:3]):  # a type that both have is looked for
+            number, beside = (rhs, lhs) if is_first else (lhs, rhs)
+            dtype = _dtype_of_constant(number, beside.type.scalar.name)
+            if dtype is not None:
+                shape = beside.type.shape if beside.type.is_block() else 1
+                made = tensor(handle(np.full(shape, number, dtype), beside.type.scalar), beside.type)
+                return (lhs, made) if is_first else (made, rhs)
+        return binary(self, lhs, rhs, *flags, **named)
+
+    return of_both
+
+
+def _is_repeated(new: Any, old: Any) -> bool:
+    """Whether an operand is the old one, or that scalar for each element of a block."""
+    return new is old or (not old.type.is_block() and new.type.scalar.name == old.type.name)
+
+
+def _dtype_of_constant(number: Any, name: str) -> np.dtype[Any] | None:
+    """Dtype of a number beside an operand of this type; None where another type may become of it, and for 0."""
+    if number == 0:  # which older versions make otherwise
+        return None
+    kind = type(number)
+    if name in _FLOATS and (kind is float or kind is int):
+        return _FLOATS[name]
+    if kind is int and name in _BOUNDS and _BOUNDS[name][0] <= number <= _BOUNDS[name][1]:
+        return _INTEGERS[name]
+    return None
+
+
+def _to_one_shape(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    """Give both operands one shape, as `broadcast` does."""
+    as_is: set[Any] = set()
+
+    @functools.wraps(broadcast)
+    def to_one_shape(self: Any, lhs: Any, rhs: Any) -> Any:
+        key = lhs.type.name, rhs.type.name
+        if key in as_is:
+            return lhs, rhs
+        new = broadcast(self, lhs, rhs)
+        if new[0] is lhs and new[1] is rhs:
+            as_is.add(key)
+        return new
+
+    return to_one_shape

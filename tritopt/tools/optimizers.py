@@ -1,4 +1,4 @@
-"""Optimizers as users name them: registered, or in a module of their own."""
+"""Names that users have for optimizers: registered ones, or classes in a module of their own."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def torch_classes() -> dict[str, type[optim.Optimizer]]:
     return {
         name: value
         for name, value in vars(optim).items()
-        if isinstance(value, type) and issubclass(value, optim.Optimizer) and value is not optim.Optimizer
+        if isinstance(value, type) and issubclass(value, optim.Optimizer) and hasattr(value, "rule")
     }
 
 

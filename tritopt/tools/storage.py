@@ -57,19 +57,19 @@ class StorageFormat(NamedTuple):
 
     @property
     def master(self) -> str | None:
-        """How the weights' master is kept, a key of MASTERS; None: there is none."""
+        """Format of the weights' master, a key of MASTERS; None: there is none."""
         master: str | None = self.arguments.get("master")
         return master
 
     @property
     def state_dtype(self) -> Choice:
-        """How states are stored; None: in the (master) weight's dtype."""
+        """Format of states; None: the (master) weight's dtype."""
         state_dtype: Choice = self.arguments.get("state_dtype")
         return state_dtype
 
     @property
     def weight_format(self) -> Format:
-        """How kernels load and store the weights."""
+        """Format by which kernels load and store the weights."""
         return PLAIN if self.master is None else MASTERS[self.master]
 
     @property

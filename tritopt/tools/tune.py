@@ -10,8 +10,8 @@ import torch
 
 from tritopt import optim
 from tritopt.engine.driver import Apply
-from tritopt.engine.group import Group
-from tritopt.engine.phase import Launch, Phase, Recorder
+from tritopt.engine.group import LaunchGroup
+from tritopt.engine.phase import LaunchSpec, Phase, Recorder
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Timer, Variant
 from tritopt.engine.tuning.config import Config
@@ -21,24 +21,24 @@ from tritopt.tools.numerics import StorageFormat
 FORMATS = ("fp32", "master", "split16+bf16", "split8+int8")
 """Storage formats that are tuned if none is named."""
 SIZES = {"small": 2**21, "medium": 2**25, "large": 2**27}
-"""Elements of lists that are tuned for if none is named."""
+"""Sizes of lists in elements that are tuned for if none is named."""
 
 
 def find_sizes(names: Sequence[str] | None = None) -> list[int]:
-    """The sizes that stand for these names or numbers of elements (None: SIZES); ValueError for any other.
+    """Sizes that stand for these names or numbers of elements (None: SIZES); ValueError for any other.
 
     >>> find_sizes(["large", "25_600_000"])
     [134217728, 16777216]
     """
-    found = []
+    sizes = []
     for name in names or SIZES:
         elements = SIZES.get(name) or (int(name) if name.replace("_", "").isdecimal() else 0)
         if elements < 1:
             known = ", ".join(SIZES)
             nearest = did_you_mean(name, list(SIZES))
             raise ValueError(f"unknown size {name!r}{nearest} known: {known}, or a number of elements")
-        found.append(config.size_of(elements))
-    return list(dict.fromkeys(found))
+        sizes.append(config.size_of(elements))
+    return list(dict.fromkeys(sizes))
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,25 @@ class Row:
     optimizer: str
     format: str
     kernel: str = ""
-    """The update function. Empty: nothing here has a choice."""
+    """Name of the update function. Empty: nothing here has a choice."""
     size: int | None = None
-    """Elements of the scratch, about."""
+    """Number of elements of the scratch, about; None: nothing here has a choice."""
     best: Config | None = None
+    """Fastest configuration; None: nothing was measured."""
     default: Config | None = None
+    """Default configuration, which it is measured against; None: nothing was measured."""
     microseconds: float | None = None
-    """Time of a launch with the best configuration, median."""
+    """Median time of a launch with the best configuration, in microseconds; None: not measured."""
     default_microseconds: float | None = None
+    """Median time of a launch with the default, in microseconds; None: not measured."""
     gigabytes_per_second: float | None = None
-    """Bytes that must move, in that time."""
+    """Rate at which the bytes that must move do so, 10^9 bytes per second; None: not measured."""
     default_gigabytes_per_second: float | None = None
+    """Rate of the default, 10^9 bytes per second; None: not measured."""
     tried: int = 0
-    """Configurations that ran."""
+    """Number of configurations that ran."""
     reason: str = ""
-    """Why there is no measurement."""
+    """Reason why there is no measurement; empty: there is one."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with configurations by name."""
@@ -88,10 +92,10 @@ class Tuning:
         timer: Timer | None = None,
         gpu: str | None = None,
     ) -> None:
-        found = autotune.gpu_of(device)
-        if found is None and (gpu is None or timer is None):
+        detected = autotune.gpu_of(device)
+        if detected is None and (gpu is None or timer is None):
             raise ValueError(f"only a GPU can be tuned for, and {device} is none")
-        self._device, self._timer, self._gpu = device, timer, gpu or found or ""
+        self._device, self._timer, self._gpu = device, timer, gpu or detected or ""
         self._rows: list[tuple[Row, Variant | None]] = []
         """Rows to be, with what is measured for them; None: nothing."""
         seen = set()
@@ -109,11 +113,11 @@ class Tuning:
                     self._rows.append((Row(cls.__name__, storage.name, key.kernel, key.size), variant))
 
     def __len__(self) -> int:
-        """How many rows there will be."""
+        """Number of rows that there will be."""
         return len(self._rows)
 
     def rows(self) -> Iterator[Row]:
-        """Measure, one after the other."""
+        """Measure one phase after the other, and yield a row for each."""
         for row, variant in self._rows:
             yield row if variant is None or row.size is None else self._measured(row, variant, row.size)
 
@@ -139,12 +143,12 @@ class _Variants(Recorder):
     """The phases of a step that have a choice."""
 
     def __init__(self) -> None:
-        self.found: list[Variant] = []
+        self.collected: list[Variant] = []
 
-    def phase(self, phase: Phase, group: Group, launch: Launch, n_earlier: int) -> None:
-        """Keep it, if it has a choice."""
+    def phase(self, phase: Phase, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> None:
+        """Keep a phase, if it has a choice."""
         if isinstance(phase, Apply) and autotune.has_choice(phase, group, launch):
-            self.found.append(autotune.variant_of(phase, group, launch, n_earlier))
+            self.collected.append(autotune.variant_of(phase, group, launch, n_earlier))
 
 
 def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torch.device) -> list[Variant]:
@@ -158,16 +162,16 @@ def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torc
     planner, recording = opt._stepper._planner, _Variants()
     planner.config, planner.record = config.GENERIC, recording
     opt.step()
-    return recording.found
+    return recording.collected
 
 
 def shipped_rows() -> list[dict[str, Any]]:
-    """The default of each architecture."""
-    return [{"gpu": gpu, **found._asdict()} for gpu, found in (("NVIDIA", config.NVIDIA), ("AMD", config.AMD))]
+    """Rows of the defaults, one for each architecture."""
+    return [{"gpu": gpu, **default._asdict()} for gpu, default in (("NVIDIA", config.NVIDIA), ("AMD", config.AMD))]
 
 
 def cached_rows() -> list[dict[str, Any]]:
-    """What the cache on disk has, a row for each GPU, phase and size."""
+    """Rows of what the cache on disk has, one for each GPU, phase and size."""
     return [
         {"gpu": gpu, **key._asdict(), **cache.as_json(entry)}
         for gpu, entries in cache.known().items()

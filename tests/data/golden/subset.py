@@ -26,15 +26,15 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def features(case: Case, optional_kwargs: set[str]) -> set[str]:
-    """What a case exercises, as strings; `optional_kwargs` are those that some case of its optimizer has."""
-    found = {json.dumps([case[key] for key in ("tag", "dtype", "multi_precision", "use_fused_step")])}
-    found |= {f"{name}={case['kwargs'].get(name, 'absent')}" for name in optional_kwargs}
-    found |= {f"flag {flag}" for flag in case.get("flags", [])}
+    """Describe what a case exercises, as strings; `optional_kwargs` are those that some case of its optimizer has."""
+    parts = {json.dumps([case[key] for key in ("tag", "dtype", "multi_precision", "use_fused_step")])}
+    parts |= {f"{name}={case['kwargs'].get(name, 'absent')}" for name in optional_kwargs}
+    parts |= {f"flag {flag}" for flag in case.get("flags", [])}
     for key in ("api", "mult_via", "lr_scheduler", "events", "active", "grad_rows", "param_idx2name"):
-        found.add(f"{key}={json.dumps(case.get(key), sort_keys=True)}")
+        parts.add(f"{key}={json.dumps(case.get(key), sort_keys=True)}")
     if "weight_stype" in case:
-        found.add(f"{case['weight_stype']} weight, lazy_update={case['kwargs'].get('lazy_update')}")
-    return found
+        parts.add(f"{case['weight_stype']} weight, lazy_update={case['kwargs'].get('lazy_update')}")
+    return parts
 
 
 def choose(cases: list[Case], cost: dict[str, int]) -> list[Case]:

@@ -14,7 +14,7 @@ from tests.support.fake_cuda.tensors import CudaTensor
 
 
 class Launches:
-    """What becomes of launches.
+    """Launches on the stand-in's GPUs, which are queued.
 
     Args:
         memory: of the GPUs.

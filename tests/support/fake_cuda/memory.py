@@ -54,7 +54,7 @@ class Block:
             raise GpuError(f"{who} uses {self.size} bytes that were freed before it ran")
 
     def overwrite(self) -> None:
-        """What whoever gets the memory next does to it."""
+        """Overwrite freed memory, as whoever gets it next does."""
         self.bytes.fill_(POISON)
 
     def free(self) -> None:
@@ -89,10 +89,10 @@ class Memory:
         self.taken: dict[int, int] = {}
         """Bytes that are in use, by device."""
         self.peak: dict[int, int] = {}
-        """As many as there ever were."""
+        """Most bytes that were ever allocated at once."""
 
     def allocate(self, n: int, stream: Stream) -> Owner:
-        """So many bytes, for as long as the owner lives; torch.OutOfMemoryError if there is too little."""
+        """Allocate so many bytes, for as long as the owner lives; torch.OutOfMemoryError if there is too little."""
         taken = self.taken.get(stream.device, 0)
         if taken + n > self.capacity:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {n} bytes")
@@ -123,7 +123,7 @@ class Memory:
 
 
 class Owner:
-    """Whoever holds this holds the block: tensors, and views of them."""
+    """Holder of a block: tensors, and views of them, share one."""
 
     def __init__(self, block: Block, memory: Memory) -> None:
         self.block = block

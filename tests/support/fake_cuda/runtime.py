@@ -28,7 +28,7 @@ class FakeCuda:
 
     def __init__(self, n_devices: int = 2, capacity: int = 2**28) -> None:
         self.log: list[str] = []
-        """What ran, in order."""
+        """Names of what ran, in order."""
         self.memory = Memory(capacity)
         self.device = 0
         self.all_streams: list[Stream] = []
@@ -37,18 +37,18 @@ class FakeCuda:
         self._capture_stream = self.new_stream()
 
     def new_stream(self, device: int = 0) -> Stream:
-        """Another stream."""
+        """Make one more stream of a device."""
         made = Stream(device, self.log)
         self.all_streams.append(made)
         return made
 
     def current_stream(self, device: Any = None) -> Stream:
-        """That of a device."""
+        """Current stream of a device."""
         return self.streams[self._index(device)]
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
-        """`torch.cuda.stream`."""
+        """Stand in for `torch.cuda.stream`."""
         before = self.device, self.streams[stream.device]
         self.device, self.streams[stream.device] = stream.device, stream
         yield
@@ -56,7 +56,7 @@ class FakeCuda:
 
     @contextmanager
     def on_device(self, device: Any) -> Iterator[None]:
-        """`torch.cuda.device`."""
+        """Stand in for `torch.cuda.device`."""
         before, self.device = self.device, self._index(device)
         yield
         self.device = before
@@ -83,11 +83,11 @@ class FakeCuda:
             stream.synchronize()
 
     def event(self, enable_timing: bool = False) -> CurrentEvent:
-        """`torch.cuda.Event`."""
+        """Stand in for `torch.cuda.Event`."""
         return CurrentEvent(self)
 
     def _install(self, patch: pytest.MonkeyPatch) -> None:
-        """In place of torch.cuda, and of a compiled Triton."""
+        """Put it in place of torch.cuda, and of a compiled Triton."""
         from triton.runtime import driver, interpreter
 
         from tritopt.engine import plan, walk
@@ -124,11 +124,11 @@ class FakeCuda:
         patch.setattr(interpreter.GridExecutor, "__call__", launches.wrap(interpreter.GridExecutor.__call__))
         patch.setattr(plan, "kernel_device", "cuda")
         # What is in C asks torch for addresses, past what a subclass says of its own.
-        patch.setattr(walk, "_found", [walk.MEANT])
+        patch.setattr(walk, "_chosen", [walk.MEANT])
 
     @contextmanager
     def running(self) -> Iterator[FakeCuda]:
-        """With it in place of torch.cuda, and torch's operations on its GPUs."""
+        """Run what is inside with it in place of torch.cuda, and torch's operations on its GPUs."""
         with ExitStack() as stack:
             self._install(stack.enter_context(pytest.MonkeyPatch.context()))
             stack.enter_context(Operations(self.memory, self.current_stream))

@@ -33,7 +33,7 @@ class Stream:
         self.device = device
         self.cuda_stream = next(_handles)
         self.graph: Graph | None = None
-        """What captures this stream."""
+        """Graph that captures this stream; None: none does."""
         self._log = log
         self._queue: deque[Work] = deque()
         self._n_done = 0
@@ -55,7 +55,7 @@ class Stream:
         return lambda: self._run_until(end)
 
     def wait_stream(self, other: Stream) -> None:
-        """As torch's: what is queued from now on runs after all that is queued on the other stream now."""
+        """Let what is queued from now on run after all that is queued on the other stream now, as torch's does."""
         self.queue_uncaptured("wait", other.mark())
 
     def keep(self, tensor: Any) -> None:
@@ -102,7 +102,7 @@ class Event:
 
 
 class Graph:
-    """What was captured. It owns the memory that was allocated meanwhile, and keeps alive nothing else."""
+    """Work that was captured. It owns the memory that was allocated meanwhile, and keeps alive nothing else."""
 
     def __init__(self) -> None:
         self.works: list[Work] = []

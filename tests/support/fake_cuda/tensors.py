@@ -46,20 +46,20 @@ class CudaTensor(torch.Tensor):
         return made
 
     def data_ptr(self) -> int:
-        """Its address, in the memory of this process."""
+        """Address in the memory of this process."""
         return self.here.data_ptr()
 
     def record_stream(self, stream: Any) -> None:
-        """As torch's: freed memory waits for what this stream has queued by then."""
+        """Let freed memory wait for what this stream has queued by then, as torch's does."""
         self.owner.block.users.append(stream)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Its kind; its numbers would have to be waited for."""
+        """Name the kind of tensor; its numbers would have to be waited for."""
         return f"CudaTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Those that need a torch with CUDA, or know no subclasses, are made here."""
+        """Make here what needs a torch with CUDA, or knows no subclasses."""
         instead = _MADE_HERE.get(func)
         if instead is not None:
             operations = next(x for x in args if isinstance(x, CudaTensor)).operations
@@ -71,13 +71,13 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Queue it."""
+        """Queue an operation."""
         flat, _ = tree_flatten((args, kwargs))
         return next(x for x in flat if isinstance(x, CudaTensor)).operations.run(func, args, kwargs or {})
 
 
 class Operations(TorchDispatchMode):
-    """What becomes of torch's operations, those that make tensors on a GPU included.
+    """torch's operations on the stand-in's GPUs, those that make tensors included.
 
     Args:
         memory: of the GPUs.
@@ -97,7 +97,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """One operation."""
+        """Run one operation."""
         flat, spec = tree_flatten((args, kwargs))
         tensors = [x for x in flat if isinstance(x, CudaTensor)]
         if func is aten.copy_.default:
@@ -116,8 +116,8 @@ class Operations(TorchDispatchMode):
                 self._stream_of(tensor.device.index).synchronize()
             return _call(func, [_here(x) for x in flat], spec)
         if func.is_view:
-            found = _call(func, [_here(x) for x in flat], spec)
-            return tree_map(lambda x: CudaTensor(x, tensors[0].owner, self), found)
+            result = _call(func, [_here(x) for x in flat], spec)
+            return tree_map(lambda x: CudaTensor(x, tensors[0].owner, self), result)
         _check_devices(func, flat)
         return self._queued(str(func), func, flat, spec, tensors)
 
@@ -128,13 +128,13 @@ class Operations(TorchDispatchMode):
         return CudaTensor(owner.block.tensor(like.shape, like.stride(), like.dtype), owner, self)
 
     def get_item(self, tensor: CudaTensor, index: Any) -> Any:
-        """`tensor[index]`."""
+        """Stand in for `tensor[index]`."""
         if not any(isinstance(x, torch.Tensor) for x in _parts(index)):
             return CudaTensor(tensor.here[index], tensor.owner, self)
         return aten.index.Tensor(tensor, _parts(index))
 
     def set_item(self, tensor: torch.Tensor, index: Any, value: Any) -> None:
-        """`tensor[index] = value`."""
+        """Stand in for `tensor[index] = value`."""
         if any(isinstance(x, torch.Tensor) for x in _parts(index)):
             values = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=tensor.dtype, device=CPU)
             aten.index_put_.default(tensor, _parts(index), values)
@@ -144,11 +144,11 @@ class Operations(TorchDispatchMode):
             tensor[index].fill_(value)
 
     def to_list(self, tensor: CudaTensor) -> Any:
-        """`tensor.tolist()`."""
+        """Stand in for `tensor.tolist()`."""
         return tensor.cpu().tolist()
 
     def invert(self, tensor: CudaTensor) -> Any:
-        """`~tensor`."""
+        """Stand in for `~tensor`."""
         return aten.bitwise_not.default(tensor)
 
     def copy_into(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -172,7 +172,7 @@ class Operations(TorchDispatchMode):
         return target
 
     def _made(self, func: Any, flat: list[Any], spec: Any) -> CudaTensor:
-        """What a factory makes."""
+        """Return what a factory makes."""
         device = next(x for x in flat if _is_gpu(x))
         value = _call(func, [CPU if x is device else x for x in flat], spec)
         stream = self._stream_of(device.index)
@@ -189,7 +189,8 @@ class Operations(TorchDispatchMode):
         return self.copy_into(self.new(source, self._stream_of(device.index)), source, non_blocking)
 
     def _upload(self, host: torch.Tensor, target: CudaTensor, stream: Stream, non_blocking: bool) -> None:
-        """From pinned memory when the stream gets there; from other memory as it is now, since torch waits for that."""
+        """Copy from pinned memory when the stream gets there; from other memory as it is now, since torch waits for
+        that."""
         pinned = self._memory.at(host.data_ptr(), None) if non_blocking else None
         if pinned is None:
             if stream.graph is not None and host.dim():
@@ -255,7 +256,7 @@ class Factories(TorchFunctionMode):
         self._memory = memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Those that make tensors out of numbers, or in pinned memory."""
+        """Make here what makes tensors out of numbers, or in pinned memory."""
         kwargs = kwargs or {}
         if func is torch.tensor and _is_gpu(device := torch.device(kwargs.get("device") or CPU)):
             return torch.tensor(*args, **{**kwargs, "device": CPU}).to(device)
@@ -265,7 +266,7 @@ class Factories(TorchFunctionMode):
 
 
 def _resolved(device: torch.device, stream_of: Callable[[int | None], Stream]) -> torch.device:
-    """With an index, if it is a GPU."""
+    """Device with an index, if it is a GPU."""
     return torch.device("cuda", stream_of(device.index).device) if device.type == "cuda" else device
 
 

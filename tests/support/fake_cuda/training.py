@@ -46,7 +46,7 @@ class Training:
             param.grad = grad * 1 if is_present else None
 
     def step(self, number: int, present: Collection[int] | None = None) -> None:
-        """One step."""
+        """Make one step."""
         self.set_grads(number, present)
         self.opt.step()
 
@@ -54,14 +54,14 @@ class Training:
         """Weights, states and the gradients' norm."""
         states = [value for param in self.params for value in self.opt.state[param].values()]
         norm = self.opt.grad_norm
-        found = [*self.params, *states, *([] if norm is None else [norm])]
-        return [tensor.detach().cpu().clone() for tensor in found if isinstance(tensor, torch.Tensor)]
+        values = [*self.params, *states, *([] if norm is None else [norm])]
+        return [tensor.detach().cpu().clone() for tensor in values if isinstance(tensor, torch.Tensor)]
 
 
 def on_cpu(
     cls: type[optim.Optimizer], steps: Sequence[Collection[int] | None], dtype: torch.dtype, **options: Any
 ) -> list[torch.Tensor]:
-    """What steps with gradients at these positions come to."""
+    """Weights that steps with gradients at these positions come to on the CPU."""
     training = Training(cls, ["cpu"], dtype, **options)
     for number, present in enumerate(steps):
         training.step(number, present)
@@ -73,9 +73,9 @@ def numbers(shape: Sequence[int], seed: int) -> torch.Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
-    """Bit by bit."""
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+def assert_same(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Assert that tensors are equal bit by bit."""
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

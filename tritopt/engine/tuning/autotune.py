@@ -1,4 +1,4 @@
-"""Which launch configuration a phase gets: the best known one for this GPU, measured if that is asked for.
+"""Choice of a phase's launch configuration: the best known one for this GPU, measured if that is asked for.
 
 Measuring runs the phase on scratch tensors, stored as the user's are and about as many, never on the user's: a kernel
 that updates in place would update them once for every run. Only elementwise phases have a choice, and what they compute
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from tritopt.engine.device import is_capturing
-from tritopt.engine.group import Group, on_device_of, upload_table
-from tritopt.engine.phase import Launch, Tunable
+from tritopt.engine.group import LaunchGroup, on_device_of, upload_table
+from tritopt.engine.phase import LaunchSpec, Tunable
 from tritopt.engine.tuning import cache
 from tritopt.engine.tuning.cache import Entry, Key
 from tritopt.engine.tuning.config import GENERIC, Config, default_of, size_of
@@ -33,17 +33,17 @@ Timer: TypeAlias = Callable[[Callable[[], object], float], float]
 """Takes what to run and how many seconds it may take; returns seconds per run."""
 
 MEASURE_SECONDS = 0.125
-"""Seconds of running kernels, per configuration."""
+"""Time for running the kernel with one configuration, in seconds."""
 VARIANT_SECONDS = 60.0
-"""Seconds with compiling, after which no configuration is begun."""
+"""Time budget for one variant in seconds, compiling included: after it no further configuration is begun."""
 SHARE_OF_MEMORY = 0.25
-"""Share of what is free that scratch may take."""
+"""Share of the device's free memory that scratch tensors may take, 0 to 1."""
 GAIN = 0.98
 """A configuration must take less than this share of the best one's time so far: noise is to change nothing."""
 _ALIGN = 1024
-"""Elements, that scratch tensors begin at a multiple of: 16 bytes also of scales, which 64 elements share."""
+"""Alignment of scratch tensors in elements: 16 bytes also of scales, which 64 elements share."""
 _SMALL = 1000
-"""Elements of small scratch tensors: no multiple of anything, as biases and norms are."""
+"""Size of small scratch tensors in elements: no multiple of anything, as sizes of biases and norms are."""
 _SCALAR = 2.0**-10
 """The scratch tensors' learning rate, epsilon and so on: nothing overflows in thousands of steps."""
 
@@ -65,11 +65,11 @@ class Variant(NamedTuple):
     phase: Tunable
     formats: tuple[Format, ...]
     dtypes: tuple[torch.dtype, ...]
-    launch: Launch
+    launch: LaunchSpec
     source: str
     """Hash of all source that decides its kernel."""
     n_earlier: int
-    """Sums per tensor that it receives."""
+    """Number of sums per tensor that the phase receives."""
 
     def key(self, size: int) -> Key:
         """Key under which the cache keeps a configuration of this variant."""
@@ -102,16 +102,16 @@ class Variant(NamedTuple):
         return [*planes[0], 1.0, *(n for state in planes[1:] for n in state)]
 
 
-def variant_of(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Variant:
+def variant_of(phase: Tunable, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> Variant:
     """The phase as it is launched for this group."""
     return Variant(phase, group.formats, group.dtypes, launch, phase.source(group, launch, n_earlier), n_earlier)
 
 
-def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Config:
+def choose(phase: Tunable, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> Config:
     """The configuration for a phase of a group, before `config.adapted`. The same while this process lives.
 
-    What this process has chosen before, else what the cache on disk has, else what `tune` finds if TRITOPT_AUTOTUNE=1,
-    else the default. `n_earlier`: as `Variant` has it.
+    It is what this process has chosen before, else what the cache on disk has, else what `tune` finds if
+    TRITOPT_AUTOTUNE=1, else the default. `n_earlier`: as `Variant` has it.
     """
     wanted = is_enabled()
     gpu = gpu_of(group.device)
@@ -123,11 +123,11 @@ def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Conf
     with _LOCK:
         place = (group.device, key)
         if place not in _CHOSEN:
-            found = cache.read(gpu).get(key)
-            if found is None and wanted and is_capturing(group.device):
+            cached = cache.read(gpu).get(key)
+            if cached is None and wanted and is_capturing(group.device):
                 return default_of(size)  # what is met again outside of the capture may still be tuned
-            _CHOSEN[place] = default_of(size) if found is None else found.config
-            if found is None and wanted:
+            _CHOSEN[place] = default_of(size) if cached is None else cached.config
+            if cached is None and wanted:
                 try:
                     tuned = tune(variant, size, group.device)
                 except Exception as error:
@@ -139,7 +139,7 @@ def choose(phase: Tunable, group: Group, launch: Launch, n_earlier: int) -> Conf
         return _CHOSEN[place]
 
 
-def has_choice(phase: Tunable, group: Group, launch: Launch) -> bool:
+def has_choice(phase: Tunable, group: LaunchGroup, launch: LaunchSpec) -> bool:
     """Whether the configuration changes nothing that is computed, and is worth a measurement."""
     # A gradient of some rows has their numbers behind it: small, and never twice alike.
     return not phase.n_sums and launch.tracked is None and not group.has_rows
@@ -159,9 +159,9 @@ class Tuned(NamedTuple):
 
     entry: Entry
     bytes_moved: float
-    """Bytes that a launch must move."""
+    """Bytes that a launch over the scratch tensors must move."""
     tried: int
-    """Configurations that ran."""
+    """Number of configurations that ran."""
 
 
 def event_median(run: Callable[[], object], seconds: float) -> float:
@@ -193,7 +193,7 @@ def tune(variant: Variant, size: int, device: torch.device, timer: Timer | None 
             except torch.OutOfMemoryError:
                 raise
             except Exception:
-                # Of a configuration that asks for too much of the GPU, whatever type this has in this Triton.
+                # A configuration may ask for too much of the GPU: which error says so differs between Tritons.
                 if config == default:
                     raise
                 continue
@@ -273,7 +273,7 @@ class Scratch:
         if variant.launch.draws:
             self._scalars[0, -1] = 1.0  # the step
         scalar = torch.ones((), device=device, dtype=torch.float64)
-        self._launch = Launch(
+        self._launch = LaunchSpec(
             variant.launch.phases,
             variant.launch.scalars,
             variant.launch.preamble,
@@ -285,11 +285,11 @@ class Scratch:
         n_sums = variant.n_earlier
         self._sums = torch.ones(len(lengths), n_sums, dtype=torch.float64, device=device) if n_sums else None
         noise = [(i, 0, 0, 0) for i in range(len(lengths))]
-        self._group = Group(list(range(len(lengths))), device, variant.formats, variant.dtypes, shapes, noise)
+        self._group = LaunchGroup(list(range(len(lengths))), device, variant.formats, variant.dtypes, shapes, noise)
         upload_table(self._group, self._words, self._scalars)
 
     def launch(self, config: Config) -> None:
-        """The phase, over all of them."""
+        """Launch the phase over all scratch tensors with this configuration."""
         with on_device_of(self._group):
             self._variant.phase.launch(self._group, self._launch._replace(config=config), self._sums)
 
@@ -310,7 +310,7 @@ class Scratch:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that is free."""
+    """Free memory of the device, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

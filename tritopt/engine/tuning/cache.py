@@ -29,16 +29,16 @@ class Key(NamedTuple):
     """Circumstances that a configuration was measured for, beside the GPU."""
 
     kernel: str
-    """The update function."""
+    """Name of the update function."""
     preamble: str
     formats: tuple[str, ...]
-    """Names, of the weight and of each state."""
+    """Names of the formats of the weight and of each state."""
     dtypes: tuple[str, ...]
     """Dtypes of the weight's planes, of the gradient and of the states' planes, in this order."""
     size: int
-    """Elements of the list, as `config.size_of` has them."""
+    """Size of the list in elements, as `config.size_of` has it."""
     triton: str
-    """Version."""
+    """Version of Triton that compiled the kernel."""
     source: str
     """Hash of the kernel's source: a changed kernel is another one."""
 
@@ -48,15 +48,15 @@ class Entry(NamedTuple):
 
     config: Config
     microseconds: float
-    """A launch with it on tensors of this size, median."""
+    """Median time of a launch with it on tensors of this size, in microseconds."""
     default: Config
     default_microseconds: float
     measured: str
-    """Date, and version of torch."""
+    """Date of the measurement, and version of torch."""
 
 
 def folder() -> Path | None:
-    """Where the files are: TRITOPT_CACHE_DIR, else "tritopt" in the user's cache folder; None without a home."""
+    """Folder of the files: TRITOPT_CACHE_DIR, else "tritopt" in the user's cache folder; None without a home."""
     if chosen := os.environ.get("TRITOPT_CACHE_DIR"):
         return Path(os.path.expanduser(chosen))
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -74,10 +74,10 @@ def files() -> list[Path]:
 
 def clear() -> list[Path]:
     """Delete the files of all GPUs, and return which they were; OSError if one cannot be deleted."""
-    found = files()
-    for path in found:
+    paths = files()
+    for path in paths:
         path.unlink(missing_ok=True)
-    return found
+    return paths
 
 
 def path_of(gpu: str) -> Path | None:
@@ -87,19 +87,19 @@ def path_of(gpu: str) -> Path | None:
 
 
 def read(gpu: str) -> dict[Key, Entry]:
-    """What is known for a GPU, as its file has it now."""
+    """Entries for a GPU, as its file has them now."""
     path = path_of(gpu)
-    found, entries = (gpu, {}) if path is None else _contents(path)
-    return entries if found == gpu else {}
+    cached_gpu, entries = (gpu, {}) if path is None else _contents(path)
+    return entries if cached_gpu == gpu else {}
 
 
 def known() -> dict[str, dict[Key, Entry]]:
-    """What the files have, by name of the GPU."""
+    """Entries of all files, by name of the GPU."""
     return {gpu: entries for gpu, entries in map(_contents, files()) if entries}
 
 
 def put(gpu: str, key: Key, entry: Entry) -> None:
-    """Keep it in the GPU's file, beside what others have written there meanwhile."""
+    """Keep an entry in the GPU's file, beside what others have written there meanwhile."""
     path = path_of(gpu)
     try:
         if path is None:

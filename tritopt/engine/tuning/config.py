@@ -1,4 +1,4 @@
-"""How the driver is launched: block and chunk sizes, warps; the defaults, and what is allowed.
+"""Launch configurations of the driver: block and chunk sizes, warps; the defaults, and what is allowed.
 
 A block is what a program holds in registers at a time, a chunk all that one program does. No configuration changes what
 an elementwise phase computes. A phase that sums (norms, telemetry) adds in an order that block, chunk and warps decide,

@@ -1,4 +1,4 @@
-"""What an optimizer keeps per parameter as a single number: the step, and for NAdam a product."""
+"""Numbers that an optimizer keeps per parameter: the step, and for NAdam a product."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class ScalarStates:
         self._exact = torch.empty(0, dtype=torch.float64, device=CPU)
         """Steps, fp64 [parameters]; where the vector has another number, somebody wrote that."""
         self._tensors: list[dict[str, torch.Tensor]] = []
-        """Of each parameter, those in its state."""
+        """Tensors in the state of each parameter, by name of the number."""
         self._taken: set[int] = set()
         """Positions of parameters that had a state when numbers were bound, or got one since."""
         self._elsewhere: list[tuple[str, int, torch.Tensor]] = []
         """Tensors in shared memory, with their names and positions."""
         self._places: Recent[torch.Tensor | slice] = Recent()
         self._of_lists: dict[int, tuple[Sequence[int], torch.Tensor | slice]] = {}
-        """By `id` of lists, which are kept and must not change."""
+        """Places by `id` of lists of positions, which are kept and must not change."""
 
     @property
     def is_shared(self) -> bool:
@@ -154,14 +154,14 @@ class ScalarStates:
     def shared(self, positions: Sequence[int]) -> list[float] | None:
         """The numbers of these parameters, where all have the same; on the CPU, after steps were advanced."""
         at = self._at(positions)
-        found = []
+        common = []
         for name, vector in self._vectors.items():
             values = (self._exact if name == "step" else vector).numpy()
-            some = values[at] if isinstance(at, slice) else values[at.numpy()]
-            if not (some == some[0]).all():
+            own = values[at] if isinstance(at, slice) else values[at.numpy()]
+            if not (own == own[0]).all():
                 return None
-            found.append(float(some[0]))
-        return found
+            common.append(float(own[0]))
+        return common
 
     def tensors(self) -> list[torch.Tensor]:
         """All that steps read and write on the device."""

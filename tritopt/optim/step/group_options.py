@@ -1,4 +1,4 @@
-"""What the param_groups say, read again only where it has changed."""
+"""Options of param_groups, read again only where they have changed."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ _SETTLED = (float, int, bool, str, torch.dtype, type(None))
 _LISTS = ("params", "param_names")
 
 
-class Hyper(NamedTuple):
-    """One group's."""
+class GroupOptions(NamedTuple):
+    """Options of one param_group, as a step needs them."""
 
     rate: Number
-    """fp64 [] where it is read on the device."""
+    """Learning rate; a tensor, fp64 [], where it is read on the device."""
     common: tuple[float, float, float]
-    """Rescale, clip bound, decay."""
+    """Rescale (-1 to maximize), clip bound (inf: none), weight decay."""
     rule: Rule
-    way: tuple[Any, ...]
-    """What decides how the step is made."""
+    build_key: tuple[Any, ...]
+    """(fused, differentiable, multi_precision, master, state_dtype): a step is built again where these change."""
     on_device: bool
-    """Whether its scalars are formed there."""
+    """Whether scalars are formed on the device, from a learning rate or steps that live there."""
 
 
-class Hypers:
-    """Of some param_groups."""
+class OptionsByGroup:
+    """Options of some param_groups, with numbers that tell whether they have changed."""
 
     def __init__(self) -> None:
         self.groups: list[dict[str, Any]] = []
         self.lists: list[list[torch.Tensor]] = []
-        """Their parameters."""
+        """Lists of the groups' parameters."""
         self.rates: dict[int, Number] = {}
-        """By `id` of the group."""
+        """Learning rates by `id` of the group."""
         self.on_device = False
-        self.generation = 0
-        """Counts the changes, but for those of rates that are read on the device."""
-        self.kinds = 0
-        """Likewise, but for those of any rates."""
-        self._hypers: list[Hyper] = []
+        self.version = 0
+        """Incremented by any change except of learning rates that are read on the device."""
+        self.structure_version = 0
+        """Incremented by changes other than of learning rates."""
+        self._of_groups: list[GroupOptions] = []
         self._values: list[tuple[Any, ...]] = []
         self._unsettled: list[int] = []
         self._walk = walk()
@@ -58,29 +58,29 @@ class Hypers:
         """Take up what has changed. ValueError for values out of range; then nothing is taken up."""
         groups = list(groups)
         if not self._walk.same(groups, self.groups):
-            hypers = [_hyper(opt, group) for group in groups]
+            options = [_options_of(opt, group) for group in groups]
             self._unsettled = [i for i, group in enumerate(groups) if not _is_settled(group)]
             self._values = [_items(group) for group in groups]
             self.groups = groups
-            self._take(hypers)
+            self._take(options)
             # Equal or not: what was derived knows the groups by their identity.
-            self.generation += 1
-            self.kinds += 1
+            self.version += 1
+            self.structure_version += 1
             return
         moved = self._walk.changed(groups, self._values)
         if not self._unsettled and (not moved or self._takes_rates(moved)):
             return
-        hypers, unsettled = list(self._hypers), set(self._unsettled)
+        options, unsettled = list(self._of_groups), set(self._unsettled)
         for i in {*moved, *unsettled}:
-            hypers[i] = _hyper(opt, groups[i])
+            options[i] = _options_of(opt, groups[i])
         for i in moved:
             self._values[i] = _items(groups[i])
             (unsettled.discard if _is_settled(groups[i]) else unsettled.add)(i)
         self._unsettled = sorted(unsettled)
-        self._take(hypers)
+        self._take(options)
 
     def _takes_rates(self, moved: Sequence[int]) -> bool:
-        """What a scheduler does to all groups in each step. False if more than rates is new; then nothing is taken."""
+        """Take up new learning rates, which a scheduler sets in each step. False, and nothing taken, if more is new."""
         taken = []
         for i in moved:
             group = self.groups[i]
@@ -96,26 +96,26 @@ class Hypers:
             taken.append((i, values, lr))
         for i, values, lr in taken:
             self._values[i] = values
-            old = self._hypers[i]
+            old = self._of_groups[i]
             if lr != old.rate:
-                self._hypers[i] = Hyper(lr, *old[1:])
+                self._of_groups[i] = GroupOptions(lr, *old[1:])
                 self.rates[id(self.groups[i])] = lr
-                self.generation += 1
+                self.version += 1
         return True
 
-    def of(self, group: dict[str, Any]) -> Hyper:
-        """Of one of the groups."""
-        return self._hypers[self._places[id(group)]]
+    def of(self, group: dict[str, Any]) -> GroupOptions:
+        """Options of one of the groups."""
+        return self._of_groups[self._places[id(group)]]
 
-    def _take(self, hypers: list[Hyper]) -> None:
-        is_same = len(hypers) == len(self._hypers) and all(map(_agree, hypers, self._hypers))
-        self._hypers = hypers
+    def _take(self, options: list[GroupOptions]) -> None:
+        is_same = len(options) == len(self._of_groups) and all(map(_agree, options, self._of_groups))
+        self._of_groups = options
         self._places = {id(group): i for i, group in enumerate(self.groups)}
         self.lists = [group["params"] for group in self.groups]
-        self.rates = {id(group): hyper.rate for group, hyper in zip(self.groups, hypers, strict=True)}
-        self.on_device = any(hyper.on_device for hyper in hypers)
-        self.generation += not is_same
-        self.kinds += not is_same
+        self.rates = {id(group): of_group.rate for group, of_group in zip(self.groups, options, strict=True)}
+        self.on_device = any(of_group.on_device for of_group in options)
+        self.version += not is_same
+        self.structure_version += not is_same
 
 
 def _items(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -123,7 +123,7 @@ def _items(group: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(chain.from_iterable(group.items()))
 
 
-def _agree(a: Hyper, b: Hyper) -> bool:
+def _agree(a: GroupOptions, b: GroupOptions) -> bool:
     if a[1:] != b[1:] or isinstance(a.rate, torch.Tensor) != isinstance(b.rate, torch.Tensor):
         return False
     return isinstance(a.rate, torch.Tensor) or a.rate == b.rate
@@ -140,7 +140,7 @@ def _refuse_derivatives(group: dict[str, Any]) -> None:
                 )
 
 
-def _hyper(opt: Owner, group: dict[str, Any]) -> Hyper:
+def _options_of(opt: Owner, group: dict[str, Any]) -> GroupOptions:
     opt.check_group(group)
     if group.get("differentiable"):
         _refuse_derivatives(group)
@@ -148,11 +148,12 @@ def _hyper(opt: Owner, group: dict[str, Any]) -> Hyper:
     bound = validate.bound_or(group["clip_value"], math.inf) if rule.clips else math.inf
     common = (-1.0 if group.get("maximize") else 1.0, bound, float(group.get("weight_decay", 0.0)))
     choice = group["state_dtype"]
-    way = (
-        *map(group.get, ("fused", "differentiable", "multi_precision", "master")),
+    build_key = (
+        *map(group.get, ("fused", "differentiable", "multi_precision", "master", "algorithm", "in_norm")),
         tuple(choice.items()) if isinstance(choice, dict) else choice,
+        bound < math.inf,
     )
-    return Hyper(rate(group), common, rule, way, bool(group["capturable"] or lives_on_device(group["lr"])))
+    return GroupOptions(rate(group), common, rule, build_key, bool(group["capturable"] or lives_on_device(group["lr"])))
 
 
 def _is_settled(group: dict[str, Any]) -> bool:

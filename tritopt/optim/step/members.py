@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,10 +10,13 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.engine.phase import Launch
+from tritopt.engine.matrix_phase import ApplyMatrices
+from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import unavailable
 from tritopt.engine.row_phase import ApplyRows
+from tritopt.kernels.preambles import without_clip
 from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
+from tritopt.optim.exchange import Exchange
 from tritopt.optim.layout import Layout
 from tritopt.optim.step.owner import Owner
 from tritopt.rule import Rule
@@ -24,9 +28,9 @@ class Member(NamedTuple):
     """A parameter that has a gradient in this step."""
 
     position: int
-    """Among all parameters of the optimizer."""
+    """Position among all parameters of the optimizer."""
     name: Hashable
-    """From named parameters, otherwise the position."""
+    """Name, where parameters are named; otherwise the position."""
     param: torch.Tensor
     grad: torch.Tensor
     group: dict[str, Any]
@@ -36,7 +40,7 @@ class Member(NamedTuple):
     """Whether sums over a sharded tensor are left to DTensor's operations, because no launch completes them."""
 
     def part(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What of the parameter, its gradient or a state takes part in the step here."""
+        """Part of a tensor (the parameter, its gradient or a state) that takes part in the step here."""
         return tensor if self.needs_whole else local(tensor)
 
 
@@ -44,13 +48,15 @@ def member_of(
     opt: Owner, position: int, name: Hashable, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any],
     rule: Rule,
 ) -> Member:  # fmt: skip
-    """A parameter of a group with this rule."""
-    layout = opt.layouts.of(param, group, rule)
+    """Make the member for a parameter of a group with this rule."""
+    layout = opt.of_class(group).layouts.of(param, group, rule)
     return Member(position, name, param, grad, group, rule, layout, _needs_whole(param, group, rule))
 
 
 def _needs_whole(param: torch.Tensor, group: dict[str, Any], rule: Rule) -> bool:
     if not is_sharded(param) or not any(phase.sums_elements for phase in rule.phases):
+        return False
+    if all(isinstance(phase, ApplyMatrices) for phase in rule.phases):
         return False
     if all(isinstance(phase, ApplyRows) for phase in rule.phases) and has_whole_rows(param):
         return False
@@ -58,30 +64,51 @@ def _needs_whole(param: torch.Tensor, group: dict[str, Any], rule: Rule) -> bool
     return not (has_kernel and group["fused"] is not False and unavailable(local(param)) is None)
 
 
-class Bucket(NamedTuple):
-    """What one launch updates, or the reference."""
+def is_in_norm(member: Member) -> bool:
+    """Whether its gradient counts in the global norm, and is clipped by it."""
+    return bool(member.group.get("in_norm", True))
+
+
+class LaunchPlan(NamedTuple):
+    """Members that one launch updates, or the reference one after the other."""
 
     key: Hashable
-    runs: list[list[Member]]
-    """Its members, those of one param_group together."""
+    """Phases, preamble, device, whether a kernel runs, and whether storing draws: what members have in common."""
+    by_group: list[list[Member]]
+    """The members, those of one param_group in a list of their own, in the order of `places`."""
     places: list[int]
-    """Of its members among all."""
+    """Places of the members among all members of the step."""
     is_fused: bool
     draws: bool
-    """Whether its weights' format takes random bits."""
+    """Whether storing weights or states takes random bits."""
     device: torch.device
+    """Device of the members' parts."""
+
+    @property
+    def is_in_norm(self) -> bool:
+        """Whether its members' gradients are clipped by the global norm."""
+        return is_in_norm(self.by_group[0][0])
 
 
-def launch_for(bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]) -> Launch:
-    """A bucket's launch, but for what comes with each step."""
-    members = [member for some in bucket.runs for member in some]
+def launch_for(
+    plan: LaunchPlan, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]
+) -> LaunchSpec:
+    """Launch of a plan, without what comes with each step: rescale, noop and telemetry."""
+    members = [member for members in plan.by_group for member in members]
     rule = members[0].rule
-    sums = shard_sums(bucket.key, members) if any(phase.sums_elements for phase in rule.phases) else None
-    return Launch(rule.phases, scalars, rule.preamble, draws=bucket.draws, reduce=sums or None)
+    sums = shard_sums(plan.key, members) if any(phase.sums_elements for phase in rule.phases) else None
+    exchange = None
+    for phase in rule.phases:
+        if isinstance(phase, ApplyMatrices) and any(is_sharded(member.param) for member in members):
+            exchange = Exchange([member.param for member in members], phase.cut, phase.iteration)
+    bounds = (validate.bound_or(each[0].group["clip_value"], math.inf) for each in plan.by_group)
+    clips = rule.clips and any(bound < math.inf for bound in bounds)
+    preamble = rule.preamble if clips else without_clip(rule.preamble)
+    return LaunchSpec(rule.phases, scalars, preamble, draws=plan.draws, reduce=sums or None, exchange=exchange)
 
 
-class Only(NamedTuple):
-    """The one parameter that a step is for: the gradients of others are not final yet."""
+class SingleParameter(NamedTuple):
+    """The only parameter that a step is for, as its gradient is released; those of others are not final yet."""
 
     position: int
     name: Hashable
@@ -89,32 +116,34 @@ class Only(NamedTuple):
     group: dict[str, Any]
 
 
-def groups_of(opt: Owner, only: Only | None) -> list[dict[str, Any]]:
-    """The param_groups that a step looks at."""
-    return opt.param_groups if only is None else [only.group]
+def groups_of(opt: Owner, single: SingleParameter | None) -> list[dict[str, Any]]:
+    """The param_groups that a step looks at: all, or that of the single parameter."""
+    return opt.param_groups if single is None else [single.group]
 
 
-def params_of(opt: Owner, only: Only | None) -> list[torch.Tensor]:
-    """The parameters that a step looks at."""
-    if only is not None:
-        return [only.param]
+def params_of(opt: Owner, single: SingleParameter | None) -> list[torch.Tensor]:
+    """The parameters that a step looks at: all, or the single one."""
+    if single is not None:
+        return [single.param]
     return [param for group in opt.param_groups for param in group["params"]]
 
 
 def names_of(opt: Owner) -> list[Hashable]:
-    """Of all parameters: their names where they have some, else their positions."""
-    found: list[Hashable] = []
+    """Names of all parameters; positions of those in groups without names."""
+    names: list[Hashable] = []
     for group in opt.param_groups:
-        found.extend(group.get("param_names") or range(len(found), len(found) + len(group["params"])))
-    return found
+        names.extend(group.get("param_names") or range(len(names), len(names) + len(group["params"])))
+    return names
 
 
-def members_of(opt: Owner, only: Only | None = None) -> list[Member]:
-    """All parameters that have a gradient, or the only one."""
-    if only is not None:
-        assert only.param.grad is not None
-        grad = aligned(only.param.grad, only.param)
-        return [member_of(opt, only.position, only.name, only.param, grad, only.group, opt.rule_of(only.group))]
+def members_of(opt: Owner, single: SingleParameter | None = None) -> list[Member]:
+    """Members for all parameters that have a gradient, or for the single one."""
+    if single is not None:
+        assert single.param.grad is not None
+        grad = aligned(single.param.grad, single.param)
+        return [
+            member_of(opt, single.position, single.name, single.param, grad, single.group, opt.rule_of(single.group))
+        ]
     members, position = [], 0
     for group in opt.param_groups:
         rule, names = opt.rule_of(group), group.get("param_names")
@@ -127,18 +156,18 @@ def members_of(opt: Owner, only: Only | None = None) -> list[Member]:
     return members
 
 
-def same_group(members: Sequence[Member], each: bool = False) -> list[list[Member]]:
-    """Runs of members of one param_group; each by itself if wanted."""
-    runs: list[list[Member]] = []
+def split_by_group(members: Sequence[Member], each: bool = False) -> list[list[Member]]:
+    """Lists of consecutive members that share a param_group. each: a list for every member."""
+    by_group: list[list[Member]] = []
     for member in members:
-        if each or not runs or runs[-1][0].group is not member.group:
-            runs.append([])
-        runs[-1].append(member)
-    return runs
+        if each or not by_group or by_group[-1][0].group is not member.group:
+            by_group.append([])
+        by_group[-1].append(member)
+    return by_group
 
 
 def lives_on_device(lr: Any) -> bool:
-    """Whether reading it would wait for a device."""
+    """Whether reading a learning rate would wait for a device."""
     return isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
 
 

@@ -1,4 +1,4 @@
-"""The optimizer, as a step asks it."""
+"""The optimizer, as a step sees it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Owner(Protocol):
 
     param_groups: list[dict[str, Any]]
     state: Any
-    """Dicts by parameter."""
+    """States, dicts by parameter."""
     layouts: Layouts
     max_grad_norm: float | None
     rounding_seed: int
@@ -23,6 +23,14 @@ class Owner(Protocol):
 
     def rule_of(self, group: dict[str, Any]) -> Rule:
         """The rule with a group's hyperparameters."""
+        ...
+
+    def of_class(self, group: dict[str, Any]) -> Owner:
+        """An optimizer of the class that a group's parameters follow."""
+        ...
+
+    def first_count(self, state: dict[str, Any]) -> float:
+        """Steps that a state stands for which does not show them."""
         ...
 
     def layout_of(self, param: torch.Tensor, group: dict[str, Any]) -> Layout:
@@ -34,5 +42,5 @@ class Owner(Protocol):
         ...
 
     def sparse_error_of(self, group: dict[str, Any]) -> str | None:
-        """Why a group's parameters take no sparse gradients; None: they do."""
+        """Reason why a group's parameters take no sparse gradients; None: they do."""
         ...

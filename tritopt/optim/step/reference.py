@@ -3,28 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
+from typing import TypeAlias
 
-from tritopt.engine.group import Rows
-from tritopt.engine.phase import Launch
+import torch
+
+from tritopt.engine.group import ScalarTable
+from tritopt.engine.matrix_phase import ApplyMatrices
+from tritopt.engine.phase import Exchange, LaunchSpec
 from tritopt.engine.plan import Task
 from tritopt.kernels.twins.random import Noise
 from tritopt.optim import distributed
 from tritopt.optim.step.members import Member
 from tritopt.optim.step.undo import Undo
+from tritopt.rule import apply_together
+
+Update: TypeAlias = Generator[torch.Tensor, torch.Tensor, None]
 
 
 def update_by_reference(
-    members: Sequence[Member], tasks: Sequence[Task], rows: Rows, launch: Launch, undo: Undo
+    members: Sequence[Member], tasks: Sequence[Task], table: ScalarTable, launch: LaunchSpec, undo: Undo
 ) -> None:
-    """Update these parameters in PyTorch."""
-    values, end = rows.values.tolist(), launch.n_scalars - launch.draws
+    """Update these parameters in PyTorch, one after the other; those that hand out directions in batches."""
+    values, end = table.values.tolist(), launch.n_scalars - launch.draws
     scalars = [launch.scalars(*row[3:end]) for row in values]
     is_skipped = launch.noop is not None and bool(launch.noop.item())
-    for place, (member, task, i) in enumerate(zip(members, tasks, rows.row_of.tolist(), strict=True)):
+
+    def update_of(place: int) -> Update:
+        member, task, i = members[place], tasks[place], int(table.place_of[place])
         common = (math.nan, *values[i][1:3]) if is_skipped else values[i][:3]
         noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
         undo.updates.begin([member], task.versions)
-        member.rule.apply_reference(
+        return member.rule.applying(
             task, common, scalars[i], launch.rescale, distributed.encode, noise, launch.tracked, place
         )
+
+    for places in _batches(tasks, launch):
+        orthogonalized = members[places[0]].rule.orthogonalized
+        if launch.exchange is not None:
+            orthogonalized = partial(_exchanged, launch.exchange)
+        apply_together([update_of(place) for place in places], orthogonalized)
+
+
+def _batches(tasks: Sequence[Task], launch: LaunchSpec) -> Iterator[list[int]]:
+    """Places of tasks that are updated together: each alone, unless they hand out directions."""
+    bound = next((phase.scratch_bytes for phase in launch.phases if isinstance(phase, ApplyMatrices)), None)
+    if bound is None:
+        yield from ([place] for place in range(len(tasks)))
+    elif launch.exchange is not None:
+        yield list(range(len(tasks)))
+    else:
+        batch: list[int] = []
+        size = 0
+        for place, task in enumerate(tasks):
+            # Weight, gradient and states as they are computed with, and the direction.
+            size += 4 * 4 * task.grad.numel()
+            if batch and size > bound:
+                yield batch
+                batch, size = [], 4 * 4 * task.grad.numel()
+            batch.append(place)
+        if batch:
+            yield batch
+
+
+def _exchanged(exchange: Exchange, directions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Directions of shards, orthogonalised by the processes together; one that is empty here takes part as None."""
+    copies = [direction.clone() for direction in directions]
+    exchange([direction if direction.numel() else None for direction in copies])
+    return copies

@@ -13,44 +13,44 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.engine.group import Array, Group, Rows
-from tritopt.engine.phase import Launch, run_phases
+from tritopt.engine.group import Array, LaunchGroup, ScalarTable
+from tritopt.engine.phase import LaunchSpec, run_phases
 from tritopt.engine.plan import Planner
 from tritopt.engine.replay import NormTables, ReplayTable, table_of
 from tritopt.engine.walk import known_states, n_words, walk
 from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.counts import ScalarStates
-from tritopt.optim.step.group_options import Hypers
-from tritopt.optim.step.members import Bucket, Member, Only, groups_of, launch_for, params_of
+from tritopt.optim.step.group_options import OptionsByGroup
+from tritopt.optim.step.members import LaunchPlan, Member, SingleParameter, groups_of, is_in_norm, launch_for, params_of
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.reference import update_by_reference
-from tritopt.optim.step.scalar_table import HostRows
+from tritopt.optim.step.scalar_table import HostScalars
 from tritopt.optim.step.states import complete_task
 from tritopt.optim.step.undo import Undo
 
 
 class _Update(NamedTuple):
-    """Tables, scalars and launch of a bucket's update."""
+    """Tables, scalars and launch of one plan's update."""
 
     tables: list[ReplayTable]
     """Tables of its groups; none where the reference updates it."""
-    rows: HostRows
-    launches: list[Launch]
-    """At most one element; empty until first use."""
+    scalars: HostScalars
+    launches: list[LaunchSpec]
+    """The launch as it was first made: at most one element, none until first use."""
 
 
 class Replay:
     """A step that was built, and made without copies, to be made again. See the module.
 
     Args:
-        planner: of the optimizer.
+        planner: the optimizer's planner.
         opt: the optimizer.
-        hypers: its hyperparameters.
+        options: options of its param_groups.
         members: all parameters that had a gradient.
         launched: the launches, and for each the engine's groups.
-        norm_groups: those of the gradients' norm, if there was one.
-        only: the parameter, if the step was for one.
+        norm_groups: groups of the gradients' norm; none if there was no norm.
+        single: the parameter, if the step was for one; None: it was for all.
         like: a step that was found to have the same states as this one; None: there is none.
     """
 
@@ -58,11 +58,11 @@ class Replay:
         self,
         planner: Planner,
         opt: Owner,
-        hypers: Hypers,
+        options: OptionsByGroup,
         members: Sequence[Member],
-        launched: Sequence[tuple[Bucket, list[Group]]],
-        norm_groups: list[Group],
-        only: Only | None,
+        launched: Sequence[tuple[LaunchPlan, list[LaunchGroup]]],
+        norm_groups: list[LaunchGroup],
+        single: SingleParameter | None,
         like: Replay | None,
     ) -> None:
         self._planner = planner
@@ -71,27 +71,30 @@ class Replay:
         self.positions = [member.position for member in members]
         self.reduce: ShardSums | None = None
         """Reduction of the gradients' norm over processes; None until it was asked for."""
-        self.buckets = [bucket for bucket, _ in launched]
-        for bucket in self.buckets:
-            bucket.runs[:] = [[stripped[id(member)] for member in some] for some in bucket.runs]
+        self.plans = [plan for plan, _ in launched]
+        for plan in self.plans:
+            plan.by_group[:] = [[stripped[id(member)] for member in in_group] for in_group in plan.by_group]
         self._updates = {
-            id(bucket): _Update(
-                [table_of(group, np.array(bucket.places, np.int64)) for group in groups],
-                HostRows(bucket.runs, bucket.draws, self.positions),
+            id(plan): _Update(
+                [table_of(group, np.array(plan.places, np.int64)) for group in groups],
+                HostScalars(plan.by_group, plan.draws, self.positions),
                 [],
             )
-            for bucket, groups in launched
+            for plan, groups in launched
         }
-        self._norm = NormTables(planner, norm_groups, len(members))
-        self._only = only
+        self.normed = [member for member in self.members if is_in_norm(member)]
+        """Members whose gradients have a global norm."""
+        places = np.flatnonzero([is_in_norm(member) for member in self.members])
+        self._norm = NormTables(planner, norm_groups, places)
+        self._single = single
         self._walk = walk()
-        self._hypers = hypers
-        self._generation = hypers.generation
-        self._groups = list(groups_of(opt, only))
-        self._ways = [hypers.of(group).way for group in self._groups]
-        self._rules = [hypers.of(group).rule for group in self._groups]
-        self._options = _options(opt)
-        self._params = params_of(opt, only)
+        self._options = options
+        self._version = options.version
+        self._groups = list(groups_of(opt, single))
+        self._build_keys = [options.of(group).build_key for group in self._groups]
+        self._rules = [options.of(group).rule for group in self._groups]
+        self._settings = _settings(opt)
+        self._params = params_of(opt, single)
         has_grad = [param.grad is not None for param in self._params]
         self._with_grad = None if all(has_grad) else np.flatnonzero(has_grad)
         self._named = _named(self._groups)
@@ -104,9 +107,9 @@ class Replay:
         self._members_params = [member.param for member in self.members]
         grads = [None if param.grad is None else local(param.grad) for param in self._params]
         self._n_words = n_words(grads)
-        self._found = np.zeros(len(grads), np.int64)
-        self._kinds = self._walk.describe(grads, self._found, self._n_words)
-        self._grads = self._of_members(self._found)
+        self._addresses = np.zeros(len(grads), np.int64)
+        self._grads_are = self._walk.describe(grads, self._addresses, self._n_words)
+        self._grads = self._of_members(self._addresses)
         weights = self._weights()
         self._weights_at = np.zeros(len(weights), np.int64)
         self._weights_are = self._walk.describe(weights, self._weights_at, n_words(weights))
@@ -114,13 +117,13 @@ class Replay:
         self.has_other_gradients = False
         """Whether `holds` found other gradients than before, and all else as it was, when it was asked last."""
 
-    def holds(self, opt: Owner, hypers: Hypers) -> bool:
+    def holds(self, opt: Owner, options: OptionsByGroup) -> bool:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
         ask, self.has_other_gradients = self._walk, False
-        if self._known[0] is None or self._weights_are is None or self._kinds is None:
+        if self._known[0] is None or self._weights_are is None or self._grads_are is None:
             return False
-        is_held = self._only is not None or ask.hold(hypers.lists, self._params)
-        if not is_held or _options(opt) != self._options or not self._takes_hypers(opt, hypers):
+        is_held = self._single is not None or ask.hold(options.lists, self._params)
+        if not is_held or _settings(opt) != self._settings or not self._takes_options(opt, options):
             return False
         if _names(self._named) != self._names or not ask.same(self._owners_now(opt), self._owners):
             return False
@@ -133,112 +136,122 @@ class Replay:
         return not self.has_other_gradients
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
-        """Sum of squares of each gradient, fp64 [members, 1]."""
+        """Sum of squares of each gradient that is normed, fp64 [members, 1]."""
         if not self._norm:
-            grads: list[Any] = [param.grad for param in self._members_params]
-            return squares(self._planner, ("replayed", *self.positions), self._members_params, grads, reduce)
+            params = [member.param for member in self.normed]
+            grads: list[Any] = [param.grad for param in params]
+            return squares(self._planner, ("replayed", *self.positions), params, grads, reduce)
         return self._norm.squares(self._grads, self.device, reduce if reduce else None)
 
-    def host_rows(self, bucket: Bucket, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
-        """Scalars of the bucket's members."""
-        return self._updates[id(bucket)].rows.rows(hypers, numbers)
+    def host_scalars(
+        self, plan: LaunchPlan, options: OptionsByGroup, scalar_states: ScalarStates
+    ) -> tuple[type, ScalarTable]:
+        """Type of the rule's scalars, and the scalars of the plan's members."""
+        return self._updates[id(plan)].scalars.table(options, scalar_states)
 
     def launch_of(
-        self, bucket: Bucket, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]
-    ) -> Launch:
-        """Make the launch of a bucket, the first time; the same after that."""
-        launches = self._updates[id(bucket)].launches
+        self, plan: LaunchPlan, scalars: type, shard_sums: Callable[[Hashable, list[Member]], ShardSums]
+    ) -> LaunchSpec:
+        """Make the launch of a plan the first time; return the same one after that."""
+        launches = self._updates[id(plan)].launches
         if not launches:
-            launches.append(self._planner.configured(launch_for(bucket, scalars, shard_sums)))
+            launches.append(self._planner.configured(launch_for(plan, scalars, shard_sums)))
         return launches[0]
 
-    def launch(self, opt: Owner, bucket: Bucket, rows: Rows, launch: Launch, undo: Undo) -> None:
-        """Update the bucket's parameters."""
-        if not bucket.is_fused:
-            members = [member for some in bucket.runs for member in some]
+    def launch(self, opt: Owner, plan: LaunchPlan, table: ScalarTable, launch: LaunchSpec, undo: Undo) -> None:
+        """Update the plan's parameters."""
+        if not plan.is_fused:
+            members = [member for in_group in plan.by_group for member in in_group]
             grads: list[Any] = [member.param.grad for member in members]
             tasks = [
                 complete_task(opt, member, member.param.detach(), grad, opt.state.get(member.param, {}))
                 for member, grad in zip(members, grads, strict=True)
             ]
-            update_by_reference(members, tasks, rows, launch, undo)
+            update_by_reference(members, tasks, table, launch, undo)
             return
-        tables = self._updates[id(bucket)].tables
-        undo.updates.begin(chain.from_iterable(bucket.runs))
-        for table in tables:
-            table.upload(self._grads, rows.row_of, rows.values)
-        run_phases([table.group for table in tables], launch, len(bucket.places))
+        tables = self._updates[id(plan)].tables
+        undo.updates.begin(chain.from_iterable(plan.by_group))
+        for replay_table in tables:
+            replay_table.upload(self._grads, table.place_of, table.values)
+        run_phases([replay_table.group for replay_table in tables], launch, len(plan.places))
 
     def finish(self) -> None:
-        """Autograd must learn of writes that it did not make."""
+        """Tell autograd of writes that it did not make."""
         torch.autograd.graph.increment_version(self._members_params)
 
-    def next(self, opt: Owner, hypers: Hypers) -> Replay:
-        """The next step may be like this one."""
+    def next(self, opt: Owner, options: OptionsByGroup) -> Replay:
+        """Return itself: the next step may be like this one."""
         return self
 
     def _states_now(self, opt: Owner) -> list[dict[str, Any]]:
-        """Of all parameters, in the order of their first step: to look them up one by one takes longer."""
-        return list(opt.state.values()) if self._only is None else [opt.state.get(self._only.param, {})]
+        """States of all parameters, in the order of their first step: to look them up one by one takes longer."""
+        return list(opt.state.values()) if self._single is None else [opt.state.get(self._single.param, {})]
 
     def _owners_now(self, opt: Owner) -> list[Any]:
         """The parameters whose states `_states_now` gives, in that order."""
-        return list(opt.state) if self._only is None else []
+        return list(opt.state) if self._single is None else []
 
     def _takes_grads(self, params: list[torch.Tensor]) -> bool:
-        found = np.empty(len(params), np.int64)
+        addresses = np.empty(len(params), np.int64)
         if self._is_sharded:
             grads = [param.grad for param in params]
             for grad, param in zip(grads, params, strict=True):
                 if grad is not None and is_dtensor(param) and getattr(grad, "placements", None) != param.placements:
                     return False
             locals_ = [None if grad is None else local(grad) for grad in grads]
-            if self._walk.describe(locals_, found, self._n_words) != self._kinds:
+            if self._walk.describe(locals_, addresses, self._n_words) != self._grads_are:
                 return False
-        elif not self._walk.gradients_are(params, self._kinds, found):
+        elif not self._walk.gradients_are(params, self._grads_are, addresses):
             return False
-        if found.tobytes() != self._found.tobytes():
-            self._found, self._grads = found, self._of_members(found)
+        if addresses.tobytes() != self._addresses.tobytes():
+            self._addresses, self._grads = addresses, self._of_members(addresses)
         return True
 
-    def _of_members(self, found: Array) -> Array:
-        return found if self._with_grad is None else found[self._with_grad]
+    def _of_members(self, addresses: Array) -> Array:
+        return addresses if self._with_grad is None else addresses[self._with_grad]
 
-    def _takes_hypers(self, opt: Owner, hypers: Hypers) -> bool:
-        if hypers is self._hypers and hypers.generation == self._generation:
+    def _takes_options(self, opt: Owner, options: OptionsByGroup) -> bool:
+        if options is self._options and options.version == self._version:
             return True
-        groups = groups_of(opt, self._only)
+        groups = groups_of(opt, self._single)
         if not self._walk.same(list(groups), self._groups):
             return False
-        of_groups = [hypers.of(group) for group in groups]
-        if [hyper.way for hyper in of_groups] != self._ways or not self._walk.same(_named(groups), self._named):
+        of_groups = [options.of(group) for group in groups]
+        if [of_group.build_key for of_group in of_groups] != self._build_keys or not self._walk.same(
+            _named(groups), self._named
+        ):
             return False
-        if any(hyper.rule.skips_zero_lr and type(hyper.rate) is float and hyper.rate == 0 for hyper in of_groups):
+        if any(
+            of_group.rule.skips_zero_lr and type(of_group.rate) is float and of_group.rate == 0
+            for of_group in of_groups
+        ):
             return False
-        rules = [hyper.rule for hyper in of_groups]
+        rules = [of_group.rule for of_group in of_groups]
         if not self._walk.same(rules, self._rules):
             if any((a.phases, a.preamble) != (b.phases, b.preamble) for a, b in zip(rules, self._rules, strict=True)):
                 return False
             self._rules = rules
             rule_of = {id(group): rule for group, rule in zip(groups, rules, strict=True)}
-            for bucket in self.buckets:
-                bucket.runs[:] = [[m._replace(rule=rule_of[id(m.group)]) for m in some] for some in bucket.runs]
+            for plan in self.plans:
+                plan.by_group[:] = [
+                    [m._replace(rule=rule_of[id(m.group)]) for m in in_group] for in_group in plan.by_group
+                ]
             self.members = [member._replace(rule=rule_of[id(member.group)]) for member in self.members]
-        self._hypers, self._generation = hypers, hypers.generation
+        self._options, self._version = options, options.version
         return True
 
     def _weights(self) -> list[torch.Tensor]:
-        """Of the members, what is here."""
+        """Parts of the members' parameters that are here."""
         return list(map(local, self._members_params)) if self._is_sharded else self._members_params
 
 
-def _options(opt: Owner) -> tuple[Any, ...]:
-    """What is in no group, and decides which launches a step takes, or the random bits."""
+def _settings(opt: Owner) -> tuple[Any, ...]:
+    """Settings that are in no group, and decide which launches a step takes, or the random bits."""
     return opt.max_grad_norm is None, opt.track, opt.rounding_seed
 
 
 def _named(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those whose parameters have names."""
+    """The groups whose parameters have names."""
     return [group for group in groups if group.get("param_names")]
 
 
@@ -248,6 +261,6 @@ def _names(named: Sequence[dict[str, Any]]) -> list[list[Any]]:
 
 
 def _without_gradients(members: Sequence[Member]) -> list[Member]:
-    """A gradient that is kept here would take its memory for as long as steps are alike."""
+    """Members without their gradients, whose memory would otherwise be taken for as long as steps are alike."""
     nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     return [member._replace(grad=nothing) for member in members]

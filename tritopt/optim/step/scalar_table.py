@@ -10,107 +10,111 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from tritopt.engine.group import Array, Rows
+from tritopt.engine.group import Array, ScalarTable
 from tritopt.kernels.twins.random import STEPS
 from tritopt.optim.distributed import key_of_shard, local
 from tritopt.optim.step.counts import ScalarStates
-from tritopt.optim.step.group_options import Hypers
+from tritopt.optim.step.group_options import OptionsByGroup
 from tritopt.optim.step.members import Member, Number
 
-Runs: TypeAlias = Sequence[Sequence[Member]]
-"""Members, those of one param_group together (`members.same_group`)."""
+ByGroup: TypeAlias = Sequence[Sequence[Member]]
+"""Members, those of one param_group together (`members.split_by_group`)."""
 
 
-def host_rows(runs: Runs, hypers: Hypers, numbers: ScalarStates, draws: bool = False) -> tuple[type, Rows]:
-    """The type of the rule's scalars, and the members' rows: one for all that share hyperparameters and numbers.
+def host_scalars(
+    by_group: ByGroup, options: OptionsByGroup, scalar_states: ScalarStates, draws: bool = False
+) -> tuple[type, ScalarTable]:
+    """Type of the rule's scalars, and the members' scalars: one set for all that share options and scalar states.
 
-    `draws`: whether a row ends with the step, for random bits.
+    draws: whether a set ends with the step, which random bits depend on.
     """
     scalars: Any = None
     index: dict[tuple[float, ...], int] = {}
-    row_of = np.empty(sum(map(len, runs)), dtype=np.int64)
+    place_of = np.empty(sum(map(len, by_group)), dtype=np.int64)
     start = 0
-    for some in runs:
-        hyper, name = hypers.of(some[0].group), _name(some)
-        different, which = _distinct(np.stack([vector.numpy() for vector in _numbers(some, numbers)], axis=1))
-        rows = np.empty(len(different), dtype=np.int64)
+    for members in by_group:
+        of_group, name = options.of(members[0].group), _name(members)
+        different, which = _distinct(
+            np.stack([vector.numpy() for vector in _values_of(members, scalar_states)], axis=1)
+        )
+        places = np.empty(len(different), dtype=np.int64)
         for i, (count, *others) in enumerate(different.tolist()):
-            scalars = hyper.rule.scalars_at(name, hyper.rate, hyper.common[2], int(count), *others)
-            rows[i] = index.setdefault((*hyper.common, *scalars, *_step(draws, count)), len(index))
-        row_of[start : start + len(some)] = rows[which]
-        start += len(some)
-    return type(scalars), Rows(np.array(list(index), dtype=np.float64), row_of)
+            scalars = of_group.rule.scalars_at(name, of_group.rate, of_group.common[2], int(count), *others)
+            places[i] = index.setdefault((*of_group.common, *scalars, *_step(draws, count)), len(index))
+        place_of[start : start + len(members)] = places[which]
+        start += len(members)
+    return type(scalars), ScalarTable(np.array(list(index), dtype=np.float64), place_of)
 
 
-class HostRows:
-    """`host_rows` of one launch, step after step.
+class HostScalars:
+    """`host_scalars` of one launch, step after step.
 
-    Where all members have made as many steps, there is one row for each rule and decay, or a few that differ in the
+    Where all members have made as many steps, there is one set for each rule and decay, or a few that differ in the
     learning rate alone: those are formed together.
     """
 
-    def __init__(self, runs: Runs, draws: bool, positions: list[int]) -> None:
-        """`positions`: those of all members of the step."""
-        self._runs = runs
+    def __init__(self, by_group: ByGroup, draws: bool, positions: list[int]) -> None:
+        """Take the members of one launch. positions: those of all members of the step."""
+        self._by_group = by_group
         self._draws = draws
-        own = [member.position for some in runs for member in some]
+        own = [member.position for members in by_group for member in members]
         # The very list, if it says the same: what is known of one is known of the other.
         self._positions = positions if own == positions else own
-        self._sizes = [len(some) for some in runs]
-        self._row_of = np.empty(0, dtype=np.int64)
-        self._group_ids = [id(some[0].group) for some in runs]
-        self._kinds: dict[tuple[Any, ...], dict[float, int]] = {}
-        """By what but the rate decides a row: rates, and their places among them."""
+        self._sizes = [len(members) for members in by_group]
+        self._place_of = np.empty(0, dtype=np.int64)
+        self._group_ids = [id(members[0].group) for members in by_group]
+        self._rates_by_key: dict[tuple[Any, ...], dict[float, int]] = {}
+        """Places of learning rates, by common scalars, rule and name, which decide the rest of a set."""
         self._rates_of: list[dict[float, int]] = []
-        """Of each run."""
-        self._generation = self._kinds_at = -1
+        """The dict in `_rates_by_key` for each group of members."""
+        self._version = self._structure_version = -1
 
-    def rows(self, hypers: Hypers, numbers: ScalarStates) -> tuple[type, Rows]:
-        """As `host_rows`. Rates are numbers."""
-        shared = numbers.shared(self._positions)
+    def table(self, options: OptionsByGroup, scalar_states: ScalarStates) -> tuple[type, ScalarTable]:
+        """Return what `host_scalars` does. No learning rate is a tensor."""
+        shared = scalar_states.shared(self._positions)
         if shared is None:
-            return host_rows(self._runs, hypers, numbers, self._draws)
-        if self._generation != hypers.generation:
-            self._sort(hypers)
-            self._generation = hypers.generation
+            return host_scalars(self._by_group, options, scalar_states, self._draws)
+        if self._version != options.version:
+            self._sort(options)
+            self._version = options.version
         count, *others = shared
-        end, rows, scalars = _step(self._draws, count), [], None
-        for (common, rule, name), rates in self._kinds.items():
+        end, lines, scalars = _step(self._draws, count), [], None
+        for (common, rule, name), rates in self._rates_by_key.items():
             if len(rates) == 1:
                 (lr,) = rates
                 scalars = rule.scalars_at(name, lr, common[2], int(count), *others)
-                rows.append((*common, *scalars, *end))
+                lines.append((*common, *scalars, *end))
                 continue
             vector = torch.tensor(list(rates), dtype=torch.float64, device="cpu")
             scalars = rule.scalars_at(name, vector, common[2], int(count), *others)
             columns = [x.tolist() if isinstance(x, torch.Tensor) else [x] * len(rates) for x in scalars]
-            rows += [(*common, *values, *end) for values in zip(*columns, strict=True)]
-        return type(scalars), Rows(np.array(rows, dtype=np.float64), self._row_of)
+            lines += [(*common, *values, *end) for values in zip(*columns, strict=True)]
+        return type(scalars), ScalarTable(np.array(lines, dtype=np.float64), self._place_of)
 
-    def _sort(self, hypers: Hypers) -> None:
-        """Which members have a row in common."""
-        if self._kinds_at != hypers.kinds:
-            self._kinds, self._rates_of = {}, []
-            for some in self._runs:
-                _, common, rule, *_ = hypers.of(some[0].group)
-                name = _name(some) if rule.is_per_parameter else None
-                self._rates_of.append(self._kinds.setdefault((common, rule, name), {}))
-            self._kinds_at = hypers.kinds
-        for rates in self._kinds.values():
+    def _sort(self, options: OptionsByGroup) -> None:
+        """Find which members share a set of scalars."""
+        if self._structure_version != options.structure_version:
+            self._rates_by_key, self._rates_of = {}, []
+            for members in self._by_group:
+                _, common, rule, *_ = options.of(members[0].group)
+                name = _name(members) if rule.is_per_parameter else None
+                self._rates_of.append(self._rates_by_key.setdefault((common, rule, name), {}))
+            self._structure_version = options.structure_version
+        for rates in self._rates_by_key.values():
             rates.clear()
-        given = hypers.rates
+        given = options.rates
         lrs = [float(given[key]) for key in self._group_ids]
         within = [rates.setdefault(lr, len(rates)) for rates, lr in zip(self._rates_of, lrs, strict=True)]
-        firsts = accumulate(map(len, self._kinds.values()), initial=0)
-        starts = dict(zip(map(id, self._kinds.values()), firsts, strict=False))  # one more than there are
-        rows = [starts[id(rates)] + i for rates, i in zip(self._rates_of, within, strict=True)]
-        row_of = np.repeat(np.array(rows, dtype=np.int64), self._sizes)
-        if not np.array_equal(row_of, self._row_of):
-            self._row_of = row_of
+        firsts = accumulate(map(len, self._rates_by_key.values()), initial=0)
+        starts = dict(zip(map(id, self._rates_by_key.values()), firsts, strict=False))  # one more than there are
+        places = [starts[id(rates)] + i for rates, i in zip(self._rates_of, within, strict=True)]
+        place_of = np.repeat(np.array(places, dtype=np.int64), self._sizes)
+        if not np.array_equal(place_of, self._place_of):
+            self._place_of = place_of
 
 
-class RowTable:
-    """`host_rows` on the device, for one launch. What is constant is uploaded once, and again only when it changes."""
+class DeviceScalars:
+    """Scalars of one launch, formed on the device. Constants are uploaded once, and again only when they change."""
 
     def __init__(self) -> None:
         self._constants = np.empty(0)
@@ -119,55 +123,57 @@ class RowTable:
 
     @property
     def values(self) -> torch.Tensor:
-        """Of the last rows, which the next overwrite or replace."""
+        """Values of the last table, fp64 [members, 3 + scalars]; the next overwrites or replaces them."""
         return self._values
 
-    def rows(self, runs: Runs, hypers: Hypers, numbers: ScalarStates, draws: bool = False) -> tuple[type, Rows]:
-        """A rule's scalars are tensors, fp64 [members of a group] or [], where they depend on step or learning rate."""
+    def table(
+        self, by_group: ByGroup, options: OptionsByGroup, scalar_states: ScalarStates, draws: bool = False
+    ) -> tuple[type, ScalarTable]:
+        """Type and table of scalars: fp64 [members of a group] or [] where step or learning rate is a tensor."""
         scalars: Any = None
         blocks: list[tuple[Number, ...]] = []
         sizes = []
-        for some in runs:
-            lr, common, rule, *_ = hypers.of(some[0].group)
-            count, *others = _numbers(some, numbers)
-            scalars = rule.scalars_at(_name(some), lr, common[2], count, *others)
-            rescale = _unless_zero_lr(common[0], some[0], lr)
+        for members in by_group:
+            lr, common, rule, *_ = options.of(members[0].group)
+            count, *others = _values_of(members, scalar_states)
+            scalars = rule.scalars_at(_name(members), lr, common[2], count, *others)
+            rescale = _unless_zero_lr(common[0], members[0], lr)
             blocks.append((rescale, *common[1:], *scalars, *_step(draws, count)))
-            sizes.append(len(some))
-        return type(scalars), self._fill(blocks, sizes, local(runs[0][0].param).device)
+            sizes.append(len(members))
+        return type(scalars), self._fill(blocks, sizes, local(by_group[0][0].param).device)
 
-    def _fill(self, blocks: Sequence[Sequence[Number]], sizes: Sequence[int], device: torch.device) -> Rows:
-        is_constant = np.array([[not isinstance(x, torch.Tensor) for x in row] for row in blocks])
-        constants = np.array([[0.0 if isinstance(x, torch.Tensor) else x for x in row] for row in blocks])
+    def _fill(self, blocks: Sequence[Sequence[Number]], sizes: Sequence[int], device: torch.device) -> ScalarTable:
+        is_constant = np.array([[not isinstance(x, torch.Tensor) for x in block] for block in blocks])
+        constants = np.array([[0.0 if isinstance(x, torch.Tensor) else x for x in block] for block in blocks])
         constants, is_constant = np.repeat(constants, sizes, axis=0), np.repeat(is_constant, sizes, axis=0)
         is_known = np.array_equal(constants, self._constants) and np.array_equal(is_constant, self._is_constant)
         if not is_known or self._values.device != device:
             self._constants, self._is_constant = constants, is_constant
             self._values = torch.from_numpy(constants.copy()).to(device)
         start = 0
-        for row, n in zip(blocks, sizes, strict=True):
-            for column, x in enumerate(row):
+        for block, n in zip(blocks, sizes, strict=True):
+            for column, x in enumerate(block):
                 if isinstance(x, torch.Tensor):
                     self._values[start : start + n, column] = x
             start += n
-        return Rows(self._values, np.arange(start))
+        return ScalarTable(self._values, np.arange(start))
 
 
 def _step(draws: bool, count: Any) -> tuple[Any, ...]:
-    """What a row ends with where random bits are drawn."""
+    """End of a set of scalars: the step where random bits are drawn, else nothing."""
     return (count % STEPS,) if draws else ()
 
 
 def _distinct(numbers: Array) -> tuple[Array, Array]:
-    """The different rows of [members, numbers], and which of them each member has."""
+    """The different rows of a matrix [members, numbers], and which of them each member has."""
     if (numbers == numbers[0]).all():
         return numbers[:1], np.zeros(len(numbers), dtype=np.int64)
     return np.unique(numbers, axis=0, return_inverse=True)
 
 
-def _numbers(some: Sequence[Member], numbers: ScalarStates) -> list[torch.Tensor]:
-    positions = [member.position for member in some]
-    return [numbers.get(name, positions) for name in ("step", *some[0].rule.scalar_states)]
+def _values_of(members: Sequence[Member], scalar_states: ScalarStates) -> list[torch.Tensor]:
+    positions = [member.position for member in members]
+    return [scalar_states.get(name, positions) for name in ("step", *members[0].rule.scalar_states)]
 
 
 def _unless_zero_lr(rescale: float, member: Member, lr: Number) -> Number:
@@ -177,5 +183,5 @@ def _unless_zero_lr(rescale: float, member: Member, lr: Number) -> Number:
     return torch.where(lr == 0, math.nan, rescale)
 
 
-def _name(some: Sequence[Member]) -> Any:
-    return key_of_shard(some[0].name, some[0].param)
+def _name(members: Sequence[Member]) -> Any:
+    return key_of_shard(members[0].name, members[0].param)

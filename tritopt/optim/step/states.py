@@ -21,7 +21,7 @@ from tritopt.optim.step.owner import Owner
 
 _NO_NOISE = (0, 0, 0, 0)
 Replaced: TypeAlias = list[tuple[torch.Tensor, dict[str, Any]]]
-"""Parameters, and the states they had; empty ones where they had none."""
+"""Parameters, and the states that they had; an empty one where a parameter had none."""
 
 
 class Complete:
@@ -58,8 +58,8 @@ class Complete:
             self._together = {member.position for member in members}
 
 
-def create_missing(opt: Owner, members: Sequence[Member], numbers: ScalarStates, replaced: Replaced) -> None:
-    """Complete states, whose numbers are bound. `replaced` gets what they were before."""
+def create_missing(opt: Owner, members: Sequence[Member], scalar_states: ScalarStates, replaced: Replaced) -> None:
+    """Complete states, whose scalar states are bound. `replaced` gets what they were before."""
     for member in members:
         param, layout = member.param, member.layout
         expected, fmt, formats = layout.expected, layout.format, layout.formats
@@ -76,9 +76,12 @@ def create_missing(opt: Owner, members: Sequence[Member], numbers: ScalarStates,
             and all(is_stored_as(param, state, name, of_state, expected) for name, of_state in formats.items())
         ):
             continue
-        if opt.layouts.begins_anew(state):
-            numbers.begin_anew(member.position)
-        made = {**state, **(numbers.views(member.position) if layout.shows_numbers and "step" not in state else {})}
+        if layout.owner.begins_anew(state):
+            scalar_states.begin_anew(member.position)
+        made = {
+            **state,
+            **(scalar_states.views(member.position) if layout.shows_numbers and "step" not in state else {}),
+        }
         take_companion(param, made, fmt)
         take_states(param, made, formats, layout.kinds, expected)
         part = member.part(param).detach()
@@ -100,11 +103,11 @@ def create_missing(opt: Owner, members: Sequence[Member], numbers: ScalarStates,
             continue
         replaced.append((param, kept))
         opt.state[param] = made
-        numbers.take(member.position)
+        scalar_states.take(member.position)
 
 
 def put_back(opt: Owner, replaced: Replaced) -> None:
-    """After a failure: the states as they were."""
+    """Put back the states as they were, after a failure."""
     for param, state in replaced:
         if state:
             opt.state[param] = state
@@ -131,7 +134,7 @@ def task_of(opt: Owner, member: Member, is_complete: bool = False) -> Task:
     weight = part(param) if member.group.get("differentiable") else part(param).detach()
     fmt, formats = member.layout.format, member.layout.state_formats
     planes = (weight,) if not fmt.companion else (weight, part(state[fmt.companion]))
-    values = tuple(map(part, opt.layouts.planes(member.layout, state)))
+    values = tuple(map(part, member.layout.owner.planes(member.layout, state)))
     validate.weight_and_grad(member.name, weight, part(grad))
     task = Task(planes, fmt, part(grad), values, state_formats=formats)
     if not is_complete:
@@ -146,7 +149,7 @@ def complete_task(opt: Owner, member: Member, weight: torch.Tensor, grad: torch.
     layout, fmt = member.layout, member.layout.format
     planes = (weight, state[fmt.companion]) if fmt.companion else (weight,)
     noise = distributed.noise_of(opt.rounding_seed, member.name, member.param) if layout.draws else _NO_NOISE
-    return Task(planes, fmt, grad, opt.layouts.planes(layout, state), None, noise, layout.state_formats)
+    return Task(planes, fmt, grad, layout.owner.planes(layout, state), None, noise, layout.state_formats)
 
 
 def _check_states(member: Member, task: Task) -> None:

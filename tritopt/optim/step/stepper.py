@@ -11,7 +11,7 @@ import torch
 from tritopt.engine import validate
 from tritopt.engine.clip import Clip
 from tritopt.engine.device import current_stream, share_with_streams
-from tritopt.engine.group import Rows
+from tritopt.engine.group import ScalarTable
 from tritopt.engine.plan import Planner
 from tritopt.engine.recent import Recent
 from tritopt.engine.telemetry import Telemetry, Tracker, check_asked, telemetry
@@ -20,21 +20,21 @@ from tritopt.optim import distributed
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.build import Build, check_tracked, runs_fused
 from tritopt.optim.step.counts import CPU, ScalarStates
-from tritopt.optim.step.group_options import Hypers
+from tritopt.optim.step.group_options import OptionsByGroup
 from tritopt.optim.step.members import (
-    Bucket,
+    LaunchPlan,
     Member,
-    Only,
+    SingleParameter,
     groups_of,
     member_of,
     members_of,
     names_of,
     params_of,
-    same_group,
+    split_by_group,
 )
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.replay import Replay
-from tritopt.optim.step.scalar_table import RowTable
+from tritopt.optim.step.scalar_table import DeviceScalars
 from tritopt.optim.step.states import Complete, check_aliases, create_missing, task_of
 from tritopt.optim.step.undo import Undo
 
@@ -47,15 +47,15 @@ class Stepper:
     """
 
     def __init__(self, scalar_states: Mapping[str, float]) -> None:
-        self._numbers = ScalarStates(scalar_states)
+        self._scalar_states = ScalarStates(scalar_states)
         self._planner = Planner()
-        self._tables: dict[Hashable, RowTable] = {}
+        self._device_scalars: dict[Hashable, DeviceScalars] = {}
         self._reductions: Recent[ShardSums] = Recent()
         self._clip = Clip()
         self.grad_norm: torch.Tensor | None = None
         """Norm of the last step's gradients, None if it had none or clipped none; its memory is the next one's too."""
         self.tracker = Tracker()
-        self._hypers = Hypers()
+        self._options = OptionsByGroup()
         self._last: Replay | None = None
         """The last step; None after one that cannot be repeated."""
         self._replays: Recent[Replay] = Recent()
@@ -63,75 +63,77 @@ class Stepper:
         self._params: list[torch.Tensor] = []
         """All parameters of these steps."""
         self._complete = Complete()
-        self._hypers_of: dict[int, Hypers] = {}
-        """Of steps for one parameter, by its position; likewise the next."""
+        self._options_of: dict[int, OptionsByGroup] = {}
+        """Options of steps for one parameter, by its position."""
         self._replay_of: dict[int, Replay] = {}
+        """Steps for one parameter that may be made again, by its position."""
         self.of_graphs: list[Any] = []
         """Steps, tables and scalars that CUDA graphs have captured, and read with each replay."""
         self._streams: dict[torch.device, int] = {}
-        """Those of the last step whose scalars were formed on the device."""
+        """Current streams of the last step whose scalars were formed on the device, by device."""
 
-    def update(self, opt: Owner, only: Only | None = None, is_captured: bool = False) -> None:
+    def update(self, opt: Owner, single: SingleParameter | None = None, is_captured: bool = False) -> None:
         """Update every parameter that has a gradient, or only one. Checks all before it writes anything.
 
         After a failure or an interrupt, parameters that no kernel was launched for have the weights, states and counts
         that they had.
 
-        is_captured: by a CUDA graph, whose replays will read and write the memory of this step.
+        is_captured: whether a CUDA graph captures the step, whose replays will read and write the memory of this step.
         """
         validate.clip_bound("max_grad_norm", opt.max_grad_norm)
         self.grad_norm = None
-        undo = Undo(opt, self._numbers)
+        undo = Undo(opt, self._scalar_states)
         try:
-            self._update(opt, only, is_captured, undo)
+            self._update(opt, single, is_captured, undo)
         except BaseException:
             undo()
             # What was derived may be half of what it should be: the next step derives all of it again.
             self._forget_plans()
             raise
 
-    def _update(self, opt: Owner, only: Only | None, is_captured: bool, undo: Undo) -> None:
+    def _update(self, opt: Owner, single: SingleParameter | None, is_captured: bool, undo: Undo) -> None:
         found_inf, grad_scale = _scalar(getattr(opt, "found_inf", None)), _scalar(getattr(opt, "grad_scale", None))
-        hypers = self._hypers if only is None else self._hypers_of.setdefault(only.position, Hypers())
-        hypers.refresh(opt, groups_of(opt, only))
-        on_device = found_inf is not None or self._numbers.device != CPU or hypers.on_device
-        step = self._step(opt, hypers, on_device, undo, only)
+        options = self._options if single is None else self._options_of.setdefault(single.position, OptionsByGroup())
+        options.refresh(opt, groups_of(opt, single))
+        on_device = found_inf is not None or self._scalar_states.device != CPU or options.on_device
+        step = self._step(opt, options, on_device, undo, single)
         if step is None:
             return
         rescale = self._gradient_scale(opt, step, grad_scale)
         if on_device:
             self._follow_streams(step)
-        skip = _skip(found_inf, rescale, self._numbers.device) if on_device else None
+        skip = _skip(found_inf, rescale, self._scalar_states.device) if on_device else None
         self._advance(step, skip, not on_device)
-        rows = [self._rows(step, bucket, hypers, on_device, only) for bucket in step.buckets]
+        tables = [self._scalar_table(step, plan, options, on_device, single) for plan in step.plans]
         undo.replaced.clear()
-        for bucket, (scalars, values) in zip(step.buckets, rows, strict=True):
-            launch = step.launch_of(bucket, scalars, self._shard_sums)
-            launch = launch.given(_on(rescale, bucket.device), _on(found_inf, bucket.device), [] if opt.track else None)
-            step.launch(opt, bucket, values, launch, undo)
+        for plan, (scalars, table) in zip(step.plans, tables, strict=True):
+            launch = step.launch_of(plan, scalars, self._shard_sums)
+            scale = rescale if plan.is_in_norm else _unclipped(rescale, grad_scale)
+            launch = launch.given(_on(scale, plan.device), _on(found_inf, plan.device), [] if opt.track else None)
+            step.launch(opt, plan, table, launch, undo)
             if launch.tracked is not None:
-                self.tracker.add([member.position for some in bucket.runs for member in some], launch.tracked)
+                self.tracker.add([member.position for members in plan.by_group for member in members], launch.tracked)
         step.finish()
         if is_captured:
             self.of_graphs.append((step, self._planner.held(), self._clip.held(), self._tensors()))
-        following = None if self._numbers.is_shared else step.next(opt, hypers)
-        self._keep(opt, only, following, following is not step)
+        following = None if self._scalar_states.is_shared else step.next(opt, options)
+        self._keep(opt, single, following, following is not step)
 
     def _tensors(self) -> list[torch.Tensor]:
         """Return the tensors on the device that one step after the other reads."""
-        return [*self._numbers.tensors(), *(table.values for table in self._tables.values())]
+        return [*self._scalar_states.tensors(), *(table.values for table in self._device_scalars.values())]
 
     def _follow_streams(self, step: Build | Replay) -> None:
         """Keep for the current streams what was made on others."""
-        streams = {bucket.device: current_stream(bucket.device) for bucket in step.buckets}
+        streams = {plan.device: current_stream(plan.device) for plan in step.plans}
         if streams != self._streams:
             self._streams = streams
             share_with_streams(self._tensors())
 
     def _forget_plans(self) -> None:
         self._planner.forget()
-        self._clip, self._hypers, self._last = Clip(), Hypers(), None
-        self._hypers_of, self._replay_of, self._tables = {}, {}, {}
+        self._clip, self._options, self._last = Clip(), OptionsByGroup(), None
+        self._options_of, self._replay_of, self._device_scalars = {}, {}, {}
         self._params, self._replays, self._complete = [], Recent(), Complete()
 
     def create_states(self, opt: Owner) -> None:
@@ -141,7 +143,7 @@ class Stepper:
             for position, (name, (param, group)) in enumerate(zip(names_of(opt), _owned(opt), strict=True))
         ]
         self._bind(opt, CPU)
-        create_missing(opt, members, self._numbers, [])
+        create_missing(opt, members, self._scalar_states, [])
 
     def _bind(self, opt: Owner, device: torch.device) -> None:
         owned = _owned(opt)
@@ -150,22 +152,22 @@ class Stepper:
         def is_shown(position: int) -> bool:
             return opt.layout_of(*owned[position]).shows_numbers
 
-        self._numbers.bind(states, device, is_shown, opt.layouts.first_count)
+        self._scalar_states.bind(states, device, is_shown, opt.first_count)
 
     def _step(
-        self, opt: Owner, hypers: Hypers, on_device: bool, undo: Undo, only: Only | None
+        self, opt: Owner, options: OptionsByGroup, on_device: bool, undo: Undo, single: SingleParameter | None
     ) -> Build | Replay | None:
-        """What is to be done, checked."""
+        """The step to make, checked: an earlier one again, or one that is built. None: there is no gradient."""
         like = None
-        for earlier in self._candidates(opt, only):
-            is_there = self._numbers.device == (earlier.device if on_device else CPU)
-            if is_there and earlier.holds(opt, hypers):
+        for earlier in self._candidates(opt, single):
+            is_there = self._scalar_states.device == (earlier.device if on_device else CPU)
+            if is_there and earlier.holds(opt, options):
                 undo.remember(earlier.positions, not on_device)
                 return earlier
-            if is_there and only is None and earlier.has_other_gradients:
+            if is_there and single is None and earlier.has_other_gradients:
                 like = earlier
-        members = members_of(opt, only)
-        if only is None:
+        members = members_of(opt, single)
+        if single is None:
             self._forget_steps_of_others(params_of(opt, None))
         if not members:
             return None
@@ -173,12 +175,12 @@ class Stepper:
         if like is None:  # which was found to have the same states
             self._bind(opt, device)
         undo.remember([member.position for member in members], not on_device)
-        if like is None and only is None:
+        if like is None and single is None:
             self._complete = Complete()
-        complete = self._complete if only is None else Complete()
+        complete = self._complete if single is None else Complete()
         known = [complete.has(member) for member in members]
         others = [member for member, is_known in zip(members, known, strict=True) if not is_known]
-        create_missing(opt, others, self._numbers, undo.replaced)
+        create_missing(opt, others, self._scalar_states, undo.replaced)
         tasks = [task_of(opt, member, is_known) for member, is_known in zip(members, known, strict=True)]
         fused = [runs_fused(opt, member) for member in members]
         if any(fused):  # the reference takes longer than any walk
@@ -188,10 +190,10 @@ class Stepper:
         if not complete.has_all(members, others):
             check_aliases(self._planner, members, tasks)
             complete.add(members, others)
-        return Build(self._planner, members, tasks, hypers.rates, fused, only, None if undo.replaced else like)
+        return Build(self._planner, members, tasks, options.rates, fused, single, None if undo.replaced else like)
 
     def telemetry(self, opt: Owner) -> Telemetry:
-        """`Optimizer.telemetry`."""
+        """Telemetry of the last step, as `Optimizer.telemetry` shows it."""
         check_asked(opt.track, type(opt).__name__)
         params = params_of(opt, None)
         sums = self.tracker.sums(range(len(params)))
@@ -202,67 +204,78 @@ class Stepper:
             sums = on_device.cpu()
         return telemetry(names_of(opt), [param.numel() for param in params], sums)
 
-    def _candidates(self, opt: Owner, only: Only | None) -> Iterator[Replay]:
+    def _candidates(self, opt: Owner, single: SingleParameter | None) -> Iterator[Replay]:
         """Yield steps that this one may repeat: the last, and the last with gradients of the same parameters."""
-        if only is not None:
-            found = self._replay_of.pop(only.position, None)
-            if found is not None and found.members[0].group is only.group and found.members[0].param is only.param:
-                yield found
+        if single is not None:
+            earlier = self._replay_of.pop(single.position, None)
+            if (
+                earlier is not None
+                and earlier.members[0].group is single.group
+                and earlier.members[0].param is single.param
+            ):
+                yield earlier
             return
         last, self._last = self._last, None
         if last is not None:
             yield last
         if last is None or last.has_other_gradients:
-            found = self._replays.get(_with_gradients(params_of(opt, None)))
-            if found is not None and found is not last:
-                yield found
+            earlier = self._replays.get(_with_gradients(params_of(opt, None)))
+            if earlier is not None and earlier is not last:
+                yield earlier
 
     def _forget_steps_of_others(self, params: list[torch.Tensor]) -> None:
         """Let go of parameters that the optimizer no longer has."""
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._params, self._replays = params, Recent()
 
-    def _keep(self, opt: Owner, only: Only | None, step: Replay | None, is_new: bool) -> None:
-        if only is not None:
+    def _keep(self, opt: Owner, single: SingleParameter | None, step: Replay | None, is_new: bool) -> None:
+        if single is not None:
             if step is not None:
-                self._replay_of[only.position] = step
+                self._replay_of[single.position] = step
             return
         self._last = step
         if step is not None and is_new:
             self._replays.put(_with_gradients(params_of(opt, None)), step, len(step.members))
 
     def _gradient_scale(self, opt: Owner, step: Build | Replay, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
-        """What gradients are multiplied by, fp64 [] on the device: loss scale and clip. NaN: skip."""
+        """Factor of the gradients, fp64 [] on the device: loss scale and clip. NaN: skip. None: 1."""
         inverse = None if grad_scale is None else 1.0 / grad_scale.double()
-        if opt.max_grad_norm is None:
+        if opt.max_grad_norm is None or not step.normed:
             return inverse
         if step.reduce is None:
-            step.reduce = self._shard_sums("norm", step.members)
-        found = step.squares(step.reduce)
-        inverse = None if inverse is None else inverse.to(found.device)
-        factor = self._clip(found, opt.max_grad_norm, inverse, self._planner.record)
+            step.reduce = self._shard_sums("norm", step.normed)
+        sums = step.squares(step.reduce)
+        inverse = None if inverse is None else inverse.to(sums.device)
+        factor = self._clip(sums, opt.max_grad_norm, inverse, self._planner.record)
         self.grad_norm = self._clip.norm
         return factor
 
     def _advance(self, step: Build | Replay, skip: torch.Tensor | None, on_host: bool) -> None:
         members = step.members
-        self._numbers.advance(step.positions, skip, on_host)
+        self._scalar_states.advance(step.positions, skip, on_host)
         for name in members[0].rule.scalar_states:
-            for some in same_group(members):
-                positions = [member.position for member in some]
-                factors = some[0].rule.factors(name, self._numbers.get("step", positions))
-                self._numbers.multiply(name, positions, factors, skip)
+            for in_group in split_by_group(members):
+                positions = [member.position for member in in_group]
+                factors = in_group[0].rule.factors(name, self._scalar_states.get("step", positions))
+                self._scalar_states.multiply(name, positions, factors, skip)
 
-    def _rows(
-        self, step: Build | Replay, bucket: Bucket, hypers: Hypers, on_device: bool, only: Only | None
-    ) -> tuple[type, Rows]:
+    def _scalar_table(
+        self,
+        step: Build | Replay,
+        plan: LaunchPlan,
+        options: OptionsByGroup,
+        on_device: bool,
+        single: SingleParameter | None,
+    ) -> tuple[type, ScalarTable]:
         if on_device:
-            key = (bucket.key, None if only is None else only.position)
-            return self._tables.setdefault(key, RowTable()).rows(bucket.runs, hypers, self._numbers, bucket.draws)
-        return step.host_rows(bucket, hypers, self._numbers)
+            key = (plan.key, None if single is None else single.position)
+            return self._device_scalars.setdefault(key, DeviceScalars()).table(
+                plan.by_group, options, self._scalar_states, plan.draws
+            )
+        return step.host_scalars(plan, options, self._scalar_states)
 
     def _shard_sums(self, key: Hashable, members: Sequence[Member]) -> ShardSums:
-        """Of these parameters; made once, because that uploads."""
+        """Sums over processes for these parameters; made once, because that uploads."""
         if not any(is_dtensor(member.param) for member in members):
             return ShardSums([])
         key = (key, tuple(member.position for member in members))
@@ -273,7 +286,7 @@ class Stepper:
 
 
 def _owned(opt: Owner) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-    """All parameters, and their groups."""
+    """All parameters with their groups."""
     return [(param, group) for group in opt.param_groups for param in group["params"]]
 
 
@@ -283,12 +296,20 @@ def _with_gradients(params: Sequence[torch.Tensor]) -> bytes:
 
 
 def _scalar(value: object) -> torch.Tensor | None:
-    """What a GradScaler left on the optimizer, as a tensor []."""
+    """Number that a GradScaler left on the optimizer, as a tensor []; None: it left none."""
     if value is None:
         return None
     if not isinstance(value, torch.Tensor):
         value = torch.tensor(value, dtype=torch.float32, device="cpu")
     return distributed.whole(value).detach().reshape(())
+
+
+def _unclipped(rescale: torch.Tensor | None, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Factor of gradients that the norm's clip leaves alone, but that are skipped with the others."""
+    if rescale is None:
+        return None
+    inverse = torch.ones_like(rescale) if grad_scale is None else 1.0 / grad_scale.double().to(rescale.device)
+    return torch.where(rescale.isfinite(), inverse, torch.nan)
 
 
 def _on(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

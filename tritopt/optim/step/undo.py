@@ -1,4 +1,4 @@
-"""What a step has changed before its kernels run, to be taken back where it fails."""
+"""Changes of a step before its kernels run, to be taken back where it fails."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Undo:
 
     Args:
         opt: the optimizer.
-        numbers: those of its parameters.
+        scalar_states: scalar states of its parameters.
     """
 
-    def __init__(self, opt: Owner, numbers: ScalarStates) -> None:
+    def __init__(self, opt: Owner, scalar_states: ScalarStates) -> None:
         self.replaced: Replaced = []
         """States that the step has completed; none any more once it updates, since a complete one says the same."""
         self._opt = opt
-        self._numbers = numbers
+        self._scalar_states = scalar_states
         self._before: list[Any] | None = None
         """Copies of all numbers; None before any could change."""
         self._positions: Sequence[int] = ()
@@ -33,11 +33,11 @@ class Undo:
 
     def remember(self, positions: Sequence[int], on_host: bool) -> None:
         """Note the numbers of these parameters, before they change."""
-        self._before, self._positions = self._numbers.copies(on_host), positions
+        self._before, self._positions = self._scalar_states.copies(on_host), positions
 
     def __call__(self) -> None:
-        """Put back."""
+        """Put back states and numbers of parameters that were not updated."""
         put_back(self._opt, self.replaced)
         if self._before is not None:
             updated = {member.position for member in self.updates.written()}
-            self._numbers.restore(self._before, sorted(set(self._positions) - updated))
+            self._scalar_states.restore(self._before, sorted(set(self._positions) - updated))

@@ -1,1 +1,1 @@
-"""`tritopt bench`: what a step takes on this GPU, beside the bandwidth of a copy and beside other libraries."""
+"""`tritopt bench`: time of a step on this GPU, beside the bandwidth of a copy and beside other libraries."""

@@ -31,7 +31,7 @@ class Memory(NamedTuple):
     extra: int
     """Bytes beyond what was allocated before, at the most."""
     allocations: int
-    """Number of allocations."""
+    """Number of allocations that it asks for."""
 
 
 class Device:
@@ -78,14 +78,14 @@ class Device:
 
     def host_times(self, steps: Sequence[Step], n: int) -> list[float]:
         """Seconds until each of n steps returns, none of which has to wait for the GPU."""
-        found = []
+        times = []
         for step in islice(cycle(steps), n):
             self.synchronize()
             start = self._clock()
             step()
-            found.append(self._clock() - start)
+            times.append(self._clock() - start)
         self.synchronize()
-        return found
+        return times
 
     def step_times(self, steps: Sequence[Step], n: int) -> list[float]:
         """Seconds from the end of a step to the end of the next, n of them on end: of host or GPU, the slower."""
@@ -108,9 +108,9 @@ class Device:
             n: number of times.
             lead: seconds that the host needs for a step, about; more is given where that is too little.
         """
-        found: list[float] = []
+        times: list[float] = []
         turn = cycle(steps)
-        while len(found) < n:
+        while len(times) < n:
             start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
             self.synchronize()
             private.keep_busy(self._cuda, int(2 * lead * CYCLES))
@@ -121,10 +121,10 @@ class Device:
             was_ahead = not start.query()
             self.synchronize()
             if was_ahead:
-                found.append(start.elapsed_time(end) / 1e3)
+                times.append(start.elapsed_time(end) / 1e3)
             elif (lead := 2 * lead) > LONGEST_LEAD:
-                return found if len(found) >= ENOUGH else None
-        return found
+                return times if len(times) >= ENOUGH else None
+        return times
 
     def memory(self, step: Step) -> Memory:
         """Measure the memory that one more step takes."""

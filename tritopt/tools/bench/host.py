@@ -1,9 +1,10 @@
 """Time that a step takes of the host: `tritopt bench --host`, which needs no GPU.
 
-Kernels are replaced by nothing, so what is left is Python, dispatch and the tables. Contestants take turns, so that a
-busy machine is as busy for each, and a time is the median of theirs. In a turn's first step the processor's caches hold
-what others left there, as they do in training after a backward pass; a few steps on they are the contestant's own. So
-the first is told apart, the next few are not timed, and those after them are the step "with all tables warm".
+Kernels are replaced by nothing, so what is left is Python, dispatch and the tables; the reference on the CPU computes.
+Contestants take turns, so that a busy machine is as busy for each, and a time is the median of theirs. In a turn's
+first step the processor's caches hold what others left there, as they do in training after a backward pass; a few steps
+on they are the contestant's own. So the first is told apart, the next few are not timed, and those after them are the
+step "with all tables warm".
 """
 
 from __future__ import annotations
@@ -11,30 +12,19 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
 
-from tritopt import optim
-from tritopt.engine.launcher import no_launches
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
 from tritopt.tools.bench import peers
+from tritopt.tools.bench.contestants import OURS, Case, contestants
 from tritopt.tools.bench.machine import commit, cpu_name, now
-from tritopt.tools.bench.without_kernels import OF_FUSED, no_foreach, no_fused
-from tritopt.tools.environment import device, environment, fused_unavailable
+from tritopt.tools.environment import environment, fused_unavailable
 
-ELEMENTS = 4
-"""Number of elements of each tensor: what work there is beside kernels must not be arithmetic."""
-MAX_NORM = 1.0
-ABSENT = 10
-"""One parameter in so many is without a gradient in one of several sets; all others have one in every set."""
-BASELINE = "torch fused"
-OURS = "tritopt"
 WARM = 3
 ROUNDS = 15
 SETTLING = 10
@@ -42,21 +32,12 @@ SETTLING = 10
 TURN = 20
 """Steps of a turn that are timed, after those."""
 
-
-class Case(NamedTuple):
-    """One list of parameters."""
-
-    tensors: int
-    groups: int
-    clip: bool
-    """Whether gradients are clipped to a global norm: by max_grad_norm, or by torch's clip_grad_norm_."""
-    sets: int = 1
-    """Sets of parameters that have gradients, in turn: several as with two heads, or experts without tokens."""
-
-
 CASES = (
     *(Case(tensors, groups, clip) for tensors, groups in ((400, 1), (400, 400), (4000, 1)) for clip in (False, True)),
-    Case(400, 1, False, sets=4),
+    Case(400, sets=4),
+    Case(400, sets=400),
+    Case(400, face="mxnet"),
+    Case(100, fused=False, elements=10_000),
 )
 
 
@@ -69,6 +50,11 @@ class HostTime:
     groups: int
     clip: bool
     sets: int
+    face: str
+    fused: bool
+    elements: int
+    title: str
+    """These fields, of `Case`, in words."""
     replaced: str
     """Functions that were replaced by nothing, in words."""
     ms: float | None = None
@@ -78,19 +64,9 @@ class HostTime:
     cold_ms: float | None = None
     """Median of the turns' first steps, milliseconds."""
     ratio: float | None = None
-    """Multiple that `ms` is of torch fused's for the same list; None also where that was not measured."""
+    """Multiple that `ms` is of the baseline's for the same list; None also where that was not measured."""
     refused: str | None = None
     """Reason why it was not measured; None: it was."""
-
-
-class Contestant(NamedTuple):
-    """Someone who makes a step for a list."""
-
-    name: str
-    make: Callable[[Case], Callable[[], Any]]
-    """An optimizer of AdamW over such a list, and its step with the clip."""
-    without_kernels: Callable[[], AbstractContextManager[Any]]
-    replaced: str
 
 
 def host_times(
@@ -99,7 +75,7 @@ def host_times(
     chosen_peers: Sequence[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[HostTime]:
-    """Host time of a warm step of AdamW in fp32, of ours, torch's and whichever peers are installed.
+    """Measure the host's time of a warm step of AdamW: of ours, torch's and whichever peers are installed.
 
     Args:
         cases: the lists.
@@ -108,7 +84,8 @@ def host_times(
         clock: tells the time in seconds.
 
     Raises:
-        ValueError: an unknown peer, or no rounds. RuntimeError: no kernels of ours that could be left out.
+        ValueError: an unknown peer, no rounds, or a list that a face cannot take. RuntimeError: no kernels of ours
+        that could be left out.
     """
     return [row for case in cases for row in case_times(case, rounds, chosen_peers, clock)]
 
@@ -126,10 +103,11 @@ def case_times(
         raise RuntimeError(f"the host's part of a step needs {INSTALL_TRITON}")
     if reason := fused_unavailable():
         raise RuntimeError(reason)
+    case.check()
     rivals = peers.find_peers(chosen_peers)
     rows, running = [], []
-    for contestant in [_ours(), *_torch(rivals), *_others(rivals)]:
-        row = HostTime(contestant.name, *case, contestant.replaced)
+    for contestant in contestants(case, rivals):
+        row = HostTime(contestant.name, *case, case.title, contestant.replaced)
         rows.append(row)
         try:
             with contestant.without_kernels():
@@ -147,10 +125,10 @@ def case_times(
         max(min(rounds, 5), rounds // max(1, case.tensors // 1000)),
         clock,
     )
-    for (row, *_), found in zip(running, times, strict=True):
-        row.ms, row.best_ms = 1e3 * statistics.median(found.warm), 1e3 * min(found.warm)
-        row.cold_ms = 1e3 * statistics.median(found.cold)
-    baseline = next((row.ms for row in rows if row.contestant == BASELINE), None)
+    for (row, *_), times_of in zip(running, times, strict=True):
+        row.ms, row.best_ms = 1e3 * statistics.median(times_of.warm), 1e3 * min(times_of.warm)
+        row.cold_ms = 1e3 * statistics.median(times_of.cold)
+    baseline = next((row.ms for row in rows if row.contestant == case.baseline), None)
     for row in rows:
         if row.ms is not None and baseline:
             row.ratio = row.ms / baseline
@@ -159,14 +137,14 @@ def case_times(
 
 def document(rows: Sequence[HostTime]) -> dict[str, Any]:
     """Collect for JSON what the numbers belong to, and the rows."""
-    found = environment()
+    machine = environment()
     return {
         "machine": {
             "cpu": cpu_name(),
             "date": now(),
-            "platform": found["machine"],
+            "platform": machine["machine"],
             "commit": commit(),
-            **{name: found[name] for name in ("device", "python", "torch", "triton", "tritopt", "walk")},
+            **{name: machine[name] for name in ("device", "python", "torch", "triton", "tritopt", "walk")},
             "peers": peers.versions(),
         },
         "rows": [asdict(row) for row in rows],
@@ -193,12 +171,12 @@ def interleaved(
     gc.disable()
     try:
         for _ in range(rounds):
-            for (step, without_kernels), found in zip(steps, times, strict=True):
+            for (step, without_kernels), times_of in zip(steps, times, strict=True):
                 with without_kernels():
-                    found.cold.append(_timed(step, clock))
+                    times_of.cold.append(_timed(step, clock))
                     for _ in range(SETTLING - 1):
                         step()
-                    found.warm.extend(_timed(step, clock) for _ in range(TURN))
+                    times_of.warm.extend(_timed(step, clock) for _ in range(TURN))
     finally:
         if was_enabled:
             gc.enable()
@@ -211,84 +189,3 @@ def _timed(step: Callable[[], Any], clock: Callable[[], float]) -> float:
     start = clock()
     step()
     return clock() - start
-
-
-def _in_turn(step: Callable[[], Any], groups: Sequence[dict[str, Any]], case: Case) -> Callable[[], Any]:
-    """The step, each time with gradients of another set of parameters: all but a few, if there are several sets."""
-    if case.sets == 1:
-        return step
-    owned = [(param, param.grad) for group in groups for param in group["params"]]
-    left_out = [owned[i :: ABSENT * case.sets] for i in range(case.sets)]
-    turns = cycle(range(case.sets))
-
-    def call() -> None:
-        turn = next(turns)
-        for param, grad in left_out[turn - 1]:
-            param.grad = grad
-        for param, _ in left_out[turn]:
-            param.grad = None
-        step()
-
-    return call
-
-
-def _groups(case: Case) -> list[dict[str, Any]]:
-    params = []
-    for _ in range(case.tensors):
-        param = torch.nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.float32, device=device()))
-        param.grad = torch.zeros_like(param)
-        params.append(param)
-    size = -(-case.tensors // case.groups)
-    return [{"params": params[i : i + size]} for i in range(0, case.tensors, size)]
-
-
-def _ours() -> Contestant:
-    def make(case: Case) -> Callable[[], Any]:
-        groups = _groups(case)
-        opt = optim.AdamW(groups, lr=1e-3, max_grad_norm=MAX_NORM if case.clip else None)
-        return _in_turn(opt.step, groups, case)
-
-    return Contestant(OURS, make, no_launches, "launches of Triton kernels")
-
-
-def _torch(rivals: Sequence[str]) -> Iterator[Contestant]:
-    ways = (
-        (BASELINE, {"fused": True}, no_fused, f"torch.{', torch.'.join(OF_FUSED)}; the norm of norms stays"),
-        (
-            "torch foreach",
-            {"foreach": True},
-            no_foreach,
-            "torch._foreach_*, but for those of step counters, which the host computes with",
-        ),
-    )
-    for name, arguments, without_kernels, replaced in ways:
-        if name in rivals or name == BASELINE:
-            make = partial(_with_clip, cls=torch.optim.AdamW, arguments=arguments)
-            yield Contestant(name, make, without_kernels, replaced)
-
-
-def _with_clip(case: Case, cls: Any, arguments: dict[str, Any]) -> Callable[[], Any]:
-    groups = _groups(case)
-    params = [param for group in groups for param in group["params"]]
-    opt = cls(groups, lr=1e-3, **arguments)
-    if not case.clip:
-        return _in_turn(opt.step, groups, case)
-
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
-        opt.step()
-
-    return _in_turn(step, groups, case)
-
-
-def _others(rivals: Sequence[str]) -> Iterator[Contestant]:
-    """Peers that are installed. Their kernels run, on tensors of a few elements: on a GPU the host does not wait."""
-    for peer in peers.beside("AdamW", "fp32", rivals):
-        if peer.missing() is None and not peer.name.startswith("torch") and not peer.slow_start:
-            yield Contestant(peer.name, partial(_on_gpu, peer=peer), nullcontext, "nothing")
-
-
-def _on_gpu(case: Case, peer: peers.Peer) -> Callable[[], Any]:
-    if device().type != "cuda":
-        raise RuntimeError("its kernels need a GPU")
-    return _with_clip(case, peer.cls(), peer.arguments)

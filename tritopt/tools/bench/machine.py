@@ -33,9 +33,9 @@ def driver() -> str | None:
 def commit() -> str | None:
     """Name the commit of the package's checkout, with a plus if that was changed; None if the package is installed."""
     root = Path(tritopt.__file__).resolve().parent.parent
-    if not (root / ".git").exists() or (found := _said(["git", "rev-parse", "HEAD"], root)) is None:
+    if not (root / ".git").exists() or (sha := _said(["git", "rev-parse", "HEAD"], root)) is None:
         return None
-    return found + ("+" if _said(["git", "status", "--porcelain", "--untracked-files=no"], root) else "")
+    return sha + ("+" if _said(["git", "status", "--porcelain", "--untracked-files=no"], root) else "")
 
 
 def _said(command: list[str], where: Path | None = None) -> str | None:

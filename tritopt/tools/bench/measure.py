@@ -46,7 +46,7 @@ class Measurement:
     """Name of our storage format, which a peer stands beside."""
     contestant: str
     stores: str
-    """How weights, then states are stored, in words; by a peer in its own way."""
+    """Storage of weights, then of states, in words; by a peer in its own way."""
     ms: float | None = None
     """Milliseconds of a step among others, on end: of GPU or host, the slower. A median, as all times are."""
     device_ms: float | None = None
@@ -86,13 +86,13 @@ class Measurement:
 
 def params_of(optimizer: str, shapes: Sequence[Shape], dtype: torch.dtype, where: torch.device) -> list[Any]:
     """Make parameters with gradients. What has numbers per row takes a vector as a matrix of one row."""
-    found = []
+    params = []
     for shape in shapes:
         size = (1, *shape) if optimizer == "GroupAdaGrad" and len(shape) < 2 else shape
         param = torch.nn.Parameter(torch.empty(size, dtype=dtype, device=where).normal_(0, 1))
         param.grad = torch.empty_like(param).normal_(0, GRADIENT)
-        found.append(param)
-    return found
+        params.append(param)
+    return params
 
 
 def make(optimizer: str, fmt: StorageFormat, params: Sequence[Any]) -> optim.Optimizer:

@@ -32,7 +32,7 @@ class Peer:
     moved: float
     """Bytes per parameter that its step must move as it stores things, gradient included, without a clip."""
     stores: str
-    """How weights, then states are stored, in words. Gradients have the weights' dtype."""
+    """Storage of weights, then of states, in words. Gradients have the weights' dtype."""
     dtype: torch.dtype = FP32
     """Dtype of weights and gradients."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -79,20 +79,31 @@ class Peer:
 
 def _torch(name: str, moved: float, formats: tuple[str, ...], **more: Any) -> list[Peer]:
     """List a class of torch.optim with fp32 weights, in place of bf16 ones with a master, by torch's three ways."""
-    ways = [
+    contestants = [
         ("torch foreach", {"foreach": True}, False),
         ("torch compiled", {"foreach": True, "capturable": True}, True),
     ]
     if name in ("SGD", "Adam", "AdamW", "Adagrad"):
-        ways.insert(0, ("torch fused", {"fused": True}, False))
-    found = []
-    for way, arguments, compiled in ways:
+        contestants.insert(0, ("torch fused", {"fused": True}, False))
+    peers = []
+    for contestant, arguments, compiled in contestants:
         if not compiled or name == "AdamW":
             keys = {**arguments, **more}
-            found.append(
-                Peer(way, f"torch.optim:{name}", formats, moved, "fp32; fp32", FP32, keys, name, compiled, compiled)
+            peers.append(
+                Peer(
+                    contestant,
+                    f"torch.optim:{name}",
+                    formats,
+                    moved,
+                    "fp32; fp32",
+                    FP32,
+                    keys,
+                    name,
+                    compiled,
+                    compiled,
+                )
             )
-    return found
+    return peers
 
 
 BESIDE_FP32 = ("fp32", "split16", "master")
@@ -197,13 +208,13 @@ def beside(optimizer: str, fmt: str, chosen: Sequence[str] | None = None) -> lis
 
 def versions() -> dict[str, str | None]:
     """Tell the version of every peer's package; None where it is not installed, "unknown" where it does not say."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     distributions = metadata.packages_distributions()
     for package in dict.fromkeys(peer.package for peer in PEERS):
-        found[package] = None
+        installed[package] = None
         if find_spec(package):
             try:
-                found[package] = metadata.version(distributions.get(package, [package])[0])
+                installed[package] = metadata.version(distributions.get(package, [package])[0])
             except metadata.PackageNotFoundError:
-                found[package] = "unknown"
-    return found
+                installed[package] = "unknown"
+    return installed

@@ -92,7 +92,7 @@ class Bench:
 
     Args:
         device: device that the tensors are on.
-        items: what is measured, as `plan` has it.
+        items: cases to measure, as `plan` has them.
         seconds: time to spend altogether; what is left then is refused. None: no limit.
         clock: tells the time in seconds.
         seconds_each: time to spend on each kind of times, for each item, in seconds.
@@ -107,7 +107,9 @@ class Bench:
     """Bytes per second, read and written, of torch's copy here; None until it was measured."""
     done: list[Measurement] = field(default_factory=list)
     _checked: dict[tuple[str, str], str | None] = field(default_factory=dict)
+    """Reasons why checks were red, by optimizer and format; None: it was green."""
     _fitting: dict[tuple[str, str, str], tuple[Shapes | None, str | None]] = field(default_factory=dict)
+    """Shapes that there is memory for, or None and the reason why not even the smallest fit, by case."""
     _started: float = 0.0
 
     def __post_init__(self) -> None:
@@ -194,9 +196,12 @@ class Bench:
         if self._pretends:
             return miniature(model), None
         free = self.device.free_bytes
-        found = model.fitting(MEMORY * free, need)
+        shapes = model.fitting(MEMORY * free, need)
         smallest = model.shapes(1).elements
-        return found, f"needs {need * smallest / 2**30:.1f} GiB, and {free / 2**30:.1f} are free" if not found else None
+        return (
+            shapes,
+            f"needs {need * smallest / 2**30:.1f} GiB, and {free / 2**30:.1f} are free" if not shapes else None,
+        )
 
     def _out_of_time(self, share: float = 1 - FOR_COUNTS) -> str | None:
         if self.seconds is not None and self.clock() - self._started > share * self.seconds:
@@ -215,7 +220,7 @@ class Bench:
             n_copied = min(COPY_BYTES, int(self.device.free_bytes * 0.25))
             self.copy = self.device.copy_bandwidth(2**20 if self._pretends else n_copied)
         seconds = 0.0 if self._pretends else self.seconds_each
-        # Of ours, also for peers: as many sets of tensors for each.
+        # The bytes are ours for peers too, so that each gets as many sets of tensors.
         n_bytes = measure.resident(item.optimizer, fmt) * shapes.elements
         measure.measure(self.device, row, self._make_set(item, shapes), n_bytes, self.copy, seconds)
         if item.peer is not None:
@@ -288,10 +293,10 @@ def gate(optimizer: str, fmt: StorageFormat) -> str | None:
 
 def _variant(opt: Any, group: dict[str, Any]) -> dict[str, Any]:
     """Tell the arguments that `opt` constructs its rule with."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, target in opt.arguments.items():
-        found.update([(target, group[name])] if isinstance(target, str) else zip(target, group[name], strict=True))
-    return found
+        arguments.update([(target, group[name])] if isinstance(target, str) else zip(target, group[name], strict=True))
+    return arguments
 
 
 def _states(opt: Any, choice: Any) -> Any:

@@ -43,9 +43,9 @@ class Model(NamedTuple):
     def fitting(self, available: float, per_parameter: float) -> Shapes | None:
         """Take as many layers as `available` bytes hold at so many bytes per parameter; None if not even one."""
         for layers in range(self.layers, 0, -1):
-            found = self.shapes(layers)
-            if found.elements * per_parameter <= available:
-                return found
+            shapes = self.shapes(layers)
+            if shapes.elements * per_parameter <= available:
+                return shapes
         return None
 
 
@@ -53,15 +53,15 @@ def _resnet50(layers: int) -> list[Shape]:
     def conv(out: int, into: int, size: int) -> list[Shape]:
         return [(out, into, size, size), (out,), (out,)]  # the weight, and the norm's scale and offset
 
-    found, channels = conv(64, 3, 7), 64
+    shapes, channels = conv(64, 3, 7), 64
     for stage, blocks in enumerate((3, 4, 6, 3)):
         width = 64 * 2**stage
         for block in range(blocks):
-            found += conv(width, channels, 1) + conv(width, width, 3) + conv(4 * width, width, 1)
+            shapes += conv(width, channels, 1) + conv(width, width, 3) + conv(4 * width, width, 1)
             if block == 0:
-                found += conv(4 * width, channels, 1)
+                shapes += conv(4 * width, channels, 1)
             channels = 4 * width
-    return [*found, (1000, channels), (1000,)]
+    return [*shapes, (1000, channels), (1000,)]
 
 
 def _bert_large(layers: int) -> list[Shape]:

@@ -21,9 +21,9 @@ class Target(NamedTuple):
     name: str
     required: float
     worst: Callable[[Sequence[float]], float]
-    """min where more is better, max where less is."""
-    found: Numbers
-    """The numbers that it is about."""
+    """Function that picks the worst number: min where more is better, max where less is."""
+    numbers: Numbers
+    """Function that selects the numbers that the target is about."""
     percent: bool = False
     unit: str = ""
 
@@ -45,13 +45,13 @@ class Judged(NamedTuple):
     """The worst of the numbers; None: there is none."""
     verdict: Verdict
     of: int
-    """Number of numbers that there were."""
+    """Number of numbers that the target was about."""
 
 
 def _shares(model: tuple[str, ...] | None, optimizers: tuple[str, ...]) -> Numbers:
     names = None if model is None else tuple(MODELS[key].name for key in model)
 
-    def found(rows: Sequence[Measurement]) -> list[float]:
+    def numbers(rows: Sequence[Measurement]) -> list[float]:
         return [
             row.share
             for row in rows
@@ -61,13 +61,13 @@ def _shares(model: tuple[str, ...] | None, optimizers: tuple[str, ...]) -> Numbe
             if row.share is not None
         ]
 
-    return found
+    return numbers
 
 
 def _ratios(
     peers: tuple[str, ...], name: str, formats: tuple[str, ...] | None = None, model: str | None = None
 ) -> Numbers:
-    def found(rows: Sequence[Measurement]) -> list[float]:
+    def numbers(rows: Sequence[Measurement]) -> list[float]:
         values = [
             getattr(row, name)
             for row in rows
@@ -77,15 +77,15 @@ def _ratios(
         ]
         return [value for value in values if value is not None]
 
-    return found
+    return numbers
 
 
 def _replayed(name: str) -> Numbers:
-    def found(rows: Sequence[Measurement]) -> list[float]:
+    def numbers(rows: Sequence[Measurement]) -> list[float]:
         values = [getattr(row, name) for row in rows if row.contestant == OURS]
         return [float(value) for value in values if value is not None]
 
-    return found
+    return numbers
 
 
 PER_TENSOR = tuple(dict.fromkeys(peer.name for peer in PEERS if peer.per_tensor))
@@ -118,7 +118,7 @@ def judge(rows: Sequence[Measurement], is_rehearsal: bool = False) -> list[Judge
     verdicts = []
     for target in TARGETS:
         required = f"{'>=' if target.worst is min else '<='} {target.shown(target.required)}"
-        values = [] if is_rehearsal else target.found(rows)
+        values = [] if is_rehearsal else target.numbers(rows)
         if not values:
             verdicts.append(Judged(target.name, required, None, "not measured", 0))
             continue

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from tritopt.engine.driver import Apply
 from tritopt.engine.state_dtype import Choice
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTERS
@@ -53,11 +52,11 @@ class Case:
     weight_dtype: torch.dtype
     grad_dtype: torch.dtype
     master: str | None
-    """How masters are kept, the optimizer's argument; None: no multi_precision."""
+    """Format of masters, the optimizer's argument; None: no multi_precision."""
     state_dtype: Choice
-    """How states are stored, the optimizer's argument; None: in the (master) weight's dtype."""
+    """Format of states, the optimizer's argument; None: the (master) weight's dtype."""
     option: str
-    """Key of OPTIONS."""
+    """Key of OPTIONS, whose arguments the case has."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -106,9 +105,9 @@ class CheckResult:
     weight_dtype: str
     grad_dtype: str
     master: str | None
-    """How the weights' master is kept, a key of MASTERS. None: there is none."""
+    """Format of the weights' master, a key of MASTERS. None: there is none."""
     state_dtype: Choice
-    """How states are stored. None: in the (master) weight's dtype."""
+    """Format of states. None: the (master) weight's dtype."""
     fused_vs_reference: float | None = None
     """Largest error of the weights, fused against reference. None: not compared."""
     fused_vs_truth: float | None = None
@@ -147,7 +146,7 @@ def unchecked(case: Case) -> CheckResult:
 
 def find_cases(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> list[Case]:
     """List the cases of the optimizers (None: of all that are registered); `quick` leaves out most combinations."""
-    found = []
+    cases = []
     for cls in registered() if classes is None else classes:
         for variant, (name, grad_dtypes), option in product(cls.variants, CHECKED.items(), OPTIONS):
             storage = FORMATS[name]
@@ -159,8 +158,8 @@ def find_cases(classes: Sequence[type[Optimizer]] | None = None, quick: bool = F
                 continue
             for grad_dtype in grad_dtypes[:1] if quick else grad_dtypes:
                 stored = storage.dtype, grad_dtype, storage.master, storage.state_dtype
-                found.append(Case(cls, dict(variant), *stored, option))
-    return found
+                cases.append(Case(cls, dict(variant), *stored, option))
+    return cases
 
 
 def _goes_with(cls: type[Optimizer], variant: dict[str, Any], storage: StorageFormat) -> bool:
@@ -174,4 +173,4 @@ def _goes_with(cls: type[Optimizer], variant: dict[str, Any], storage: StorageFo
         return True
     if storage.state_dtype is not None and all(fmt is PLAIN for fmt in formats):
         return False
-    return not storage.weight_format.draws or all(isinstance(phase, Apply) for phase in launches)
+    return not storage.weight_format.draws or all(phase.is_driver for phase in launches)

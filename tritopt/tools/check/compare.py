@@ -10,13 +10,14 @@ import tritopt
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.check.cases import Case, CheckResult
 from tritopt.tools.check.contender import Contender
-from tritopt.tools.check.tolerance import TOLERANCES, Tolerance
+from tritopt.tools.check.tolerance import TOLERANCES, Tolerance, with_products
 
 
 def compare_runs(
     case: Case, step: int, start: dict[str, torch.Tensor], runs: dict[str, Contender], result: CheckResult
 ) -> None:
     """Enter the differences between all runs into the result."""
+    products = runs["truth"].optimizer.product_dtype
     for one, other in combinations(runs, 2):
         kind = "truth" if other == "truth" else _fused_tolerance(case, runs["fused"].optimizer)
         ours, expected = runs[one].tensors(), runs[other].tensors()
@@ -29,7 +30,9 @@ def compare_runs(
             if case.rereads_states and not is_state:
                 value = torch.where(_differ(name, ours, expected), expected[name], tensor)
             tolerance = _tolerance(case, kind, name)
-            gap = _gap(tensor, expected[name], *(found.get(name) for found in neighbours))
+            if products is not None and not is_state:
+                tolerance = with_products(tolerance, products, case.compute_dtype)
+            gap = _gap(tensor, expected[name], *(neighbour.get(name) for neighbour in neighbours))
             error, is_within = largest_error(value, expected[name], start[name], gap, tolerance, case.compute_dtype)
             result.enter(f"{one}_vs_{other}" if name.startswith("weight") else "states", error)
             if not is_within:

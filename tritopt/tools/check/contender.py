@@ -26,7 +26,7 @@ class Contender:
     optimizer: Optimizer
     weights: list[torch.Tensor]
     master: str | None
-    """How masters are kept, a key of MASTERS; None: there are none. The truth's weights stand for both."""
+    """Format of masters, a key of MASTERS; None: there are none. The truth's weights stand for both."""
 
     def __post_init__(self) -> None:
         self.optimizer.set_lr_mult(LR_MULT)
@@ -34,17 +34,17 @@ class Contender:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Collect by name the weight, the master if there is one, and the states of each parameter, decoded."""
-        found = {}
+        tensors = {}
         for i, (weight, state) in enumerate(zip(self.weights, self.states, strict=True)):
-            found[f"weight {i}"] = weight
+            tensors[f"weight {i}"] = weight
             if self._format.companion:
                 planes = (weight, *tensors_of(state)[:1])
-                found[f"master {i}"] = (
+                tensors[f"master {i}"] = (
                     self._format.decode(planes, torch.float32) if self._has_companion(weight) else weight
                 )
         for name, (fmt, planes) in self._planes().items():
-            found[name] = planes[0] if fmt is PLAIN else fmt.decode(planes, torch.float32)
-        return found
+            tensors[name] = planes[0] if fmt is PLAIN else fmt.decode(planes, torch.float32)
+        return tensors
 
     def neighbours(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Find the next lower and next higher number that each state in fewer bits could have held, by name.
@@ -66,14 +66,14 @@ class Contender:
 
     def _planes(self) -> dict[str, tuple[Format, tuple[torch.Tensor, ...]]]:
         """Find the format and planes of each parameter's states, by name."""
-        found = {}
+        planes_of = {}
         for i, (weight, state) in enumerate(zip(self.weights, self.states, strict=True)):
             tensors = tensors_of(state)[self._has_companion(weight) :]
             formats = [PLAIN] * len(tensors) if self.optimizer.state_dtype is None else self.optimizer.state_formats()
             rest = iter(tensors)
             for at, fmt in enumerate(formats):
-                found[f"state {at} of weight {i}"] = fmt, tuple(islice(rest, fmt.n_planes))
-        return found
+                planes_of[f"state {at} of weight {i}"] = fmt, tuple(islice(rest, fmt.n_planes))
+        return planes_of
 
     def start_from(self, other: Contender) -> None:
         """Take over all values. The truth's weights come from the masters, which stand behind the weights."""

@@ -90,10 +90,10 @@ def _next_result(process: subprocess.Popen[str], case: Case) -> CheckResult:
     if not line:
         result.fail(f"the process that was to check it ended with exit code {process.wait()}")
         return result
-    found = json.loads(line)
+    record = json.loads(line)
     # Only this process has them as they were given: JSON has no tuples.
     kept = {"arguments": result.arguments, "variant": result.variant}
-    return CheckResult(**{field.name: found[field.name] for field in fields(CheckResult)} | kept)
+    return CheckResult(**{field.name: record[field.name] for field in fields(CheckResult)} | kept)
 
 
 def _write_results(part: Part, out: IO[str]) -> None:

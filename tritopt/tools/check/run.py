@@ -45,7 +45,7 @@ def run_checks(classes: Sequence[type[Optimizer]] | None = None, quick: bool = F
 def check_case(case: Case, n_steps: int = 3, config: Config | None = None) -> CheckResult:
     """Run one case. Whatever an optimizer raises makes a failed result.
 
-    config: how kernels are launched; None: in small blocks in the interpreter, otherwise as tuned or by default.
+    config: launch configuration of kernels; None: in small blocks in the interpreter, otherwise as tuned or by default.
     """
     result = unchecked(case)
     if config is None and INTERPRETED:
@@ -123,11 +123,11 @@ def _jumps(probes: Sequence[Contender], grads: Sequence[torch.Tensor], compute: 
             if state.is_floating_point():
                 state.mul_(factor)
         probe.step([_copy(grad).double() for grad in grads])
-    found = []
+    masks = []
     for start, low, high in zip(starts, *(probe.weights for probe in probes), strict=True):
         moved = (low - start).abs().max() if start.numel() else 0.0
-        found.append((high - low).abs() > JUMP * moved)
-    return found
+        masks.append((high - low).abs() > JUMP * moved)
+    return masks
 
 
 def _weights(case: Case, random: torch.Generator, config: Config) -> list[torch.Tensor]:

@@ -20,11 +20,11 @@ class Case(NamedTuple):
     arguments: dict[str, Any]
     """Arguments of the optimizer."""
     storage: str
-    """Key of tritopt.tools.storage.FORMATS."""
+    """Storage format, a key of tritopt.tools.storage.FORMATS."""
     grad_dtype: str | None
     """Key of GRAD_DTYPES; None: the gradients have the weights' dtype."""
     gpu: str
-    """Key of tritopt.tools.gpus.GPUS."""
+    """GPU, a key of tritopt.tools.gpus.GPUS."""
 
     @property
     def compiled_as(self) -> str:
@@ -119,7 +119,7 @@ class Step(NamedTuple):
 
 def steps_of(rows: Sequence[LaunchRecord]) -> list[Step]:
     """Group the rows by case."""
-    return [Step(list(found)) for _, found in groupby(rows, key=lambda row: row.case)]
+    return [Step(list(launches)) for _, launches in groupby(rows, key=lambda row: row.case)]
 
 
 def dump(rows: Sequence[LaunchRecord]) -> str:
@@ -131,19 +131,19 @@ def load(path: Path) -> list[LaunchRecord]:
     """Read the rows of a file that `dump` has written; ValueError that says what is wrong with it."""
     hint = "; `tritopt inspect --save` writes such files"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}{hint}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}{hint}") from error
     names = {field.name for field in fields(LaunchRecord)}
-    if not isinstance(found, list) or not found or not all(isinstance(row, dict) for row in found):
+    if not isinstance(document, list) or not document or not all(isinstance(row, dict) for row in document):
         raise ValueError(f"{path} holds no list of rows{hint}")
-    for row in found:
+    for row in document:
         if row.keys() != names:
             differing = ", ".join(sorted(row.keys() ^ names))
             raise ValueError(f"{path} was made by another version of tritopt, whose rows differ in {differing}{hint}")
-    return [LaunchRecord(**row) for row in found]
+    return [LaunchRecord(**row) for row in document]
 
 
 def widths(accesses: Mapping[str, int] | None) -> str:

@@ -6,6 +6,7 @@ for all formats and exact in each of them, so that what differs is what was stor
 """
 
 from tritopt.tools.numerics.record import FormatResult as FormatResult
+from tritopt.tools.numerics.record import load as load
 from tritopt.tools.numerics.report import COLUMNS as COLUMNS
 from tritopt.tools.numerics.report import DIGITS_LR as DIGITS_LR
 from tritopt.tools.numerics.report import EXPLANATION as EXPLANATION

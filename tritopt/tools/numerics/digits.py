@@ -118,9 +118,9 @@ def digits_result(
     trained, refused = truth, None
     if fmt is not TRUTH:
         trained, refused = unless_refused(lambda: train_digits(cls, fmt, digits, steps, lr))
-    found: dict[str, Any] = {"refused": refused}
+    outcome: dict[str, Any] = {"refused": refused}
     if trained is not None:
-        found = {
+        outcome = {
             **trained.counted._asdict(),
             **Movement.of(trained.weights, truth.weights, truth.start)._asdict(),
             "loss": trained.loss,
@@ -128,8 +128,5 @@ def digits_result(
         }
     decay = inspect.signature(cls).parameters["weight_decay"].default
     return FormatResult(
-        **described(cls, fmt), problem="digits", case=DIGITS, steps=steps, lr=lr, weight_decay=decay, **found
+        **described(cls, fmt), problem="digits", case=DIGITS, steps=steps, lr=lr, weight_decay=decay, **outcome
     )
-
-
-# The report.

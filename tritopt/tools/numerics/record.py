@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ class FormatResult:
     lr: float
     weight_decay: float = 0.0
     gradient_rms: float | None = None
+    """Root mean square of the stress's gradients; None: the problem has none of its own."""
     resident: float | None = None
     """Bytes per parameter of weight, gradient and states, of the tensors that were allocated."""
     moved: float | None = None
@@ -49,7 +52,7 @@ class FormatResult:
 
 
 class Movement(NamedTuple):
-    """Distance that weights went, beside the truth's; as in FormatResult."""
+    """Distance that weights went, beside the truth's; as in FormatResult. None where the truth does not move."""
 
     kept: float | None
     drift: float | None
@@ -73,3 +76,11 @@ def described(cls: type[optim.Optimizer], fmt: StorageFormat) -> dict[str, Any]:
         "arguments": fmt.arguments,
         "weight_dtype": str(fmt.dtype).removeprefix("torch."),
     }
+
+
+def load(path: Path) -> list[FormatResult]:
+    """Read results that `tritopt numerics --json` printed; ValueError for a file that holds anything else."""
+    try:
+        return [FormatResult(**record) for record in json.loads(path.read_text())]
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold what `tritopt numerics --json` prints: {error}") from error

@@ -74,7 +74,7 @@ class Column(NamedTuple):
 
     title: str
     number: str
-    """Field of `FormatResult`."""
+    """Name of a field of `FormatResult`."""
     cases: tuple[str, ...]
     """Names of cases; the worst of them is shown."""
 

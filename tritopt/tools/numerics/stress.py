@@ -145,11 +145,11 @@ def stress_results(
     """Train in one format, and compare each case with the truth."""
     trained, refused = (truth, None) if fmt is TRUTH else unless_refused(lambda: train_stress(cls, fmt, stress))
     for i, case in enumerate(stress.cases):
-        found: dict[str, Any] = {"refused": refused}
+        outcome: dict[str, Any] = {"refused": refused}
         if trained is not None:
             movement = Movement.of(trained.weights[i], truth.weights[i], stress.start)
             start = stress.start.double()
-            found = {
+            outcome = {
                 **trained.counted._asdict(),
                 **movement._asdict(),
                 "update": math.sqrt(trained.updates[i] / truth.updates[i]) if truth.updates[i] else None,
@@ -163,5 +163,5 @@ def stress_results(
             lr=case.lr,
             weight_decay=case.weight_decay,
             gradient_rms=case.gradient_rms,
-            **found,
+            **outcome,
         )

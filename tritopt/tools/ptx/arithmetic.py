@@ -215,6 +215,6 @@ def _select(x: Array, y: Array, holds: Array) -> Array:
 
 
 def _spread_of_selection(values: Sequence[Array], masks: Sequence[Array]) -> Array:
-    """Undefined is what of the selected operand is, not of the other one; and all if the predicate is."""
+    """Undefined bits of a selection: those of the selected operand; all, if the predicate is undefined."""
     x, y, by = masks
     return np.where(by, ~x.dtype.type(0), _select(x, y, values[2]))

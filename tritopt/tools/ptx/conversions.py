@@ -21,11 +21,13 @@ _NARROW = {"bf16": floats.to_bf16, "f16": floats.to_f16}
 
 def decode_conversion(instruction: Instruction, program: Program) -> Execute | None:
     """Executable of cvt; None if its pair of types or a modifier is not known."""
-    types = [part for part in instruction.parts[1:] if re.fullmatch(r"[suf]\d+(x2)?|bf16(x2)?", part)]
+    types = [part for part in instruction.parts[1:] if re.fullmatch(r"[suf]\d+(x2)?|bf16(x2)?|e4m3x2", part)]
     modifiers = set(instruction.parts[1:]) - set(types)
     if len(types) != 2 or modifiers - {"rn", "ftz", *_WHOLE}:
         return None
     target, source = types
+    if types == ["f16x2", "e4m3x2"] and modifiers == {"rn"}:
+        return computation(instruction, _from_e4m3, ["b16"], program)
     if target.endswith("x2"):
         if source != "f32" or modifiers != {"rn"}:
             return None
@@ -69,6 +71,15 @@ def _conversion(target: str, source: str, modifiers: set[str]) -> Callable[[Arra
         return x
 
     return convert
+
+
+def _from_e4m3(codes: Array) -> Array:
+    """Two bytes of float8_e4m3fn, exact in fp16. All ones but the sign are NaN; there is no infinity."""
+    code = np.ascontiguousarray(codes).view(np.uint8)
+    # Exponents of fp16 are 8 more: (code & 0x7F) << 7 is 2^8 times too small.
+    size = ((code & np.uint8(0x7F)).astype(np.uint16) << np.uint16(7)).view(np.float16) * np.float16(256)
+    bits = size.view(np.uint16) | ((code & np.uint8(0x80)).astype(np.uint16) << np.uint16(8))
+    return np.where((code & 0x7F) == 0x7F, floats.NAN[2], bits).astype(np.uint16).view(np.uint32)
 
 
 def _halves(values: Sequence[Array], masks: Sequence[Array]) -> Array:

@@ -47,7 +47,7 @@ class Record(Options):
 
 
 _record: Record | None = None
-"""The one that is switched on."""
+"""The record that is switched on; None while none is."""
 
 
 def switch_on(capability: int = 90) -> Record:
@@ -188,7 +188,7 @@ def _pass_over_what_is_there() -> None:
 
 
 def _tensors() -> list[torch.Tensor]:
-    """All that are alive."""
+    """All tensors that are alive."""
     objects = gc.get_objects()
     if len(objects) > _MANY:
         objects.clear()

@@ -66,8 +66,8 @@ class Machine:
         Args:
             arguments: numbers, addresses among them, in the order of the kernel's parameters.
             grid: number of programs along x, y, z.
-            memory: what may be touched.
-            options: how the launch runs.
+            memory: memory that the kernel may touch.
+            options: options of the launch.
         """
         typed = zip(self.program.parameters, arguments, strict=True)
         parameters = {name: _parameter(value, dtype_of(kind)) for (name, kind), value in typed}

@@ -106,8 +106,8 @@ def computation(
     """Instruction that computes its first operand, or each part of it, from the others.
 
     Args:
-        instruction: with its operands.
-        function: of the operands' values; gives the result, or one for each part of the first operand.
+        instruction: the instruction, with its operands.
+        function: function of the operands' values; gives the result, or one for each part of the first operand.
         types: types of the operands that it reads.
         program: the kernel.
         spread: undefined bits of the results (or a bool, for all of them), from the values of the operands and their

@@ -42,15 +42,15 @@ class Instruction:
 
 @dataclass
 class Program:
-    """A kernel."""
+    """A kernel, parsed into blocks."""
 
     name: str
     parameters: list[tuple[str, str]]
-    """Name and type (u64, f32 ...) of each."""
+    """Name and type (u64, f32 ...) of each parameter."""
     n_threads: int
-    """Threads of one program (CTA)."""
+    """Number of threads of one program (CTA)."""
     shared_symbol: str | None
-    """Name of the shared memory, which begins at address 0."""
+    """Name of the shared memory, which begins at address 0; None: there is none."""
     registers: dict[str, str] = field(default_factory=dict)
     """Type of each register, by name."""
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])

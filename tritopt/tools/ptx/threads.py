@@ -28,7 +28,7 @@ SPECIAL = {
 
 @dataclass
 class Options:
-    """How a launch runs."""
+    """Options of a launch in the machine."""
 
     watches: bool = True
     """Whether races are looked for."""
@@ -81,7 +81,7 @@ class Threads:
         grid: number of programs along x, y, z.
         shared: bytes of shared memory of each.
         memory: global memory.
-        options: how the launch runs.
+        options: options of the launch.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Threads:
         self.is_waiting = np.zeros(n, bool)
         """Whether it waits at a barrier."""
         self.instruction = Instruction("", ())
-        """The one that runs now."""
+        """Instruction that runs now."""
 
     def write(self, name: str, selection: Selection, value: Array, undefined: Array | None) -> None:
         """Set a register, and which of its bits are undefined; None: none."""
@@ -145,7 +145,7 @@ class Threads:
 
 
 def size_of(selection: Selection) -> int:
-    """Number of threads."""
+    """Number of threads that are selected."""
     return selection.stop - selection.start if isinstance(selection, slice) else len(selection)
 
 

@@ -1,0 +1,152 @@
+"""Muon's matrices over processes: gathered, orthogonalised once, and the same bits on any number of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.world import REASON, World
+from tritopt import optim
+from tritopt.engine import matrix_phase, newton_schulz
+from tritopt.engine.plan import Planner
+from tritopt.engine.tuning.config import Config
+from tritopt.optim import exchange
+from tritopt.optim.distributed import whole
+from tritopt.tools.replaced import replaced
+
+pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]
+
+# Uneven over 2 and 4 processes; one that leaves some of them without a row; tall, wide, and of one row.
+SHAPES = ((6, 5), (6, 5), (5, 7), (3, 8), (16, 16), (1, 6), (2, 3), (16, 16))
+paths = pytest.mark.parametrize("fused", [None, False])
+
+
+def values(seed: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[torch.Tensor]:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def train(
+    placements: list[Any], mesh: Any, fused: bool | None, shapes: Any = SHAPES, **options: Any
+) -> tuple[list[Any], Any]:
+    """Parameters after three steps, and their optimizer."""
+    from torch.distributed.tensor import distribute_tensor
+
+    Planner.config = Config(block_size=64, chunk_size=128, num_warps=1)
+    params = [
+        torch.nn.Parameter(distribute_tensor(value, mesh, placements[i % len(placements)]))
+        for i, value in enumerate(values(0, shapes))
+    ]
+    opt = optim.Muon(params, lr=0.1, fused=fused, **options)
+    for step in range(1, 4):
+        for i, (p, grad) in enumerate(zip(params, values(step, shapes), strict=True)):
+            p.grad = distribute_tensor(grad, mesh, placements[i % len(placements)])
+        opt.step()
+    return params, opt
+
+
+def check(fused: bool | None, layout: str, state_dtype: str | None) -> list[torch.Tensor]:
+    """What all processes have in the end."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,))
+    placements: dict[str, list[Any]] = {
+        "rows": [[Shard(0)]],
+        "columns": [[Shard(1)]],
+        "all": [[Shard(0)], [Shard(1)], [Replicate()]],
+    }
+    if layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, size // 2))
+        placements = {"hsdp": [[Replicate(), Shard(0)]]}
+    elif layout == "2d":
+        mesh = init_device_mesh("cpu", (2, size // 2))
+        placements = {"2d": [[Shard(0), Shard(1)], [Shard(0), Shard(0)]]}
+    done: Counter[tuple[int, ...]] = Counter()
+    real = newton_schulz.orthogonalize
+
+    def counting(stack: torch.Tensor, *rest: Any) -> None:
+        done[tuple(stack.shape[-2:])] += stack.shape[:-2].numel()
+        real(stack, *rest)
+
+    with replaced(matrix_phase, "orthogonalize", counting):
+        params, opt = train(placements[layout], mesh, fused, state_dtype=state_dtype)
+    counts: list[Any] = [None] * size
+    dist.all_gather_object(counts, dict(done))
+    total: Counter[tuple[int, ...]] = Counter()
+    for one in counts:
+        total.update(one)
+    # Each matrix once in each of three steps, whole, by one process.
+    assert total == Counter({shape: 3 * SHAPES.count(shape) for shape in SHAPES}), total
+    return [*(whole(p.detach()) for p in params), *(whole(opt.state[p]["momentum_buffer"]) for p in params)]
+
+
+@paths
+@pytest.mark.parametrize("layout", ["rows", "columns", "all"])
+def test_the_same_bits_on_1_2_and_4_processes(layout: str, fused: bool | None, worlds: dict[int, World]) -> None:
+    results = [worlds[size].run(check, fused, layout, None) for size in (1, 2, 4)]
+    first = results[0][0]
+    for of_world in results:
+        for of_rank in of_world:
+            for a, b in zip(of_rank, first, strict=True):
+                assert torch.equal(a, b)
+
+
+@paths
+@pytest.mark.parametrize("layout", ["hsdp", "2d"])
+def test_meshes_of_two_dimensions_too(layout: str, fused: bool | None, worlds: dict[int, World]) -> None:
+    """Replicas compute once."""
+    (expected, *_) = worlds[1].run(check, fused, "rows", None)
+    for of_rank in worlds[4].run(check, fused, layout, None):
+        for a, b in zip(of_rank, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_states_stay_sharded(worlds: dict[int, World]) -> None:
+    worlds[2].run(check_states)
+
+
+def check_states() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    params, opt = train([[Shard(0)]], init_device_mesh("cpu", (2,)), None)
+    for p in params:
+        assert opt.state[p]["momentum_buffer"].placements == p.placements
+        assert opt.state[p]["momentum_buffer"].to_local().shape == p.to_local().shape
+
+
+def test_experts_and_projections(worlds: dict[int, World]) -> None:
+    """Stacks that are split by experts, and parts that shards cut across."""
+    for options, shapes in (({"flatten": False}, ((4, 3, 5), (3, 4, 4))), ({"split": 3}, ((9, 4), (12, 6)))):
+        results = [worlds[size].run(check_options, options, shapes) for size in (1, 2, 4)]
+        for of_world in results:
+            for of_rank in of_world:
+                assert all(map(torch.equal, of_rank, results[0][0]))
+
+
+def check_options(options: dict[str, Any], shapes: Any) -> list[torch.Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params, _ = train([[Shard(0)]], mesh, None, shapes, **options)
+    return [whole(p.detach()) for p in params]
+
+
+def test_work_is_shared_by_cost(worlds: dict[int, World]) -> None:
+    worlds[2].run(check_units)
+
+
+def check_units() -> None:
+    cut = newton_schulz.Cut(None, None, -2)
+    shapes = [(8, 8)] + [(4, 4)] * 4 + [(2, 2)]
+    with replaced(exchange, "UNIT", 16):
+        units = list(exchange._units(range(6), shapes, cut, 2))
+    assert [unit.members for unit in units] == [[0], [1], [2], [3], [4], [5]]
+    assert [unit.owner for unit in units] == [0, 1, 1, 1, 1, 1]
