@@ -4,6 +4,9 @@ import tritopt.lr_scheduler as lr_scheduler  # noqa: F401 (`from tritopt` would 
 import tritopt.optim as optim  # noqa: F401
 import tritopt.optimizers as optimizers  # noqa: F401
 from tritopt.engine.driver import Apply as Apply
+from tritopt.gluon.loss_scaler import LossScaler as LossScaler
+from tritopt.gluon.trainer import Trainer as Trainer
+from tritopt.gluon.utils import clip_global_norm as clip_global_norm
 from tritopt.mxnet.module import ModuleParameters as ModuleParameters
 from tritopt.mxnet.module import module_parameters as module_parameters
 from tritopt.mxnet.optimizer import Optimizer as Optimizer
