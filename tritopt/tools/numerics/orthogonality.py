@@ -10,7 +10,7 @@ import torch
 
 from tritopt.engine.newton_schulz import DTYPES, POLAR_EXPRESS, QUINTIC, iteration_of, orthogonalize
 
-COEFFICIENTS = (QUINTIC, POLAR_EXPRESS)
+COEFFICIENTS: tuple[str | tuple[float, float, float], ...] = (QUINTIC, POLAR_EXPRESS)
 STEPS = (3, 5, 7)
 SHAPE = (128, 256)
 N_MATRICES = 4
