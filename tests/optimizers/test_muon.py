@@ -340,9 +340,9 @@ def test_alignment_is_not_orthogonalised() -> None:
     together = step([parameter(3, 5, seed=i) for i in range(4)], grads, fused=True)
     for actual, grad in zip(together, grads, strict=True):
         expected = orthogonal(grad)
-        # The iteration ends between 0.68 and 1.13 times the orthogonal matrix, singular value by singular value.
+        # The iteration ends between 0.68 and 1.2 times the orthogonal matrix, singular value by singular value.
         ratios = torch.linalg.svdvals(actual.double())
-        assert ((ratios > 0.6) & (ratios < 1.2)).all()
+        assert ((ratios > 0.6) & (ratios < 1.25)).all()
         assert torch.nn.functional.cosine_similarity(actual.double().flatten(), expected.flatten(), dim=0) > 0.95
 
 
