@@ -9,7 +9,6 @@ from __future__ import annotations
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.ops import sqrt
 
-
 _ROUNDS = tl.constexpr(7)
 
 

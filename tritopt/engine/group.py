@@ -62,6 +62,8 @@ class Group:
     """Of the members' gradients."""
     noise: list[tuple[int, int, int, int]] = field(default_factory=list)
     """Of the members: `Task.noise`."""
+    aligned: tuple[bool, ...] = ()
+    """For each column of pointers whether they were multiples of 16 bytes when the group was made; empty: all."""
     has_rows: bool = False
     """Whether gradients are of some rows of the weights, whose numbers the table's last column points to."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))

@@ -229,7 +229,12 @@ def _words(group: Group, tasks: Sequence[Task], rows: Rows) -> np.ndarray[Any, n
 def _kind(task: Task) -> Hashable:
     """What tasks of one group have in common."""
     names = tuple([fmt.name for fmt in task.formats])
-    return task.grad.device, names, tuple([t.dtype for t in task.tensors()])
+    return task.grad.device, names, tuple([t.dtype for t in task.tensors()]), _aligned(task)
+
+
+def _aligned(task: Task) -> tuple[bool, ...]:
+    """Whether each tensor begins at a multiple of 16 bytes, which the widest accesses need."""
+    return tuple([t.data_ptr() % 16 == 0 for t in task.tensors()])
 
 
 def _build_groups(tasks: Sequence[Task], kinds: Sequence[Hashable]) -> list[Group]:
@@ -244,7 +249,8 @@ def _build_groups(tasks: Sequence[Task], kinds: Sequence[Hashable]) -> list[Grou
         shapes = [tasks[i].grad.shape for i in positions]
         noise = [tasks[i].noise for i in positions]
         has_rows = first.rows is not None
-        groups.append(Group(positions, first.grad.device, first.formats, dtypes, shapes, noise, has_rows))
+        device, aligned = first.grad.device, _aligned(first)
+        groups.append(Group(positions, device, first.formats, dtypes, shapes, noise, aligned, has_rows))
     return groups
 
 
