@@ -86,10 +86,20 @@ class CompiledLaunch(NamedTuple):
     """Number of instructions per parameter that are issued on the shortest path. None: there is no hot loop."""
     arithmetic: float | None
     """Number of those that compute. None: there is no hot loop."""
+    waits: float | None
+    """Number of times that a thread waits for memory in an iteration, as `HotLoop` counts; of the loop with most.
+
+    None: there is no hot loop.
+    """
 
 
 def compile_launches(
-    opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN, arch: int | str = 90
+    opt: Optimizer,
+    weight_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    fmt: Format = PLAIN,
+    arch: int | str = 90,
+    are_views: bool = False,
 ) -> list[CompiledLaunch]:
     """Compile every launch of a step of `opt`.
 
@@ -97,10 +107,11 @@ def compile_launches(
         opt: the optimizer.
         weight_dtype, grad_dtype, fmt: dtypes of weights and gradients, and storage format of the weights.
         arch: compute capability of an NVIDIA GPU (90: sm_90, an H100 or H200), or the name of an AMD one ("gfx942").
+        are_views: whether weights and gradients begin at an odd place of a flat buffer.
 
     Raises RuntimeError under TRITON_INTERPRET=1, which replaces kernels by Python.
     """
-    return _compiled(lambda planner: _step(planner, opt, weight_dtype, grad_dtype, fmt), arch)
+    return _compiled(lambda planner: _step(planner, opt, weight_dtype, grad_dtype, fmt, int(are_views)), arch)
 
 
 def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunch]:
@@ -146,8 +157,11 @@ def compile_launch(launched: Launched, arch: int | str) -> Any:
     return private.compile_for(arch, kernel, kinds, constants, options)
 
 
-def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
-    weight, grad = (torch.zeros(64, 64, dtype=dtype, device="cpu") for dtype in (weight_dtype, grad_dtype))
+def _step(
+    planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format, first: int
+) -> None:
+    flat = (torch.zeros(first + 4096, dtype=dtype, device="cpu") for dtype in (weight_dtype, grad_dtype))
+    weight, grad = (buffer[first:].view(64, 64) for buffer in flat)
     planes = [weight] if fmt.companion_of is None else [weight, fmt.companion_of(weight, weight.float())]
     opt.multi_precision = False
     state = fresh_state(opt, 0, weight if fmt is PLAIN else fmt.decode(planes, torch.float32))
@@ -199,6 +213,7 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
         _bytes(stores, elements, is_driver) - masked[1] if loops else None,
         sum(loop.instructions for loop in loops) / elements if loops else None,
         sum(loop.arithmetic for loop in loops) / elements if loops else None,
+        max(loop.waits for loop in loops) if loops else None,
     )
 
 
