@@ -9,7 +9,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from tritopt.kernels.language import INTERPRETED
 from tritopt.kernels.preambles import without_clip
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
-from tritopt.tools.hot_loop import hot_loops, parse_gcn, parse_sass
+from tritopt.tools.hot_loop import HotLoop, hot_loops, parse_gcn, parse_sass
 
 _VECTOR = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.v\d")
 _TYPES = {
@@ -185,13 +186,12 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
             return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
         has_vectors = _VECTOR.search(code_of["ptx"]) is not None
-        code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=code_of["cubin"]) if has_vectors else "")
+        loops = _loops_of(code_of["cubin"]) if has_vectors else ()
     else:
         assembly = code_of["amdgcn"]
         registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
         spilled = 4 * spills
-        code = parse_gcn(assembly)
-    loops = hot_loops(code)
+        loops = hot_loops(parse_gcn(assembly))
     elements = _elements_of_a_thread(launched, 32 if isinstance(arch, int) else 64) if loops else 0
     loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
     stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
@@ -259,6 +259,12 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
         loads += accesses[first] * constants["READS"][i + 2]
         stores += accesses[first] * constants["WRITES"][i + 2]
     return loads, stores
+
+
+@lru_cache(maxsize=256)
+def _loops_of(cubin: bytes) -> Sequence[HotLoop]:
+    """Hot loops of a binary, which many launches may share: disassembling one takes 0.3 s."""
+    return hot_loops(parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=cubin)))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
