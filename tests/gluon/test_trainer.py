@@ -282,6 +282,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"optimizer": torch.optim.SGD}, TypeError, "must be a name such as 'sgd', or an instance of tritopt.Optimizer"),
     ({"optimizer": tritopt.SGD}, TypeError, "must be a name such as 'sgd', or an instance of tritopt.Optimizer"),
     ({"optimizer_params": {"learning_rte": 1}}, TypeError, "learning_rte"),
+    ({"optimizer_params": 0.1}, TypeError, "optimizer_params=0.1 must be a dict"),
     (
         {"optimizer": tritopt.create("sgd"), "optimizer_params": {"learning_rate": 1}},
         ValueError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tritopt.gluon.loss_scaler import LossScaler
@@ -30,8 +31,11 @@ def check_kvstore(kvstore: Any, compression_params: Any, update_on_kvstore: Any)
         )
 
 
-def optimizer_of(params: Parameters, optimizer: Any, arguments: dict[str, Any], max_grad_norm: Any) -> Optimizer:
+def optimizer_of(params: Parameters, optimizer: Any, optimizer_params: Any, max_grad_norm: Any) -> Optimizer:
     """The optimizer of a Trainer, which knows its parameters and their names."""
+    if not (optimizer_params is None or isinstance(optimizer_params, Mapping)):
+        raise TypeError(f"optimizer_params={optimizer_params!r:.60} must be a dict of the optimizer's arguments")
+    arguments: dict[str, Any] = dict(optimizer_params or {})
     param_dict = dict(enumerate(params.tensors))
     names = {} if params.names is None else dict(enumerate(params.names))
     if isinstance(optimizer, Optimizer):

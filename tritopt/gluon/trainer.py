@@ -72,7 +72,7 @@ class Trainer:
     ) -> None:
         check_kvstore(kvstore, compression_params, update_on_kvstore)
         self._params = parameters_of(params)
-        made = optimizer_of(self._params, optimizer, dict(optimizer_params or {}), max_grad_norm)
+        made = optimizer_of(self._params, optimizer, optimizer_params, max_grad_norm)
         self._loss_scaler = checked_scaler(loss_scaler, made)
         scale = made.rescale_grad
         if isinstance(scale, torch.Tensor) or not math.isfinite(scale):
@@ -85,9 +85,9 @@ class Trainer:
         self._is_scaled = False
         """Whether a loss was scaled since the last step."""
         self._knows_ddp = False
-        self._own()
         if loss_scaler is not None:
             loss_scaler.bind(self)
+        self._own()
 
     def _own(self) -> None:
         """Warn where another trainer has one of the parameters."""
