@@ -300,7 +300,7 @@ def _command(name: str) -> tuple[str, ...]:
     if _is_tests(name):
         machine = ("-p", "tests.ptx.plugin") if _is_compiled(name) else ()
         return "pytest", "-q", "-x", *machine, "-p", "no:cacheprovider", f"tests/{name}.py"
-    return "tritopt", "check", "--quick", "--json", "--optimizer", name
+    return "tritopt", "check", "--quick", "--json", "--jobs", "1", "--optimizer", name
 
 
 def _run(checkout: Path, *module: str) -> subprocess.CompletedProcess[str]:

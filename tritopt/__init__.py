@@ -1,18 +1,29 @@
 """Triton fused optimizers for mixed-precision training: MXNet 2.0's optimizer API on PyTorch tensors."""
 
-from tritopt import lr_scheduler as lr_scheduler
-from tritopt import optim as optim
-from tritopt import optimizers as optimizers
-from tritopt.engine.driver import Apply as Apply
-from tritopt.mxnet.module import ModuleParameters as ModuleParameters
-from tritopt.mxnet.module import module_parameters as module_parameters
-from tritopt.mxnet.optimizer import Optimizer as Optimizer
-from tritopt.mxnet.optimizer import register as register
-from tritopt.mxnet.registry import create as create
-from tritopt.mxnet.registry import names as names
-from tritopt.mxnet.updater import Updater as Updater
-from tritopt.mxnet.updater import get_updater as get_updater
-from tritopt.optim.clip import clip_grad_norm_ as clip_grad_norm_
-from tritopt.optimizers import *  # noqa: F403 (listed there, once)
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tritopt.public import *  # noqa: F403
+else:
+    # Torch and Triton take seconds to import, and the command line has something to say before: __main__.py.
+    def _load() -> list[str]:
+        from importlib import import_module
+
+        public = vars(import_module("tritopt.public"))
+        names = {name: value for name, value in public.items() if not name.startswith("_") and name != "tritopt"}
+        globals().update(names)
+        return sorted(names)
+
+    def __getattr__(name: str) -> object:
+        if name == "__all__":
+            return _load()
+        if not name.startswith("__"):
+            _load()
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_load()})

@@ -1,47 +1,65 @@
-"""The command line. Each command has its file in tritopt/commands."""
+"""The command line. It says what a check is about to do before it imports torch and Triton, which takes seconds."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+import os
+import sys
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
 
 import tritopt
-from tritopt.commands.bench import bench
-from tritopt.commands.check import check
-from tritopt.commands.inspect import inspect
-from tritopt.commands.list import list_optimizers
-from tritopt.commands.numerics import numerics
-from tritopt.commands.tune import tune
+from tritopt.tools import resources
 
-app = typer.Typer(
-    help="Triton fused optimizers for PyTorch.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("list")(list_optimizers)
-app.command()(bench)
-app.command()(check)
-app.command()(inspect)
-app.command()(numerics)
-app.command()(tune)
+CASES = {False: 58, True: 33}
+"""Number of cases of an optimizer, by whether checks are quick; about, since their arguments differ."""
+N_FORMATS = 16
+"""Number of storage formats that these are of."""
+SECONDS = {False: 0.11, True: 0.09}
+"""Time of a case in Triton's interpreter on one core, by whether checks are quick; about."""
+START_SECONDS = 5
+"""Time to import torch and Triton, twice: the processes that run the cases do it, too."""
+GPUS = ("/dev/nvidia[0-9]*", "/dev/kfd")
+"""Patterns of devices, one of which is there where NVIDIA's or AMD's driver has a GPU."""
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"tritopt {tritopt.__version__}")
-        raise typer.Exit
+def announcement(arguments: Sequence[str]) -> str | None:
+    """Say how many cases a check of these arguments has and how long it takes, both about; None for anything else."""
+    if arguments[:1] != ["check"] or {"--json", "--help"} & set(arguments):
+        return None
+    given: dict[str, list[str]] = {name: [] for name in ("", "--optimizer", "--format", "--target", "--jobs", "-j")}
+    rest = iter(arguments[1:])
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if option in given:
+            given[option].append(value if equals else next(rest, ""))
+        elif not argument.startswith("-"):
+            given[""].append(argument)
+    quick = "--quick" in arguments
+    named = len(given[""]) + len(given["--optimizer"])
+    n = named or len(list(Path(__file__).parent.glob("optimizers/[a-z]*.py")))
+    cases = max(1, n * CASES[quick] * (len(given["--format"]) or N_FORMATS) // N_FORMATS)
+    about = f"about {int(float(f'{cases:.2g}')):,} cases"
+    said = f"tritopt {tritopt.__version__} checks {n} optimizer{'s' * (n > 1)}: {about}"
+    if "--compiled" in arguments or (any(map(glob, GPUS)) and "TRITON_INTERPRET" not in os.environ):
+        return f"{said}, whose kernels are compiled first."
+    jobs = [int(value) for value in (*given["--jobs"], *given["-j"]) if value.isdecimal()]
+    processes = min([resources.n_processes(cases), *jobs])
+    seconds = START_SECONDS + cases * SECONDS[quick] / max(1, processes)
+    takes = f"{10 * round(seconds / 10) or 10} seconds" if seconds < 95 else f"{round(seconds / 60)} minutes"
+    return f"{said} and {takes} with {processes} process{'es' * (processes > 1)}."
 
 
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Triton fused optimizers for PyTorch."""
+def main() -> None:
+    """Run the command line."""
+    if said := announcement(sys.argv[1:]):
+        print(said, flush=True)
+    try:
+        from tritopt.commands.app import app
+    except KeyboardInterrupt:
+        sys.exit(130)
+    app(prog_name="tritopt")
 
 
 if __name__ == "__main__":
-    app(prog_name="tritopt")
+    main()

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import tritopt.optim
 from tests.engine.test_tuning_cache import ENTRY
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.commands.tune import print_rows
 from tritopt.engine import driver
 from tritopt.engine.device import is_capturing

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
 
+from tests.support.world import forks
 from tritopt.engine.random_keys import halves, key_words
 
-ROOT = Path(__file__).resolve().parents[2]
 WORD = 2**32 - 1
 
 
@@ -29,9 +27,11 @@ def test_key_is_the_same_for_what_is_equal() -> None:
 
 def test_key_is_the_same_in_another_process() -> None:
     """Python's own hash of a str is not."""
-    program = "from tritopt.engine.random_keys import key_words; print(*key_words(5, ('layer', 7, 'größe')))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert tuple(map(int, done.stdout.split())) == key_words(5, ("layer", 7, "größe"))
+    name = ("layer", 7, "größe")
+    with forks().Pool(1) as pool:
+        words, other = pool.apply(key_words, (5, name)), pool.apply(hash, (name,))
+    assert words == key_words(5, name)
+    assert other != hash(name) or "PYTHONHASHSEED" in os.environ
 
 
 @pytest.mark.parametrize("index", [object(), 1.5, None, (0, object())], ids=["object", "float", "None", "tuple"])

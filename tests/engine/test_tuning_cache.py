@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.world import forks
 from tritopt.engine.tuning import cache as tuning_cache
 from tritopt.engine.tuning import config
 from tritopt.engine.tuning.cache import Entry, Key
@@ -83,20 +82,19 @@ def test_the_oldest_go_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) 
     assert set(tuning_cache.read(GPU)) == {key("second"), key("third")}
 
 
-WRITER = """
-import sys
-from tests.engine.test_tuning_cache import ENTRY, GPU, key
-from tritopt.engine.tuning import cache as tuning_cache
-for i in range(20):
-    tuning_cache.put(GPU, key(f"{sys.argv[1]}-{i}"), ENTRY)
-"""
+def write_twenty(folder: Path, n: int) -> None:
+    os.environ["TRITOPT_CACHE_DIR"] = str(folder)
+    for i in range(20):
+        tuning_cache.put(GPU, key(f"{n}-{i}"), ENTRY)
 
 
 def test_processes_that_write_at_once_lose_nothing(folder: Path) -> None:
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(n)], env=dict(os.environ)) for n in range(3)]
-    while any(writer.poll() is None for writer in writers):
+    writers = [forks().Process(target=write_twenty, args=(folder, n)) for n in range(3)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
         tuning_cache.read(GPU)  # never torn: a warning would be an error
-    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
     assert len(tuning_cache.read(GPU)) == 60
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".lock"]
 

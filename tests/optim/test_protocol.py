@@ -593,7 +593,7 @@ def test_importing_does_not_import_torchs_compiler() -> None:
     program = """
 import sys, torch
 before = set(sys.modules)
-import tritopt.optim, tritopt.__main__
+import tritopt.optim, tritopt.commands.app
 print([name for name in ("torch._dynamo", "torch._inductor") if name in set(sys.modules) - before])
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tests.support.world import forks
 from tritopt import optim
 
 State = dict[str, Any]
@@ -180,20 +178,18 @@ def test_processes_count_in_one_tensor(name: str, when: str) -> None:
         torch.testing.assert_close(weight, results[0][1])
 
 
-_THROUGH_A_QUEUE = """
-import torch, torch.multiprocessing as mp
-from tritopt.optim import AdamW
-
-def reader(queue, is_done):
+def _read(queue: Any, is_done: Any) -> None:
     queue.get()
     is_done.set()
 
-if __name__ == "__main__":
-    context = mp.get_context("spawn")
+
+def test_a_state_dict_that_was_sent_to_another_process() -> None:
+    """Sending moves the counts' memory, and frees what they were in."""
+    context = forks()
     queue, is_done = context.Queue(), context.Event()
     model = torch.nn.Linear(64, 64)
-    opt = AdamW(model.parameters(), lr=1e-3)
-    process = context.Process(target=reader, args=(queue, is_done))
+    opt = optim.AdamW(model.parameters(), lr=1e-3)
+    process = context.Process(target=_read, args=(queue, is_done))
     process.start()
     for step in range(6):
         for param in model.parameters():
@@ -201,21 +197,10 @@ if __name__ == "__main__":
         opt.step()
         if step == 2:
             queue.put(opt.state_dict())
-            is_done.wait()
+            assert is_done.wait(60)
             process.join()
-    print({float(state["step"]) for state in opt.state.values()})
-"""
-
-
-def test_a_state_dict_that_was_sent_to_another_process(tmp_path: Any) -> None:
-    """Sending moves the counts' memory, and frees what they were in."""
-    script = tmp_path / "send.py"
-    script.write_text(_THROUGH_A_QUEUE)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "{6.0}"
+            assert all(state["step"].is_shared() for state in opt.state.values())
+    assert {float(state["step"]) for state in opt.state.values()} == {6.0}
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": False}, {"capturable": True}], ids=str)

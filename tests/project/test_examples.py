@@ -1,11 +1,14 @@
-"""The digits example does what it is there to show."""
+"""The examples of digits do what they are there to show."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import io
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +27,7 @@ pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.xdist_group("digits")  # one worker trains
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_digits.py"
+QUICKSTART = EXAMPLE.with_name("quickstart.py")
 
 
 class Outcome(NamedTuple):
@@ -112,3 +116,31 @@ def test_bad_arguments_end_it_before_training(
     with pytest.raises(SystemExit):
         example.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def quickstart(folder: Path, text: str) -> dict[str, float]:
+    """Losses that a version of the script prints, run as a user runs it, with files in this folder."""
+    (folder / "quickstart.py").write_text(text)
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env = {**own, "PYTHONPATH": str(EXAMPLE.parents[1]), "TMPDIR": str(folder)}
+    command = [sys.executable, "-W", "error", "quickstart.py"]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {name: float(loss) for name, loss in re.findall(r"loss (\w+): +([\d.]+)", done.stdout)}
+
+
+@pytest.mark.parametrize("library", ["tritopt", "torch"])
+def test_quickstart(library: str, tmp_path: Path) -> None:
+    """It learns, what is resumed half-way arrives where the rest did, and one line is all that differs from torch."""
+    text = QUICKSTART.read_text()
+    assert text.count("tritopt") == 1
+    losses = quickstart(tmp_path, text.replace("from tritopt.optim import", f"from {library}.optim import"))
+    assert losses["before"] > 2.2
+    assert losses["after"] < 0.3
+    assert losses["resumed"] == losses["after"]
+    assert (tmp_path / "digits.pt").exists()
+
+
+def test_quickstart_is_short() -> None:
+    lines = [line for line in QUICKSTART.read_text().rpartition('"""')[2].splitlines() if line]
+    assert len(lines) <= 32

@@ -13,7 +13,7 @@ STRANGERS = [("mxnet", "optim"), ("optim", "mxnet")]
 
 
 def files() -> dict[str, Path]:
-    """The package's modules by name, but for the package itself and the command line, which know all."""
+    """The package's modules by name, but for the package itself, its names and the command line, which know all."""
     own = [path for path in (ROOT / "tritopt").rglob("*.py") if "kernels" not in path.parts]
     host = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in own}
     device = {
@@ -21,7 +21,7 @@ def files() -> dict[str, Path]:
         for path in (ROOT / "kernels").rglob("*.py")
     }
     every = {name.removesuffix(".__init__"): path for name, path in {**host, **device}.items()}
-    return {name: path for name, path in every.items() if name not in ("tritopt", "tritopt.__main__")}
+    return {name: path for name, path in every.items() if name not in ("tritopt", "tritopt.public", "tritopt.__main__")}
 
 
 def imports() -> dict[str, set[str]]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import typer.main
 
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.tools.numerics import load, summary
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tritopt.optim
+from tritopt.engine.driver import Apply
 from tritopt.engine.phase import LaunchSpec, run_phases
 
 Params = list[torch.nn.Parameter]
@@ -20,6 +21,23 @@ CLASSES: list[Any] = [
     for cls in vars(tritopt.optim).values()
     if inspect.isclass(cls) and issubclass(cls, tritopt.optim.Optimizer) and hasattr(cls, "rule")
 ]
+
+
+def one_of_each_kind(classes: Sequence[Any]) -> list[Any]:
+    """The first class of each kind: as many states, and launches that move and sum up as much.
+
+    What loads and stores for a class, and what prepares its launches, knows no more of it.
+    """
+    first: dict[Any, Any] = {}
+    for cls in classes:
+        rule = cls.rule()
+        # An Apply says what it moves behind its function.
+        moves = [phase[1:] if isinstance(phase, Apply) else () for phase in rule.phases]
+        phases = tuple((type(phase), move) for phase, move in zip(rule.phases, moves, strict=True))
+        first.setdefault((phases, len(rule.state_names)), cls)
+    return list(first.values())
+
+
 EVERY_CLASS = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SHAPES = ((5, 7), (3, 2), (1, 4))  # matrices, which all take

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from tests.support.training import CLASSES
 from tritopt import optim
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.kernels.formats.weights import SPLIT16
 from tritopt.kernels.language import INTERPRETED
 from tritopt.optim.adam import TorchAdam

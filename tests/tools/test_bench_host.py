@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from tritopt import optim
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.kernels.language import INTERPRETED
 from tritopt.optim.step.build import Build
 from tritopt.tools.bench import contestants, host

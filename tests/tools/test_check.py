@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from typer.testing import CliRunner
 
 import tritopt
 from tests import mutations
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.engine import plan
 from tritopt.engine.tuning.config import Config
 from tritopt.kernels.formats.int8 import store_int8
@@ -26,6 +29,7 @@ from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.formats.states import SIGNED, STATE_FORMATS
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, tl, triton  # noqa: F401
 from tritopt.mxnet import registry
+from tritopt.tools import resources
 from tritopt.tools.check import (
     Case,
     CheckResult,
@@ -38,7 +42,9 @@ from tritopt.tools.check import (
     run,
     run_checks,
 )
+from tritopt.tools.check.cases import CHECKED
 from tritopt.tools.check.contender import Contender
+from tritopt.tools.check.worker import Selection
 
 needs_kernels = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
@@ -534,37 +540,202 @@ def test_what_cannot_be_compiled_is_a_usage_error(arguments: list[str], message:
 MADE = """
 import os, tritopt
 
-def make(steps):
+def make(stop):
     class Made(tritopt.Test):
         def step(self, indices, weights, grads, states):
-            steps()
+            print("a step")
+            if self.wd == 0:
+                stop()
             super().step(indices, weights, grads, states)
     return Made
 
-Made, Dying = make(lambda: print("a step")), make(lambda: os._exit(3))
+Made, Dying = make(int), make(lambda: os._exit(3))
 """
 
 
-def shared(name: str, monkeypatch: pytest.MonkeyPatch) -> list[CheckResult]:
-    """Rows of an optimizer, by two processes."""
-    monkeypatch.setattr(processes, "MANY", 1)
-    monkeypatch.setattr(processes, "_n_cores", lambda: 2)
-    return list(processes.run_cases([name], quick=True))
+def shared(name: str, n: int = 2) -> list[CheckResult]:
+    """Results of an optimizer, by so many processes."""
+    selection = Selection([name], quick=True)
+    return list(processes.run_cases(selection, selection.cases(), n))
 
 
-def test_many_checks_are_shared_by_processes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are the same in the same order, also of a class that no name leads to, and that prints."""
-    (here / "broken.py").write_text(MADE)
+def test_many_checks_are_shared_by_processes(
+    here: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the same rows in order, also of a class that no name leads to, that prints, and of another folder."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "broken.py").write_text(MADE)
+    monkeypatch.syspath_prepend(folder)
     expected = list(run_checks([load_optimizer("broken:Made")], quick=True))
-    assert shared("broken:Made", monkeypatch) == expected
+    assert shared("broken:Made") == expected
     assert all(row.passed for row in expected)
 
 
-def test_a_process_that_dies_fails_its_checks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_fails_what_it_checked(here: Path) -> None:
+    """Another takes its place and checks the rest."""
     (here / "broken.py").write_text(MADE)
-    rows = shared("broken:Dying", monkeypatch)
-    assert rows
-    assert {row.reason for row in rows} == {"the process that was to check it ended with exit code 3"}
+    first, *rest = shared("broken:Dying", 1)
+    assert first.option == "plain"
+    assert first.reason == "the process that was to check it ended with exit code 3"
+    assert len(rest) == 6
+    assert all(row.passed and row.option != "plain" for row in rest)
+
+
+def test_a_process_that_is_killed_says_by_what() -> None:
+    worker = processes._Worker(
+        [sys.executable, "-c", "import os; print('ready', flush=True); os.kill(os.getpid(), 9)"], {}
+    )
+    assert worker.measure(0) is None
+    assert worker.fate() == "was ended by SIGKILL (as the system does when memory runs out; --jobs 1 takes least)"
+    worker.close()
+
+
+def test_processes_that_cannot_start(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could not find the cases: nothing is checked, and it does not go on and on."""
+    monkeypatch.setattr(processes, "interprets", lambda: not INTERPRETED)  # which this process does not
+    (here / "broken.py").write_text(f"import os\nif os.getpid() != {os.getpid()}: os._exit(5)\n{MADE}")
+    result = CliRunner().invoke(app, ["check", "broken:Made", "--quick", "--jobs", "1"])
+    assert result.exit_code == 1
+    assert "a process for checks ended with exit code 5 before the first: it says why above" in result.output
+
+
+def test_processes_pay_where_kernels_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "n_processes", lambda n_cases: 8)
+    interpreted, compiled = Selection([]), Selection([], target="sm_90")
+    assert processes.n_processes(interpreted, 100) == 8
+    assert processes.n_processes(interpreted, 100, jobs=3) == 3
+    assert processes.n_processes(interpreted, 100, jobs=1) == processes.n_processes(interpreted, 20) == 0
+    assert processes.n_processes(interpreted, 2, jobs=4) == 2
+    assert processes.n_processes(compiled, 20) == 8
+    assert processes.n_processes(compiled, 20, jobs=1) == 1
+    monkeypatch.setattr(processes, "interprets", lambda: not INTERPRETED)  # which this process does not
+    assert processes.n_processes(interpreted, 100, jobs=1) == 1
+    monkeypatch.setattr(processes, "device", lambda: torch.device("cuda"))
+    assert processes.n_processes(interpreted, 100, jobs=4) == 0
+
+
+def machine(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
+    """Let the kernel's files be these, whose names have two underscores for a stroke."""
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_max", ".max").replace("_current", ".current")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(resources, "PROC", folder / "proc")
+    monkeypatch.setattr(resources, "CGROUPS", folder / "cgroup")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+
+
+def test_processes_are_as_many_as_cores_and_memory_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(tmp_path, monkeypatch)
+    assert resources.free_memory() is None
+    assert (resources.n_processes(10_000), resources.n_processes(40), resources.n_processes(1)) == (16, 2, 1)
+    machine(
+        tmp_path, monkeypatch, proc__meminfo="MemTotal: 9 kB\nMemAvailable:    2000000 kB\nHugePages_Total:       0\n"
+    )
+    assert resources.free_memory() == 2_048_000_000
+    assert resources.n_processes(10_000) == 3  # of half a gigabyte each
+    machine(tmp_path, monkeypatch, proc__self__cgroup="1:cpu:/\n0::/pod/box\n", cgroup__pod__cpu_max="1150000 100000\n")
+    assert resources.cores() == 11
+    machine(
+        tmp_path, monkeypatch, cgroup__pod__box__cpu_max="max 100000\n", cgroup__pod__box__memory_max="3000000000\n",
+        cgroup__pod__box__memory_current="2500000000\n", cgroup__pod__memory_max="max\n",
+    )  # fmt: skip
+    assert resources.cores() == 11
+    assert resources.free_memory() == 500_000_000
+    assert resources.n_processes(10_000) == 1
+    (tmp_path / "cgroup" / "pod" / "box" / "memory.stat").write_text("anon 7\ninactive_file 600000000\nactive_file 1\n")
+    assert resources.free_memory() == 1_100_000_001
+
+
+SLOW = """
+import os, time, tritopt
+
+with open("pids", "a") as pids:
+    print(os.getpid(), file=pids)
+
+class Slow(tritopt.Test):
+    def step(self, indices, weights, grads, states):
+        open("steps", "w").close()
+        time.sleep(1)
+        super().step(indices, weights, grads, states)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+
+
+@needs_proc
+def test_ctrl_c_ends_all_processes(here: Path) -> None:
+    """As a terminal sends it, to the command and what it started. It says how far it came."""
+    (here / "broken.py").write_text(SLOW)
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tritopt", "check", "broken:Slow", "--quick", "--jobs", "1"]
+    with subprocess.Popen(
+        command, env={**own, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as running:  # fmt: skip
+        wait_until((here / "steps").exists, 120)
+        pids = {int(pid) for pid in (here / "pids").read_text().split()}
+        os.killpg(running.pid, signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert re.fullmatch(r"interrupted: \d of 7 cases were checked, 0 failed\n", errors), errors
+    assert len(pids - {running.pid}) == (1 if HAS_TRITON and not torch.cuda.is_available() else 0)
+    assert not any(map(is_running, pids))
+
+
+@needs_proc
+def test_a_process_ends_with_who_started_it(here: Path) -> None:
+    """In the middle of a case, when the other end of its pipe is closed, as by the system when that is killed."""
+    (here / "broken.py").write_text(SLOW)
+    workers = processes._Workers(Selection(["broken:Slow"], quick=True), 1)
+    (worker,) = workers._all
+    assert worker._process.stdin is not None
+    worker._process.stdin.write("0\n")
+    worker._process.stdin.flush()
+    wait_until((here / "steps").exists, 120)
+    worker._process.stdin.close()
+    assert worker._process.wait(timeout=20) == 0
+    worker.close()
+
+
+def test_ctrl_c_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Case] = []
+
+    def check(selection: Selection, case: Case) -> CheckResult:
+        if len(checked) == 2:
+            raise KeyboardInterrupt
+        checked.append(case)
+        return check_case(case, 1)
+
+    monkeypatch.setattr(Selection, "check", check)
+    result = CliRunner().invoke(app, ["check", "test", "--quick", "--jobs", "1"])
+    assert result.exit_code == 130
+    assert result.output.endswith("interrupted: 2 of 11 cases were checked, 0 failed\n")
+
+
+def test_formats_are_chosen_by_name() -> None:
+    chosen = find_cases([tritopt.AdamW], formats=["split16", "split8+int8"])
+    assert {case.storage for case in chosen} == {"split16", "split8+int8"}
+    assert {case.storage for case in find_cases([tritopt.AdamW])} == set(CHECKED)
+    assert case(tritopt.SGD, torch.float64, "kahan").storage == ""
+    result = CliRunner().invoke(app, ["check", "test", "--format", "splt16"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "unknown format 'splt16'; did you mean 'split16'" in result.output
 
 
 def test_json() -> None:

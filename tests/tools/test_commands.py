@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,17 +17,24 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tritopt.__main__ import app
+import tritopt
+import tritopt.__main__ as command_line
+from tritopt.__main__ import announcement
 from tritopt.commands import bench as bench_command
+from tritopt.commands import check_report
 from tritopt.commands import inspect as inspect_command
 from tritopt.commands import numerics as numerics_command
 from tritopt.commands import tune as tune_command
-from tritopt.commands.console import Column, Line, print_table
+from tritopt.commands.app import app
+from tritopt.commands.console import Column, Line, console, print_table
 from tritopt.engine.tuning.config import Config
 from tritopt.mxnet import registry
-from tritopt.tools import numerics, tune
+from tritopt.tools import numerics, resources, tune
 from tritopt.tools.bench import host, measure
 from tritopt.tools.bench.contestants import Case
+from tritopt.tools.check import CheckResult
+from tritopt.tools.check.cases import unchecked
+from tritopt.tools.check.worker import Selection
 from tritopt.tools.inspect import Change, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +72,172 @@ def test_check(width: int) -> None:
     result = run("check", "test", "--quick")
     assert result.exit_code == 0
     assert "Whether a step is like the last is asked in " in result.output.splitlines()[2]
-    assert_fits("\n".join(result.output.splitlines()[3:]), width, "reference", "stochastic", "ok")
+    assert result.output.splitlines()[3] == "11 cases"
+    report = result.output.partition("11 cases\n")[2]
+    assert_fits(report, width, "optimizer", "ok", "all 11 checks passed")
+    assert report.isascii()
+
+
+def checked(rows_of: Callable[[CheckResult], dict[str, Any]], **chosen: Any) -> check_report.Report:
+    """A report of every case, without a check: what `rows_of` says of each."""
+    selection = Selection([], **chosen)
+    cases = selection.cases()
+    rows = [replace(row, **rows_of(row)) for row in map(unchecked, cases)]
+    return check_report.Report(cases, rows, {"adamw": "mine:AdamW"}, selection)
+
+
+def printed(report: check_report.Report, terminal: Console, verbose: bool = False) -> str:
+    with terminal.capture() as captured:
+        report.print(terminal, verbose, explains_skipped=True)
+    return captured.get()
+
+
+def fine(row: CheckResult) -> dict[str, Any]:
+    return {"fused_vs_reference": 0.0, "fused_vs_truth": 0.52, "states": 130.0}
+
+
+@pytest.mark.parametrize(("columns", "n_blocks"), [(60, 3), (80, 2), (120, 2), (132, 1)])
+def test_matrix_of_all_checks(columns: int, n_blocks: int) -> None:
+    """Every optimizer has a line in each block of columns, and every storage format a column in one of them."""
+    output = printed(checked(fine), Console(width=columns, force_terminal=False))
+    matrix = output.partition("\nNumber: ")[0]
+    assert_fits(output, columns, f"all {len(Selection([]).cases())} checks passed")
+    assert output.isascii()
+    assert len(re.findall(r"^-+$", matrix, re.MULTILINE)) == n_blocks
+    assert matrix.count("0.5 ok") == len({(case.cls, case.storage) for case in Selection([]).cases()})
+    for name in tritopt.names():
+        assert len(re.findall(rf"^{name} ", matrix, re.MULTILINE)) == n_blocks
+    for word in ("optimizer", "fp32", "fp64", "fp16-", "split8", "stoch-", "astic", r"\+bf16", r"\+int8"):
+        assert re.search(rf"\b{word}|{word}\b", matrix)
+    test = [cell for line in matrix.splitlines() if line.startswith("test ") for cell in line.split()[1:]]
+    assert test == ["0.5", "ok"] * 10 + ["-"] * 6, "no states"
+
+
+def test_table_of_all_numbers(width: int) -> None:
+    output = printed(checked(fine, quick=True), console(), verbose=True)
+    assert_fits(output, width, "reference", "stochastic", "130", "ok")
+    assert output.isascii()
+
+
+def test_matrix_in_a_terminal() -> None:
+    """One screen of 120 columns, in colours."""
+    broken = checked(lambda row: {**fine(row), "passed": row.optimizer != "lion"})
+    lines = printed(broken, Console(width=120, force_terminal=True, color_system="standard")).splitlines()
+    plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
+    assert max(map(len, plain[: len(tritopt.names()) + 5])) <= 120
+    assert sum(line.startswith("optimizer") for line in plain) == 1
+    (lion,) = (line for line in lines if line.startswith("lion"))
+    (adam,) = (line for line in lines if line.startswith("adam "))
+    assert lion.count("\x1b[1;31m") == lion.count("0.5✗") == 16
+    assert adam.count("\x1b[32m") == adam.count("0.5✓") == 16
+
+
+def test_what_failed_is_explained_below(width: int) -> None:
+    def broken(row: CheckResult) -> dict[str, Any]:
+        if row.optimizer == "adamw" and row.master == "split16" and row.state_dtype is None:
+            return {"fused_vs_reference": 31234.5, "passed": False, "reason": "step 0, weight 2: fused differs"}
+        return {**fine(row), "reason": "compared with nothing" * (row.optimizer == "lamb")}
+
+    report = checked(broken, quick=True, target="sm_80")
+    output = printed(report, console())
+    matrix, _, explained = output.partition("\nNumber: ")
+    assert matrix.count("3e4 FAILED") == matrix.count("FAILED") == 1
+    assert "lamb: compared with nothing" in explained
+    said = explained.partition("\nadamw, split16: 3 of 3 FAILED\n")[2].splitlines()
+    assert said == [
+        "tritopt.create('adamw', learning_rate=0.1, wd=0.05, clip_gradient=1.5, rescale_grad=2.0, "
+        "multi_precision=True, master='split16'), weights bfloat16 + split16, gradients bfloat16:",
+        "  step 0, weight 2: fused differs",
+        "  to run these alone: tritopt check mine:AdamW --format split16 --quick --compiled --target sm_80",
+        "",
+        f"3 of {len(Selection([], quick=True).cases())} checks failed",
+    ]
+    assert printed(report, console(), verbose=True).count("step 0, weight 2: fused differs") == 3
+
+
+def test_many_failures_are_counted() -> None:
+    output = printed(checked(lambda row: {"passed": False, "reason": "wrong"}), Console(width=132))
+    assert output.count("to run these alone") == check_report.MAX_FAILURES
+    n = len({(case.cls, case.storage) for case in Selection([]).cases()})
+    assert f"\nand {n - check_report.MAX_FAILURES} more cells, which --json lists\n" in output
+    n = len(Selection([]).cases())
+    assert output.endswith(f"\n{n} of {n} checks failed\n")
+
+
+# What is said before torch and Triton are imported.
+
+BEFORE = """
+import sys
+sys.modules["torch"] = sys.modules["triton"] = None
+sys.argv = ["tritopt", "check", *sys.argv[1:]]
+from tritopt.__main__ import main
+main()
+"""
+
+
+def test_the_first_line_comes_before_torch_does() -> None:
+    """Within two seconds of the start of Python, whatever the machine: half of one on two busy cores."""
+    start = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, "-c", BEFORE], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        line = running.stdout.readline()
+        seconds = time.monotonic() - start
+        _, errors = running.communicate()
+    assert re.match(
+        rf"tritopt {tritopt.__version__} checks {len(tritopt.names())} optimizers: about [\d,]+ cases and ", line
+    )
+    assert seconds < 2
+    assert "torch" in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--quick"], ["adamw", "Adam", "--optimizer=lion"], ["adam", "-j", "4", "--format", "split16", "--verbose"]],
+    ids=" ".join,
+)
+def test_announced_cases_are_about_as_many(arguments: list[str]) -> None:
+    said = announcement(["check", *arguments]) or ""
+    names = [name for name in ("adamw", "adam", "lion") if name in " ".join(arguments).lower()]
+    cases = Selection(names, "--quick" in arguments, ["split16"] if "split16" in arguments else []).cases()
+    (n,) = re.findall(r"about ([\d,]+) cases ", said)
+    assert int(n.replace(",", "")) == pytest.approx(len(cases), rel=0.15, abs=2)
+
+
+def test_announced_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "n_processes", lambda n_cases: 2)
+    monkeypatch.setattr(command_line, "GPUS", ())
+    monkeypatch.setattr(command_line, "SECONDS", {False: 0.1, True: 0.05})
+    said = {words: announcement(["check", *words.split()]) for words in ("", "--jobs=1", "adam --quick -j 1", "adam")}
+    assert [str(line).partition(" cases and ")[2] for line in said.values()] == [
+        "80 seconds with 2 processes.",
+        "2 minutes with 1 process.",
+        "10 seconds with 1 process.",
+        "10 seconds with 2 processes.",
+    ]
+    monkeypatch.setattr(command_line, "GPUS", (str(ROOT),))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    compiled = "whose kernels are compiled first."
+    assert str(announcement(["check"])).endswith(compiled)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not str(announcement(["check"])).endswith(compiled)
+    assert str(announcement(["check", "--compiled", "--target", "sm_80"])).endswith(compiled)
+    for silent in ([], ["list"], ["check", "--json"], ["check", "--help"]):
+        assert announcement(silent) is None
+
+
+def test_tritopt_imports_torch_when_it_is_asked_for_a_name() -> None:
+    program = """
+import sys, tritopt
+assert "torch" not in sys.modules and tritopt.__version__
+assert not hasattr(tritopt, "adma")
+from tritopt import AdamW, optim
+assert AdamW is tritopt.optimizers.AdamW and {"AdamW", "create", "optim"} <= set(dir(tritopt))
+from tritopt import *
+assert optim.SGD and SGD is create("sgd").__class__
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_numerics(width: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +386,7 @@ WITHOUT = """
 import json, sys
 sys.modules["triton"] = None  # `import triton` then raises ImportError, as where it is not installed
 from typer.testing import CliRunner
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 done = [CliRunner().invoke(app, arguments) for arguments in json.loads(sys.argv[1])]
 failed = lambda run: isinstance(run.exception, Exception)
 print(json.dumps([(run.exit_code, run.stdout, run.stderr, failed(run)) for run in done]))

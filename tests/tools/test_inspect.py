@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.mxnet.registry import names
 from tritopt.tools import inspect as report
 from tritopt.tools.gpus import ARCHITECTURES, DEFAULTS, GPUS, find_gpu, resident_programs

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.support.training import EVERY_CLASS
 from tritopt import optim
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.engine.driver import Apply
 from tritopt.tools.numerics import COLUMNS, DIGITS_LR, FormatResult, Report, load, plot, summary
 from tritopt.tools.numerics.digits import Digits, digits_result, train_digits

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import tritopt
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.tools import cost_plot
 from tritopt.tools.cost import bytes_per_parameter
 from tritopt.tools.plotting import DARK, LIGHT, SUFFIXES, Theme, spread

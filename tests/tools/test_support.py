@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import tritopt
 from tests.support.training import options_of
 from tritopt import optim
-from tritopt.__main__ import app
+from tritopt.commands.app import app
 from tritopt.kernels.formats.weights import MASTERS
 from tritopt.mxnet import registry
 from tritopt.tools.support import LEGEND, MXNET, TORCH, Support, supported

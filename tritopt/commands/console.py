@@ -25,6 +25,8 @@ Targets = Annotated[
     typer.Argument(metavar="NAME", help="Only these optimizers; MODULE:CLASS names one of your own."),
 ]
 AnyRow = TypeVar("AnyRow")
+PLAIN_HEAD = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+"""Lines of a table in ASCII, for what is no terminal: SIMPLE_HEAD as a file or a log can hold it."""
 
 
 def interpret_without_gpu() -> None:
@@ -40,7 +42,7 @@ def console() -> Console:
     if terminal.is_terminal or os.environ.get("COLUMNS", "").isdecimal():
         return terminal
     # Rich takes 80 columns where the width is unknown, too few for the tables.
-    return Console(markup=False, highlight=False, width=120)
+    return Console(markup=False, highlight=False, width=132)
 
 
 class Column(NamedTuple):
@@ -83,7 +85,7 @@ def print_table(terminal: Console, columns: Sequence[Column], lines: Sequence[Li
     for _ in range(-room):  # not even the words fit: the longest are broken
         widest = max(shown, key=lambda i: widths[i])
         widths[widest] = max(1, widths[widest] - 1)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), **options)
+    table = Table(box=box.SIMPLE_HEAD if terminal.is_terminal else PLAIN_HEAD, padding=(0, 0, 0, 1), **options)
     for i in shown:
         table.add_column(columns[i].title, justify=columns[i].justify, width=widths[i], overflow="fold")
     for line in lines:

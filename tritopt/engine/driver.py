@@ -224,8 +224,8 @@ def _config_of(phase: Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier: 
     key = (id(phase.update), phase.n_sums, launch.tracked is None)
     chosen: tuple[Config, Any] | None = group.configs.get(key)
     if chosen is None:
-        found = GENERIC if phase.scratch else autotune.choose(phase, group, launch, n_earlier)
-        config = adapted(found, group.formats, group.dtypes)
+        unadapted = GENERIC if phase.scratch else autotune.choose(phase, group, launch, n_earlier)
+        config = adapted(unadapted, group.formats, group.dtypes)
         chosen = group.configs[key] = config, phase.update
     return chosen[0]
 

@@ -38,7 +38,7 @@ RATIOS = ("original", "match_rms_adamw", "spectral_unclamped")
 DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 """Dtypes of products by their names; None: that of the arithmetic."""
 MAX_STEPS = 99
-"""torch refuses more."""
+"""Largest number of steps; torch refuses more."""
 _TINY = 2.0**-126
 
 
@@ -214,7 +214,7 @@ def orthogonalize(stack: torch.Tensor, iteration: Iteration, ratio: float) -> No
 
 
 def _iterate(x: torch.Tensor, iteration: Iteration, ratio: float) -> None:
-    """In place, [matrices, rows, columns]. Of products of x with itself the smaller is taken."""
+    """Iterate in place, [matrices, rows, columns]. The smaller of the two products of x with itself is taken."""
     norm = norms_of(x).to(x.dtype)
     if iteration.safety != 1.0:
         norm = norm * iteration.safety

@@ -22,12 +22,15 @@ def fused_unavailable() -> str | None:
     return plan.unavailable(torch.empty(0, dtype=torch.float32, device=device()))
 
 
-def environment(compiled_for: str | None = None) -> dict[str, Any]:
+def environment(compiled_for: str | None = None, interpreted: bool = INTERPRETED) -> dict[str, Any]:
     """Describe the machine and the versions that the outcome may depend on.
 
-    compiled_for: the GPU that the PTX machine stands in for; None: that is not used.
+    Args:
+        compiled_for: GPU that the PTX machine stands in for; None: that is not used.
+        interpreted: whether kernels run in Triton's interpreter, in this process or in those that it starts.
     """
-    on_gpu, here = device().type == "cuda", "Triton's interpreter" if INTERPRETED else "cpu"
+    on_gpu, here = device().type == "cuda", "Triton's interpreter" if interpreted else "cpu"
+    elsewhere = compiled_for is not None or (interpreted and not INTERPRETED)
     return {
         "tritopt": tritopt.__version__,
         "torch": torch.__version__,
@@ -36,7 +39,7 @@ def environment(compiled_for: str | None = None) -> dict[str, Any]:
         "walk": walk.description(),
         "machine": platform.platform(),
         "device": "PTX machine" if compiled_for else torch.cuda.get_device_name() if on_gpu else here,
-        "interpreter": INTERPRETED,
+        "interpreter": interpreted,
         "compiled_for": compiled_for,
-        "fused_unavailable": None if compiled_for else fused_unavailable(),
+        "fused_unavailable": None if elsewhere else fused_unavailable(),
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from itertools import product
 from typing import Any
 
 import torch
 
 from tritopt.engine.state_dtype import Choice
+from tritopt.engine.validate import did_you_mean
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTERS
 from tritopt.mxnet.optimizer import Optimizer
@@ -57,6 +58,13 @@ class Case:
     """Format of states, the optimizer's argument; None: the (master) weight's dtype."""
     option: str
     """Key of OPTIONS, whose arguments the case has."""
+
+    @property
+    def storage(self) -> str:
+        """Name of the storage format, a key of CHECKED; empty for what is not in there."""
+        stored = self.weight_dtype, self.master, self.state_dtype
+        known = ((name, FORMATS[name]) for name in CHECKED)
+        return next((name for name, fmt in known if (fmt.dtype, fmt.master, fmt.state_dtype) == stored), "")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -144,11 +152,33 @@ def unchecked(case: Case) -> CheckResult:
     )
 
 
-def find_cases(classes: Sequence[type[Optimizer]] | None = None, quick: bool = False) -> list[Case]:
-    """List the cases of the optimizers (None: of all that are registered); `quick` leaves out most combinations."""
+MEASURED = [field.name for field in fields(CheckResult) if field.default is not MISSING]
+"""Fields of a result that checking its case fills; the rest is known before."""
+
+
+def check_formats(names: Sequence[str]) -> None:
+    """Raise ValueError for a storage format that is not CHECKED."""
+    for name in names:
+        if name not in CHECKED:
+            known = ", ".join(CHECKED)
+            raise ValueError(f"unknown format {name!r}{did_you_mean(name, list(CHECKED))} known: {known}")
+
+
+def find_cases(
+    classes: Sequence[type[Optimizer]] | None = None, quick: bool = False, formats: Sequence[str] = ()
+) -> list[Case]:
+    """List the cases to check.
+
+    Args:
+        classes: optimizers; None: all that are registered.
+        quick: whether to leave out most combinations.
+        formats: keys of CHECKED, of which to list the cases; none: of all.
+    """
+    check_formats(formats)
     cases = []
+    chosen = {name: grad_dtypes for name, grad_dtypes in CHECKED.items() if not formats or name in formats}
     for cls in registered() if classes is None else classes:
-        for variant, (name, grad_dtypes), option in product(cls.variants, CHECKED.items(), OPTIONS):
+        for variant, (name, grad_dtypes), option in product(cls.variants, chosen.items(), OPTIONS):
             storage = FORMATS[name]
             # What the options do comes before anything is stored: one of them will do for most formats.
             is_special = storage.master not in (None, "fp32") or storage.state_dtype is not None
