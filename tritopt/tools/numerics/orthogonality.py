@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -41,7 +42,7 @@ def orthogonality() -> Iterator[Orthogonality]:
         torch.linalg.qr(torch.randn(N_MATRICES, n, n, dtype=torch.float64, device="cpu", generator=generator))[0]
         for n in SHAPE
     )
-    values = torch.logspace(0, torch.log10(torch.tensor(SMALLEST)).item(), SHAPE[0], dtype=torch.float64, device="cpu")
+    values = torch.logspace(0, math.log10(SMALLEST), SHAPE[0], dtype=torch.float64, device="cpu")
     orthogonal = left @ right[:, : SHAPE[0]]
     matrices = (left * values) @ right[:, : SHAPE[0]]
     for coefficients, steps, dtype in product(COEFFICIENTS, STEPS, DTYPES):
