@@ -85,8 +85,8 @@ def test_formula() -> None:
 
 def test_by_hand() -> None:
     """The first number of Philox's first known answer, under a key of 0."""
-    radius = math.sqrt(-2 * math.log(0x6627E8D5 / 2**32))
-    expected = -radius * math.sin(math.pi / 2 * (0xE169C58D >> 1) / 2**31)
+    radius = math.sqrt(-2 * math.log(0x5F6FB709 / 2**32))
+    expected = radius * math.sin(math.pi / 2 * (0x0D893F64 >> 1) / 2**31)
     weight, opt = torch.tensor([1.0]), tritopt.create("sgld", learning_rate=0.25)
     vars(opt)["scalars_of"] = lambda *item: SGLDScalars(0.125, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
     opt.update([0], [weight], [torch.tensor([0.5])], [None])
