@@ -86,6 +86,8 @@ def cast(x, dtype: tl.constexpr):
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif x.dtype == tl.float64 and dtype == tl.bfloat16:
+        return x.to(tl.float32).to(dtype)  # as torch does
     else:
         return x.to(dtype)
 
