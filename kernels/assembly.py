@@ -24,9 +24,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 ROOT_FROM, ROOT_END = 0x0D000000, 0x7F800000
 """Bits of 2^-101 and of infinity, between which the FMAs round a root right."""
 QUOTIENT_FROM = "0f26800000"
-"""2^-50."""
+"""Least quotient that the FMAs round right, 2^-50, in PTX."""
 DIVIDEND_FROM = "0f0D800000"
-"""2^-100."""
+"""Least dividend with which they do, 2^-100, in PTX."""
 
 
 @tl.core.builtin

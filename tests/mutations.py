@@ -111,7 +111,7 @@ HOST: list[tuple[str, str, str, dict[str, str]]] = [
     ),
     (
         "engine/test_cuda_graphs",
-        "optim/clip.py",
+        "engine/clip.py",
         "if is_capture or self._is_captured or known is None or stream != self._stream:",
         {"a bound that only another graph writes": "if known is None or stream != self._stream:"},
     ),
@@ -160,7 +160,7 @@ COMPILED: list[tuple[str, str, str, dict[str, str]]] = [
     ),
     (
         "ptx/steps",
-        "optim/clip.py",
+        "engine/clip.py",
         '"BLOCK_SIZE": 1024, "enable_fp_fusion": False',
         {"a norm contracts to fma": '"BLOCK_SIZE": 1024, "enable_fp_fusion": True'},
     ),

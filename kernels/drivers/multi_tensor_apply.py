@@ -139,6 +139,7 @@ def multi_tensor_apply(
     WRITES: tl.constexpr,
     READS_OFFSETS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     N_EARLIER_SUMS: tl.constexpr,
     N_SUMS: tl.constexpr,
     N_TOTALS: tl.constexpr,
@@ -156,6 +157,8 @@ def multi_tensor_apply(
     rescale_ptr, a device scalar, multiplies the table's rescale: NaN or Inf skips the update, so does 0 where
     SKIP_ZERO_RESCALE. noop_ptr: a device flag; not 0 skips. SOURCE_HASH is not read: Triton's disk cache sees neither
     the source of functions inside tuples nor the fields of SCALARS, so a change of those must change the key.
+    ALIGNED: for each pointer whether full blocks go through it by 128-bit accesses, or element by element; empty: all
+    do. A tensor whose addresses are less aligned is taken for a tail.
     TRACKS: whether to sum up the gradient, and the update (kernels/telemetry.py).
     """
     chunk = tl.program_id(0)
@@ -165,7 +168,7 @@ def multi_tensor_apply(
 
     row_width = tl.load(tensor_ptr + 3 * tensor + 2)
 
-    ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, len(DTYPES), DTYPES)
+    ptrs, block_ptrs, has_blocks = load_pointers(table_ptr, tensor, len(DTYPES), DTYPES, ALIGNED)
     common, s, is_live = load_scalars(
         table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
         SCALARS, N_SCALARS, N_OWN_SCALARS, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
@@ -177,31 +180,32 @@ def multi_tensor_apply(
     if scratch_ptr is not None:
         scratch = scratch_ptr + tl.load(scratch_at_ptr + tensor)
         ptrs = ptrs + (scratch,)
-        aligned_ptrs = aligned_ptrs + (tl.multiple_of(scratch, 16),)
+        block_ptrs = block_ptrs + (tl.multiple_of(scratch, 16),)
 
     noise = ()
     if noise_ptr is not None:
         step = load_last_scalar(table_ptr, tensor, n_tensors, N_SCALARS, len(DTYPES)).to(tl.int32).to(tl.uint32)
         noise = load_tuple(noise_ptr + 4 * tensor, 4, tl.int64)
         # Eight neighbours must share a Philox call in full blocks.
-        is_aligned = is_aligned & ((noise[1] | noise[2] | noise[3]) % 8 == 0)
+        has_blocks = has_blocks & ((noise[1] | noise[2] | noise[3]) % 8 == 0)
         noise = noise + (step,)
 
     n_here = tl.where(is_live, tl.minimum(n_elements - start, CHUNK_SIZE), 0).to(tl.int32)
     # 128-bit accesses need 16-byte aligned planes and no mask, so a tensor's full blocks take a branch of their own.
-    # Its tail, and all of a tensor that is not aligned (a view, a shard), take the masked one; nobody else is slowed.
-    # Blocks are smaller there: each of a thread's elements has a pointer for each plane, and registers are for both.
-    n_aligned = tl.where(is_aligned, n_here // BLOCK_SIZE, 0) * BLOCK_SIZE
+    # Its tail takes the masked one. Blocks are smaller there: each of a thread's elements has a pointer for each plane,
+    # and registers are for both. Tensors of which a plane is not aligned (views into a flat buffer) are a group of
+    # their own, so that nobody else is slowed.
+    n_full = tl.where(has_blocks, n_here // BLOCK_SIZE, 0) * BLOCK_SIZE
     totals = zeros(N_TOTALS, BLOCK_SIZE, COMPUTE_DTYPE)
-    for at in tl.range(0, n_aligned, BLOCK_SIZE, num_stages=1):
+    for at in tl.range(0, n_full, BLOCK_SIZE, num_stages=1):
         first = start + at
         totals = _apply_block(
-            aligned_ptrs, first, first + tl.arange(0, BLOCK_SIZE), None, row_width, common, s, sums, noise, totals,
+            block_ptrs, first, first + tl.arange(0, BLOCK_SIZE), None, row_width, common, s, sums, noise, totals,
             UPDATE_FN, PREAMBLE_FN, FORMATS, READS, WRITES, READS_OFFSETS, HAS_ROWS, N_SUMS, TRACKS, SHOWN_FN,
             COMPUTE_DTYPE,
         )  # fmt: skip
     tail_totals = zeros(N_TOTALS, TAIL_SIZE, COMPUTE_DTYPE)
-    for at in tl.range(n_aligned, n_here, TAIL_SIZE, num_stages=1):
+    for at in tl.range(n_full, n_here, TAIL_SIZE, num_stages=1):
         first = start + at
         offsets = first + tl.arange(0, TAIL_SIZE)
         tail_totals = _apply_block(

@@ -18,28 +18,32 @@ def load_tuple(ptr, N: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_pointers(table_ptr, tensor, N_MOVED: tl.constexpr, DTYPES: tl.constexpr):
+def load_pointers(table_ptr, tensor, N_MOVED: tl.constexpr, DTYPES: tl.constexpr, ALIGNED: tl.constexpr = ()):
     """Load the pointers to a tensor's planes, gradient and states.
 
     Args:
         table_ptr: the group's table of pointers.
         tensor: number of the tensor in the group.
-        N_MOVED: number of pointers, from the first on, that 128-bit accesses go through.
+        N_MOVED: number of pointers, from the first on, that 128-bit accesses go through,
         DTYPES: what each points to.
+        ALIGNED: except those that are False here; empty: no exceptions.
 
-    Returns (pointers, the same with a hint of 16-byte alignment, whether the first N_MOVED really are aligned). Use the
-    second only where the third is true.
+    Returns (pointers, the same with a hint of 16-byte alignment, whether the first N_MOVED really are aligned, but for
+    the exceptions). Use the second only where the third is true.
     """
     ptrs = ()
     aligned_ptrs = ()
     address_bits = tl.zeros([], dtype=tl.int64)
     for i in tl.static_range(len(DTYPES)):
         address = tl.load(table_ptr + tensor * (len(DTYPES) + 1) + i)
-        if i < N_MOVED:
-            address_bits = address_bits | address
         # A pointer out of a table has unknown alignment, which keeps its accesses scalar; the hint widens them.
         ptrs = ptrs + (address.to(tl.pointer_type(DTYPES[i])),)
-        aligned_ptrs = aligned_ptrs + (tl.multiple_of(address.to(tl.pointer_type(DTYPES[i])), 16),)
+        if i < len(ALIGNED) and not ALIGNED[i]:
+            aligned_ptrs = aligned_ptrs + (address.to(tl.pointer_type(DTYPES[i])),)
+        else:
+            if i < N_MOVED:
+                address_bits = address_bits | address
+            aligned_ptrs = aligned_ptrs + (tl.multiple_of(address.to(tl.pointer_type(DTYPES[i])), 16),)
     return ptrs, aligned_ptrs, address_bits % 16 == 0
 
 

@@ -50,7 +50,7 @@ def train(
 
 
 def check(fused: bool | None, layout: str, state_dtype: str | None) -> list[torch.Tensor]:
-    """What all processes have in the end."""
+    """Check what all processes have in the end."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
 

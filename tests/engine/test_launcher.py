@@ -94,7 +94,7 @@ for master, states in (("split8", "int8"), ("split16", "bf16")):
         _step(Planner(), OPTIMIZERS["adamw"](state_dtype=states), torch.bfloat16, torch.bfloat16, MASTERS[master])
     n_launches[master] = len(launches)
     launches.clear()
-from tritopt.optim import clip
+from tritopt.engine import clip
 clip.unavailable = lambda tensor: None
 norm = clip.Clip()
 for inverse in (None, torch.ones((), dtype=torch.float64)):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 OFF = (-2, -1, 0, 1, 2)
-"""By how many ulps approximations differ from what rounds right: two are the most that NVIDIA's documents allow."""
+"""Errors of approximations in ulps from what rounds right: two are the most that NVIDIA's documents allow."""
 
 
 def compiler() -> str | None:
@@ -45,18 +45,18 @@ def _flags() -> set[str]:
 
 def wrong_roots(exact: ctypes.CDLL, first: int, end: int, off: int) -> list[int]:
     """Bits of the numbers from `first` up to `end` whose root would be wrong."""
-    found = np.zeros(1000, np.uint32)
+    wrong = np.zeros(1000, np.uint32)
     n = exact.wrong_roots(
-        ctypes.c_uint32(first), ctypes.c_uint32(end), off, ctypes.c_void_p(found.ctypes.data), ctypes.c_int64(1000)
+        ctypes.c_uint32(first), ctypes.c_uint32(end), off, ctypes.c_void_p(wrong.ctypes.data), ctypes.c_int64(1000)
     )
-    return [int(bits) for bits in found[:n]]
+    return [int(bits) for bits in wrong[:n]]
 
 
 def wrong_dividends(exact: ctypes.CDLL, y: int, off: int) -> list[int]:
     """Bits of the numbers of [1, 2) that would be divided wrong by the number with bits y."""
-    found = np.zeros(1000, np.uint32)
-    n = exact.wrong_dividends(ctypes.c_uint32(y), off, ctypes.c_void_p(found.ctypes.data), ctypes.c_int64(1000))
-    return [int(bits) for bits in found[:n]]
+    wrong = np.zeros(1000, np.uint32)
+    n = exact.wrong_dividends(ctypes.c_uint32(y), off, ctypes.c_void_p(wrong.ctypes.data), ctypes.c_int64(1000))
+    return [int(bits) for bits in wrong[:n]]
 
 
 def wrong_quotients(exact: ctypes.CDLL, n: int, off: int, seed: int = 0) -> tuple[int, int]:
@@ -79,11 +79,11 @@ def main(n: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         exact = load(Path(folder))
         for off in OFF:
-            found = wrong_roots(exact, 0x3F800000, 0x40800000, off)
-            print(f"roots, {off:+} ulp: {len(found)} of {2**24} wrong", *map(hex, found))
+            bits = wrong_roots(exact, 0x3F800000, 0x40800000, off)
+            print(f"roots, {off:+} ulp: {len(bits)} of {2**24} wrong", *map(hex, bits))
         for off in OFF:
-            found = wrong_dividends(exact, 0x3F7FFFFF, off)
-            print(f"dividends of 0.99999994, {off:+} ulp: {len(found)} of {2**23} wrong", *map(hex, found))
+            bits = wrong_dividends(exact, 0x3F7FFFFF, off)
+            print(f"dividends of 0.99999994, {off:+} ulp: {len(bits)} of {2**23} wrong", *map(hex, bits))
         for off in OFF:
             wrong, taken = wrong_quotients(exact, n, off)
             print(f"quotients, {off:+} ulp: {wrong} of {taken} wrong; {n} pairs were tried")

@@ -79,7 +79,7 @@ def test_quotients_of_any_numbers(exact: ctypes.CDLL, off: int) -> None:
 
 @EVERY_ERROR
 def test_divisors_of_ones_alone(exact: ctypes.CDLL, off: int) -> None:
-    """Of all dividends 1 alone is divided wrong, and not if the approximation is the nearest number."""
+    """1 alone of all dividends is divided wrong, and not if the approximation is the nearest number."""
     assert wrong_dividends(exact, 0x3F7FFFFF, off) == ([0x3F800000] if off else [])
 
 
@@ -111,9 +111,9 @@ WRITE = re.compile(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*) (R\d+), (.*?) ;")
 
 
 def expressions(sass: str) -> Counter[str]:
-    """What MUFU, FMUL and FFMA compute, each written in terms of what they are given, all of which is x."""
+    """Write what MUFU, FMUL and FFMA compute in terms of what they are given, all of which is x."""
     known: dict[str, str] = {"RZ": "0"}
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for opcode, target, operands in WRITE.findall(DETOUR.sub("", sass).replace(".reuse", "")):
         name, sources = opcode.removesuffix(".FTZ"), operands.split(", ")
         names = [source.removeprefix("-") for source in sources]
@@ -121,10 +121,10 @@ def expressions(sass: str) -> Counter[str]:
         # A product has one sign, whichever factor it stands at.
         is_negative = sum(source.startswith("-") for source in sources[:2]) == 1
         text = f"{name}({'-' * is_negative}{', '.join([*sorted(written[:2]), *written[2:]])})"
-        found[text] += 1
+        counts[text] += 1
         is_known = name in ("MUFU.RSQ", "MUFU.RCP", "FMUL", "FFMA") and len(text) < 300
         known[target] = text if is_known else "x"
-    return found
+    return counts
 
 
 ROOT = "FMUL(MUFU.RSQ(x), x)"
@@ -136,7 +136,7 @@ ROUNDED_QUOTIENT = f"FFMA(FFMA(-{QUOTIENT}, x, x), {INVERSE}, {QUOTIENT})"
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_the_instructions_are_those_of_nvidias_assembler(arch: int, tmp_path: Path) -> None:
-    """Of `sqrt.rn` and `div.rn` where they do not branch: so the bits are the same, however MUFU errs."""
+    """Compare with `sqrt.rn` and `div.rn` where they do not branch: so the bits are the same, however MUFU errs."""
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     (tmp_path / "compile.py").write_text(PROGRAM)  # Triton reads the source of its kernels

@@ -26,6 +26,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "use_fused_step": ("no",),
     "aggregate_num": ("x", -1),
     "rounding_seed": (-1, 0.5),
+    "max_grad_norm": (0, NAN, "x"),
 }
 NAMES = [name for name, cls in OPTIMIZERS.items() if cls.__module__.startswith("tritopt.")]
 

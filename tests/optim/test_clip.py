@@ -233,7 +233,7 @@ def test_complex_gradients_are_left_to_torch() -> None:
 
 def test_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's operations give the same but for the order of the sum."""
-    monkeypatch.setattr("tritopt.optim.clip.unavailable", lambda tensor: "no kernel here")
+    monkeypatch.setattr("tritopt.engine.clip.unavailable", lambda tensor: "no kernel here")
     params = [*with_grads(torch.float32), *with_grads(torch.bfloat16)]
     before, norm = grads_of(params), exact_norm(params)
     total = tritopt.clip_grad_norm_(params, 0.5)

@@ -159,7 +159,7 @@ def test_hooks_see_a_step_as_it_was_called() -> None:
 
 @pytest.mark.parametrize("cls", [optim.AdamW, optim.SGD], ids=lambda cls: cls.__name__)
 def test_a_bound_that_comes_and_goes_between_steps(cls: Any) -> None:
-    """Without one, the launch is of a preamble that does not clip, also where a step is replayed."""
+    """A step without a bound has a preamble that does not clip, also where it is replayed."""
     pytest.importorskip("triton")
     grads = torch.linspace(-2, 2, 300)
     weights = []

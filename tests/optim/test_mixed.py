@@ -54,7 +54,7 @@ def mixed(params: Params, **options: Any) -> optim.Mixed:
 @FUSED
 @pytest.mark.parametrize("master", ["split16", "stochastic"])
 def test_each_class_does_what_it_does_alone(fused: bool | None, master: str) -> None:
-    """To the bit, states, checkpoints and clip included: the norm is AdamW's alone."""
+    """Equality is to the bit, states, checkpoints and clip included: the norm is AdamW's alone."""
     together, apart = Tied().bfloat16(), Tied().bfloat16()
     apart.load_state_dict(together.state_dict())
     options: dict[str, Any] = {"fused": fused, "master": master}
@@ -76,11 +76,11 @@ def test_each_class_does_what_it_does_alone(fused: bool | None, master: str) -> 
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 opt.load_state_dict(copy.deepcopy(opt.state_dict()))
-    found = dict(together.named_parameters())
+    by_name = dict(together.named_parameters())
     for name in routes:
-        assert torch.equal(found[name], named[name]), name
+        assert torch.equal(by_name[name], named[name]), name
         theirs = (muon if routes[name] == "Muon" else adamw).state[named[name]]
-        ours = opt.state[found[name]]
+        ours = opt.state[by_name[name]]
         assert ours.keys() == theirs.keys()
         assert_same([ours[key] for key in sorted(ours)], [theirs[key] for key in sorted(theirs)])
 
@@ -248,7 +248,7 @@ def test_a_parameter_has_one_group() -> None:
 
 
 def test_a_checkpoint_of_another_routing_is_refused() -> None:
-    """Before anything is loaded: it would fail at the first step otherwise."""
+    """Nothing is loaded then: it would fail at the first step otherwise."""
     params = parameters(shapes=((4, 6), (3, 4), (5, 2)))
     opt = mixed(params)
     set_grads(params, 0)

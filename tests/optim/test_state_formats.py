@@ -183,7 +183,7 @@ def test_nan_of_either_sign_has_one_code(cls: Any, fused: bool | None, name: str
 @pytest.mark.parametrize("name", ["fp16", "int8", "fp8"])
 @KERNEL_AND_REFERENCE
 def test_a_finite_gradient_leaves_its_neighbours_finite(cls: Any, fused: bool | None, name: str) -> None:
-    """But of optimizers by sums, where fp32 states give NaN to the whole tensor too."""
+    """Optimizers by sums are the exception, where fp32 states give NaN to the whole tensor too."""
     huge, are_finite = torch.tensor(HUGE[:-1]), []
     for state_dtype in (name, None):
         param = torch.nn.Parameter(torch.zeros(len(huge) + 1, BLOCK))

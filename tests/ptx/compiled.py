@@ -102,14 +102,14 @@ def test_exact_arithmetic_at_the_edges(record: Record, elements: int) -> None:
         for edge, other in zip((x, y), ordinary, strict=True)
     )
     for epsilon in (1e-8, 0.0, 1e-30, math.inf, 2.0):
-        found = [torch.full((len(x),), math.nan) for _ in range(3)]
+        actual = [torch.full((len(x),), math.nan) for _ in range(3)]
         given = torch.from_numpy(x), torch.from_numpy(y)
         exact[(len(x) // (32 * elements),)](
-            *given, *found, epsilon, BLOCK=32 * elements, num_warps=1, enable_fp_fusion=False
+            *given, *actual, epsilon, BLOCK=32 * elements, num_warps=1, enable_fp_fusion=False
         )
         with np.errstate(all="ignore"):
             root = np.sqrt(y)
-            for ours, expected in zip(found, (x / y, root, x / (root + np.float32(epsilon))), strict=True):
+            for ours, expected in zip(actual, (x / y, root, x / (root + np.float32(epsilon))), strict=True):
                 assert np.array_equal(ours.numpy(), expected, equal_nan=True)
                 assert np.array_equal(np.signbit(ours.numpy()), np.signbit(expected) & ~np.isnan(expected))
 

@@ -102,12 +102,13 @@ def test_counts_by_hand(rows: list[LaunchRecord]) -> None:
     [
         ({"instructions": 60.0}, True),
         ({"instructions": 47.0}, False),
-        ({"registers": 92}, False),
+        ({"registers": 93}, False),
         ({"registers": 128}, True),
         ({"bytes_loaded": 18.0}, True),
         ({"loads": {"128": 9}}, True),
         ({"spilled_bytes": 8}, True),
         ({"programs": 4}, False),
+        ({"waits": 2}, True),
         ({"instructions": None}, True),
     ],
 )
@@ -164,7 +165,7 @@ def test_a_hot_loop_is_counted_along_its_shortest_way() -> None:
     """The call is left out, though it is shorter, and so is the rare branch; loops of single words are not hot."""
     (loop,) = hot_loops(parse_sass(SASS))
     # LDG LDG BSSY MUFU BRA, FMUL 4 FFMA, BSYNC BRA.U, STG BRA
-    assert loop == HotLoop(14, 6, Counter({128: 1, 16: 1}), Counter({128: 1}))
+    assert loop == HotLoop(14, 6, Counter({128: 1, 16: 1}), Counter({128: 1}), 1)
 
 
 UNROLLED = """
@@ -186,7 +187,7 @@ UNROLLED = """
 
 def test_of_an_unrolled_loop_one_iteration_counts() -> None:
     (loop,) = hot_loops(parse_sass(UNROLLED))
-    assert loop == HotLoop(5 / 2, 1, Counter({128: 1}), Counter())
+    assert loop == HotLoop(5 / 2, 1, Counter({128: 1}), Counter(), 1 / 2)
 
 
 def test_an_outer_loop_is_not_hot() -> None:
@@ -219,7 +220,35 @@ GCN = """
 
 def test_gcn_with_active_lanes_and_without_what_merely_jumps_back() -> None:
     (loop,) = hot_loops(parse_gcn(GCN))
-    assert loop == HotLoop(9, 2, Counter({128: 1, 16: 1}), Counter({64: 1}))
+    assert loop == HotLoop(9, 2, Counter({128: 1, 16: 1}), Counter({64: 1}), 0)
+
+
+# Loads, and what of them is used: by a register of four, as an address, by a store of four.
+WAITS = {
+    "LDG.E.128 R4, desc[UR4][R2.64] ; LDG.E.U16 R9, desc[UR4][R12.64] ; FADD R1, R7, R1 ; FADD R1, R9, R1": 1,
+    "LDG.E.128 R4, desc[UR4][R2.64] ; FADD R1, R7, R1 ; LDG.E.U16 R9, desc[UR4][R12.64] ; FADD R1, R9, R1": 2,
+    "LDG.E.128 R4, desc[UR4][R2.64] ; FADD R1, R8, R1 ; LDG.E.U16 R9, desc[UR4][R12.64] ; FADD R1, R9, R1": 1,
+    "LDG.E.64 R8, desc[UR4][R2.64] ; LDG.E.128 R4, desc[UR4][R8.64] ; FADD R1, R1, R1": 1,
+    "LDG.E.128 R4, desc[UR4][R2.64] ; STG.E.128 desc[UR4][R2.64], R4 ; LDG.E R7, desc[UR4][R2.64]": 1,
+    "LDG.E R7, desc[UR4][R2.64] ; STG.E.128 desc[UR4][R2.64], R4 ; LDG.E.128 R12, desc[UR4][R2.64]": 1,
+}
+
+
+@pytest.mark.parametrize(("written", "waits"), WAITS.items())
+def test_waits_for_memory(written: str, waits: int) -> None:
+    lines = [f"        /*{i:04x}*/ {text} ;" for i, text in enumerate([*written.split(" ; "), "@P2 BRA `(.L_x_0)"])]
+    (loop,) = hot_loops(parse_sass("\n".join([".L_x_0:", *lines])))
+    assert loop.waits == waits
+
+
+def test_waits_of_gcn_are_instructions() -> None:
+    """They leave some loads under way, which are taken to be there soon."""
+    load, use = "\tglobal_load_dwordx4 v[4:7], v[2:3], off", "\tv_mul_f32_e32 v4, v4, v4"
+    waits = [f"\ts_waitcnt vmcnt({n})" for n in range(3)]
+    first = [".LBB0_3:", load, load, waits[2], use, waits[1], use, waits[0], use]
+    for lines, expected in ((first, 1), ([*first, load, "\ts_waitcnt lgkmcnt(0)", waits[0]], 2)):
+        (loop,) = hot_loops(parse_gcn("\n".join([*lines, "\ts_cbranch_scc1 .LBB0_3"])))
+        assert loop.waits == expected
 
 
 # GPUs.

@@ -31,8 +31,8 @@ def chosen() -> list[Mutation]:
 
 def cases(name: str) -> list[Case]:
     """A quick check's, of which those come first that show most: one of each variant, with every option."""
-    found = find_cases([registry.find(name)], quick=True)
-    return sorted(found, key=lambda case: case.weight_dtype != torch.float32 or case.option == "plain")
+    cases = find_cases([registry.find(name)], quick=True)
+    return sorted(cases, key=lambda case: case.weight_dtype != torch.float32 or case.option == "plain")
 
 
 def first_failure(name: str) -> CheckResult | None:

@@ -18,6 +18,7 @@ regs, shared: registers of a thread, bytes of shared memory of a program
 loads, stores: accesses that a thread makes for its elements on the hot path, number x bits
 bytes: per parameter, read off the code; what must move stands beside it where that differs
 instr: instructions issued per parameter on the hot path; on AMD, those of vector arithmetic
+waits: times that a thread waits for memory in one iteration; 1 if it asks for everything first
 progs: programs that a multiprocessor holds at once
 ms: that 1e9 parameters take at least, by the vendor's peaks of bandwidth and of instructions issued
 Nothing here was measured on a GPU."""
@@ -108,7 +109,7 @@ def _print_rows(rows: Sequence[report.LaunchRecord]) -> None:
 def _print_table(terminal: Console, steps: Sequence[report.Step]) -> None:
     gpu = find_gpu(steps[0].rows[0].gpu)
     title = f"{gpu.target}, Triton {steps[0].rows[0].triton}; time on {gpu.name}, {gpu.bandwidth / 1e12:g} TB/s"
-    ranks = {"regs": 4, "shared": 8, "loads": 6, "stores": 5, "bytes": 1, "instr": 3, "progs": 7, "ms": 0}
+    ranks = {"regs": 4, "shared": 8, "loads": 6, "stores": 5, "bytes": 1, "instr": 3, "waits": 4, "progs": 7, "ms": 0}
     if any(row.spilled_bytes for step in steps for row in step.rows):
         ranks["regs"] = 0  # which say it
     columns = [Column("step"), Column("kernel"), *(Column(name, rank, "right") for name, rank in ranks.items())]
@@ -137,6 +138,7 @@ def _lines(step: report.Step) -> Iterator[Line]:
             report.widths(row.stores),
             _bytes(row),
             _number(row.instructions if ARCHITECTURES[row.target].issues_all else row.arithmetic),
+            "" if row.waits is None else f"{row.waits:g}",
             str(row.programs),
             _number(row.milliseconds, 2),
             row.bound or "",
@@ -151,7 +153,7 @@ def _lines(step: report.Step) -> Iterator[Line]:
             *("", "all", "", "", "", ""),
             total if step.moves_what_it_must else f"{total}, must {must:g}",
             _number(step.total("instructions" if issues_all else "arithmetic")),
-            "",
+            *("", ""),
             _number(step.total("milliseconds"), 2),
             "",
         )

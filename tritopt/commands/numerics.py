@@ -66,6 +66,24 @@ def numerics(
         typer.echo("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]")
     else:
         _print_summary(rows, markdown)
+        if rows[0].optimizer == "Muon" and not markdown:
+            _print_orthogonality()
+
+
+def _print_orthogonality() -> None:
+    titles = ("coefficients", "steps", "products", "lowest", "highest", "error %")
+    print_table(
+        console(),
+        [Column(name, rank, "right" if rank else "left") for rank, name in enumerate(titles)],
+        [
+            Line([one.coefficients, str(one.steps), one.dtype, f"{one.lowest:.3f}", f"{one.highest:.3f}",
+                  f"{100 * one.error:.1f}"])
+            for one in report.orthogonality()
+        ],
+        title="Newton-Schulz beside a singular value decomposition in fp64",
+        caption="Singular values that it ends with, of matrices whose values span a factor of 100; error: distance to "
+        "the orthogonal matrix.",
+    )  # fmt: skip
 
 
 def _print_summary(rows: Sequence[report.FormatResult], markdown: bool) -> None:

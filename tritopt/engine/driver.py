@@ -125,7 +125,8 @@ class BoundPhase:
         self._n_sums = phase.n_sums
         self._tracks = tracks_of(phase, launch)
         self._n_totals = phase.n_sums + len(self._tracks[0]) + len(self._tracks[1])
-        self._variant = (phase, group.formats, group.dtypes, launch.preamble, bool(self._n_totals), config)
+        of_group = (group.formats, group.dtypes, group.aligned)
+        self._variant = (phase, *of_group, launch.preamble, bool(self._n_totals), config)
         self._constants = {
             **phase_constants(phase, launch, group, n_earlier_sums),
             "CHUNK_SIZE": config.chunk_size,
@@ -224,8 +225,8 @@ def _config_of(phase: Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier: 
     key = (id(phase.update), phase.n_sums, launch.tracked is None)
     chosen: tuple[Config, Any] | None = group.configs.get(key)
     if chosen is None:
-        found = GENERIC if phase.scratch else autotune.choose(phase, group, launch, n_earlier)
-        config = adapted(found, group.formats, group.dtypes)
+        unadapted = GENERIC if phase.scratch else autotune.choose(phase, group, launch, n_earlier)
+        config = adapted(unadapted, group.formats, group.dtypes)
         chosen = group.configs[key] = config, phase.update
     return chosen[0]
 
@@ -272,6 +273,7 @@ def phase_constants(phase: Apply, launch: LaunchSpec, group: LaunchGroup, n_earl
         + (phase.scratch == "write",) * bool(phase.scratch),
         "READS_OFFSETS": phase.reads_offsets,
         "HAS_ROWS": group.has_rows,
+        "ALIGNED": () if all(group.aligned) else group.aligned,
         "N_EARLIER_SUMS": n_earlier_sums,
         "N_SUMS": phase.n_sums,
         "N_TOTALS": phase.n_sums + len(of_gradient) + len(of_update),

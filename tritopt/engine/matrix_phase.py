@@ -18,30 +18,30 @@ from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.tuning.config import GENERIC, adapted
 
 SCRATCH_BYTES = 2**30
-"""Default bound on what directions and their products take."""
+"""Default bound on the bytes that directions and their products take."""
 _VECTOR = 16
-"""Bytes that the tensors in the scratch begin at multiples of."""
+"""Bytes to whose multiples the beginnings of tensors in the scratch are rounded up."""
 
 
 class ApplyMatrices(NamedTuple):
     """A launch that writes directions to a scratch, their orthogonalisation, and a launch that moves the weights.
 
-    Once for each part of the list whose scratch is at most `scratch_bytes`, or one tensor's; in each part one sequence
-    of batched products for each shape of matrices.
+    They are made once for each part of the list whose scratch is at most `scratch_bytes`, or one tensor's; in each part
+    one sequence of batched products for each shape of matrices.
     """
 
     direction: Any
     """The @triton.jit function of the first launch: gradient and states in; states, and behind them the direction."""
     update: Any
-    """That of the second: weight and direction in, weight out."""
+    """The @triton.jit function of the second launch: weight and direction in, weight out."""
     cut: Cut
-    """The matrices of a tensor."""
+    """Cut that says which matrices a tensor is made of."""
     iteration: Iteration
     scratch_bytes: int = SCRATCH_BYTES
 
     @property
     def passes(self) -> tuple[Apply, Apply]:
-        """The two launches."""
+        """The two launches of the driver."""
         return (
             Apply(self.direction, reads_weight=False, writes_weight=False, scratch="write"),
             Apply(self.update, reads_grad=False, reads_states=False, writes_states=False, scratch="read"),
@@ -54,7 +54,7 @@ class ApplyMatrices(NamedTuple):
 
     @property
     def n_sums(self) -> int:
-        """None leaves the phase."""
+        """0: no sum leaves the phase."""
         return 0
 
     @property
@@ -103,14 +103,14 @@ class Stack(NamedTuple):
     n: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """Of each, which lies as its weight does."""
+    """Strides of each tensor, which lies as its weight does."""
     first: int
-    """Element at which they begin."""
+    """Element of the scratch at which they begin."""
     stride: int
     """Elements from one to the next."""
 
     def of(self, scratch: torch.Tensor) -> torch.Tensor:
-        """View [tensors, *shape]."""
+        """View of these tensors in the scratch, [tensors, *shape]."""
         return scratch.as_strided((self.n, *self.shape), (self.stride, *self.strides), self.first)
 
 
@@ -121,9 +121,9 @@ class Layout(NamedTuple):
     """Places in the group, those of equal shape together."""
     stacks: list[Stack]
     at: np.ndarray[Any, np.dtype[np.int64]]
-    """Where each of the list's tensors begins; of others than the members it means nothing."""
+    """Element of the scratch at which each tensor of the list begins; it means nothing for others than the members."""
     size: int
-    """Elements."""
+    """Size of the scratch in elements."""
 
 
 class _Prepared:

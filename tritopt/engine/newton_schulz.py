@@ -19,7 +19,7 @@ from tritopt.engine import validate
 Quintic: TypeAlias = tuple[float, float, float]
 """Coefficients a, b, c of p(x) = a x + b x^3 + c x^5, which each step applies to the singular values."""
 QUINTIC: Quintic = (3.4445, -4.7750, 2.0315)
-"""torch's default: steep at 0, and never settled, so that singular values end between 0.68 and 1.13."""
+"""torch's default: steep at 0, and never settled, so that singular values end between 0.68 and 1.2."""
 _STEEPEST: tuple[Quintic, ...] = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -38,7 +38,7 @@ RATIOS = ("original", "match_rms_adamw", "spectral_unclamped")
 DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 """Dtypes of products by their names; None: that of the arithmetic."""
 MAX_STEPS = 99
-"""torch refuses more."""
+"""Largest number of steps; torch refuses more."""
 _TINY = 2.0**-126
 
 
@@ -214,7 +214,7 @@ def orthogonalize(stack: torch.Tensor, iteration: Iteration, ratio: float) -> No
 
 
 def _iterate(x: torch.Tensor, iteration: Iteration, ratio: float) -> None:
-    """In place, [matrices, rows, columns]. Of products of x with itself the smaller is taken."""
+    """Iterate in place, [matrices, rows, columns]. The smaller of the two products of x with itself is taken."""
     norm = norms_of(x).to(x.dtype)
     if iteration.safety != 1.0:
         norm = norm * iteration.safety

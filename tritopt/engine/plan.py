@@ -235,7 +235,12 @@ def _words(group: LaunchGroup, tasks: Sequence[Task], scalars: ScalarTable) -> n
 def _group_key(task: Task) -> Hashable:
     """Key that tasks of one group have in common: device, names of formats, dtypes."""
     names = tuple([fmt.name for fmt in task.formats])
-    return task.grad.device, names, tuple([t.dtype for t in task.tensors()])
+    return task.grad.device, names, tuple([t.dtype for t in task.tensors()]), _aligned(task)
+
+
+def _aligned(task: Task) -> tuple[bool, ...]:
+    """Whether each tensor begins at a multiple of 16 bytes, which the widest accesses need."""
+    return tuple([t.data_ptr() % 16 == 0 for t in task.tensors()])
 
 
 def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable]) -> list[LaunchGroup]:
@@ -252,7 +257,9 @@ def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable]) -> list[Launc
         strides = [tasks[i].weight[0].stride() for i in positions]
         has_rows = first.rows is not None
         groups.append(
-            LaunchGroup(positions, first.grad.device, first.formats, dtypes, shapes, noise, strides, has_rows)
+            LaunchGroup(
+                positions, first.grad.device, first.formats, dtypes, shapes, noise, strides, _aligned(first), has_rows
+            )
         )
     return groups
 

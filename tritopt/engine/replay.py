@@ -8,6 +8,10 @@ import numpy as np
 import torch
 
 from tritopt.engine.group import Array, LaunchGroup, refresh_table, upload_table
+from tritopt.engine.phase import Reduce
+from tritopt.engine.plan import Planner
+
+_NO_SCALARS = np.array([[1.0, np.inf, 0.0]])
 
 
 class ReplayTable:
@@ -58,6 +62,36 @@ def table_of(group: LaunchGroup, places: Array) -> ReplayTable:
     words = group.host_table[: len(members) * n_words].reshape(-1, n_words).copy()
     column = group.format.n_planes
     return ReplayTable(group, members, in_launch, words, slice(column, column + 1))
+
+
+class NormTables:
+    """Tables of the gradients' norm in a step that is made again; false where a kernel measures none.
+
+    Args:
+        planner: the planner of the step.
+        groups: the engine's groups of the norm that was measured when the step was built.
+        places: places of the gradients that are normed among those that `squares` is given, int64.
+    """
+
+    def __init__(self, planner: Planner, groups: Sequence[LaunchGroup], places: Array) -> None:
+        self._planner, self._groups, self._n = planner, list(groups), len(places)
+        self._place_of = np.zeros(len(places), np.int64)
+        self._tables = []
+        for group in groups:
+            members = np.array(group.members, dtype=np.int64)
+            # A gradient's norm is that of a weight which is the gradient.
+            words = np.zeros((len(members), 3), np.int64)
+            self._tables.append(ReplayTable(group, places[members], members, words, slice(0, 2)))
+
+    def __bool__(self) -> bool:
+        """Whether there are tables."""
+        return bool(self._tables)
+
+    def squares(self, grads: Array, device: torch.device, reduce: Reduce | None = None) -> torch.Tensor:
+        """Sum of squares of each gradient that is normed, fp64 [gradients, 1]. grads: addresses of all, int64."""
+        for table in self._tables:
+            table.upload(grads, self._place_of, _NO_SCALARS)
+        return self._planner.squares_of(self._groups, self._n, device, reduce)
 
 
 def slice_if_run(places: Array) -> Array | slice:

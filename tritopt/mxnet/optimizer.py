@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 
 from tritopt.engine import validate
+from tritopt.engine.clip import Clip
 from tritopt.engine.plan import Planner
 from tritopt.engine.telemetry import Telemetry, Tracker, check_asked, telemetry
 from tritopt.engine.warning import warn
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32
 from tritopt.mxnet.constructor import constructor_of, unknown_keywords
+from tritopt.mxnet.multipliers import Factors
 from tritopt.mxnet.rates import initial_lr
 from tritopt.mxnet.replay import Repeated
-from tritopt.mxnet.settings import check_settings
+from tritopt.mxnet.scalars import Partition
+from tritopt.mxnet.settings import check_clip, check_kinds, check_settings
 from tritopt.mxnet.states import checked_master, checked_state_dtype
 from tritopt.mxnet.update import Update
 from tritopt.rule import Rule
@@ -68,6 +71,8 @@ class Optimizer(Update):
         aggregate_num: tensors per call that an Updater makes. None: all at once.
         use_fused_step: True: fused or an error. False: the reference `step`. None: fused where it can run.
         lazy_update: update only the rows present in a row-sparse gradient; for optimizers that support it.
+        max_grad_norm: bound on the norm of all rescaled gradients of an update together, clipped on the device before
+            elements are; infinity measures only. A norm that is not finite skips the update, as NaN in rescale_grad.
 
     Raises:
         ValueError: a hyperparameter out of its range. TypeError: one of the wrong type, or an unknown keyword.
@@ -110,6 +115,7 @@ class Optimizer(Update):
         aggregate_num: float | None = None,
         use_fused_step: bool | None = None,
         lazy_update: bool = False,
+        max_grad_norm: float | None = None,
         **unknown: Any,
     ) -> None:
         if lazy_update and not self.supports_lazy_update:
@@ -118,14 +124,8 @@ class Optimizer(Update):
             raise TypeError(unknown_keywords(type(self), unknown))
         if lazy_update and use_fused_step is False:
             raise ValueError("lazy_update=True needs a fused step: drop use_fused_step=False")
-        validate.rescale(rescale_grad)
-        if param_dict is not None and not isinstance(param_dict, Mapping):
-            raise TypeError(f"param_dict={param_dict!r} must be a dict of parameters by index")
-        if lr_scheduler is not None and not callable(lr_scheduler):
-            raise TypeError(f"lr_scheduler={lr_scheduler!r} must be an LRScheduler, or any callable with a base_lr")
-        if param_idx2name is not None and not isinstance(param_idx2name, dict):
-            raise TypeError(f"param_idx2name={param_idx2name!r} must be a dict of names by index")
-        self.rescale_grad = rescale_grad
+        check_kinds(rescale_grad, param_dict, lr_scheduler, param_idx2name)
+        self.rescale_grad, self.max_grad_norm, self._clip = rescale_grad, max_grad_norm, Clip()
         super().__init__(clip_gradient, begin_num_update)
         self.wd = validate.finite("wd", wd)
         self.check_decay(self.wd)
@@ -144,6 +144,7 @@ class Optimizer(Update):
         self.aggregate_num = (
             math.inf if aggregate_num is None else validate.nonnegative_count("aggregate_num", aggregate_num)
         )
+        check_clip(self)
         self.use_fused_step = None if use_fused_step is None else validate.boolean("use_fused_step", use_fused_step)
         self.lazy_update = validate.boolean("lazy_update", lazy_update)
         self.idx2name = dict(param_idx2name or {})
@@ -151,9 +152,10 @@ class Optimizer(Update):
         self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
         self.lr_mult: dict[Any, float] = {}
         self.wd_mult: dict[Any, float] = {}
+        self._factors = {"lr_mult": Factors(), "wd_mult": Factors()}
         self.set_lr_mult({})
         self.set_wd_mult({})
-        self._planner = Planner()
+        self._planner, self._partition = Planner(), Partition()
         self._known_scalars: dict[tuple[float, float, int], tuple[float, ...]] = {}
         self._checked: tuple[Any, ...] = ()
         """Values of attributes that `check_settings` has found right."""

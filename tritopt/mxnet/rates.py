@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tritopt.engine import validate
 from tritopt.engine.launcher import Updates
 from tritopt.engine.warning import warn
+from tritopt.mxnet.multipliers import Factors, carried, check_names
 from tritopt.rule import Rule
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Rates(Rule):
     idx2name: dict[Any, str]
     param_dict: Mapping[Any, Any]
     sym_info: tuple[Any, ...]
+    _factors: dict[str, Factors]
     _all_index_update_counts: dict[Hashable, dict[Hashable, int]]
     _index_update_count: dict[Hashable, int]
 
@@ -42,12 +44,26 @@ class Rates(Rule):
             raise UserWarning(f"learning_rate={lr} has no effect beside an lr_scheduler; set lr_scheduler.base_lr")
         self.lr = validate.nonnegative("learning_rate", lr)
 
-    def set_lr_mult(self, args_lr_mult: Mapping[Any, float]) -> None:
-        """Replace the multipliers of the learning rate, by index or name."""
+    def set_lr_mult(self, args_lr_mult: Mapping[Any, float], strict: bool = False) -> None:
+        """Replace the multipliers of the learning rate, by index, name, or pattern of names.
+
+        A pattern is a str with `*`, `?` or `[...]`, of the whole name as in `fnmatch`, or a compiled regular expression
+        that is searched in it. An index comes before a name, a name before patterns, and of patterns the first in the
+        given order. A name or pattern that matches no parameter is a warning, and with `strict` a ValueError; so is a
+        pattern where parameters have no names.
+
+        >>> import tritopt
+        >>> opt = tritopt.create("sgd", learning_rate=1.0, param_idx2name={0: "fc.weight", 1: "fc.bias"})
+        >>> opt.set_lr_mult({"*.bias": 2.0})
+        >>> opt._get_lrs([0, 1])
+        [1.0, 2.0]
+        """
+        check_names("lr_mult", args_lr_mult, self.idx2name, self.param_dict, strict)
         self.lr_mult = {**self._symbol_multipliers("__lr_mult__"), **args_lr_mult}
 
-    def set_wd_mult(self, args_wd_mult: Mapping[Any, float]) -> None:
-        """Replace the multipliers of the weight decay, by index or name."""
+    def set_wd_mult(self, args_wd_mult: Mapping[Any, float], strict: bool = False) -> None:
+        """Replace the multipliers of the weight decay; `set_lr_mult` says by what."""
+        check_names("wd_mult", args_wd_mult, self.idx2name, self.param_dict, strict)
         self.wd_mult = {**self._symbol_multipliers("__wd_mult__"), **args_wd_mult}
 
     def _symbol_multipliers(self, attribute: str) -> dict[str, float]:
@@ -60,21 +76,19 @@ class Rates(Rule):
         multipliers: dict[Any, float] = getattr(self, attribute)
         if not (self.param_dict or multipliers):
             return [value] * len(indices)
-        products = [value * self._multiplier(index, attribute, multipliers) for index in indices]
+        own = carried(list(map(self.param_dict.get, indices)), attribute) if self.param_dict else None
+        if own is None and not multipliers:
+            return [value] * len(indices)
+        factors = self._factors[attribute].of(indices, multipliers, self.idx2name)
+        if own is not None:
+            factors = [factor if one is None else float(one) for factor, one in zip(factors, own, strict=True)]
+        products = [value * factor for factor in factors]
         if not all(map(math.isfinite, products)):
             index, product = next((i, p) for i, p in zip(indices, products, strict=True) if not math.isfinite(p))
             raise ValueError(
                 f"parameter {index!r}: {attribute} makes {value!r} into {product!r}; give a finite multiplier"
             )
         return products
-
-    def _multiplier(self, index: Hashable, attribute: str, multipliers: Mapping[Any, float]) -> float:
-        carried = getattr(self.param_dict.get(index), attribute, None)  # an nn.Parameter may carry none
-        if carried is not None:
-            return float(carried)
-        if index in multipliers:
-            return multipliers[index]
-        return multipliers.get(self.idx2name.get(index), 1.0)
 
     def _get_lrs(self, indices: Sequence[Hashable]) -> list[float]:
         """Learning rates of the parameters: one evaluation of the schedule, times their multipliers."""
@@ -105,13 +119,18 @@ class Rates(Rule):
     def _update_count(self, index: Hashable | list[Hashable] | tuple[Hashable, ...]) -> None:
         """Count one update of each index; one that is new starts from begin_num_update."""
         counts, indices = self._index_update_count, index if isinstance(index, list | tuple) else [index]
-        new = {i: counts.get(i, self.begin_num_update) + 1 for i in indices}
+        old = [counts.get(i, self.begin_num_update) for i in indices]
+        if old and old.count(old[0]) == len(old):
+            new = dict.fromkeys(indices, old[0] + 1)
+        else:
+            new = {i: count + 1 for i, count in zip(indices, old, strict=True)}
         if len(new) == len(indices):
             counts.update(new)
         else:  # one that is there twice is updated twice
             for i in indices:
                 counts[i] = counts.get(i, self.begin_num_update) + 1
-        self.num_update = max([self.num_update, *map(counts.__getitem__, new)])
+            new = {i: counts[i] for i in indices}
+        self.num_update = max(self.num_update, max(new.values(), default=0))
 
     @contextmanager
     def _counts_restored_on_error(self) -> Iterator[Updates[Hashable]]:

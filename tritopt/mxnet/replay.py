@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
 from types import NoneType
 from typing import Any, NamedTuple
@@ -12,10 +12,12 @@ import torch
 
 from tritopt.engine.group import LaunchGroup, ScalarTable
 from tritopt.engine.phase import LaunchSpec, run_phases
-from tritopt.engine.replay import table_of
+from tritopt.engine.replay import NormTables, table_of
 from tritopt.engine.walk import n_words, walk
 from tritopt.mxnet.states import States
 from tritopt.rule import State
+
+_device = torch.Tensor.get_device
 
 
 class Launched(NamedTuple):
@@ -42,6 +44,7 @@ class Replay:
         opt: the optimizer.
         indices, weights, grads, states: the arguments of the update.
         launched: its launches.
+        norm: tables of the gradients' norm, empty without one.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Replay:
         grads: Sequence[torch.Tensor],
         states: Sequence[State],
         launched: list[Launched],
+        norm: NormTables,
     ) -> None:
         self.indices = list(indices)
         self.launched = launched
@@ -64,7 +68,8 @@ class Replay:
         self._n_words = n_words(list(grads))
         self._grads = np.zeros(len(grads), np.int64)
         self._grads_are = self._walk.describe(list(grads), self._grads, self._n_words)
-        self._devices = [grad.get_device() for grad in grads]
+        self._devices = list(map(_device, grads))
+        self._norm = norm
         self._place_of = [np.empty(0, np.int64) for _ in launched]
         self._tables = {
             id(one.indices): [table_of(group, np.array(one.places, np.int64)) for group in one.groups]
@@ -79,7 +84,8 @@ class Replay:
             return None
         of_states, structure = _flattened(states)
         kept = [*weights, *of_states]
-        if structure != self._structure or not are_plain(kept) or len(kept) != len(self._kept_at):
+        # The structure has the types of states, which were plain.
+        if structure != self._structure or not are_plain(weights) or len(kept) != len(self._kept_at):
             return None
         if not self._walk.are(kept, self._kept_are, self._kept_at):
             return None
@@ -87,11 +93,15 @@ class Replay:
         if self._walk.describe(grads, addresses, self._n_words) != self._grads_are:
             return None
         # Their addresses say nothing of the device that they are on.
-        if [grad.get_device() for grad in grads] != self._devices:
+        if list(map(_device, grads)) != self._devices:
             return None
         if addresses.tobytes() != self._grads.tobytes():
             self._grads = addresses
-        return Repeated(self, weights, grads, states, kept)
+        return Repeated(self, weights, grads, states)
+
+    def squares(self) -> torch.Tensor:
+        """Sum of squares of each gradient, fp64 [gradients, 1]."""
+        return self._norm.squares(self._grads, self.launched[0].device)
 
     def launch(self, launched: Launched, table: ScalarTable, launch: LaunchSpec) -> None:
         """Launch once more, with these scalars."""
@@ -112,8 +122,6 @@ class Repeated(NamedTuple):
     weights: list[torch.Tensor]
     grads: list[torch.Tensor]
     states: list[State]
-    written: list[torch.Tensor]
-    """Tensors of weights and states."""
 
 
 def _settings(opt: States) -> tuple[Any, ...]:
@@ -128,6 +136,7 @@ def _settings(opt: States) -> tuple[Any, ...]:
         opt.rounding_seed,
         opt.track,
         opt.use_fused_step,
+        opt.max_grad_norm is None,
     )
 
 
@@ -144,12 +153,17 @@ def can_be_replayed(weights: Sequence[torch.Tensor], grads: Sequence[torch.Tenso
 def _flattened(states: Sequence[State]) -> tuple[list[Any], list[Any]]:
     """Tensors of some states, in an order that depends on their structure alone; and that structure."""
     flat: list[Any] = list(states)
-    structure: list[Any] = [list(map(type, flat))]
-    types = set(structure[-1])
-    while any(issubclass(kind, tuple) for kind in types):
+    types = set(map(type, flat))
+    structure: list[Any] = [_answers(type, flat, types)]
+    while any(issubclass(one, tuple) for one in types):
         tuples = flat if len(types) == 1 else [value for value in flat if isinstance(value, tuple)]
         others = [] if len(types) == 1 else [value for value in flat if not isinstance(value, tuple)]
         flat = others + list(chain.from_iterable(tuples))
-        structure += [list(map(len, tuples)), list(map(type, flat))]
-        types = set(structure[-1])
+        types = set(map(type, flat))
+        structure += [_answers(len, tuples, set(map(len, tuples))), _answers(type, flat, types)]
     return [value for value in flat if value is not None] if NoneType in types else flat, structure
+
+
+def _answers(ask: Callable[[Any], Any], values: list[Any], different: set[Any]) -> Any:
+    """Answer for each value; the number of values and the one answer where all have the same."""
+    return (len(values), *different) if len(different) == 1 else list(map(ask, values))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import cache
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,38 @@ def _hyperparameters(cls: Any) -> dict[Any, tuple[str, ...]]:
     return {one: tuple(parameters_of(vars(one).get("__init__"))) for one in own if not issubclass(one, Rates)}
 
 
+def check_kinds(rescale_grad: Any, param_dict: Any, lr_scheduler: Any, param_idx2name: Any) -> None:
+    """Raise for arguments of a constructor that are of the wrong kind."""
+    validate.rescale(rescale_grad)
+    if param_dict is not None and not isinstance(param_dict, Mapping):
+        raise TypeError(f"param_dict={param_dict!r} must be a dict of parameters by index")
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        raise TypeError(f"lr_scheduler={lr_scheduler!r} must be an LRScheduler, or any callable with a base_lr")
+    if param_idx2name is not None and not isinstance(param_idx2name, dict):
+        raise TypeError(f"param_idx2name={param_idx2name!r} must be a dict of names by index")
+
+
+def check_clip(opt: Update) -> None:
+    """Raise for a `max_grad_norm` that is no bound, or that does not go with the rest."""
+    validate.clip_bound("max_grad_norm", opt.max_grad_norm)
+    if opt.max_grad_norm is not None:
+        check_norm(opt, f"max_grad_norm={opt.max_grad_norm!r}")
+
+
+def check_norm(opt: Update, asked_by: str) -> None:
+    """ValueError unless an optimizer can measure the norm of gradients, which `asked_by` takes."""
+    if opt._overrides_step():
+        raise ValueError(
+            f"{asked_by} is not for {type(opt).__name__}, which overrides step and takes "
+            "gradients as they are: call tritopt.clip_global_norm, or define scalars() and reference() in place of step"
+        )
+    if opt.aggregate_num != math.inf:
+        raise ValueError(
+            f"{asked_by} is of all gradients together, and aggregate_num={opt.aggregate_num!r} splits them "
+            "into several updates: leave aggregate_num at None"
+        )
+
+
 def check_settings(opt: Update) -> None:
     """Raise what the constructor raises for a value that one of its arguments now has as an attribute.
 
@@ -47,6 +80,7 @@ def check_settings(opt: Update) -> None:
     validate.boolean("multi_precision", opt.multi_precision)
     validate.count("rounding_seed", opt.rounding_seed)
     validate.nonnegative_count("aggregate_num", opt.aggregate_num)
+    check_clip(opt)
     if opt.use_fused_step is not None:
         validate.boolean("use_fused_step", opt.use_fused_step)
     cls: Any = type(opt)

@@ -25,6 +25,7 @@ class States(Rates):
     rounding_seed: int
     track: bool
     use_fused_step: bool | None
+    max_grad_norm: float | None
 
     def _check_settings(self) -> None:
         raise NotImplementedError

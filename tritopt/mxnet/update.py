@@ -3,55 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.group import ScalarTable
+from tritopt.engine.clip import Clip, squares
 from tritopt.engine.launcher import Updates
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner, Task, unavailable
 from tritopt.engine.random_keys import noise_key
-from tritopt.engine.replay import mark_written
+from tritopt.engine.replay import NormTables, mark_written
 from tritopt.engine.telemetry import Tracked, Tracker, refuse, whole
 from tritopt.engine.walk import warn_if_slow
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.preambles import without_clip
 from tritopt.kernels.telemetry import measure
-from tritopt.kernels.twins.random import STEPS, Noise
+from tritopt.kernels.twins.random import Noise
 from tritopt.mxnet.replay import Launched, Repeated, Replay, can_be_replayed
+from tritopt.mxnet.scalars import ParameterScalars, Partition, scalars_at
 from tritopt.mxnet.sparse import StandIn
 from tritopt.mxnet.states import States, is_planes, structure
 from tritopt.rule import State, Values
-
-
-class ParameterScalars(NamedTuple):
-    """Scalars of an update: each different set once, and which of them each parameter has."""
-
-    scalars: list[Any]
-    """NamedTuples of the rule's scalars, one per set."""
-    values: list[tuple[float, ...]]
-    """Sets of rescale, clip bound, decay, the rule's scalars, and the step in [0, STEPS)."""
-    place_of: np.ndarray[Any, np.dtype[np.int64]]
-    """Place of each parameter's set in `values`, int64 [parameters]."""
-
-    def of_launch(self, launched: Launched) -> ScalarTable:
-        """Table of a launch's parameters, with the step where it draws."""
-        values = np.array(self.values, dtype=np.float64)
-        if not launched.draws:
-            values = np.ascontiguousarray(values[:, :-1])
-        return ScalarTable(
-            values, self.place_of if len(launched.places) == len(self.place_of) else self.place_of[launched.places]
-        )
 
 
 class Update(States):
     """The update of lists of parameters, built once and replayed while it holds."""
 
     rescale_grad: float | torch.Tensor
+    max_grad_norm: float | None
     lazy_update: bool
     aggregate_num: float
     _checked: tuple[Any, ...]
@@ -59,6 +41,22 @@ class Update(States):
     _sizes: dict[Hashable, int]
     _known_scalars: dict[tuple[float, float, int], tuple[float, ...]]
     _planner: Planner
+    _clip: Clip
+    _partition: Partition
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """Norm of the last update's gradients, rescaled and before the clip, fp32 [] on the device.
+
+        None without max_grad_norm, and before the first update.
+        """
+        norm = self._clip.norm
+        return None if norm is None or self.max_grad_norm is None else norm.clone()
+
+    @property
+    def grad_factor(self) -> torch.Tensor:
+        """Size of the factor of gradients in the last update with max_grad_norm, fp64 []; NaN if that was skipped."""
+        return self._clip.factor
 
     def scalars_of(self, index: Hashable, lr: float, wd: float, count: int) -> tuple[float, ...]:
         """`scalars`, for an optimizer whose parameters differ in more than these; computed once for equal arguments."""
@@ -93,13 +91,20 @@ class Update(States):
         if key is not None and any(on_kernel):  # the reference takes longer than any walk
             warn_if_slow()
         with self._counts_restored_on_error() as updates:
+            grads_of = [task.grad for task in tasks]
+            scale = self._gradient_scale(
+                lambda: squares(self._planner, tuple(indices), grads_of),
+                on_host=not any(on_kernel) and all(grad.device.type == "cpu" for grad in grads_of),
+            )
             self._update_count(list(indices))
-            launched = self._apply(indices, tasks, on_kernel, updates)
+            launched = self._apply(indices, tasks, on_kernel, updates, scale)
         for stand_in in sparse.values():
             stand_in.write_back()
         is_whole = not sparse and sum(len(one.places) for one in launched) == len(tasks)
-        if key is not None and is_whole and can_be_replayed(weights, grads, states):
-            replay = Replay(self, indices, weights, grads, states, launched)
+        norm_groups = [] if self.max_grad_norm is None else self._planner.groups_of_squares(tuple(indices))
+        if key is not None and is_whole and norm_groups is not None and can_be_replayed(weights, grads, states):
+            norm = NormTables(self._planner, norm_groups, np.arange(len(tasks)))
+            replay = Replay(self, indices, weights, grads, states, launched, norm)
             self._planner.replays.put(_key(key, indices, weights), replay, len(tasks))
 
     def _replay_of(
@@ -119,13 +124,13 @@ class Update(States):
     def _run_again(self, repeated: Repeated) -> None:
         replay = repeated.replay
         with self._counts_restored_on_error() as updates:
+            rescale, device_rescale = scale = self._gradient_scale(replay.squares)
             self._update_count(replay.indices)
             lrs = self._get_lrs(replay.indices)
             if self.skips_zero_lr and 0 in lrs:
                 tasks, on_kernel = self._tasks(replay.indices, *repeated[1:4], self.use_fused_step)
-                self._apply(replay.indices, tasks, on_kernel, updates)
+                self._apply(replay.indices, tasks, on_kernel, updates, scale)
                 return
-            rescale, device_rescale = self._rescale()
             scalars = self._parameter_scalars(replay.indices, lrs, rescale)
             for launched in replay.launched:
                 launch = self._launch(type(scalars.scalars[0]), launched.draws, launched.device, device_rescale)
@@ -133,7 +138,7 @@ class Update(States):
                 replay.launch(launched, scalars.of_launch(launched), self._planner.configured(launch))
                 if launch.tracked is not None:
                     self._tracker.add(launched.indices, launch.tracked)
-        mark_written(repeated.written)
+        mark_written(repeated.weights)
 
     def _tasks(
         self,
@@ -195,14 +200,19 @@ class Update(States):
         return task._replace(noise=(noise_key(self.rounding_seed, index), 0, 0, 0)) if task.draws else task
 
     def _apply(
-        self, indices: Sequence[Hashable], tasks: Sequence[Task], on_kernel: Sequence[bool], updates: Updates[Hashable]
+        self,
+        indices: Sequence[Hashable],
+        tasks: Sequence[Task],
+        on_kernel: Sequence[bool],
+        updates: Updates[Hashable],
+        scale: tuple[float, torch.Tensor | None],
     ) -> list[Launched]:
         """One update of each task, whose counts have been advanced, all of them first. `updates` is told of each.
 
-        Returns the launches whose groups took the tensors as they are.
+        scale: `_gradient_scale`. Returns the launches whose groups took the tensors as they are.
         """
         lrs = self._get_lrs(indices)
-        rescale, device_rescale = self._rescale()
+        rescale, device_rescale = scale
         scalars = self._parameter_scalars(indices, lrs, rescale)
         if self.track:
             self._sizes.update((index, task.grad.numel()) for index, task in zip(indices, tasks, strict=True))
@@ -266,24 +276,18 @@ class Update(States):
             tracked=[] if self.track else None,
         )
 
-    def _parameter_scalars(self, indices: Sequence[Hashable], lrs: Sequence[float], rescale: float) -> ParameterScalars:
+    def _parameter_scalars(self, indices: Sequence[Hashable], lrs: list[float], rescale: float) -> ParameterScalars:
         wds = self._get_wds(indices)
         counts = list(map(self._index_update_count.__getitem__, indices))
         bound = self._clip_bound()
         self._known_scalars = {}  # of this step alone: hyperparameters may be assigned between steps
-        keys: list[Any] = list(zip(lrs, wds, counts, strict=True))
-        if type(self).scalars_of is not Update.scalars_of or "scalars_of" in vars(self) or self.is_per_parameter:
-            keys = [(*key, index) for key, index in zip(keys, indices, strict=True)]
-        places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        scalars: list[Any] = []
-        values = []
-        for lr, wd, count, *index in places:
-            scalars.append(self.scalars_of(index[0], lr, wd, count) if index else self.scalars(lr, wd, count))
-            values.append((rescale, bound, wd, *scalars[-1], float(count % STEPS)))
-        place_of = np.zeros(len(keys), np.int64)
-        if len(values) > 1:
-            place_of[:] = list(map(places.__getitem__, keys))
-        return ParameterScalars(scalars, values, place_of)
+        is_own = type(self).scalars_of is not Update.scalars_of or "scalars_of" in vars(self) or self.is_per_parameter
+        firsts, place_of = self._partition.of([lrs, wds], counts, [indices] if is_own else [])
+
+        def scalars_of(place: int, lr: float, wd: float, count: int) -> Any:
+            return self.scalars_of(indices[place], lr, wd, count) if is_own else self.scalars(lr, wd, count)
+
+        return scalars_at((rescale, bound), firsts, place_of, lrs, wds, counts, scalars_of)
 
     def _clip_bound(self) -> float:
         """Bound of the gradients' elements; infinity where there is none."""
@@ -292,6 +296,27 @@ class Update(States):
     def _skips(self, rescale: float) -> bool:
         """Whether this rescale, on the host, leaves weights and states alone."""
         return not math.isfinite(rescale) or (rescale == 0 and self.skips_zero_rescale)
+
+    def _gradient_scale(
+        self, measure: Callable[[], torch.Tensor], on_host: bool = False
+    ) -> tuple[float, torch.Tensor | None]:
+        """Factor of gradients: a number, and a device scalar that multiplies it, None if there is none.
+
+        With max_grad_norm the latter is the clip's factor, NaN where the norm is not finite, which skips the update.
+
+        measure: returns the sum of squares of each gradient, fp64. on_host: the factor is wanted as a number.
+        """
+        rescale, on_device = self._rescale()
+        if self.max_grad_norm is None or self._skips(rescale):
+            return rescale, on_device
+        sums = measure()
+        if on_device is None:
+            factor = self._clip(sums, self.max_grad_norm, abs(rescale), self._planner.record)
+        else:
+            signed = on_device.to(sums.device, torch.float64).reshape(())
+            factor = self._clip(sums, self.max_grad_norm, signed.abs(), self._planner.record).copysign(signed)
+        sign = 1.0 if on_device is not None else math.copysign(1.0, rescale)
+        return (sign * float(factor), None) if on_host else (sign, factor)
 
     def _rescale(self) -> tuple[float, torch.Tensor | None]:
         """rescale_grad as a number, and as a device scalar if it lives on a GPU (then the number is 1)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import NoneType
 from typing import Any
@@ -13,10 +13,16 @@ import torch
 from tritopt import lr_scheduler
 from tritopt.engine import validate
 from tritopt.mxnet import registry
+from tritopt.mxnet.multipliers import packed, unpacked
 from tritopt.mxnet.optimizer import Optimizer
 
 _OPTIMIZER = "optimizer"
 _SCHEDULER = "lr_scheduler"
+_MULTIPLIERS = ("lr_mult", "wd_mult")
+_NOT_SAVED = (
+    "_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes", "_checked", "_factors", "_clip",
+    "_partition",
+)  # fmt: skip
 
 
 class Updater:
@@ -64,7 +70,7 @@ class Updater:
             validate.weight_and_grad(indices[0], weights[0], grads[0])
         optimizer = self.optimizer
         optimizer._set_current_device(_device_id(weights[0]))
-        known = set(self.states)
+        n_known = len(self.states)
         try:
             lists = [indices, weights, grads, self._states_of(indices, weights, grads)]
             chunks = list(self._chunks(lists))
@@ -74,8 +80,9 @@ class Updater:
             for chunk in chunks:
                 optimizer.update_multi_precision(*chunk)
         except BaseException:
-            for new in self.states.keys() - known - optimizer._index_update_count.keys():
-                del self.states[new], self.states_synced[new]
+            for new in list(self.states)[n_known:]:  # a dict has what was added last at its end
+                if new not in optimizer._index_update_count:
+                    del self.states[new], self.states_synced[new]
             raise
 
     def _states_of(self, indices: list[Any], weights: list[Any], grads: list[Any]) -> list[Any]:
@@ -87,18 +94,18 @@ class Updater:
             pass
         for index, weight, grad in zip(indices, weights, grads, strict=True):
             validate.weight_and_grad(index, weight, grad)
-        for index, weight in zip(indices, weights, strict=True):
-            self._make_ready(index, weight)
+        self.make_ready(indices, weights)
         return [self.states[index] for index in indices]
 
-    def _make_ready(self, index: Hashable, weight: torch.Tensor) -> None:
-        """Create the state, or move a loaded one to the weight's device and into the optimizer's format."""
-        if index not in self.states:
-            self.states[index] = self.optimizer.create_state_multi_precision(index, weight)
-        elif not self.states_synced[index]:
-            state = self.sync_state_context(self.states[index], weight.device)
-            self.states[index] = self.optimizer.convert_state(index, weight, state)
-        self.states_synced[index] = True
+    def make_ready(self, indices: Sequence[Hashable], weights: Sequence[torch.Tensor]) -> None:
+        """Create states that are missing, and bring loaded ones to their weights' devices and into their formats."""
+        for index, weight in zip(indices, weights, strict=True):
+            if index not in self.states:
+                self.states[index] = self.optimizer.create_state_multi_precision(index, weight)
+            elif not self.states_synced[index]:
+                state = self.sync_state_context(self.states[index], weight.device)
+                self.states[index] = self.optimizer.convert_state(index, weight, state)
+            self.states_synced[index] = True
 
     def _chunks(self, lists: list[list[Any]]) -> Iterator[list[list[Any]]]:
         """The lists, whose second is the weights, as many at a time as are updated together."""
@@ -128,13 +135,24 @@ class Updater:
         Raises TypeError if a state, an index or an attribute of the optimizer is not a number, a string, a tensor or a
         dict, list or tuple of these.
         """
+        buffer = io.BytesIO()
+        torch.save(self.content(dump_optimizer), buffer)
+        return buffer.getvalue()
+
+    def content(self, dump_optimizer: bool = False) -> dict[str, Any]:
+        """Plain data that `get_states` turns into bytes: the states themselves and no copies."""
         _require_plain(self.states, "the states")
         content: dict[str, Any] = {"states": self.states}
         if dump_optimizer:
             content[_OPTIMIZER] = _pack_optimizer(self.optimizer)
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        return buffer.getvalue()
+        return content
+
+    def take(self, content: Mapping[str, Any]) -> None:
+        """Take over what `content` gave; `set_states` says more. Errors are of any kind, and change nothing."""
+        loaded = dict(content["states"])
+        self.optimizer = _unpack_optimizer(content[_OPTIMIZER]) if _OPTIMIZER in content else self.optimizer
+        self.states = loaded
+        self.states_synced = dict.fromkeys(loaded, False)
 
     def set_states(self, states: bytes) -> None:
         """Take over what `get_states` gave; a dumped optimizer replaces this one, with an empty `param_dict`.
@@ -143,16 +161,11 @@ class Updater:
         The bytes are read with `weights_only=True`: they cannot run code. Raises ValueError if they hold anything else.
         """
         try:
-            content = torch.load(io.BytesIO(states), weights_only=True, map_location="cpu")
-            loaded = dict(content["states"])
-            optimizer = _unpack_optimizer(content[_OPTIMIZER]) if _OPTIMIZER in content else self.optimizer
+            self.take(torch.load(io.BytesIO(states), weights_only=True, map_location="cpu"))
         except Exception as error:
             raise ValueError(
                 f"these bytes do not come from Updater.get_states(): {error}; pass what it gave"
             ) from error
-        self.optimizer = optimizer
-        self.states = loaded
-        self.states_synced = dict.fromkeys(loaded, False)
 
 
 def get_updater(optimizer: Optimizer) -> Updater:
@@ -170,38 +183,41 @@ def _device_id(weight: torch.Tensor) -> int:
 
 def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     attributes = optimizer.__getstate__()
-    for name in ("_planner", "_known_scalars", "_index_update_count", "_tracker", "_sizes", "_checked"):
+    for name in _NOT_SAVED:
         del attributes[name]
+    attributes.update({name: packed(attributes[name]) for name in _MULTIPLIERS})
     device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)
     schedule, name = attributes.pop(_SCHEDULER), type(optimizer).__name__.lower()
     if registry.OPTIMIZERS.get(name) is not type(optimizer):
         raise TypeError(f"{type(optimizer)!r} is not what {name!r} brings back; register it to dump it")
-    packed: dict[str, Any] = {"name": name, "attributes": attributes, "device": device}
+    saved: dict[str, Any] = {"name": name, "attributes": attributes, "device": device}
     if schedule is not None:
         if _scheduler_classes().get(type(schedule).__name__) is not type(schedule):
             raise TypeError(
                 f"lr_scheduler={schedule!r} is not what {type(schedule).__name__!r} brings back; rename "
                 "its class, or call get_states(dump_optimizer=False)"
             )
-        packed[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}
-    _require_plain(packed, type(optimizer).__name__)
-    return packed
+        saved[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}
+    _require_plain(saved, type(optimizer).__name__)
+    return saved
 
 
-def _unpack_optimizer(packed: dict[str, Any]) -> Optimizer:
-    if not isinstance(packed["attributes"], dict):
-        raise TypeError(f"its attributes are {packed['attributes']!r:.60}")
-    optimizer = object.__new__(registry.find(packed["name"]))
+def _unpack_optimizer(saved: dict[str, Any]) -> Optimizer:
+    if not isinstance(saved["attributes"], dict):
+        raise TypeError(f"its attributes are {saved['attributes']!r:.60}")
+    optimizer = object.__new__(registry.find(saved["name"]))
     Optimizer.__init__(optimizer)
-    optimizer.__setstate__(packed["attributes"])
-    optimizer._set_current_device(packed["device"])
+    optimizer.__setstate__(saved["attributes"])
+    for multipliers in _MULTIPLIERS:
+        setattr(optimizer, multipliers, unpacked(getattr(optimizer, multipliers)))
+    optimizer._set_current_device(saved["device"])
     optimizer.lr_scheduler = None
-    if _SCHEDULER in packed:
-        name = packed[_SCHEDULER]["class"]
+    if _SCHEDULER in saved:
+        name = saved[_SCHEDULER]["class"]
         if name not in _scheduler_classes():
             raise ValueError(f"it has an lr_scheduler of class {name!r}; import or define that class first")
         schedule = optimizer.lr_scheduler = object.__new__(_scheduler_classes()[name])
-        schedule.__dict__.update(packed[_SCHEDULER]["attributes"])
+        schedule.__dict__.update(saved[_SCHEDULER]["attributes"])
     return optimizer
 
 

@@ -21,6 +21,8 @@ from tritopt.optim.mixed import Mixed as Mixed
 from tritopt.optim.muon import Muon as Muon
 from tritopt.optim.nadam import NAdam as NAdam
 from tritopt.optim.nag import NAG as NAG
+from tritopt.optim.named_groups import ParamGroups as ParamGroups
+from tritopt.optim.named_groups import param_groups as param_groups
 from tritopt.optim.optimizer import Optimizer as Optimizer
 from tritopt.optim.options import Options as Options
 from tritopt.optim.radam import RAdam as RAdam

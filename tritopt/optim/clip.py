@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Hashable, Iterable, Sequence
 from types import GeneratorType
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from tritopt.engine import private, validate
-from tritopt.engine.device import current_stream, is_capturing, on_device, share_with_streams
-from tritopt.engine.driver import Apply
-from tritopt.engine.group import ScalarTable
-from tritopt.engine.launcher import BoundKernel, KernelRecorder
-from tritopt.engine.phase import LaunchSpec
-from tritopt.engine.plan import Planner, Task, compute_dtype, unavailable
+from tritopt.engine import clip, private, validate
+from tritopt.engine.clip import Plans, dense, factor_of, scale_all, stored
+from tritopt.engine.device import is_capturing
+from tritopt.engine.plan import Planner, Task, compute_dtype
 from tritopt.engine.warning import warn
-from tritopt.kernels.drivers.multi_tensor_norm import clip_factor
 from tritopt.kernels.formats.format import PLAIN
-from tritopt.kernels.scale import scale_update
-from tritopt.kernels.twins.ops import norm
 from tritopt.optim.distributed import ShardSums, aligned, local, whole
 from tritopt.optim.observed import uncompiled
 
-EPSILON = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
-
-
-class Factor(NamedTuple):
-    """Scalars that the scaling reads beside tensors: the factor."""
-
-    factor: float
-
-
-class _Plans(threading.local):
-    """A planner for each thread: what it uploads belongs to the step that is under way."""
-
-    def __init__(self) -> None:
-        self.planner = Planner()
-
-
-_plans = _Plans()
+_plans = Plans()
 _of_graphs = private.weak_keys()
 """Plans that CUDA graphs captured in `clip_grad_norm_`, by parameter: kept as long as one of its parameters lives."""
 
@@ -94,7 +68,7 @@ def clip_grad_norm_(
     if not grad_of:
         return torch.tensor(0.0, dtype=torch.float32, device="cpu")
     params, grads = (list(column) for column in zip(*grad_of.values(), strict=True))
-    parts = [_stored(local(grad)) for grad in grads]
+    parts = [stored(local(grad)) for grad in grads]
     tasks = [Task((part,), PLAIN, part, ()) for part in parts]
     # Kept again when all is done: after a failure its tables may be half written.
     planner, key, _plans.planner = _plans.planner, id(params[0]), Planner()
@@ -106,7 +80,7 @@ def clip_grad_norm_(
             "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
             "`error_if_nonfinite=False`"
         )
-    _scale(planner, key, tasks, _factor(total, max_norm))
+    scale_all(planner, key, tasks, factor_of(total, max_norm))
     _plans.planner = planner
     if is_capturing():
         held = planner.held()
@@ -137,101 +111,6 @@ def squares(
     reduce: ShardSums | None = None,
 ) -> torch.Tensor:
     """Sum of squares of each gradient, fp64 [grads], over all processes that share the parameters."""
-    parts = [_dense(local(aligned(grad, param)).detach()) for grad, param in zip(grads, params, strict=True)]
+    parts = [dense(local(aligned(grad, param)).detach()) for grad, param in zip(grads, params, strict=True)]
     reduce = ShardSums(params) if reduce is None else reduce
-    if all(unavailable(part) is None for part in parts):
-        return planner.squares(key, parts, reduce if reduce else None)
-    sums = torch.stack([norm(part.to(compute_dtype(part))).square().to(parts[0].device) for part in parts])
-    if reduce:
-        reduce(sums[:, None])
-    return sums
-
-
-class Clip:
-    """Norm and clip factor from the gradients' squares, step after step, in one launch where kernels can run."""
-
-    def __init__(self) -> None:
-        self.norm: torch.Tensor | None = None
-        """Norm of the last step's gradients, fp32 []; overwritten by the next. None before the first."""
-        self._factor, self._bound = (torch.empty(0, dtype=torch.float64, device="cpu") for _ in range(2))
-        self._max_norm = math.nan
-        self._launch: BoundKernel | None = None
-        self._stream = 0
-        self._is_captured = False
-        """Whether a CUDA graph captured the last launch."""
-
-    def held(self) -> tuple[torch.Tensor | None, ...]:
-        """Tensors that its launches read and write."""
-        return self.norm, self._factor, self._bound
-
-    def __call__(
-        self,
-        squares: torch.Tensor,
-        max_norm: float,
-        inverse: torch.Tensor | None,
-        record: KernelRecorder | None,
-    ) -> torch.Tensor:
-        """Factor of the gradients, fp64 []: at most `inverse`, that of a loss scale; NaN skips the update.
-
-        record: told of the launch in place of making it, as `LaunchSpec.record` is of those of phases.
-        """
-        if unavailable(squares) is not None:
-            norm = squares.sum().sqrt()
-            norm = norm if inverse is None else norm * inverse
-            self.norm = norm.float()
-            factor = torch.where(norm.isfinite(), _factor(norm, max_norm), torch.nan)
-            return factor if inverse is None else factor * inverse
-        stream, is_capture = current_stream(squares.device), is_capturing(squares.device)
-        known = self.norm if self.norm is not None and self.norm.device == squares.device else None
-        if known is None:
-            self.norm = torch.full((), torch.nan, dtype=torch.float32, device=squares.device)
-        elif stream != self._stream:
-            share_with_streams([known])
-        # What a graph captures is its own: it writes that with its replays, and nobody before them. The norm is of
-        # whichever step was the last, replayed or not.
-        if is_capture or self._is_captured or known is None or stream != self._stream:
-            self._factor, self._bound = (torch.empty((), dtype=torch.float64, device=squares.device) for _ in range(2))
-            self._max_norm = math.nan
-            constants = {"EPSILON": EPSILON, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
-            self._launch, self._stream = BoundKernel(clip_factor, 1, constants), stream
-        self._is_captured = is_capture
-        if max_norm != self._max_norm:
-            self._max_norm = max_norm
-            self._bound.fill_(max_norm)
-        with on_device(squares.device):
-            assert self._launch is not None
-            self._launch(record, squares, squares.numel(), self._bound, inverse, self.norm, self._factor)
-        return self._factor
-
-
-def _factor(total: torch.Tensor, max_norm: float) -> torch.Tensor:
-    return (max_norm / (total + EPSILON)).clamp(max=1.0)
-
-
-def _scale(planner: Planner, key: Hashable, tasks: Sequence[Task], factor: torch.Tensor) -> None:
-    """Multiply all in place; a factor of 1 writes nothing."""
-    by_device: dict[torch.device, list[Task]] = {}
-    for task in tasks:
-        if not private.is_zero_tensor(task.grad):  # which has no memory, and stays what it is
-            by_device.setdefault(task.grad.device, []).append(task)
-    for device, placed in by_device.items():
-        here = factor.to(device)
-        if unavailable(placed[0].grad) is not None:
-            for task in placed:
-                dtype = compute_dtype(task.grad)
-                task.grad.copy_(task.grad.to(dtype) * here.to(dtype))
-            continue
-        # Three scalars for preambles come first; no gradient is read, so none of them is.
-        table = ScalarTable(torch.cat((here.new_zeros(3), here[None]))[None], np.zeros(len(placed), dtype=np.int64))
-        phase = Apply(scale_update, reads_grad=False)
-        planner.apply(("scale", key, device), placed, table, LaunchSpec((phase,), Factor, "raw", noop=here == 1))
-
-
-def _dense(grad: torch.Tensor) -> torch.Tensor:
-    """The values of a sparse gradient, each element once."""
-    return grad if grad.layout == torch.strided else grad.coalesce().values()
-
-
-def _stored(grad: torch.Tensor) -> torch.Tensor:
-    """The values of a gradient in memory: scaling them scales the gradient, duplicates of a sparse one included."""
-    return grad.detach() if grad.layout == torch.strided else private.stored_values(grad.detach())
+    return clip.squares(planner, key, parts, reduce if reduce else None)

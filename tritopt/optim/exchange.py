@@ -14,7 +14,8 @@ from tritopt.engine.newton_schulz import Cut, Iteration
 from tritopt.optim.distributed import is_dtensor, local
 
 UNIT = 2**24
-"""Elements of matrices that are a batch, at most, or one tensor: an eighth of what one process would take at a time."""
+"""Largest number of elements of matrices that are a batch, unless one tensor has more: an eighth of what one process
+would take at a time."""
 Slices: TypeAlias = tuple[slice, ...]
 
 
@@ -22,9 +23,9 @@ class Unit(NamedTuple):
     """Tensors of one shape that one process orthogonalises as a batch."""
 
     members: list[int]
-    """Places among the parameters."""
+    """Places of the tensors among the parameters."""
     owner: int
-    """Rank in the process group."""
+    """Rank of that process in the process group."""
 
 
 class Exchange:
@@ -53,7 +54,7 @@ class Exchange:
         self._meshes = [_Sharing(mesh, members, params, cut) for mesh, members in by_mesh.items()]
 
     def __call__(self, directions: Sequence[torch.Tensor | None]) -> None:
-        """Orthogonalise in place. directions: of each parameter's local part; None where that is empty."""
+        """Orthogonalise in place. directions: direction of each parameter's local part; None where that is empty."""
         for i in self._own:
             direction = directions[i]
             if direction is not None:
@@ -103,7 +104,7 @@ class Exchange:
 
 
 class _Sharing:
-    """Who has what of the parameters on one mesh, and who orthogonalises what."""
+    """Shares of the parameters on one mesh: which process has what of them, and which one orthogonalises what."""
 
     def __init__(self, mesh: Any, members: Sequence[int], params: Sequence[torch.Tensor], cut: Cut) -> None:
         self.device = local(params[members[0]]).device

@@ -20,10 +20,10 @@ _OWN = ("params", "param_names", "algorithm", "in_norm")
 
 
 class Route(NamedTuple):
-    """Where a parameter goes."""
+    """Destination of a parameter."""
 
     name: Any
-    """From named parameters, otherwise the position."""
+    """Name, where parameters are named; otherwise the position."""
     shape: tuple[int, ...]
     algorithm: str
     group: int
@@ -109,8 +109,8 @@ class Mixed(Optimizer):
         Args:
             model: the module. Parameters that need no gradient are left out.
             matrices, rest: param_groups without parameters, such as {"algorithm": "Muon", "lr": 0.02}.
-            embeddings: likewise; None: `rest`.
-            patterns: likewise by shell pattern of the parameters' names, such as "*.router.weight".
+            embeddings: a param_group like these; None: `rest`.
+            patterns: param_groups like these, by shell pattern of the parameters' names, such as "*.router.weight".
             options: see the class.
 
         Raises:
@@ -119,18 +119,18 @@ class Mixed(Optimizer):
         return cls(routed(model, matrices, rest, embeddings, patterns or {}), **options)
 
     def routing(self) -> Routing:
-        """Where each parameter goes, in the order of the groups."""
-        found = Routing()
+        """Table of where each parameter goes, in the order of the groups."""
+        routing = Routing()
         for i, group in enumerate(self.param_groups):
-            names = group.get("param_names") or range(len(found), len(found) + len(group["params"]))
-            found.extend(
+            names = group.get("param_names") or range(len(routing), len(routing) + len(group["params"]))
+            routing.extend(
                 Route(name, tuple(param.shape), group["algorithm"], i, float(group["lr"]), group["in_norm"])
                 for name, param in zip(names, group["params"], strict=True)
             )
-        return found
+        return routing
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch, with `algorithm`. Nothing is added if its class refuses it."""
+        """Add a param_group as torch does, with `algorithm`. Nothing is added if its class refuses it."""
         group = dict(_as_dict(param_group))
         group["algorithm"] = name = _known(group.get("algorithm"))
         group["in_norm"] = validate.boolean("in_norm", group.get("in_norm", True))
@@ -152,11 +152,12 @@ class Mixed(Optimizer):
         return self._of_classes[name]
 
     def first_count(self, state: dict[str, Any]) -> float:
-        """As the class has it whose states show no step: SGD's, and Muon's, which needs none."""
+        """Steps that a state stands for which does not show them, as the class has it: SGD's, and Muon's, which needs
+        none."""
         return max((one.first_count(state) for one in self._of_classes.values()), default=0.0)
 
     def sparse_error_of(self, group: dict[str, Any]) -> str | None:
-        """The class's."""
+        """torch's message where the group's class takes no sparse gradients; None: it takes them."""
         return self.of_class(group).sparse_error_of(group)
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Muon, as torch defines it, and beyond."""
+"""Muon, as torch defines it, and what torch's class lacks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ class MuonLayouts(Layouts):
     """A momentum, and as torch's no step: but one that random bits depend on must be in checkpoints."""
 
     def shows_numbers(self, formats: tuple[Format, ...]) -> bool:
-        """Where a format draws random bits."""
+        """Whether the step stands in a state: where a format draws random bits."""
         return any(fmt.draws for fmt in formats)
 
     def expected(
         self, param: torch.Tensor, group: dict[str, Any], rule: Rule, fmt: Format, formats: Mapping[str, Format]
     ) -> dict[str, Expected]:
-        """As usual. ValueError for what is no matrix, or has not the parts that its group says."""
+        """Shapes and dtypes of the state tensors. ValueError for what is no matrix, or has not the parts that its group
+        says."""
         assert isinstance(rule, MuonRule)
         rule.cut.check(param.shape)
         return super().expected(param, group, rule, fmt, formats)
@@ -143,11 +144,12 @@ class Muon(Optimizer):
 
     @property
     def unsaved(self) -> frozenset[str]:
-        """Likewise what torch's class lacks and a constructor says again."""
+        """Keys of param_groups that checkpoints do not hold: also what torch's class lacks and a constructor says
+        again."""
         return super().unsaved | {"maximize", "scratch_bytes"}
 
     def check_values(self, values: Mapping[str, Any]) -> None:
-        """In torch's words, but for what its class does not know; the rule knows that."""
+        """ValueError in torch's words, but for what its class does not know; the rule knows that."""
         ours = {"ns_coefficients": str, "adjust_lr_fn": str}
         super().check_values(
             {

@@ -1,4 +1,4 @@
-"""Which parameters of a module go where (`Mixed.from_module`)."""
+"""Routing of a module's parameters to param_groups (`Mixed.from_module`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def routed(
         id(p) for module in model.modules() if isinstance(module, _EMBEDDINGS) for p in module.parameters(recurse=False)
     }
     settings = {"matrices": matrices, "rest": rest, "embeddings": rest if embeddings is None else embeddings}
-    found: dict[str, list[tuple[str, torch.nn.Parameter]]] = {name: [] for name in (*settings, *patterns)}
+    by_destination: dict[str, list[tuple[str, torch.nn.Parameter]]] = {name: [] for name in (*settings, *patterns)}
     named = []
     for name, module, param in _owned(model):
         matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
@@ -39,13 +39,13 @@ def routed(
             raise ValueError(f"parameter {name!r}: patterns {', '.join(map(repr, matching))} name it; keep one of them")
         named += matching
         if matching:
-            found[matching[0]].append((name, param))
+            by_destination[matching[0]].append((name, param))
         elif id(param) in embedded or _is_head(name, module):
-            found["embeddings"].append((name, param))
+            by_destination["embeddings"].append((name, param))
         elif param.dim() < 2 or isinstance(module, _CONVOLUTIONS):
-            found["rest"].append((name, param))
+            by_destination["rest"].append((name, param))
         elif param.dim() == 2 or matrices.get("flatten") is not None:
-            found["matrices"].append((name, param))
+            by_destination["matrices"].append((name, param))
         else:
             raise ValueError(
                 f"parameter {name!r}: no rule takes one of shape {tuple(param.shape)}: give matrices 'flatten', False "
@@ -55,7 +55,7 @@ def routed(
     if unused:
         raise ValueError(f"pattern {unused[0]!r} names no parameter of the model that needs a gradient")
     by_name = {**settings, **patterns}
-    return [{**by_name[name], "params": params} for name, params in found.items() if params]
+    return [{**by_name[name], "params": params} for name, params in by_destination.items() if params]
 
 
 def _owned(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Parameter]]:

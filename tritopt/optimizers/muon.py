@@ -1,4 +1,4 @@
-"""Muon."""
+"""Muon: its rule, and MXNet's face of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tritopt.rule import Rule, State, Values
 
 
 class MuonScalars(NamedTuple):
-    """What the update reads besides tensors."""
+    """Scalars that the update of Muon reads beside its tensors."""
 
     lr: float
     momentum: float
@@ -25,7 +25,7 @@ class MuonScalars(NamedTuple):
     """Share of the momentum in the direction: 1, or with Nesterov's step the momentum's decay rate."""
     one_minus_ahead: float
     keep: float
-    """1 - lr wd, the share of the old weight that stays."""
+    """Share of the old weight that stays, 1 - lr wd."""
 
 
 class MuonRule(Rule):
@@ -49,7 +49,7 @@ class MuonRule(Rule):
         nesterov: whether the direction is ahead of the momentum.
         ns_coefficients: a, b and c; or "polar_express", those of Amsel et al. 2025, arXiv:2505.16932, for each step.
         ns_steps: number of steps, 1 to 99.
-        ns_dtype: of the products: "bf16", or "fp32", the dtype of the arithmetic. They add up in fp32 at least.
+        ns_dtype: dtype of the products: "bf16", or "fp32", the dtype of the arithmetic. They add up in fp32 at least.
         epsilon: least norm that a direction is divided by, > 0.
         adjust_lr_fn: ratio by the shape of a matrix. "original" or None: sqrt(max(1, rows / columns)).
             "match_rms_adamw": 0.2 sqrt(max(rows, columns)). "spectral_unclamped": sqrt(rows / columns).
@@ -97,26 +97,26 @@ class MuonRule(Rule):
 
     @property
     def phases(self) -> tuple[ApplyMatrices, ...]:
-        """Directions, their products, and the step."""
+        """Phases of a step: the directions, their products, and the weights."""
         return (ApplyMatrices(muon_direction, muon_update, self.cut, self.iteration, self.scratch_bytes),)
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """That of the iteration."""
+        """Dtype of the iteration's products."""
         return self.iteration.dtype or torch.float32
 
     def state_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
-        """The weight's. ValueError if there are no matrices in it."""
+        """Shape of the state: the weight's. ValueError if there are no matrices in it."""
         self.cut.shape_of(shape)
         return [shape]
 
     def scalars(self, lr: float, wd: float, count: int) -> MuonScalars:
-        """Constant but for the learning rate."""
+        """Scalars of a step, constant but for the learning rate."""
         ahead = self.momentum if self.nesterov else 1.0
         return MuonScalars(lr, self.momentum, 1 - self.momentum, ahead, 1 - ahead, 1 - lr * wd)
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: MuonScalars) -> tuple[torch.Tensor, Values]:
-        """The recurrence above."""
+        """One update by the recurrence above: the new weight and states."""
         parts = self.update_parts(w, g, state, s)
         try:
             parts.send(self.orthogonalized([next(parts)])[0])

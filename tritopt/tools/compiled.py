@@ -9,7 +9,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from tritopt.kernels.language import INTERPRETED
 from tritopt.kernels.preambles import without_clip
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
-from tritopt.tools.hot_loop import hot_loops, parse_gcn, parse_sass
+from tritopt.tools.hot_loop import HotLoop, hot_loops, parse_gcn, parse_sass
 
 _VECTOR = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.v\d")
 _TYPES = {
@@ -86,10 +87,20 @@ class CompiledLaunch(NamedTuple):
     """Number of instructions per parameter that are issued on the shortest path. None: there is no hot loop."""
     arithmetic: float | None
     """Number of those that compute. None: there is no hot loop."""
+    waits: float | None
+    """Number of times that a thread waits for memory in an iteration, as `HotLoop` counts; of the loop with most.
+
+    None: there is no hot loop.
+    """
 
 
 def compile_launches(
-    opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format = PLAIN, arch: int | str = 90
+    opt: Optimizer,
+    weight_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    fmt: Format = PLAIN,
+    arch: int | str = 90,
+    are_views: bool = False,
 ) -> list[CompiledLaunch]:
     """Compile every launch of a step of `opt`.
 
@@ -97,10 +108,11 @@ def compile_launches(
         opt: the optimizer.
         weight_dtype, grad_dtype, fmt: dtypes of weights and gradients, and storage format of the weights.
         arch: compute capability of an NVIDIA GPU (90: sm_90, an H100 or H200), or the name of an AMD one ("gfx942").
+        are_views: whether weights and gradients begin at an odd place of a flat buffer.
 
     Raises RuntimeError under TRITON_INTERPRET=1, which replaces kernels by Python.
     """
-    return _compiled(lambda planner: _step(planner, opt, weight_dtype, grad_dtype, fmt), arch)
+    return _compiled(lambda planner: _step(planner, opt, weight_dtype, grad_dtype, fmt, int(are_views)), arch)
 
 
 def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunch]:
@@ -146,8 +158,11 @@ def compile_launch(launched: Launched, arch: int | str) -> Any:
     return private.compile_for(arch, kernel, kinds, constants, options)
 
 
-def _step(planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format) -> None:
-    weight, grad = (torch.zeros(64, 64, dtype=dtype, device="cpu") for dtype in (weight_dtype, grad_dtype))
+def _step(
+    planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format, first: int
+) -> None:
+    flat = (torch.zeros(first + 4096, dtype=dtype, device="cpu") for dtype in (weight_dtype, grad_dtype))
+    weight, grad = (buffer[first:].view(64, 64) for buffer in flat)
     planes = [weight] if fmt.companion_of is None else [weight, fmt.companion_of(weight, weight.float())]
     opt.multi_precision = False
     state = fresh_state(opt, 0, weight if fmt is PLAIN else fmt.decode(planes, torch.float32))
@@ -171,13 +186,12 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
             return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
         has_vectors = _VECTOR.search(code_of["ptx"]) is not None
-        code = parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=code_of["cubin"]) if has_vectors else "")
+        loops = _loops_of(code_of["cubin"]) if has_vectors else ()
     else:
         assembly = code_of["amdgcn"]
         registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
         spilled = 4 * spills
-        code = parse_gcn(assembly)
-    loops = hot_loops(code)
+        loops = hot_loops(parse_gcn(assembly))
     elements = _elements_of_a_thread(launched, 32 if isinstance(arch, int) else 64) if loops else 0
     loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
     stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
@@ -199,6 +213,7 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
         _bytes(stores, elements, is_driver) - masked[1] if loops else None,
         sum(loop.instructions for loop in loops) / elements if loops else None,
         sum(loop.arithmetic for loop in loops) / elements if loops else None,
+        max(loop.waits for loop in loops) if loops else None,
     )
 
 
@@ -244,6 +259,12 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
         loads += accesses[first] * constants["READS"][i + 2]
         stores += accesses[first] * constants["WRITES"][i + 2]
     return loads, stores
+
+
+@lru_cache(maxsize=256)
+def _loops_of(cubin: bytes) -> Sequence[HotLoop]:
+    """Hot loops of a binary, which many launches may share: disassembling one takes 0.3 s."""
+    return hot_loops(parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=cubin)))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -35,6 +35,12 @@ class Instruction(NamedTuple):
     """Whether it neither accesses memory nor branches."""
     access: tuple[str, int] | None = None
     """Access to global memory: "load" or "store", and bits a thread; None: it makes none."""
+    fills: frozenset[int] = frozenset()
+    """Numbers of the registers that a load from global memory fills."""
+    uses: frozenset[int] = frozenset()
+    """Numbers of the registers that it reads or writes, but for those."""
+    leaves: int | None = None
+    """Number of loads that may be under way when it is done (AMD's s_waitcnt); None: it waits for what it uses."""
 
 
 class Code(NamedTuple):
@@ -57,9 +63,12 @@ class HotLoop:
     """Number of loads from global memory by their width in bits."""
     stores: Counter[int]
     """Number of stores to global memory by their width in bits."""
+    waits: float
+    """Number of times that a thread waits for loads issued since it last waited: 1 if all are issued first."""
 
 
 _SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<rest>[^;]*);")
+_SASS_REGISTER = re.compile(r"\bR(\d+)(\.64)?")
 _SASS_LABEL = re.compile(r"^(\.L_x_\d+):")
 _SASS_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 # Memory, synchronisation and control.
@@ -85,6 +94,7 @@ def parse_sass(text: str) -> Code:
             if name in ("LDG", "STG"):
                 width = next((_SASS_WIDTHS[m] for m in reversed(modifiers) if m in _SASS_WIDTHS), 32)
                 access = ("load" if name == "LDG" else "store", width)
+            fills, uses = _sass_registers(match["rest"], access)
             instructions.append(
                 Instruction(
                     match["name"],
@@ -93,14 +103,30 @@ def parse_sass(text: str) -> Code:
                     calls=name == "CALL",
                     is_arithmetic=not _SASS_OTHER.fullmatch(name),
                     access=access,
+                    fills=fills,
+                    uses=uses,
                 )
             )
     return Code(instructions, labels)
 
 
+def _sass_registers(operands: str, access: tuple[str, int] | None) -> tuple[frozenset[int], frozenset[int]]:
+    """Registers that a load fills, and those that an instruction has to do with otherwise."""
+    registers = [(int(first), 2 if is_pair else 1) for first, is_pair in _SASS_REGISTER.findall(operands)]
+    moved: frozenset[int] = frozenset()
+    if access is not None and registers:
+        # The data are the first operand of a load, and the last of a store.
+        first, _ = registers.pop(0 if access[0] == "load" else -1)
+        moved = frozenset(range(first, first + max(1, access[1] // 32)))
+    others = frozenset(register for first, n in registers for register in range(first, first + n))
+    is_load = access is not None and access[0] == "load"
+    return (moved, others) if is_load else (frozenset(), others | moved)
+
+
 _GCN_LINE = re.compile(r"^\s+(?P<name>[a-z]\w*)(?P<rest>[^;]*)")
 _GCN_LABEL = re.compile(r"^(\.LBB\w+):")
 _GCN_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+)")
+_GCN_WAIT = re.compile(r"vmcnt\((\d+)\)")
 _GCN_WIDTHS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "sshort": 16, "dword": 32}
 
 
@@ -119,6 +145,7 @@ def parse_gcn(text: str) -> Code:
             # Lanes are taken to be active, so what skips a block for want of them does not jump.
             is_skip, is_always = name == "s_cbranch_execz", name in ("s_branch", "s_cbranch_execnz")
             access = _GCN_ACCESS.match(name)
+            left = _GCN_WAIT.search(match["rest"]) if name == "s_waitcnt" else None
             instructions.append(
                 Instruction(
                     name,
@@ -127,6 +154,7 @@ def parse_gcn(text: str) -> Code:
                     calls=name == "s_swappc_b64",
                     is_arithmetic=name.startswith("v_"),
                     access=(access[1], _gcn_width(access[2])) if access else None,
+                    leaves=int(left[1]) if left else None,
                 )
             )
     return Code(instructions, labels)
@@ -215,7 +243,25 @@ def _described(loop: _Loop, times_unrolled: int) -> HotLoop:
         for wanted in ("load", "store")
     )
     n_arithmetic = sum(instruction.is_arithmetic for instruction in loop.path)
-    return HotLoop(len(loop.path) / times_unrolled, n_arithmetic / times_unrolled, loads, stores)
+    waits = _waits(loop.path) / times_unrolled
+    return HotLoop(len(loop.path) / times_unrolled, n_arithmetic / times_unrolled, loads, stores, waits)
+
+
+def _waits(path: Sequence[Instruction]) -> int:
+    """Count the waits of one iteration; with one of them, all loads that were issued before it are there."""
+    waits = 0
+    under_way: list[frozenset[int]] = []
+    for instruction in path:
+        if instruction.leaves is not None:
+            is_early = len(under_way) > instruction.leaves
+        else:
+            is_early = any(not fills.isdisjoint(instruction.uses) for fills in under_way)
+        if is_early:
+            waits += 1
+            under_way.clear()
+        if instruction.access is not None and instruction.access[0] == "load":
+            under_way.append(instruction.fills)
+    return waits
 
 
 def _accesses(instructions: Sequence[Instruction]) -> Counter[tuple[str, int]]:

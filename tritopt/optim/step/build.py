@@ -75,7 +75,7 @@ class Build:
         """Reduction of the gradients' norm over processes; None until it was asked for."""
         self.positions = [member.position for member in self.members]
         self.normed = [member for member in self.members if is_in_norm(member)]
-        """Those whose gradients have a global norm."""
+        """Members whose gradients have a global norm."""
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
         """Sum of squares of each gradient that is normed, fp64 [members]."""

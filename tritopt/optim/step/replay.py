@@ -16,7 +16,7 @@ import torch
 from tritopt.engine.group import Array, LaunchGroup, ScalarTable
 from tritopt.engine.phase import LaunchSpec, run_phases
 from tritopt.engine.plan import Planner
-from tritopt.engine.replay import ReplayTable, table_of
+from tritopt.engine.replay import NormTables, ReplayTable, table_of
 from tritopt.engine.walk import known_states, n_words, walk
 from tritopt.optim.clip import squares
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
@@ -28,8 +28,6 @@ from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.scalar_table import HostScalars
 from tritopt.optim.step.states import complete_task
 from tritopt.optim.step.undo import Undo
-
-_NO_SCALARS = np.array([[1.0, np.inf, 0.0]])
 
 
 class _Update(NamedTuple):
@@ -84,11 +82,10 @@ class Replay:
             )
             for plan, groups in launched
         }
-        self._no_places = np.zeros(len(members), np.int64)
         self.normed = [member for member in self.members if is_in_norm(member)]
         """Members whose gradients have a global norm."""
         places = np.flatnonzero([is_in_norm(member) for member in self.members])
-        self._norm_tables = [_norm_table(group, places) for group in norm_groups]
+        self._norm = NormTables(planner, norm_groups, places)
         self._single = single
         self._walk = walk()
         self._options = options
@@ -140,14 +137,11 @@ class Replay:
 
     def squares(self, reduce: ShardSums) -> torch.Tensor:
         """Sum of squares of each gradient that is normed, fp64 [members, 1]."""
-        if not self._norm_tables:
+        if not self._norm:
             params = [member.param for member in self.normed]
             grads: list[Any] = [param.grad for param in params]
             return squares(self._planner, ("replayed", *self.positions), params, grads, reduce)
-        for table in self._norm_tables:
-            table.upload(self._grads, self._no_places, _NO_SCALARS)
-        groups = [table.group for table in self._norm_tables]
-        return self._planner.squares_of(groups, len(self.normed), self.device, reduce if reduce else None)
+        return self._norm.squares(self._grads, self.device, reduce if reduce else None)
 
     def host_scalars(
         self, plan: LaunchPlan, options: OptionsByGroup, scalar_states: ScalarStates
@@ -264,15 +258,6 @@ def _named(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _names(named: Sequence[dict[str, Any]]) -> list[list[Any]]:
     """Names of the parameters of groups that have some: random bits depend on them."""
     return [list(group["param_names"]) for group in named]
-
-
-def _norm_table(group: LaunchGroup, places: Array) -> ReplayTable:
-    """Table for the norm of a group of gradients: each is the weight and the gradient of its launch.
-
-    places: those of the gradients that are normed, among all.
-    """
-    members = places[group.members]
-    return ReplayTable(group, members, members, np.zeros((len(members), 3), np.int64), slice(0, 2))
 
 
 def _without_gradients(members: Sequence[Member]) -> list[Member]:

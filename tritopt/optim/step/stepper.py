@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tritopt.engine import validate
+from tritopt.engine.clip import Clip
 from tritopt.engine.device import current_stream, share_with_streams
 from tritopt.engine.group import ScalarTable
 from tritopt.engine.plan import Planner
@@ -16,7 +17,6 @@ from tritopt.engine.recent import Recent
 from tritopt.engine.telemetry import Telemetry, Tracker, check_asked, telemetry
 from tritopt.engine.walk import warn_if_slow
 from tritopt.optim import distributed
-from tritopt.optim.clip import Clip
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.step.build import Build, check_tracked, runs_fused
 from tritopt.optim.step.counts import CPU, ScalarStates

@@ -92,6 +92,7 @@ def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, mu
         must_store=must and must.written,
         instructions=launch.instructions,
         arithmetic=launch.arithmetic,
+        waits=launch.waits,
         milliseconds=milliseconds,
         bound=bound,
     )

@@ -21,7 +21,7 @@ class Change(NamedTuple):
     is_better: bool = False
 
 
-_LESS_IS_BETTER = ("spilled_bytes", "bytes_loaded", "bytes_stored", "instructions", "milliseconds")
+_LESS_IS_BETTER = ("spilled_bytes", "bytes_loaded", "bytes_stored", "instructions", "waits", "milliseconds")
 _MORE_IS_BETTER = ("programs",)
 _OF_INTEREST = ("registers", "shared_bytes", "num_warps", "elements", "arithmetic", "bound", "kernel", "triton")
 
@@ -29,8 +29,8 @@ _OF_INTEREST = ("registers", "shared_bytes", "num_warps", "elements", "arithmeti
 def compare(saved: Sequence[LaunchRecord], rows: Sequence[LaunchRecord]) -> list[Change]:
     """List what changed for the cases that both have; worse is what costs time.
 
-    That is more spilled bytes, bytes, instructions, time, accesses for the same bytes, launches, or fewer resident
-    programs. Registers as such cost nothing.
+    That is more spilled bytes, bytes, instructions, waits for memory, time, accesses for the same bytes, launches, or
+    fewer resident programs. Registers as such cost nothing.
     """
     changes = []
     before = {step.rows[0].case.compiled_as: step for step in steps_of(saved)}

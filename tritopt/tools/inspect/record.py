@@ -85,6 +85,8 @@ class LaunchRecord:
     """Number of instructions per parameter that are issued on the hot path."""
     arithmetic: float | None
     """Number of those that neither access memory nor branch."""
+    waits: float | None
+    """Number of times that a thread waits for memory in one iteration of the hot loop; 1 if all loads come first."""
     milliseconds: float | None
     """Milliseconds that N_PARAMETERS take at least on the GPU."""
     bound: str | None

@@ -5,6 +5,7 @@ gradients are those of its own weights. The stress is synthetic: gradients that 
 for all formats and exact in each of them, so that what differs is what was stored. One optimizer has all its cases.
 """
 
+from tritopt.tools.numerics.orthogonality import orthogonality as orthogonality
 from tritopt.tools.numerics.record import FormatResult as FormatResult
 from tritopt.tools.numerics.record import load as load
 from tritopt.tools.numerics.report import COLUMNS as COLUMNS
