@@ -562,7 +562,7 @@ def shared(name: str, n: int = 2) -> list[CheckResult]:
 def test_many_checks_are_shared_by_processes(
     here: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are the same rows in order, also of a class that no name leads to, that prints, and of another folder."""
+    """Rows are the same in the same order. The class prints, no name leads to it, and it lies in another folder."""
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "broken.py").write_text(MADE)
     monkeypatch.syspath_prepend(folder)
@@ -591,7 +591,7 @@ def test_a_process_that_is_killed_says_by_what() -> None:
 
 
 def test_processes_that_cannot_start(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They could not find the cases: nothing is checked, and it does not go on and on."""
+    """Nothing is checked where they cannot find the cases, and it does not go on and on."""
     monkeypatch.setattr(processes, "interprets", lambda: not INTERPRETED)  # which this process does not
     (here / "broken.py").write_text(f"import os\nif os.getpid() != {os.getpid()}: os._exit(5)\n{MADE}")
     result = CliRunner().invoke(app, ["check", "broken:Made", "--quick", "--jobs", "1"])
@@ -680,7 +680,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 
 @needs_proc
 def test_ctrl_c_ends_all_processes(here: Path) -> None:
-    """As a terminal sends it, to the command and what it started. It says how far it came."""
+    """The whole group gets it, as from a terminal; the command says how far it came."""
     (here / "broken.py").write_text(SLOW)
     own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tritopt", "check", "broken:Slow", "--quick", "--jobs", "1"]
@@ -700,7 +700,7 @@ def test_ctrl_c_ends_all_processes(here: Path) -> None:
 
 @needs_proc
 def test_a_process_ends_with_who_started_it(here: Path) -> None:
-    """In the middle of a case, when the other end of its pipe is closed, as by the system when that is killed."""
+    """The system closes the other end of its pipe, and it ends in the middle of a case."""
     (here / "broken.py").write_text(SLOW)
     workers = processes._Workers(Selection(["broken:Slow"], quick=True), 1)
     (worker,) = workers._all

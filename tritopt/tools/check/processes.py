@@ -172,12 +172,12 @@ class _Worker:
         return f"was ended by {name}{hint}"
 
     def kill(self) -> None:
-        """End it."""
+        """End the process at once."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """Close the pipes."""
+        """Close the pipes to it and from it."""
         for pipe in filter(None, (self._process.stdin, self._process.stdout)):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
