@@ -159,7 +159,7 @@ def compile_launch(launched: Launched, arch: int | str) -> Any:
 
 
 def _step(
-    planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format, first: int
+    planner: Planner, opt: Optimizer, weight_dtype: torch.dtype, grad_dtype: torch.dtype, fmt: Format, first: int = 0
 ) -> None:
     flat = (torch.zeros(first + 4096, dtype=dtype, device="cpu") for dtype in (weight_dtype, grad_dtype))
     weight, grad = (buffer[first:].view(64, 64) for buffer in flat)
