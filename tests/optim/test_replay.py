@@ -714,3 +714,28 @@ def test_a_parameter_that_moved_while_it_had_no_gradient_is_checked_again() -> N
     with pytest.raises(ValueError, match="memory"):
         step(0, 1)
     assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["the same elements", "every other element"])
+def test_parameters_that_share_memory_and_never_had_gradients_together(overlap: bool) -> None:
+    """All are known by then, each from another set; those that only reach into each other's memory are updated."""
+    memory = torch.ones(8)
+    views = (memory[:5], memory[3:]) if overlap else (memory[::2], memory[1::2])
+    params = [torch.nn.Parameter(view) for view in (*views, torch.ones(4))]
+    opt = optim.AdamW(params, lr=0.1, fused=False)
+
+    def step(*with_gradient: int) -> None:
+        for i, param in enumerate(params):
+            param.grad = torch.ones_like(param) if i in with_gradient else None
+        opt.step()
+
+    for i in (0, 1, 0, 1):
+        step(i, 2)
+    before = memory.clone()
+    if not overlap:
+        step(0, 1)
+        assert (memory < before - 0.05).all()
+        return
+    with pytest.raises(ValueError, match="parameters 0 and 1 share memory"):
+        step(0, 1)
+    assert torch.equal(memory, before)

@@ -246,7 +246,7 @@ def no_aliases(owners: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> N
     has_memory = [not tensor.is_meta for tensor in tensors]
     owners = [owner for owner, has in zip(owners, has_memory, strict=True) if has]
     tensors = [tensor for tensor, has in zip(tensors, has_memory, strict=True) if has]
-    extents = [_extent(tensor) for tensor in tensors]
+    extents = [extent_of(tensor) for tensor in tensors]
     starts = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
     order = np.argsort(starts, kind="stable")
     ends = np.maximum.accumulate((starts + np.array(extents, dtype=np.int64))[order]) if len(tensors) else starts
@@ -270,7 +270,7 @@ def _earlier_overlap(order: Any, position: int, starts: Any, extents: Sequence[i
     return [int(i) for i in order[:position] if starts[i] + extents[i] > start]
 
 
-def _extent(tensor: torch.Tensor) -> int:
+def extent_of(tensor: torch.Tensor) -> int:
     """Bytes from the first element to the end of the last."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return tensor.nbytes
@@ -289,7 +289,7 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
         reach += (size - 1) * stride
     else:
         return False
-    seen = torch.zeros(_extent(tensor) // tensor.element_size(), dtype=torch.bool, device="cpu")
+    seen = torch.zeros(extent_of(tensor) // tensor.element_size(), dtype=torch.bool, device="cpu")
     seen.as_strided(tensor.shape, tensor.stride()).fill_(True)
     return int(seen.sum()) < tensor.numel()
 
@@ -299,7 +299,7 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.element_size() != b.element_size() or a.numel() == 0 or b.numel() == 0:
         return a.numel() > 0 and b.numel() > 0
     base, size = min(a.data_ptr(), b.data_ptr()), a.element_size()
-    end = max(t.data_ptr() + _extent(t) for t in (a, b))
+    end = max(t.data_ptr() + extent_of(t) for t in (a, b))
     seen = torch.zeros(-(-(end - base) // size), dtype=torch.bool, device="cpu")
     views = [seen.as_strided(t.shape, t.stride(), (t.data_ptr() - base) // size) for t in (a, b)]
     views[0].fill_(True)

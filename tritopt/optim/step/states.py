@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from tritopt.engine import validate
+from tritopt.engine.group import Array
 from tritopt.engine.plan import Planner, Task
 from tritopt.engine.state_dtype import stored
 from tritopt.kernels.formats.format import PLAIN
@@ -33,8 +35,8 @@ class Complete:
     def __init__(self) -> None:
         self._known: dict[int, tuple[Layout, int, tuple[int, ...], torch.device]] = {}
         """Layout, address, strides and device of parameters, by position."""
-        self._together: set[int] = set()
-        """Positions of parameters that were found to share no memory with one another."""
+        self._extents: dict[int, Array] = {}
+        """Addresses where the tensors that a step writes begin and end, int64 [tensors, 2], by position."""
 
     def has(self, member: Member) -> bool:
         """Whether nothing of the member's states is to be looked at again."""
@@ -44,18 +46,20 @@ class Complete:
         # One that had no gradient meanwhile may have moved, also into another's memory.
         return known[0] is member.layout and known[1:] == (param.data_ptr(), param.stride(), param.device)
 
-    def has_all(self, members: Sequence[Member], others: Sequence[Member]) -> bool:
-        """Whether the members, but for `others`, which are new, were checked together."""
-        return not others and self._together.issuperset([member.position for member in members])
+    def are_apart(self, members: Sequence[Member]) -> bool:
+        """Whether no tensor of these, of which nothing is to be looked at again, reaches into another's memory."""
+        extents = np.concatenate([self._extents[member.position] for member in members])
+        starts, ends = extents[np.argsort(extents[:, 0])].T
+        return not (ends[:-1] > starts[1:]).any()
 
-    def add(self, members: Sequence[Member], others: Sequence[Member]) -> None:
-        """Note members that were checked; `others` of them are new."""
-        for member in others:
+    def add(self, members: Sequence[Member], tasks: Sequence[Task]) -> None:
+        """Note members that were checked, and their tensors."""
+        for member, task in zip(members, tasks, strict=True):
             param = member.param
             if not is_dtensor(param):
                 self._known[member.position] = member.layout, param.data_ptr(), param.stride(), param.device
-        if len(members) >= len(self._together):
-            self._together = {member.position for member in members}
+                extents = [(start := t.data_ptr(), start + validate.extent_of(t)) for t in task.written()]
+                self._extents[member.position] = np.array(extents, np.int64)
 
 
 def create_missing(opt: Owner, members: Sequence[Member], scalar_states: ScalarStates, replaced: Replaced) -> None:

@@ -179,17 +179,17 @@ class Stepper:
             self._complete = Complete()
         complete = self._complete if single is None else Complete()
         known = [complete.has(member) for member in members]
-        others = [member for member, is_known in zip(members, known, strict=True) if not is_known]
-        create_missing(opt, others, self._scalar_states, undo.replaced)
+        others = [i for i, is_known in enumerate(known) if not is_known]
+        create_missing(opt, [members[i] for i in others], self._scalar_states, undo.replaced)
         tasks = [task_of(opt, member, is_known) for member, is_known in zip(members, known, strict=True)]
         fused = [runs_fused(opt, member) for member in members]
         if any(fused):  # the reference takes longer than any walk
             warn_if_slow()
         if opt.track:
             check_tracked(opt, members, fused)
-        if not complete.has_all(members, others):
+        if others or not complete.are_apart(members):
             check_aliases(self._planner, members, tasks)
-            complete.add(members, others)
+            complete.add([members[i] for i in others], [tasks[i] for i in others])
         return Build(self._planner, members, tasks, options.rates, fused, single, None if undo.replaced else like)
 
     def telemetry(self, opt: Owner) -> Telemetry:
