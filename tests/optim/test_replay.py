@@ -322,14 +322,14 @@ def forget(opt: optim.Optimizer) -> None:
 
 
 def after(change: str, is_warm: bool, in_turn: bool = False) -> list[torch.Tensor]:
-    """Weights and states after steps, the change, and more steps, with gradients of one set of parameters or three."""
+    """Weights and states after steps, the change, and more steps, with gradients of one set of parameters or two."""
     params = parameters()
     opt = options(params, optim.AdamW)
-    changed, end = (6, 10) if in_turn else (2, 4)
+    changed, end = (4, 7) if in_turn else (2, 4)
     for step in range(end):
         set_grads(params, step)
         if in_turn:
-            drop_gradients(params, step)
+            drop_gradients(params, step % 2)
         if step == changed:
             CHANGES[change](opt, params)
         if not is_warm:
