@@ -277,7 +277,7 @@ def test_objects_are_not_kept_alive() -> None:
 @pytest.mark.parametrize(("value", "is_python"), [("python", True), ("", False)])
 def test_the_environment_can_insist_on_python(value: str, is_python: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITOPT_WALK", value)
-    monkeypatch.setattr(walk, "_found", [])
+    monkeypatch.setattr(walk, "_chosen", [])
     assert (walk.walk() is IN_PYTHON) == is_python
 
 
