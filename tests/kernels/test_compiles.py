@@ -58,7 +58,7 @@ for name, rule in optimizers.items():
                 rows.append({"case": case, **cost, **launch._asdict()})
 for fmt, choice in ((PLAIN, None), (MASTER_FP32, None), (MASTERS["split16"], "bf16")):
     dtype = f32 if fmt is PLAIN else bf16
-    opt = found["adamw"](state_dtype=choice)
+    opt = optimizers["adamw"](state_dtype=choice)
     for launch in compile_launches(opt, dtype, dtype, fmt, arch, are_views=True):
         case = f"views: adamw {{}} {dtype} {dtype} {fmt.name}" + (f", {choice} states" if choice else "")
         rows.append({"case": case, **bytes_per_parameter(opt, dtype, dtype, fmt)._asdict(), **launch._asdict()})
