@@ -242,7 +242,7 @@ def test_waits_for_memory(written: str, waits: int) -> None:
 
 
 def test_waits_of_gcn_are_instructions() -> None:
-    """They leave some loads under way, which are taken to be there soon."""
+    """Counted waits leave some loads under way, which are taken to be there soon."""
     load, use = "\tglobal_load_dwordx4 v[4:7], v[2:3], off", "\tv_mul_f32_e32 v4, v4, v4"
     waits = [f"\ts_waitcnt vmcnt({n})" for n in range(3)]
     first = [".LBB0_3:", load, load, waits[2], use, waits[1], use, waits[0], use]

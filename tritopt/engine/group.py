@@ -66,7 +66,7 @@ class LaunchGroup:
     strides: Sequence[tuple[int, ...]] = ()
     """Strides of the members' weights, in whose order all their tensors lie."""
     aligned: tuple[bool, ...] = ()
-    """For each column of pointers whether they were multiples of 16 bytes when the group was made; empty: all."""
+    """Whether the pointers of each column were multiples of 16 bytes when the group was made; empty: all were."""
     has_rows: bool = False
     """Whether gradients are of some rows of the weights, whose numbers the table's last column points to."""
     host_table: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, np.int64))
