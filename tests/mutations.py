@@ -164,8 +164,18 @@ COMPILED: list[tuple[str, str, str, dict[str, str]]] = [
         '"BLOCK_SIZE": 1024, "enable_fp_fusion": False',
         {"a norm contracts to fma": '"BLOCK_SIZE": 1024, "enable_fp_fusion": True'},
     ),
-    ("ptx/steps", "kernels/ops.py", "return tl.div_rn(x, y)", {"approximate division": "return x / y"}),
-    ("ptx/steps", "kernels/ops.py", "return tl.sqrt_rn(x)", {"approximate root": "return tl.sqrt(x)"}),
+    (
+        "ptx/steps",
+        "kernels/ops.py",
+        "pack_of(max(x.numel, y.numel), n_nvidia_threads(), 4)\n        if n == 0:\n            return tl.div_rn(x, y)",
+        {"approximate division": "0\n        if n == 0:\n            return x / y"},
+    ),
+    (
+        "ptx/steps",
+        "kernels/ops.py",
+        "pack_of(x.numel, n_nvidia_threads(), 8)\n        if n == 0:\n            return tl.sqrt_rn(x)",
+        {"approximate root": "0\n        if n == 0:\n            return tl.sqrt(x)"},
+    ),
     (
         "ptx/steps",
         "tools/ptx/driver.py",

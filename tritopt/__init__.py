@@ -20,6 +20,11 @@ else:
         if name == "__all__":
             return _load()
         if not name.startswith("__"):
+            from importlib import import_module
+            from importlib.util import find_spec
+
+            if find_spec(f"tritopt.{name}") is not None:  # alone: a module of the package may be asking for another
+                return import_module(f"tritopt.{name}")
             _load()
             if name in globals():
                 return globals()[name]

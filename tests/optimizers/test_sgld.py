@@ -64,7 +64,7 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
         "return tl.philox(seed, low, (offsets >> 32)",
         {"offset's words": "return tl.philox(seed, low, (offsets)"},
     ),
-    ("random.py", "third, fourth)", {"step and stream change places": "fourth, third)"}),
+    ("random.py", "third, fourth, _ROUNDS)", {"step and stream change places": "fourth, third, _ROUNDS)"}),
 ]
 
 

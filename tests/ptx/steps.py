@@ -14,7 +14,8 @@ import torch
 
 import tritopt
 from tests.ptx.layouts import EVERY, MATRICES, VECTORS, Layout, is_guarded, parameters, set_gradients
-from tests.support.training import CLASSES, one_of_each_kind, options_of
+from tests.support import training
+from tests.support.training import one_of_each_kind, options_of
 from tritopt import optim
 from tritopt.engine import plan
 from tritopt.engine.plan import Planner
@@ -25,6 +26,8 @@ from tritopt.tools.ptx.driver import Record, switch_on
 
 BF16, FP32 = torch.bfloat16, torch.float32
 BeforeStep = Callable[[Any, int], None]
+# Muon's products are torch's, beside the machine: `tritopt check muon --compiled` has its launches.
+CLASSES = [cls for cls in training.CLASSES if cls is not optim.Muon]
 KINDS = one_of_each_kind(CLASSES)
 CHOSEN = KINDS if os.environ.get("TRITOPT_TEST_OPTIMIZERS", "all") == "kinds" else CLASSES
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -181,8 +184,8 @@ def test_no_launch_contracts(record: Record, monkeypatch: pytest.MonkeyPatch) ->
 def test_three_hundred_small_tensors(record: Record) -> None:
     layouts = [Layout((i % 5 + 1,), ("plain", "unaligned")[i % 3 == 0]) for i in range(300)]
     assert_follows_reference(record, optim.AdamW, layouts=layouts)
-    # One launch for the list, in each step.
-    assert record.launches == {"multi_tensor_adamw_update": 2}
+    # One launch for the aligned ones and one for the others, in each step.
+    assert record.launches == {"multi_tensor_adamw_update": 4}
 
 
 def change_rate(opt: Any, step: int) -> None:

@@ -687,6 +687,8 @@ def test_ctrl_c_ends_all_processes(here: Path) -> None:
     with subprocess.Popen(
         command, env={**own, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # What was started in the background ignores it, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as running:  # fmt: skip
         wait_until((here / "steps").exists, 120)
         pids = {int(pid) for pid in (here / "pids").read_text().split()}
