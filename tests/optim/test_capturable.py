@@ -23,7 +23,7 @@ from tests.support.training import (
     set_grads,
 )
 from tritopt import optim
-from tritopt.mxnet.registry import OPTIMIZERS
+from tritopt.mxnet.registry import registered
 from tritopt.rule import Rule
 
 Class = Any
@@ -36,7 +36,7 @@ LRS = (0.0, 1e-30, 1e-4, 0.01, 0.3, 1.0, 5.0)
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 31, 100, 999, 1000, 12345, 10**6, 2**24 - 1)
 
 RULES: dict[str, type[Rule]] = {
-    **{f"{name} of MXNet": rule for name, rule in OPTIMIZERS.items() if rule.__module__.startswith("tritopt.")},
+    **{f"{name} of MXNet": rule for name, rule in registered().items() if rule.__module__.startswith("tritopt.")},
     **{f"optim.{cls.__name__}": cls.rule for cls in CLASSES},
 }
 # Its product of the schedule is a list on the host; tritopt.optim has another rule.

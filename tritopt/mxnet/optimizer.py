@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
+from importlib import import_module
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -301,11 +302,18 @@ class Optimizer(Update):
 register = Optimizer.register
 
 
+def registered() -> dict[str, type[Optimizer]]:
+    """All optimizers by name, those of the package among them."""
+    # By name, since they stand on this module: a script's first import may be one that needs none of them.
+    import_module("tritopt.optimizers")
+    return Optimizer.opt_registry
+
+
 def find(name: str) -> type[Optimizer]:
     """The class registered as `name`; ValueError if there is none."""
     if not isinstance(name, str):
         raise TypeError(f"an optimizer is created by its name, a str, got {name!r}")
-    known = Optimizer.opt_registry
+    known = registered()
     if name.lower() not in known:
         nearest = validate.did_you_mean(name.lower(), sorted(known))
         raise ValueError(f"unknown optimizer {name!r}{nearest} known: {', '.join(sorted(known))}")

@@ -6,8 +6,7 @@ from typing import Any
 
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.mxnet.optimizer import find as find
-
-OPTIMIZERS = Optimizer.opt_registry
+from tritopt.mxnet.optimizer import registered as registered
 
 
 def create(name: str, **kwargs: Any) -> Optimizer:
@@ -28,4 +27,4 @@ def create(name: str, **kwargs: Any) -> Optimizer:
 
 def names() -> list[str]:
     """The registered names, sorted."""
-    return sorted(OPTIMIZERS)
+    return sorted(registered())

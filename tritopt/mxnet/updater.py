@@ -188,7 +188,7 @@ def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     attributes.update({name: packed(attributes[name]) for name in _MULTIPLIERS})
     device = next(d for d, c in optimizer._all_index_update_counts.items() if c is optimizer._index_update_count)
     schedule, name = attributes.pop(_SCHEDULER), type(optimizer).__name__.lower()
-    if registry.OPTIMIZERS.get(name) is not type(optimizer):
+    if registry.registered().get(name) is not type(optimizer):
         raise TypeError(f"{type(optimizer)!r} is not what {name!r} brings back; register it to dump it")
     saved: dict[str, Any] = {"name": name, "attributes": attributes, "device": device}
     if schedule is not None:
