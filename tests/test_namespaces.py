@@ -29,11 +29,11 @@ SCHEDULERS = ["CosineScheduler", "FactorScheduler", "LRScheduler", "MultiFactorS
 )
 def test_resolves(name: str) -> None:
     place, _, last = name.rpartition(".")
-    found = mx
+    value = mx
     for part in name.split("."):
-        found = getattr(found, part)
+        value = getattr(value, part)
     # `from mxnet.optimizer import SGD` is the other way to say it.
-    assert getattr(importlib.import_module(f"tritopt.{place}"), last) is found
+    assert getattr(importlib.import_module(f"tritopt.{place}"), last) is value
 
 
 def test_they_are_the_same_objects() -> None:

@@ -34,8 +34,8 @@ def batch_of(step: int, size: int = BATCH, dtype: torch.dtype = torch.float32) -
 
 def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Sum over the samples, fp32 []."""
-    found: torch.Tensor = model(x)
-    return (found.float() - x[:, :3].float()).square().sum()
+    output: torch.Tensor = model(x)
+    return (output.float() - x[:, :3].float()).square().sum()
 
 
 def train(trainer: Any, model: nn.Module, steps: range, size: int = BATCH) -> None:
@@ -53,19 +53,19 @@ def train(trainer: Any, model: nn.Module, steps: range, size: int = BATCH) -> No
 
 def everything(trainer: Any) -> list[torch.Tensor]:
     """Copies of all weights and states, in the order of the parameters."""
-    found = [param.detach().clone() for param in trainer.collect().values()]
+    tensors = [param.detach().clone() for param in trainer.collect().values()]
 
     def add(value: Any) -> None:
         if isinstance(value, tuple):
             for item in value:
                 add(item)
         elif value is not None:
-            found.append(value.clone())
+            tensors.append(value.clone())
 
     states = trainer._updater.states
     for index in sorted(states):
         add(states[index])
-    return found
+    return tensors
 
 
 def counts(trainer: Any) -> tuple[dict[Any, int], int]:

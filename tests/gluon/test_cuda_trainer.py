@@ -62,10 +62,10 @@ class Training:
         return self.trainer.loss_scaler is not None or self.trainer.optimizer.max_grad_norm is not None
 
     def results(self) -> list[torch.Tensor]:
-        found = [*self.params, *[t for state in self.trainer._updater.states.values() for t in state]]
+        tensors = [*self.params, *[t for state in self.trainer._updater.states.values() for t in state]]
         if self.trainer.loss_scaler is not None:
-            found.append(torch.tensor([float(x) for x in self.trainer.loss_scaler.state_dict().values()]))
-        return [tensor.detach().cpu().clone() for tensor in found]
+            tensors.append(torch.tensor([float(x) for x in self.trainer.loss_scaler.state_dict().values()]))
+        return [tensor.detach().cpu().clone() for tensor in tensors]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

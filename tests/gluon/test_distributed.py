@@ -261,22 +261,22 @@ def refused() -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    found = []
+    messages = []
     model = nn.Embedding(4, 2, sparse=True)
     trainer = tritopt.Trainer(model, "sgd")
     model(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(TypeError) as info:
         trainer.step(2)
-    found.append(str(info.value))
+    messages.append(str(info.value))
     mesh = init_device_mesh("cpu", (2,))
     param = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
     with pytest.raises(TypeError) as info:
         tritopt.Trainer([("w", param)], "sgd")
-    found.append(str(info.value))
+    messages.append(str(info.value))
     with pytest.raises(TypeError) as info:
         tritopt.clip_global_norm([distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])], 1.0)
-    found.append(str(info.value))
-    return found
+    messages.append(str(info.value))
+    return messages
 
 
 def test_what_is_refused(pair: World) -> None:

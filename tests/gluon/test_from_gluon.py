@@ -20,7 +20,7 @@ FIRST, *BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 def lines() -> list[tuple[str, str]]:
     """Left and right code of each row of the tables headed by MXNet and tritopt, in order."""
-    found = []
+    pairs = []
     is_in_table = False
     for line in PAGE.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
@@ -32,8 +32,8 @@ def lines() -> list[tuple[str, str]]:
             left, right = (CODE.fullmatch(cell) for cell in cells)
             assert left is not None, line
             assert right is not None, line
-            found.append((left[1], right[1]))
-    return found
+            pairs.append((left[1], right[1]))
+    return pairs
 
 
 @pytest.mark.filterwarnings("ignore:parameter .* has another Trainer:UserWarning")  # the page makes one after the other
@@ -63,14 +63,14 @@ def test_every_right_hand_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_page_has_both_columns() -> None:
-    found = lines()
-    assert len(found) > 40
-    for left, right in found:
+    pairs = lines()
+    assert len(pairs) > 40
+    for left, right in pairs:
         for code in (left, right):
             ast.parse(code)
         assert "tritopt" not in left
         assert "mxnet" not in right
-    said = {right for _, right in found}
+    said = {right for _, right in pairs}
     for wanted in ("import tritopt as mx", "from tritopt import gluon", "trainer.step(x.shape[0])"):
         assert wanted in said
 

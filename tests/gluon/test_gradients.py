@@ -280,7 +280,7 @@ def test_nothing_looks_at_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("item", "__bool__", "__float__", "tolist", "equal", "isfinite", "norm", "sum", "any", "all", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    found = trainer._gradients.find()
-    trainer._gradients.used(found, found.places)
-    assert found.stale == set()
+    gradients = trainer._gradients.find()
+    trainer._gradients.used(gradients, gradients.places)
+    assert gradients.stale == set()
     assert trainer._gradients.find().stale == set(range(6))

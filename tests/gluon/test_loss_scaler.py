@@ -65,11 +65,11 @@ def test_stays_within_its_bounds(kernel: bool, monkeypatch: pytest.MonkeyPatch) 
     else:
         monkeypatch.setattr("tritopt.gluon.loss_scaler.unavailable", lambda tensor: "no kernel here")
     scaler = LossScaler(8.0, scale_factor=3.0, scale_window=1, min_loss_scale=2.0, max_loss_scale=20.0)
-    found = []
+    scales = []
     for value in (1.0, 1.0, math.nan, math.nan, math.nan, 1.0):
         scaler.update(torch.tensor(value, dtype=torch.float64))
-        found.append(scaler.loss_scale)
-    assert found == pytest.approx([20.0, 20.0, 20 / 3, 20 / 9, 2.0, 6.0])
+        scales.append(scaler.loss_scale)
+    assert scales == pytest.approx([20.0, 20.0, 20 / 3, 20 / 9, 2.0, 6.0])
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -114,30 +114,30 @@ def test_scales_losses() -> None:
 @BOTH_PATHS
 @pytest.mark.parametrize("name", ["sgd", "adam", "lamb"])
 def test_a_power_of_two_changes_no_bit(name: str, fused: bool) -> None:
-    found = []
+    runs = []
     for scaler in (None, LossScaler(), LossScaler(2.0**10, scale_window=1)):
         model = Model()
         trainer = tritopt.Trainer(model, name, {"use_fused_step": fused, "wd": 0.1}, loss_scaler=scaler)
         train(trainer, model, range(3))
-        found.append(everything(trainer))
+        runs.append(everything(trainer))
         assert trainer.optimizer.rescale_grad == 1 / BATCH
         assert trainer.optimizer.max_grad_norm is None
-    assert_same(found[1], found[0])
-    assert_same(found[2], found[0])
+    assert_same(runs[1], runs[0])
+    assert_same(runs[2], runs[0])
 
 
 @BOTH_PATHS
 def test_with_a_clip(fused: bool) -> None:
     """The norm is that of the gradients without the scale."""
-    found = []
+    runs = []
     for scaler in (None, LossScaler()):
         model = Model()
         trainer = tritopt.Trainer(model, "adam", {"use_fused_step": fused}, max_grad_norm=0.25, loss_scaler=scaler)
         train(trainer, model, range(3))
         assert trainer.optimizer.max_grad_norm == 0.25
         assert trainer.optimizer.grad_norm is not None
-        found.append([*everything(trainer), trainer.optimizer.grad_norm])
-    assert_same(found[1], found[0])
+        runs.append([*everything(trainer), trainer.optimizer.grad_norm])
+    assert_same(runs[1], runs[0])
 
 
 @BOTH_PATHS

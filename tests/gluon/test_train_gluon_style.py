@@ -61,16 +61,16 @@ def run(*arguments: str) -> Run:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_learns(dtype: str) -> None:
-    found = run("--dtype", dtype)
-    assert found.accuracy > 0.94
-    assert [f"[Epoch {epoch}] validation" in found.printed for epoch in range(6)] == [True] * 6
-    assert {tensor.dtype for tensor in found.tensors[:6]} == {getattr(torch, dtype)}
+    outcome = run("--dtype", dtype)
+    assert outcome.accuracy > 0.94
+    assert [f"[Epoch {epoch}] validation" in outcome.printed for epoch in range(6)] == [True] * 6
+    assert {tensor.dtype for tensor in outcome.tensors[:6]} == {getattr(torch, dtype)}
     if dtype != "float32":  # a master and two moments each
-        assert [tensor.dtype for tensor in found.tensors[6:]] == [torch.float32] * 18
+        assert [tensor.dtype for tensor in outcome.tensors[6:]] == [torch.float32] * 18
     if dtype == "float16":
-        assert 2.0**4 <= found.scale["loss_scale"] < 2.0**16  # the first scales overflow
+        assert 2.0**4 <= outcome.scale["loss_scale"] < 2.0**16  # the first scales overflow
     else:
-        assert found.scale is None
+        assert outcome.scale is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

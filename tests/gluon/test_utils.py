@@ -38,13 +38,13 @@ def test_names() -> None:
 def test_scales_to_the_norm(dtype: torch.dtype, check: bool) -> None:
     arrays = arrays_of(dtype)
     before, norm = [array.to(torch.float64, copy=True) for array in arrays], norm_of(arrays)
-    found = clip_global_norm(arrays, 0.5, check_isfinite=check)
+    returned = clip_global_norm(arrays, 0.5, check_isfinite=check)
     if check:
-        assert type(found) is float
+        assert type(returned) is float
     else:
-        assert isinstance(found, torch.Tensor)
-        assert (found.shape, found.dtype, found.device) == ((1,), torch.float32, arrays[0].device)
-    assert float(found) == pytest.approx(norm, rel=1e-6)
+        assert isinstance(returned, torch.Tensor)
+        assert (returned.shape, returned.dtype, returned.device) == ((1,), torch.float32, arrays[0].device)
+    assert float(returned) == pytest.approx(norm, rel=1e-6)
     for array, old in zip(arrays, before, strict=True):
         torch.testing.assert_close(array.double(), old * (0.5 / (norm + 1e-8)), rtol=ULP[dtype], atol=1e-7)
 
@@ -65,12 +65,12 @@ def test_the_default_checks() -> None:
 def test_what_is_not_finite_is_a_warning_if_it_is_looked_at(value: float) -> None:
     arrays = [torch.tensor([1.0, value])]
     with pytest.warns(UserWarning, match=r"nan or inf is detected: the norm is (inf|nan)\. Clipping results"):
-        found = clip_global_norm(arrays, 1.0)
-    assert not math.isfinite(float(found))
+        returned = clip_global_norm(arrays, 1.0)
+    assert not math.isfinite(float(returned))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = clip_global_norm([torch.tensor([1.0, value])], 1.0, check_isfinite=False)
-    assert not math.isfinite(float(found))
+        returned = clip_global_norm([torch.tensor([1.0, value])], 1.0, check_isfinite=False)
+    assert not math.isfinite(float(returned))
 
 
 def test_one_launch_reads_and_one_writes(monkeypatch: pytest.MonkeyPatch) -> None:

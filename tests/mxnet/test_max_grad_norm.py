@@ -42,8 +42,8 @@ class Run:
         self.weights = [weight.to(dtype) for weight in self.weights]
 
     def grads(self, scale: float) -> list[torch.Tensor]:
-        found = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([0.0, -4.0]), torch.tensor([0.0])]
-        return [(scale * grad).to(weight.dtype) for grad, weight in zip(found, self.weights, strict=True)]
+        values = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([0.0, -4.0]), torch.tensor([0.0])]
+        return [(scale * grad).to(weight.dtype) for grad, weight in zip(values, self.weights, strict=True)]
 
     def step(self, scale: float = 1.0) -> None:
         self.updater([0, 1, 2], self.grads(scale), self.weights)
@@ -203,8 +203,8 @@ def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run("sgd", True, max_grad_norm=2.0)
     for _ in range(3):
         run.step()
-    found = [[phase.kernels for phase in launch.phases] for _, launch in launches]
-    assert found == [[("square_update",)], [("sgd_momentum_update",)]] * 3
+    kernels = [[phase.kernels for phase in launch.phases] for _, launch in launches]
+    assert kernels == [[("square_update",)], [("sgd_momentum_update",)]] * 3
 
 
 @BOTH_PATHS

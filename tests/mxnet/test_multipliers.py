@@ -23,8 +23,8 @@ def optimizer(**arguments: Any) -> Any:
 
 
 def factors(opt: Any, kind: str) -> list[float]:
-    found: list[float] = (opt._get_lrs if kind == "lr_mult" else opt._get_wds)(ALL)
-    return found
+    products: list[float] = (opt._get_lrs if kind == "lr_mult" else opt._get_wds)(ALL)
+    return products
 
 
 @KINDS

@@ -53,8 +53,8 @@ BIASES = ["0.fc.b", "0.norm.b", "1.fc.b", "1.norm.b"]
 
 
 def test_chosen_by_pattern_and_the_rest_by_default() -> None:
-    found = param_groups(Model(), {"*.bias": {"weight_decay": 0.0}}, default={"weight_decay": 0.1, "lr": 0.5})
-    assert summary(found) == [
+    groups = param_groups(Model(), {"*.bias": {"weight_decay": 0.0}}, default={"weight_decay": 0.1, "lr": 0.5})
+    assert summary(groups) == [
         ("*.bias", BIASES, {"weight_decay": 0.0}),
         ("default", REST, {"weight_decay": 0.1, "lr": 0.5}),
     ]
@@ -89,9 +89,9 @@ def test_matched_twice_is_an_error_in_a_dict_and_in_order_in_a_list() -> None:
 
 def test_no_decay_of_what_has_one_dimension() -> None:
     rules = {"*.norm.*": {"lr": 0.5}, "blocks.0.fc.*": {"weight_decay": 0.25}, "blocks.1.fc.weight": {"lr": 0.125}}
-    found = param_groups(Model(), rules, default={"weight_decay": 0.1}, no_decay_1d=True)
+    groups = param_groups(Model(), rules, default={"weight_decay": 0.1}, no_decay_1d=True)
     norms = ["0.norm.w", "0.norm.b", "1.norm.w", "1.norm.b"]
-    assert summary(found) == [
+    assert summary(groups) == [
         ("*.norm.*, 1-d", norms, {"lr": 0.5, "weight_decay": 0.0}),
         ("blocks.0.fc.*", ["0.fc.w", "0.fc.b"], {"weight_decay": 0.25}),  # which says so itself
         ("blocks.1.fc.weight", ["1.fc.w"], {"lr": 0.125}),
@@ -102,9 +102,9 @@ def test_no_decay_of_what_has_one_dimension() -> None:
 
 def test_tied_weights_are_there_once_under_either_name() -> None:
     for key in ("head.*", "embed.*", "head.weight"):
-        found = param_groups(Model(), {key: {"lr": 0.5}})
-        assert summary(found)[0] == (key, ["embed.w"], {"lr": 0.5})
-        assert sum(len(group["params"]) for group in found) == 9
+        groups = param_groups(Model(), {key: {"lr": 0.5}})
+        assert summary(groups)[0] == (key, ["embed.w"], {"lr": 0.5})
+        assert sum(len(group["params"]) for group in groups) == 9
 
 
 @pytest.mark.parametrize("form", [dict, list, iter], ids=lambda form: form.__name__)
@@ -112,8 +112,8 @@ def test_named_parameters_do_as_well_as_a_module(form: Any) -> None:
     model = Model()
     rules = {"*.bias": {"weight_decay": 0.0}}
     expected = param_groups(model, rules)
-    found = param_groups(form(model.named_parameters()), rules)
-    assert [group["params"] for group in found] == [group["params"] for group in expected]
+    groups = param_groups(form(model.named_parameters()), rules)
+    assert [group["params"] for group in groups] == [group["params"] for group in expected]
 
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, tritopt.optim.AdamW, tritopt.optim.LAMB])

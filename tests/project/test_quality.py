@@ -73,15 +73,20 @@ DEPENDENT = [
 """Words that a docstring which stands alone does not begin with: prepositions, pronouns, conjunctions."""
 
 
-def docstrings() -> Iterator[tuple[Path, ast.Constant]]:
-    """Every docstring of modules, classes and functions, and every string below a field that describes it."""
+def nodes() -> Iterator[tuple[Path, ast.AST]]:
+    """Every node of the syntax trees of all Python files but the benchmarks'."""
     folders = ("tritopt", "kernels", "tests", "examples", "docs")
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     for path in (*paths, ROOT / "setup.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            match node:
-                case ast.Expr(value=ast.Constant(value=str()) as constant):
-                    yield path, constant
+        yield from ((path, node) for node in ast.walk(ast.parse(path.read_text())))
+
+
+def docstrings() -> Iterator[tuple[Path, ast.Constant]]:
+    """Every docstring of modules, classes and functions, and every string below a field that describes it."""
+    for path, node in nodes():
+        match node:
+            case ast.Expr(value=ast.Constant(value=str()) as constant):
+                yield path, constant
 
 
 def test_docstrings_stand_alone() -> None:
@@ -95,3 +100,13 @@ def test_docstrings_stand_alone() -> None:
         n += 1
     assert n > 2500
     assert wrong == []
+
+
+def test_names_say_what_they_hold() -> None:
+    """`found` was the name of everything that had been looked for: an address, a list of cases, a layout."""
+    vague = []
+    for path, node in nodes():
+        match node:
+            case ast.Name(id="found") | ast.arg(arg="found") | ast.Attribute(attr="found"):
+                vague.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert vague == []

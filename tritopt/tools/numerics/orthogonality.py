@@ -49,7 +49,9 @@ def orthogonality() -> Iterator[Orthogonality]:
         iteration = iteration_of(coefficients, steps, dtype, 1e-7, None)
         x = matrices.to(iteration.dtype or torch.float32, copy=True)
         orthogonalize(x, iteration, 1.0)
-        found = torch.linalg.svdvals(x.double())
+        singular_values = torch.linalg.svdvals(x.double())
         error = (x.double() - orthogonal).norm() / orthogonal.norm()
         name = coefficients if isinstance(coefficients, str) else ", ".join(f"{c:g}" for c in coefficients)
-        yield Orthogonality(name, steps, dtype, float(found.min()), float(found.max()), float(error))
+        yield Orthogonality(
+            name, steps, dtype, float(singular_values.min()), float(singular_values.max()), float(error)
+        )
