@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tritopt
+from tests.support.training import with_each
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import Config
 from tritopt.kernels.formats.format import PLAIN
@@ -61,8 +62,7 @@ def assert_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("state_dtype", STATE_FORMATS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "state_dtype"), with_each(NAMES, [*STATE_FORMATS], tritopt.create))
 def test_kernel_is_the_reference(name: str, state_dtype: str) -> None:
     """Blocks of vectors and odd rows have an end that is not whole."""
     options: dict[str, Any] = {"learning_rate": 0.01, "multi_precision": True, "master": "split8"}
@@ -71,7 +71,7 @@ def test_kernel_is_the_reference(name: str, state_dtype: str) -> None:
     runs = [
         Run(tritopt.create(name, state_dtype=state_dtype, use_fused_step=fused, **options)) for fused in (True, False)
     ]
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         for run in runs:
             run.step(seed)
     if any(phase.sums_elements for phase in runs[0].opt.phases):
@@ -104,15 +104,17 @@ def test_what_a_state_is(state_dtype: Any, dtypes: list[torch.dtype]) -> None:
 def test_an_updater_takes_states_of_another_format(name: str, old: str | None, new: str | None) -> None:
     """Through bytes: what is as it should be stays to the bit, anything else is converted."""
 
-    def updater(state_dtype: str | None) -> tritopt.Updater:
-        opt = tritopt.create(name, learning_rate=0.01, multi_precision=True, state_dtype=state_dtype)
+    def updater(state_dtype: str | None, fused: bool | None) -> tritopt.Updater:
+        opt = tritopt.create(
+            name, learning_rate=0.01, multi_precision=True, state_dtype=state_dtype, use_fused_step=fused
+        )
         return tritopt.get_updater(opt)
 
-    weights, first = random(0), updater(old)
+    weights, first = random(0), updater(old, fused=False)
     indices = list(range(len(SHAPES)))
     for seed in (1, 2):
         first(indices, random(seed), weights)
-    second = updater(new)
+    second = updater(new, fused=None)
     second.set_states(first.get_states())
     second(indices, random(3), weights)
     dtypes = [[tensor.dtype for tensor in flatten(second.states[i])] for i in indices]

@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.support.training import OF_MATRICES, assert_same, everything, options_of, parameters, set_grads
+from tests.support.training import (
+    OF_MATRICES,
+    assert_same,
+    everything,
+    one_of_each_kind,
+    options_of,
+    parameters,
+    set_grads,
+    with_each,
+)
 from tritopt import Optimizer, optim
 from tritopt.engine.driver import Apply
 from tritopt.engine.plan import Planner
@@ -31,6 +40,9 @@ CLASSES = [
 # Where sums are added in another order, a value may round to the neighbour: of 8, 16 or 24 bits.
 ROUNDING = {"fp32": 1e-4, "split16": 1e-4, "split8": 1e-4, "kahan": 2e-3, "stochastic": 2**-7}
 PAIR = ("fp32", "split16")
+PAIRS = [
+    (name, dtype) for name, fmt in MASTERS.items() for dtype in (BF16, torch.float16) if dtype in fmt.weight_dtypes
+]
 PATHS = (None, False)  # kernel, reference
 ELEMENTWISE = [
     cls for cls in CLASSES if all(isinstance(phase, Apply) and not phase.sums_elements for phase in cls.rule().phases)
@@ -252,7 +264,7 @@ def test_split_goes_where_the_fp32_master_goes(cls: Any, fused: bool | None) -> 
         assert split.state[b][SPLIT16.companion].dtype == torch.int16
 
 
-@pytest.mark.parametrize("cls", ELEMENTWISE, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", one_of_each_kind(ELEMENTWISE), ids=lambda cls: cls.__name__)
 def test_split_for_a_thousand_steps(cls: Any) -> None:
     copies = [parameters(BF16, ((8, 16),)) for _ in range(2)]
     whole, split = (
@@ -265,12 +277,15 @@ def test_split_for_a_thousand_steps(cls: Any) -> None:
     assert master.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("master", MASTERS)
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    ("cls", "master", "dtype"),
+    [
+        pytest.param(cls, master, dtype, id=f"{cls.__name__}-{master}-{dtype}".replace("torch.", ""))
+        for cls, (master, dtype) in with_each(CLASSES, PAIRS)
+    ],
+)
 def test_kernel_is_the_reference(cls: Any, master: str, dtype: torch.dtype) -> None:
-    fmt = MASTERS[master]
-    if dtype not in fmt.weight_dtypes or (fmt.draws and cls in (optim.Adafactor, optim.GroupAdaGrad)):
+    if MASTERS[master].draws and cls in (optim.Adafactor, optim.GroupAdaGrad):
         pytest.skip("refused, as test_what_does_not_go_together_is_refused shows")
     shapes = ((3, 5), (40, 2)) if cls in OF_MATRICES else SHAPES
     copies = [parameters(dtype, shapes) for _ in range(2)]

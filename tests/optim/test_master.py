@@ -106,7 +106,7 @@ def test_decay_alone_for_a_thousand_steps(cls: Any, options: dict[str, Any]) -> 
         p = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))
         opt = cls([p], lr=1e-3, weight_decay=0.1, fused=False, multi_precision=multi_precision, **options)
         p.grad = torch.zeros_like(p)
-        for _ in range(1000):
+        for _ in range(1000 if multi_precision else 100):  # the weight stays, and so does all that a step depends on
             opt.step()
         (master,) = opt.master_weights()
         if multi_precision:

@@ -23,19 +23,34 @@ CLASSES: list[Any] = [
 ]
 
 
-def one_of_each_kind(classes: Sequence[Any]) -> list[Any]:
+def one_of_each_kind(classes: Sequence[Any], rule: Callable[[Any], Any] = lambda cls: cls.rule()) -> list[Any]:
     """The first class of each kind: as many states, and launches that move and sum up as much.
 
     What loads and stores for a class, and what prepares its launches, knows no more of it.
+
+    rule: makes a class's rule; `tritopt.create` for names.
     """
     first: dict[Any, Any] = {}
     for cls in classes:
-        rule = cls.rule()
+        made = rule(cls)
         # An Apply says what it moves behind its function.
-        moves = [phase[1:] if isinstance(phase, Apply) else () for phase in rule.phases]
-        phases = tuple((type(phase), move) for phase, move in zip(rule.phases, moves, strict=True))
-        first.setdefault((phases, len(rule.state_names)), cls)
+        moves = [phase[1:] if isinstance(phase, Apply) else () for phase in made.phases]
+        phases = tuple((type(phase), move) for phase, move in zip(made.phases, moves, strict=True))
+        first.setdefault((phases, len(made.state_names)), cls)
     return list(first.values())
+
+
+def with_each(
+    classes: Sequence[Any], options: Sequence[Any], rule: Callable[[Any], Any] = lambda cls: cls.rule()
+) -> list[tuple[Any, Any]]:
+    """Every class with one of the options in turn, and one of each kind with all of them."""
+    kinds = one_of_each_kind(classes, rule)
+    return [
+        (cls, option)
+        for i, cls in enumerate(classes)
+        for j, option in enumerate(options)
+        if cls in kinds or i % len(options) == j
+    ]
 
 
 EVERY_CLASS = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
