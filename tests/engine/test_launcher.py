@@ -79,10 +79,10 @@ EVERYTHING = (
     + """
 import tritopt
 from tritopt.tools.compiled import _step
-from tritopt.mxnet.registry import OPTIMIZERS
+from tritopt.mxnet.registry import registered
 n_launches = {}
 for name in tritopt.names():
-    opt = OPTIMIZERS[name]()
+    opt = registered()[name]()
     if opt.phases:
         for _ in range(2):
             _step(Planner(), opt, torch.float32, torch.float32, PLAIN)
@@ -91,7 +91,7 @@ for name in tritopt.names():
 from tritopt.kernels.formats.weights import MASTERS
 for master, states in (("split8", "int8"), ("split16", "bf16")):
     for _ in range(2):
-        _step(Planner(), OPTIMIZERS["adamw"](state_dtype=states), torch.bfloat16, torch.bfloat16, MASTERS[master])
+        _step(Planner(), registered()["adamw"](state_dtype=states), torch.bfloat16, torch.bfloat16, MASTERS[master])
     n_launches[master] = len(launches)
     launches.clear()
 from tritopt.engine import clip

@@ -25,7 +25,7 @@ from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS
 from tritopt.kernels.formats.states import STATE_FORMATS
 from tritopt.mxnet.optimizer import with_api
-from tritopt.mxnet.registry import OPTIMIZERS
+from tritopt.mxnet.registry import registered
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 common = [(bf16, bf16, MASTER_FP32), (f32, f32, PLAIN)]
 rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, f64, PLAIN)]
@@ -35,7 +35,7 @@ rows = [{"case": "norm", **launch._asdict()} for launch in compile_norm(bf16, ar
 rules = {cls.rule for cls in vars(tritopt.optim).values() if hasattr(cls, "rule")}
 own = [rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")]
 torchs = {rule.__name__: with_api(rule) for rule in own}
-optimizers = {**{name: OPTIMIZERS[name] for name in tritopt.names()}, **torchs}
+optimizers = {**{name: registered()[name] for name in tritopt.names()}, **torchs}
 for name, rule in optimizers.items():
     for variant in rule.variants:
         takes_all = all(phase.is_driver for phase in rule(**variant).phases)

@@ -15,12 +15,12 @@ from tests.support.training import one_of_each_kind, with_each
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import Config
 from tritopt.kernels.formats.weights import MASTERS
-from tritopt.mxnet.registry import OPTIMIZERS
+from tritopt.mxnet.registry import registered
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 COMPANIONS = {"fp32": F32, "split16": torch.int16, "split8": torch.int8, "kahan": BF16}
 OTHERS = [name for name in MASTERS if name != "fp32"]
-SHIPPED = [name for name in tritopt.names() if OPTIMIZERS[name].__module__.startswith("tritopt.")]
+SHIPPED = [name for name in tritopt.names() if registered()[name].__module__.startswith("tritopt.")]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def flatten(state: Any) -> list[torch.Tensor]:
 
 
 def create(name: str, master: str | None, **options: Any) -> tritopt.Optimizer:
-    decay = {"wd": 0.05} if OPTIMIZERS[name].decays else {}
+    decay = {"wd": 0.05} if registered()[name].decays else {}
     return tritopt.create(
         name, **{"learning_rate": 0.05, "multi_precision": True, "master": master, **decay, **options}
     )

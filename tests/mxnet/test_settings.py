@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritopt
-from tritopt.mxnet.registry import OPTIMIZERS
+from tritopt.mxnet.registry import registered
 
 NAN = math.nan
 BAD: dict[str, tuple[Any, ...]] = {
@@ -28,7 +28,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "rounding_seed": (-1, 0.5),
     "max_grad_norm": (0, NAN, "x"),
 }
-NAMES = [name for name, cls in OPTIMIZERS.items() if cls.__module__.startswith("tritopt.")]
+NAMES = [name for name, cls in registered().items() if cls.__module__.startswith("tritopt.")]
 
 
 @pytest.mark.parametrize("attribute", BAD)

@@ -20,13 +20,13 @@ from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import Config
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.mxnet.optimizer import Optimizer
-from tritopt.mxnet.registry import OPTIMIZERS
+from tritopt.mxnet.registry import registered
 
 CASES = [
     pytest.param(name, variant, id=f"{name}-{i}")
     for name in tritopt.names()
-    if OPTIMIZERS[name].__module__.startswith("tritopt.")
-    for i, variant in enumerate(OPTIMIZERS[name].variants)
+    if registered()[name].__module__.startswith("tritopt.")
+    for i, variant in enumerate(registered()[name].variants)
 ]
 OPTIONS = {"wd": 0.1, "clip_gradient": 0.5, "rescale_grad": 0.25, "learning_rate": 0.05}
 SHAPES = ((), (0,), (7,), (5, 6), (2, 5, 2, 3))
@@ -68,7 +68,7 @@ class Model:
 
 
 def accepted_options(name: str) -> dict[str, float]:
-    return {key: value for key, value in OPTIONS.items() if key != "wd" or OPTIMIZERS[name].decays}
+    return {key: value for key, value in OPTIONS.items() if key != "wd" or registered()[name].decays}
 
 
 def accepts(opt: Optimizer, shape: tuple[int, ...]) -> bool:

@@ -67,10 +67,10 @@ class Ascending(tritopt.Test):
 def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Modules, paths and optimizers that a test brings leave with it."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    known = dict(registry.OPTIMIZERS)
+    known = dict(registry.registered())
     yield
-    registry.OPTIMIZERS.clear()
-    registry.OPTIMIZERS.update(known)
+    registry.registered().clear()
+    registry.registered().update(known)
     for name in {"broken", "half"} & set(sys.modules):
         del sys.modules[name]
 
@@ -786,5 +786,5 @@ def test_mutations_fit_the_code() -> None:
         text = mutations.path_of(mutation, ROOT).read_text()
         assert text.count(mutation.old) == 1, mutation
     counted = Counter(mutation.optimizer for mutation in mutations.collect())
-    shipped = [name for name, cls in registry.OPTIMIZERS.items() if cls.__module__.startswith("tritopt.")]
+    shipped = [name for name, cls in registry.registered().items() if cls.__module__.startswith("tritopt.")]
     assert not {name: counted[name] for name in shipped if counted[name] < 5}

@@ -320,10 +320,10 @@ def test_words_are_broken_only_where_no_column_may_go() -> None:
 
 @pytest.fixture
 def _registers_for_now() -> Iterator[None]:
-    known = dict(registry.OPTIMIZERS)
+    known = dict(registry.registered())
     yield
-    registry.OPTIMIZERS.clear()
-    registry.OPTIMIZERS.update(known)
+    registry.registered().clear()
+    registry.registered().update(known)
 
 
 @pytest.mark.usefixtures("_registers_for_now")

@@ -41,7 +41,7 @@ def first_failure(name: str) -> CheckResult | None:
 
 
 def test_every_optimizer_has_some() -> None:
-    shipped = {name for name, cls in registry.OPTIMIZERS.items() if cls.__module__.startswith("tritopt.")}
+    shipped = {name for name, cls in registry.registered().items() if cls.__module__.startswith("tritopt.")}
     assert {mutation.optimizer for mutation in chosen()} >= shipped
 
 
