@@ -51,6 +51,8 @@ class Rule:
     """Whether a learning rate of 0 leaves weight and states alone, because the formula divides by it."""
     least_state_dtype: ClassVar[torch.dtype | None] = None
     """Narrowest dtype of states, float32 or None; None: states have the (master) weight's dtype."""
+    wide_states: ClassVar[tuple[str, ...]] = ()
+    """Names of states whose dtype is at least float32, whatever that of the others is."""
     rereads_states: ClassVar[bool] = False
     """Whether a later launch reads the new states again, as they are stored. `reference` then takes `stored`: what the
     states are after they have been."""
@@ -121,24 +123,27 @@ class Rule:
 
     def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any) -> tuple[torch.Tensor, Values]:
         """One parameter's update in PyTorch: the new weight and states. What this says is right."""
-        raise NotImplementedError(f"{type(self).__name__} defines no reference()")
+        if type(self).update_parts is Rule.update_parts:
+            raise NotImplementedError(f"{type(self).__name__} defines no reference()")
+        return run_parts(self.update_parts(w, g, state, s), self.orthogonalized)
 
     def state_shapes(self, shape: torch.Size) -> Sequence[tuple[int, ...]]:
         """Shapes of the states of a weight of this shape: the weight's, unless the optimizer says otherwise."""
         return [shape] * len(self.state_names)
 
+    def plain_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of a state that is stored as it is, beside a (master) weight of this dtype."""
+        least = torch.float32 if name in self.wide_states else self.least_state_dtype
+        return dtype if least is None else torch.promote_types(least, dtype)
+
     def create_state(self, index: Hashable, weight: torch.Tensor) -> State:
         """Fresh state for a weight: zeros, laid out like it. None, a tensor, or a tuple if there are several."""
-        dtype = (
-            weight.dtype
-            if self.least_state_dtype is None
-            else torch.promote_types(self.least_state_dtype, weight.dtype)
-        )
+        dtypes = [self.plain_dtype(name, weight.dtype) for name in self.state_names]
         zeros = tuple(
             torch.zeros_like(weight, dtype=dtype, requires_grad=False)
             if shape == weight.shape
             else torch.zeros(shape, dtype=dtype, device=weight.device)
-            for shape in self.state_shapes(weight.shape)
+            for shape, dtype in zip(self.state_shapes(weight.shape), dtypes, strict=True)
         )
         return zeros if len(zeros) > 1 else next(iter(zeros), None)
 
@@ -146,16 +151,16 @@ class Rule:
         """Update one task in PyTorch. Arguments are those of `applying`."""
         apply_together([self.applying(*args, **kwargs)], self.orthogonalized)
 
-    def orthogonalized(self, directions: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Make of each direction that `update_parts` yields what it goes on with."""
+    def orthogonalized(self, values: Sequence[Values]) -> Sequence[Values]:
+        """Make of the tensors that each `update_parts` yields those that it goes on with."""
         raise NotImplementedError(f"{type(self).__name__} defines no orthogonalized()")
 
     def update_parts(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: Any, **again: Any
-    ) -> Generator[torch.Tensor, torch.Tensor, tuple[torch.Tensor, Values]]:
+    ) -> Generator[Values, Values, tuple[torch.Tensor, Values]]:
         """`reference`, which may yield a direction in between, and goes on with what that becomes."""
         return self.reference(w, g, state, s, **again)
-        yield w  # never reached: without it this is no generator
+        yield (w,)  # never reached: without it this is no generator
 
     def applying(
         self,
@@ -167,10 +172,10 @@ class Rule:
         noise: Noise | None = None,
         tracked: list[Tracked] | None = None,
         place: int = 0,
-    ) -> Generator[torch.Tensor, torch.Tensor, None]:
+    ) -> Generator[Values, Values, None]:
         """Update one task in PyTorch, as far as a direction that is to be orthogonalised, and then to the end.
 
-        What is yielded lies as the weight does. Nothing is written before.
+        The direction lies as the weight does. Nothing is written before.
 
         Args:
             task: the parameter's tensors.
@@ -253,9 +258,22 @@ def _kept(plane: torch.Tensor) -> torch.Tensor:
     return plane.clone() if plane.requires_grad and torch.is_grad_enabled() else plane
 
 
+def run_parts(
+    parts: Generator[Values, Values, tuple[torch.Tensor, Values]],
+    orthogonalize: Callable[[Sequence[Values]], Sequence[Values]],
+) -> tuple[torch.Tensor, Values]:
+    """Run one `Rule.update_parts` to its end: the new weight and states."""
+    try:
+        parts.send(orthogonalize([next(parts)])[0])
+    except StopIteration as end:
+        weight_and_states: tuple[torch.Tensor, Values] = end.value
+        return weight_and_states
+    raise RuntimeError("update_parts yielded more than once")
+
+
 def apply_together(
-    updates: Sequence[Generator[torch.Tensor, torch.Tensor, None]],
-    orthogonalize: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]],
+    updates: Sequence[Generator[Values, Values, None]],
+    orthogonalize: Callable[[Sequence[Values]], Sequence[Values]],
 ) -> None:
     """Run updates (`Rule.applying`) to their end, their directions orthogonalised together."""
     waiting, directions = [], []

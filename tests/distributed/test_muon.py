@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.support.world import REASON, World
 from tritopt import optim
-from tritopt.engine import matrix_phase, newton_schulz
+from tritopt.engine import matrices, newton_schulz
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import Config
 from tritopt.optim import exchange
@@ -74,7 +74,7 @@ def check(fused: bool | None, layout: str, state_dtype: str | None) -> list[torc
         done[tuple(stack.shape[-2:])] += stack.shape[:-2].numel()
         real(stack, *rest)
 
-    with replaced(matrix_phase, "orthogonalize", counting):
+    with replaced(matrices, "orthogonalize", counting):
         params, opt = train(placements[layout], mesh, fused, state_dtype=state_dtype)
     counts: list[Any] = [None] * size
     dist.all_gather_object(counts, dict(done))
@@ -144,7 +144,7 @@ def test_work_is_shared_by_cost(worlds: dict[int, World]) -> None:
 
 
 def check_units() -> None:
-    cut = newton_schulz.Cut(None, None, -2)
+    cut = matrices.Cut(None, None, -2)
     shapes = [(8, 8)] + [(4, 4)] * 4 + [(2, 2)]
     with replaced(exchange, "UNIT", 16):
         units = list(exchange._units(range(6), shapes, cut, 2))

@@ -14,8 +14,9 @@ import torch
 import tritopt
 from tests.support.trajectory import Array, assert_follows, zeros_at_first
 from tritopt import optim
+from tritopt.engine.matrices import Cut
 from tritopt.engine.matrix_phase import ApplyMatrices, layouts_of
-from tritopt.engine.newton_schulz import POLAR_EXPRESS, QUINTIC, Cut, Iteration, orthogonalize, steps_of
+from tritopt.engine.newton_schulz import POLAR_EXPRESS, QUINTIC, Iteration, orthogonalize, steps_of
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import Config
 from tritopt.kernels.muon import muon_direction, muon_update

@@ -53,8 +53,8 @@ class Apply(NamedTuple):
     """Whether `update` takes the elements' offsets in their tensor, int64 [BLOCK_SIZE]."""
     scratch: str = ""
     """"read" or "write": what phases of one step hand on by element, for `update` one more state; empty: nothing."""
-    n_states: int | None = None
-    """Number of states, the first ones, that `update` takes; None: all."""
+    states: tuple[int, ...] | None = None
+    """Places of the states that `update` takes; None: all. Formats that draw random bits keep their places."""
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -135,7 +135,8 @@ class BoundPhase:
             "num_warps": config.num_warps,
             "enable_fp_fusion": False,
         }
-        self._limit = register_limit(phase, launch, len(group.formats) - 1, config)
+        n_states = len(group.formats) - 1 if phase.states is None else len(phase.states)
+        self._limit = register_limit(phase, launch, n_states, config)
         self._apply = self._launcher()
         self._sum = BoundKernel(
             sum_partials, self._n_tensors, {"N_SUMS": self._n_totals, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
@@ -148,6 +149,26 @@ class BoundPhase:
     ) -> torch.Tensor | None:
         """Launch. scratch: elements that the phase reads or writes for another one, if it does."""
         partials, totals = self._scratch or self._fresh(group)
+        if self._n_chunks:  # none where shards have no element here
+            self._launch(group, launch, sums, partials, scratch)
+        if totals is None:
+            return None
+        self._sum(launch.record, partials, self._part.sum_table, totals, self._n_chunks, self._n_tensors)
+        if launch.tracked is not None and any(self._tracks):
+            columns = (*self._tracks[0], *self._tracks[1])
+            launch.tracked.append(Tracked(self._part.members, columns, totals[:, self._n_sums :]))
+        if self._n_sums == self._n_totals:
+            return totals
+        return totals[:, : self._n_sums].contiguous() if self._n_sums else None
+
+    def _launch(
+        self,
+        group: LaunchGroup,
+        launch: LaunchSpec,
+        sums: torch.Tensor | None,
+        partials: torch.Tensor | None,
+        scratch: torch.Tensor | None,
+    ) -> None:
         compiled = self._apply(
             launch.record,
             group.device_table,
@@ -165,15 +186,6 @@ class BoundPhase:
         if private.n_spills(compiled) and self._variant not in _OPTIONS_OF_SPILLED:
             _OPTIONS_OF_SPILLED[self._variant] = more_registers(private.n_registers(compiled))
             self._apply = self._launcher()
-        if totals is None:
-            return None
-        self._sum(launch.record, partials, self._part.sum_table, totals, self._n_chunks, self._n_tensors)
-        if launch.tracked is not None and any(self._tracks):
-            columns = (*self._tracks[0], *self._tracks[1])
-            launch.tracked.append(Tracked(self._part.members, columns, totals[:, self._n_sums :]))
-        if self._n_sums == self._n_totals:
-            return totals
-        return totals[:, : self._n_sums].contiguous() if self._n_sums else None
 
     def _launcher(self) -> BoundKernel:
         more = _OPTIONS_OF_SPILLED.get(self._variant, self._limit)
@@ -247,15 +259,16 @@ def chunk_tables(shapes: Sequence[torch.Size], chunk_size: int) -> tuple[np.ndar
 def phase_constants(phase: Apply, launch: LaunchSpec, group: LaunchGroup, n_earlier_sums: int) -> dict[str, Any]:
     """The driver's compile-time arguments for one phase, but for the launch's sizes."""
     formats, dtypes = group.formats, group.dtypes
-    n_states = len(formats) - 1
     of_gradient, of_update = tracks_of(phase, launch)
     # Behind the weight's planes stands the gradient, which is plain.
     past_grad = itertools.accumulate((fmt.n_planes for fmt in formats[1:]), initial=formats[0].n_planes + 1)
     ends = [formats[0].n_planes, *itertools.islice(past_grad, 1, None)]
+    if phase.states is not None:
+        taken = (0, *[i + 1 for i in phase.states])
+        formats, ends = tuple(formats[i] for i in taken), [ends[i] for i in taken]
+    n_states = len(formats) - 1
     if phase.scratch:
         formats, ends = (*formats, PLAIN), [*ends, len(dtypes) + 1]
-    n_own = n_states if phase.n_states is None else phase.n_states
-    is_own = [i < n_own for i in range(n_states)]
     functions = (phase.update, formats[0].shown, *[f for fmt in formats for f in (fmt.load, fmt.store)])
     return {
         "UPDATE_FN": phase.update,
@@ -267,9 +280,9 @@ def phase_constants(phase: Apply, launch: LaunchSpec, group: LaunchGroup, n_earl
             (end - fmt.n_planes, end, fmt.load, fmt.store, fmt.draws) for end, fmt in zip(ends, formats, strict=True)
         ),
         "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
-        "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states and own for own in is_own])
+        "READS": (phase.reads_weight, phase.reads_grad, *[phase.reads_states] * n_states)
         + (phase.scratch == "read",) * bool(phase.scratch),
-        "WRITES": (phase.writes_weight, False, *[phase.writes_states and own for own in is_own])
+        "WRITES": (phase.writes_weight, False, *[phase.writes_states] * n_states)
         + (phase.scratch == "write",) * bool(phase.scratch),
         "READS_OFFSETS": phase.reads_offsets,
         "HAS_ROWS": group.has_rows,

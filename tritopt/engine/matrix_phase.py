@@ -1,10 +1,11 @@
-"""The phase of an optimizer that orthogonalises directions: two launches of the driver, and products between them."""
+"""The phase of an optimizer that orthogonalises directions: launches of the driver, and products between them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from tritopt.engine.driver import Apply, BoundPhase, Part, chunk_tables
 from tritopt.engine.group import LaunchGroup, on_device_of
 from tritopt.engine.launcher import is_launching
-from tritopt.engine.newton_schulz import Cut, Iteration, orthogonalize, ratio_of
+from tritopt.engine.matrices import Cut, orthogonalize_all
+from tritopt.engine.newton_schulz import Iteration
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.tuning.config import GENERIC, adapted
+from tritopt.kernels.muon import normuon_moments, normuon_read
 
 SCRATCH_BYTES = 2**30
 """Default bound on the bytes that directions and their products take."""
@@ -27,7 +30,8 @@ class ApplyMatrices(NamedTuple):
     """A launch that writes directions to a scratch, their orthogonalisation, and a launch that moves the weights.
 
     They are made once for each part of the list whose scratch is at most `scratch_bytes`, or one tensor's; in each part
-    one sequence of batched products for each shape of matrices.
+    one sequence of batched products for each shape of matrices. Where rows are normalised, two launches more read and
+    write their second moments, which are the second state.
     """
 
     direction: Any
@@ -41,16 +45,31 @@ class ApplyMatrices(NamedTuple):
 
     @property
     def passes(self) -> tuple[Apply, Apply]:
-        """The two launches of the driver."""
+        """The launches of the driver that write the directions, and read them again."""
         return (
-            Apply(self.direction, reads_weight=False, writes_weight=False, scratch="write"),
+            Apply(self.direction, reads_weight=False, writes_weight=False, scratch="write", states=(0,)),
             Apply(self.update, reads_grad=False, reads_states=False, writes_states=False, scratch="read"),
         )
 
     @property
+    def moment_passes(self) -> tuple[Apply, ...]:
+        """The launches of the driver that read and write the second moments of rows; none if there are none."""
+        if self.iteration.beta2 is None:
+            return ()
+        read = Apply(
+            normuon_read, reads_weight=False, reads_grad=False, writes_weight=False, writes_states=False,
+            scratch="write", states=(1,),
+        )  # fmt: skip
+        write = Apply(
+            normuon_moments, reads_weight=False, reads_grad=False, writes_weight=False, scratch="read", states=(1,)
+        )
+        return read, write
+
+    @property
     def kernels(self) -> tuple[str, ...]:
-        """Names of the update functions."""
-        return tuple(name for one in self.passes for name in one.kernels)
+        """Names of the update functions, in the order of the launches."""
+        first, last = self.passes
+        return tuple(name for one in (first, *self.moment_passes, last) for name in one.kernels)
 
     @property
     def n_sums(self) -> int:
@@ -84,17 +103,18 @@ class ApplyMatrices(NamedTuple):
         """Launch for shards of matrices: all directions first, `LaunchSpec.exchange`, and then all weights."""
         assert launch.exchange is not None
         directions: list[torch.Tensor | None] = [None] * n_tasks
+        moments: list[torch.Tensor | None] = [None] * n_tasks
         prepared = []
         for group in groups:
             key = ("sharded", self, launch.preamble, launch.scalars, launch.draws, launch.tracked is not None)
             ready = group.ready((*key, launch.config, group.stream), partial(_Prepared, self, group, launch, True))
             with on_device_of(group):
-                prepared.append((group, ready, ready.direct(group, launch, directions)))
+                prepared.append((group, ready, ready.direct(group, launch, directions, moments)))
         if launch.record is None and is_launching():
-            launch.exchange(directions)
-        for group, ready, scratch in prepared:
+            launch.exchange(directions, moments)
+        for group, ready, scratches in prepared:
             with on_device_of(group):
-                ready.update(group, launch, scratch)
+                ready.update(group, launch, *scratches)
 
 
 class Stack(NamedTuple):
@@ -126,56 +146,127 @@ class Layout(NamedTuple):
     """Size of the scratch in elements."""
 
 
+class _Launches(NamedTuple):
+    """Launches for one part of a list, and where its tensors lie in the scratch."""
+
+    direct: BoundPhase
+    stacks: list[Stack]
+    update: BoundPhase
+    read: BoundPhase | None
+    """Launch that reads second moments of rows; None: there are none."""
+    write: BoundPhase | None
+    moments: list[Stack]
+    """Stacks of the moments in a scratch of theirs, beside `stacks`."""
+
+
 class _Prepared:
     """The phase for one group: launches, and stacks of the scratch."""
 
     def __init__(self, phase: ApplyMatrices, group: LaunchGroup, launch: LaunchSpec, is_sharded: bool = False) -> None:
         self._phase = phase
-        compute = torch.float64 if group.dtypes[0] == torch.float64 else torch.float32
-        self._dtype = phase.iteration.dtype or compute
+        self._compute = torch.float64 if group.dtypes[0] == torch.float64 else torch.float32
+        self._dtype = phase.iteration.dtype or self._compute
         if is_sharded:
             layouts = [_layout_of_shards(group.shapes, group.strides, self._dtype.itemsize)]
         else:
             layouts = layouts_of(phase, group.shapes, group.strides, self._dtype.itemsize)
         self._size = max(layout.size for layout in layouts)
         config = adapted(launch.config or GENERIC, group.formats, group.dtypes)
-        first, second = phase.passes
-        launch = launch._replace(phases=(first, second))  # which of them tracks what goes by identity
+        passes = phase.passes
+        launch = launch._replace(phases=passes)  # which of them tracks what goes by identity
+        key = ("shards" if is_sharded else "matrices", phase.cut, phase.scratch_bytes, self._dtype, config.chunk_size)
+
+        def part_of(layout: Layout, shapes: Sequence[torch.Size], *rest: Any) -> Part:
+            build = partial(_tables, layout=layout, chunk_size=config.chunk_size)
+            tables = group.tables((*key, *rest), lambda _: build(shapes))
+            return Part([group.members[place] for place in layout.members], *tables)
+
+        def bound(one: Apply, part: Part) -> BoundPhase:
+            return BoundPhase(one, group, launch, 0, part)
+
         self._parts = []
-        kind = "shards" if is_sharded else "matrices"
+        self._moments_size = 0
+        shapes = [torch.Size(phase.cut.shape_of_moments(shape)) for shape in group.shapes]
         for i, layout in enumerate(layouts):
-            tables = group.tables(
-                (kind, phase.cut, phase.scratch_bytes, self._dtype, config.chunk_size, i),
-                partial(_tables, layout=layout, chunk_size=config.chunk_size),
-            )
-            part = Part([group.members[place] for place in layout.members], *tables)
-            self._parts.append(
-                (BoundPhase(first, group, launch, 0, part), layout.stacks, BoundPhase(second, group, launch, 0, part))
-            )
+            first, second = (bound(one, part_of(layout, group.shapes, i)) for one in passes)
+            read = write = None
+            moments = _layout_of_moments(layout, shapes, self._compute.itemsize)
+            if phase.moment_passes:
+                read, write = (bound(one, part_of(moments, shapes, i, "moments")) for one in phase.moment_passes)
+                self._moments_size = max(self._moments_size, moments.size)
+            self._parts.append(_Launches(first, layout.stacks, second, read, write, moments.stacks))
 
     def __call__(self, group: LaunchGroup, launch: LaunchSpec) -> None:
-        scratch = torch.empty(self._size, dtype=self._dtype, device=group.device)
+        scratch, of_moments = self._scratches(group)
         is_made = launch.record is None and is_launching()
-        for direct, stacks, update in self._parts:
-            direct(group, launch, None, scratch)
+        for part in self._parts:
+            part.direct(group, launch, None, scratch)
+            if part.read is not None:
+                part.read(group, launch, None, of_moments)
             if is_made:
-                for stack in stacks:
-                    orthogonalize_all(stack.of(scratch), self._phase.cut, self._phase.iteration)
-            update(group, launch, None, scratch)
+                for stack, rows in zip(part.stacks, part.moments, strict=True):
+                    moments = None if of_moments is None else rows.of(of_moments)
+                    orthogonalize_all(stack.of(scratch), self._phase.cut, self._phase.iteration, moments)
+            self._finish(part, group, launch, scratch, of_moments)
 
-    def direct(self, group: LaunchGroup, launch: LaunchSpec, directions: list[torch.Tensor | None]) -> torch.Tensor:
-        """Launch the first pass of shards, and enter their directions."""
-        scratch = torch.empty(self._size, dtype=self._dtype, device=group.device)
-        ((direct, stacks, _),) = self._parts
-        direct(group, launch, None, scratch)
-        for place, stack in zip(group.members, stacks, strict=True):
+    def direct(
+        self,
+        group: LaunchGroup,
+        launch: LaunchSpec,
+        directions: list[torch.Tensor | None],
+        moments: list[torch.Tensor | None],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Launch the first passes of shards, and enter their directions and second moments."""
+        scratch, of_moments = self._scratches(group)
+        (part,) = self._parts
+        part.direct(group, launch, None, scratch)
+        for place, stack in zip(group.members, part.stacks, strict=True):
             directions[place] = stack.of(scratch)[0]
-        return scratch
+        if of_moments is not None and part.read is not None:
+            part.read(group, launch, None, of_moments)
+            for place, stack in zip(group.members, part.moments, strict=True):
+                moments[place] = stack.of(of_moments)[0]
+        return scratch, of_moments
 
-    def update(self, group: LaunchGroup, launch: LaunchSpec, scratch: torch.Tensor) -> None:
-        """Launch the second pass of shards."""
-        ((*_, update),) = self._parts
-        update(group, launch, None, scratch)
+    def update(
+        self, group: LaunchGroup, launch: LaunchSpec, scratch: torch.Tensor, of_moments: torch.Tensor | None
+    ) -> None:
+        """Launch the last passes of shards."""
+        (part,) = self._parts
+        self._finish(part, group, launch, scratch, of_moments)
+
+    def _finish(
+        self,
+        part: _Launches,
+        group: LaunchGroup,
+        launch: LaunchSpec,
+        scratch: torch.Tensor,
+        of_moments: torch.Tensor | None,
+    ) -> None:
+        if part.write is not None:
+            part.write(group, launch, None, of_moments)
+        part.update(group, launch, None, scratch)
+
+    def _scratches(self, group: LaunchGroup) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Memory for directions, and for second moments of rows if there are any."""
+        scratch = torch.empty(self._size, dtype=self._dtype, device=group.device)
+        if self._phase.iteration.beta2 is None:
+            return scratch, None
+        return scratch, torch.empty(self._moments_size, dtype=self._compute, device=group.device)
+
+
+def _layout_of_moments(layout: Layout, shapes: Sequence[torch.Size], itemsize: int) -> Layout:
+    """Put the second moments of a part's rows into a scratch of theirs, stack by stack as the matrices."""
+    stacks, at, size, members = [], np.zeros(len(shapes), np.int64), 0, iter(layout.members)
+    for stack in layout.stacks:
+        here = list(islice(members, stack.n))
+        shape = shapes[here[0]]
+        stride = -(-shape.numel() * itemsize // _VECTOR) * _VECTOR // itemsize
+        at[here] = size + stride * np.arange(stack.n)
+        lie = torch.empty(shape, dtype=torch.float32, device="meta").stride()
+        stacks.append(Stack(stack.n, tuple(shape), lie, size, stride))
+        size += stride * stack.n
+    return Layout(layout.members, stacks, at, size)
 
 
 def _layout_of_shards(shapes: Sequence[torch.Size], strides: Sequence[tuple[int, ...]], itemsize: int) -> Layout:
@@ -187,30 +278,6 @@ def _layout_of_shards(shapes: Sequence[torch.Size], strides: Sequence[tuple[int,
         for shape, lie, first, size in zip(shapes, strides, at, sizes, strict=True)
     ]
     return Layout(list(range(len(shapes))), stacks, at, sum(sizes))
-
-
-def orthogonalize_all(x: torch.Tensor, cut: Cut, iteration: Iteration) -> None:
-    """Orthogonalise every matrix of tensors of one shape, [tensors, *shape], in place."""
-    matrices = x.reshape(len(x), *cut.shape_of(x.shape[1:]))  # a copy where dimensions that become one lie apart
-    for stack in cut.stacks(matrices):
-        orthogonalize(stack, iteration, ratio_of(iteration.ratio, *stack.shape[-2:]))
-    if matrices.data_ptr() != x.data_ptr():
-        x.copy_(matrices.view(x.shape))
-
-
-def orthogonalize_each(directions: Sequence[torch.Tensor], cut: Cut, iteration: Iteration) -> list[torch.Tensor]:
-    """Orthogonalise tensors, those of one shape as a batch; returns new ones of the dtypes that they have."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, direction in enumerate(directions):
-        alike.setdefault((direction.shape, direction.dtype, direction.device), []).append(i)
-    results = list(directions)
-    for places in alike.values():
-        dtype = iteration.dtype or directions[places[0]].dtype
-        batch = torch.stack([directions[i].to(dtype) for i in places])
-        orthogonalize_all(batch, cut, iteration)
-        for i, result in zip(places, batch, strict=True):
-            results[i] = result.to(directions[i].dtype)
-    return results
 
 
 def layouts_of(

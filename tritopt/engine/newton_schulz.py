@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -40,6 +39,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 MAX_STEPS = 99
 """Largest number of steps; torch refuses more."""
 _TINY = 2.0**-126
+ROW_EPS = 1e-10
+"""Least root of a row's second moment and least norm of normalised rows, as in the authors' code of NorMuon."""
 
 
 class Iteration(NamedTuple):
@@ -55,10 +56,17 @@ class Iteration(NamedTuple):
     """Factor of the result by the matrix's shape: one of RATIOS."""
     safety: float
     """Factor of the norm that a matrix is divided by."""
+    beta2: float | None = None
+    """Decay rate of the rows' second moments (NorMuon); None: rows are not normalised."""
 
 
 def iteration_of(
-    coefficients: str | Sequence[float], n_steps: int, dtype: str, eps: float, ratio: str | None
+    coefficients: str | Sequence[float],
+    n_steps: int,
+    dtype: str,
+    eps: float,
+    ratio: str | None,
+    beta2: float | None = None,
 ) -> Iteration:
     """Settings by the names that users give them. ValueError for what cannot be."""
     if not 1 <= validate.count("ns_steps", n_steps) <= MAX_STEPS:
@@ -69,8 +77,10 @@ def iteration_of(
         raise ValueError("epsilon=0 must be > 0: a zero gradient would be divided by 0; 1e-7 is usual")
     if ratio is not None and ratio not in RATIOS:
         raise ValueError(f"adjust_lr_fn={ratio!r} must be one of {', '.join(map(repr, RATIOS))}, or None")
+    if beta2 is not None:
+        beta2 = validate.fraction("beta2", beta2)
     safety = SAFETY if coefficients == POLAR_EXPRESS else 1.0
-    return Iteration(steps_of(coefficients, n_steps), eps, DTYPES[dtype], ratio or RATIOS[0], safety)
+    return Iteration(steps_of(coefficients, n_steps), eps, DTYPES[dtype], ratio or RATIOS[0], safety, beta2)
 
 
 def steps_of(coefficients: str | Sequence[float], n: int) -> tuple[Quintic, ...]:
@@ -121,84 +131,6 @@ def ratio_of(name: str, n_rows: int, n_columns: int) -> float:
     return math.sqrt(ratio if name == "spectral_unclamped" else max(1.0, ratio))
 
 
-class Cut(NamedTuple):
-    """The matrices that a tensor is made of."""
-
-    flatten: bool | None
-    """True: all dimensions but the first are a matrix's columns, as of a convolution. False: the last two are a matrix,
-    and those before them number it. None: the tensor must be a matrix."""
-    split: int | tuple[int, ...] | None
-    """Number of equal parts, or sizes of parts, each of which is a matrix by itself; None: one part."""
-    split_dim: int
-    """Dimension of the matrix that is split: -2, rows, or -1, columns."""
-
-    def shape_of(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Matrices, rows and columns of a tensor, before it is split. ValueError if it has none."""
-        if len(shape) < 2 or (len(shape) > 2 and self.flatten is None):
-            raise ValueError(
-                f"Muon only supports 2D parameters whereas we found a parameter with size: {tuple(shape)}; "
-                + (
-                    "give it to another optimizer such as AdamW, or all parameters to tritopt.optim.Mixed, which has "
-                    "both"
-                    if len(shape) < 2
-                    else "pass flatten=False for a stack of matrices, such as experts, or flatten=True for a "
-                    "convolution, whose dimensions after the first become one"
-                )
-            )
-        if self.flatten:
-            n_matrices, rows, columns = 1, shape[0], math.prod(shape[1:])
-        else:
-            n_matrices, rows, columns = math.prod(shape[:-2]), shape[-2], shape[-1]
-        return n_matrices, rows, columns
-
-    def check(self, shape: Sequence[int]) -> None:
-        """ValueError if a tensor has no matrices, or not such parts."""
-        _, rows, columns = self.shape_of(shape)
-        self.sizes(rows if self.split_dim == -2 else columns)
-
-    def sizes(self, length: int) -> tuple[int, ...]:
-        """Sizes of the parts of a dimension. ValueError if they do not add up."""
-        if self.split is None:
-            return (length,)
-        if isinstance(self.split, int):
-            if length % self.split:
-                raise ValueError(f"split={self.split}: {length} does not divide into so many equal parts")
-            return (length // self.split,) * self.split
-        if sum(self.split) != length:
-            raise ValueError(
-                f"split={self.split} adds up to {sum(self.split)}, and the dimension has {length}: give the sizes of "
-                "all parts"
-            )
-        return self.split
-
-    def stacks(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Views of a list of tensors, [tensors, matrices, rows, columns]: one for each run of parts of equal size.
-
-        [tensors, matrices, parts, rows, columns].
-        """
-        if self.split is None:
-            return [x[:, :, None]]
-        views, at = [], 0
-        for size, equal in groupby(self.sizes(x.shape[self.split_dim])):
-            n = len(list(equal))
-            part = x.narrow(self.split_dim, at, n * size).unflatten(self.split_dim, (n, size))
-            views.append(part if self.split_dim == -2 else part.movedim(-2, 2))
-            at += n * size
-        return views
-
-
-def cut_of(flatten: bool | None, split: int | Sequence[int] | None, split_dim: int) -> Cut:
-    """The matrices of tensors by the words of users. ValueError for what cannot be."""
-    if split_dim not in (-2, -1):
-        raise ValueError(f"split_dim={split_dim!r} must be -2, a matrix's rows, or -1, its columns")
-    if split is None:
-        return Cut(flatten, None, split_dim)
-    sizes = (split,) if isinstance(split, int) else tuple(split)
-    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"split={split!r} must be a number of equal parts, or the sizes of all parts, each at least 1")
-    return Cut(flatten, split if isinstance(split, int) else sizes, split_dim)
-
-
 def orthogonalize(stack: torch.Tensor, iteration: Iteration, ratio: float) -> None:
     """Bring all singular values of each matrix near `ratio`, in place; [..., rows, columns] of any strides.
 
@@ -241,3 +173,36 @@ def norms_of(x: torch.Tensor) -> torch.Tensor:
     rows = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
     norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1)
     return norms[:, None, None]
+
+
+def normalize_rows(x: torch.Tensor, moments: torch.Tensor, iteration: Iteration, ratio: float) -> None:
+    """Divide rows of orthogonal matrices by the roots of their second moments, in place, and put back the norm.
+
+        q = mean of squares over each row of X
+        v_t = beta2 v_{t-1} + (1 - beta2) q
+        Y = X / (sqrt(v_t) + 1e-10)
+        X = ratio |X|_F Y / |Y|_F                 "match_rms_adamw": sqrt(min(rows, columns)) in place of |X|_F
+
+    Li et al. 2025, arXiv:2510.05491: as in the authors' code, with "match_rms_adamw" as in the paper, whose updates
+    have an RMS of 0.2 lr.
+
+    Args:
+        x: [..., rows, columns], written.
+        moments: v_{t-1}, [..., rows, 1], overwritten with q: who keeps them makes the same v_t of it.
+        iteration: settings; its beta2 is not None.
+        ratio: `ratio_of` this shape.
+    """
+    assert iteration.beta2 is not None
+    n_rows, n_columns = x.shape[-2:]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square() / max(1, n_columns)
+    now = iteration.beta2 * moments + (1 - iteration.beta2) * squares
+    scale = 1.0 / (now.sqrt() + ROW_EPS)
+    # Norms are over rows and then over their norms; both lack the same factor, the root of the columns.
+    new_norm = (squares * scale.square()).sum(-2, keepdim=True).sqrt().clamp(min=ROW_EPS)
+    if iteration.ratio == "match_rms_adamw":
+        factor = ratio * math.sqrt(min(n_rows, n_columns) / max(1, n_columns)) / new_norm
+    else:
+        factor = ratio * squares.sum(-2, keepdim=True).sqrt() / new_norm
+    x.mul_(scale * factor)
+    moments.copy_(squares)

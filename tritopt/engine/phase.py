@@ -107,8 +107,13 @@ class Recorder:
 class Exchange(Protocol):
     """Orthogonalisation, once and by one process each, of matrices whose parts several have."""
 
-    def __call__(self, directions: Sequence[torch.Tensor | None]) -> None:
-        """Orthogonalise in place. directions: of each task, which lies as its weight; None where that is empty."""
+    def __call__(self, directions: Sequence[torch.Tensor | None], moments: Sequence[torch.Tensor | None]) -> None:
+        """Orthogonalise in place.
+
+        Args:
+            directions: direction of each task, which lies as its weight; None where that is empty.
+            moments: second moments of its rows, where these are normalised; see `normalize_rows`.
+        """
         ...
 
 

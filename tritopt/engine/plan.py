@@ -147,7 +147,7 @@ class Planner:
         scalars = scalars if isinstance(scalars, ScalarTable) else ScalarTable.of(scalars)
         by_position = any(isinstance(phase, Apply) and phase.reads_offsets for phase in launch.phases)
         dense, copied_back = _as_dense(tasks, by_position)
-        groups = self._groups(key, dense)
+        groups = self._groups(key, dense, launch.exchange is not None)
         for group in groups:
             upload_table(group, _words(group, dense, scalars), scalars.values)
         run_phases(groups, self.configured(launch), len(dense))
@@ -205,11 +205,11 @@ class Planner:
         validate.no_aliases(owner_of, [tensor for task in tasks for tensor in task.written()])
         self._places.put(key, distinct, len(places))
 
-    def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[LaunchGroup]:
+    def _groups(self, key: Hashable, tasks: Sequence[Task], has_replicas: bool = False) -> list[LaunchGroup]:
         signature = tuple([(_group_key(task), task.grad.shape, task.weight[0].stride(), task.noise) for task in tasks])
         plan = self._plans.get(key)
         if plan is None or plan[0] != signature:
-            groups = _build_groups(tasks, [group_key for group_key, *_ in signature])
+            groups = _build_groups(tasks, [group_key for group_key, *_ in signature], has_replicas)
             plan = self._plans.put(key, (signature, groups), len(tasks))
         return plan[1]
 
@@ -243,10 +243,11 @@ def _aligned(task: Task) -> tuple[bool, ...]:
     return tuple([t.data_ptr() % 16 == 0 for t in task.tensors()])
 
 
-def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable]) -> list[LaunchGroup]:
+def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable], has_replicas: bool = False) -> list[LaunchGroup]:
+    """Groups of the tasks that have an element; has_replicas: also where that is in a replicated state alone."""
     members: dict[Hashable, list[int]] = {}
     for i, (task, key) in enumerate(zip(tasks, keys, strict=True)):
-        if task.grad.numel() > 0:
+        if task.grad.numel() > 0 or (has_replicas and any(state.numel() for state in task.state)):
             members.setdefault(key, []).append(i)
     groups = []
     for positions in members.values():

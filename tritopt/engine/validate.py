@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +50,13 @@ def count(name: str, value: Any) -> int:
     if value < 0:
         raise ValueError(f"{name}={value!r} must be >= 0")
     return int(value)
+
+
+def positive_count(name: str, value: int) -> int:
+    """Return a `count` as it is; ValueError unless it is at least 1."""
+    if count(name, value) < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1")
+    return value
 
 
 def rescale(value: Any) -> None:
@@ -304,6 +312,15 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     views = [seen.as_strided(t.shape, t.stride(), (t.data_ptr() - base) // size) for t in (a, b)]
     views[0].fill_(True)
     return bool(views[1].any())
+
+
+@contextmanager
+def naming(name: Hashable) -> Iterator[None]:
+    """Let a ValueError name the parameter that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -97,10 +97,9 @@ class States(Rates):
         wanted = self.state_formats()
         if len(values) != len(wanted) or not all(map(is_planes, values)):
             return inner  # the next step says what is wrong
-        plain = self._plain_dtype(weight)
         converted = []
         for name, value, fmt in zip(self.state_names, values, wanted, strict=True):
-            planes = value if isinstance(value, tuple) else (value,)
+            plain, planes = self._plain_dtype(name, weight), value if isinstance(value, tuple) else (value,)
             old = format_of_planes(planes, self.state_kinds.get(name))
             if fmt is PLAIN and old is PLAIN:
                 value = value if value.dtype.itemsize >= plain.itemsize else value.to(plain)
@@ -112,13 +111,10 @@ class States(Rates):
             return inner
         return converted[0] if len(converted) == 1 else tuple(converted)
 
-    def _plain_dtype(self, weight: torch.Tensor) -> torch.dtype:
+    def _plain_dtype(self, name: str, weight: torch.Tensor) -> torch.dtype:
         """Dtype of a state of this weight that is stored as it is."""
-        if self.state_dtype is not None or self._format_of(None, weight) is not PLAIN:
-            return torch.promote_types(torch.float32, weight.dtype)
-        if self.least_state_dtype is None:
-            return weight.dtype
-        return torch.promote_types(self.least_state_dtype, weight.dtype)
+        is_wide = self.state_dtype is not None or self._format_of(None, weight) is not PLAIN
+        return self.plain_dtype(name, torch.promote_types(torch.float32, weight.dtype) if is_wide else weight.dtype)
 
     def _values(self, inner: State) -> list[Any]:
         """The states one by one: tensors, or tuples of codes and scales."""

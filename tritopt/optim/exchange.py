@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 
-from tritopt.engine.matrix_phase import orthogonalize_all
-from tritopt.engine.newton_schulz import Cut, Iteration
-from tritopt.optim.distributed import is_dtensor, local
+from tritopt.engine.matrices import Cut, orthogonalize_all
+from tritopt.engine.newton_schulz import Iteration
+from tritopt.optim.distributed import is_dtensor, local, placements_for
 
 UNIT = 2**24
 """Largest number of elements of matrices that are a batch, unless one tensor has more: an eighth of what one process
 would take at a time."""
 Slices: TypeAlias = tuple[slice, ...]
+Shape: TypeAlias = tuple[int, ...]
+Values: TypeAlias = Sequence[torch.Tensor | None]
 
 
 class Unit(NamedTuple):
@@ -33,7 +35,8 @@ class Exchange:
 
     Batches are made of shapes alone, so that results are the same bits on any number of processes. Work is shared over
     all of them by its cost, largest batches first. Two all-to-alls a step: pieces go to the owner of their matrix, and
-    come back. Of replicas one sends its pieces, and all get the result.
+    come back. Of replicas one sends its pieces, and all get the result. Second moments of rows go the same way, in two
+    more.
 
     Args:
         params: the parameters, the same list in every process. Those that are no DTensors are this process's own.
@@ -45,7 +48,6 @@ class Exchange:
 
     def __init__(self, params: Sequence[torch.Tensor], cut: Cut, iteration: Iteration) -> None:
         self._cut, self._iteration = cut, iteration
-        self._shapes = [tuple(param.shape) for param in params]
         self._own = [i for i, param in enumerate(params) if not is_dtensor(param)]
         by_mesh: dict[Any, list[int]] = {}
         for i, param in enumerate(params):
@@ -53,54 +55,67 @@ class Exchange:
                 by_mesh.setdefault(param.device_mesh, []).append(i)
         self._meshes = [_Sharing(mesh, members, params, cut) for mesh, members in by_mesh.items()]
 
-    def __call__(self, directions: Sequence[torch.Tensor | None]) -> None:
-        """Orthogonalise in place. directions: direction of each parameter's local part; None where that is empty."""
+    def __call__(self, directions: Values, moments: Values) -> None:
+        """Orthogonalise in place.
+
+        directions: direction of each parameter's local part; None where that is empty. moments: second moments of its
+        rows, where the iteration normalises them; see `normalize_rows`.
+        """
         for i in self._own:
-            direction = directions[i]
+            direction, of_rows = directions[i], moments[i]
             if direction is not None:
-                orthogonalize_all(direction[None], self._cut, self._iteration)
+                orthogonalize_all(
+                    direction[None], self._cut, self._iteration, None if of_rows is None else of_rows[None]
+                )
         for mesh in self._meshes:
-            self._share(mesh, directions)
+            self._share(mesh, directions, moments)
 
-    def _share(self, mesh: _Sharing, directions: Sequence[torch.Tensor | None]) -> None:
-        like = next((x for x in directions if x is not None), None)
-        dtype = self._iteration.dtype or (torch.float32 if like is None else like.dtype)
-        device = mesh.device
-        rank, size = mesh.rank, mesh.size
-
-        def piece(i: int) -> torch.Tensor:
-            direction = directions[i]
-            if direction is None:
-                return torch.empty(0, dtype=dtype, device=device)
-            return direction.to(dtype).reshape(-1)
-
-        # To the owners: pieces that no earlier replica sends.
-        sent = [[piece(i) for i in mesh.members_of(owner) if mesh.sender(i, rank) == rank] for owner in range(size)]
-        sizes = [sum(mesh.numel(i, r) for i in mesh.members_of(rank) if mesh.sender(i, r) == r) for r in range(size)]
-        received = mesh.all_to_all(sent, sizes, dtype)
-        wholes = {i: torch.empty(self._shapes[i], dtype=dtype, device=device) for i in mesh.members_of(rank)}
-        for r in range(size):
-            pieces = iter(
-                received[r].split([mesh.numel(i, r) for i in mesh.members_of(rank) if mesh.sender(i, r) == r])
-            )
-            for i in mesh.members_of(rank):
-                if mesh.sender(i, r) == r:
-                    part = wholes[i][mesh.slices[i][r]]
-                    part.copy_(next(pieces).view(part.shape))
+    def _share(self, mesh: _Sharing, directions: Values, moments: Values) -> None:
+        compute = next((x.dtype for x in (*moments, *directions) if x is not None), torch.float32)
+        wholes = mesh.gathered(mesh.directions, directions, self._iteration.dtype or compute)
+        has_moments = self._iteration.beta2 is not None
+        of_rows = mesh.gathered(mesh.moments, moments, compute) if has_moments else {}
         for unit in mesh.units:
-            if unit.owner == rank:
+            if unit.owner == mesh.rank:
                 batch = torch.stack([wholes[i] for i in unit.members])
-                orthogonalize_all(batch, self._cut, self._iteration)
+                rows = torch.stack([of_rows[i] for i in unit.members]) if has_moments else None
+                orthogonalize_all(batch, self._cut, self._iteration, rows)
                 wholes.update(zip(unit.members, batch, strict=True))
-        # And back, to replicas too.
-        sent = [[wholes[i][mesh.slices[i][r]].reshape(-1) for i in mesh.members_of(rank)] for r in range(size)]
-        sizes = [sum(mesh.numel(i, rank) for i in mesh.members_of(owner)) for owner in range(size)]
-        for owner, back in enumerate(mesh.all_to_all(sent, sizes, dtype)):
-            members = mesh.members_of(owner)
-            for i, result in zip(members, back.split([mesh.numel(i, rank) for i in members]), strict=True):
-                direction = directions[i]
-                if direction is not None:
-                    direction.copy_(result.view(direction.shape))
+                if rows is not None:
+                    of_rows.update(zip(unit.members, rows, strict=True))
+        mesh.hand_back(mesh.directions, wholes, directions, self._iteration.dtype or compute)
+        if has_moments:
+            mesh.hand_back(mesh.moments, of_rows, moments, compute)
+
+
+class _Places:
+    """Slices of tensors that each process has, and which of those that have the same sends them.
+
+    Args:
+        tensors: shape and placements of each tensor, by its number.
+        mesh: their mesh.
+        coordinates: those of each process in it.
+    """
+
+    def __init__(self, tensors: Mapping[int, tuple[Shape, Any]], mesh: Any, coordinates: Sequence[Sequence[int]]):
+        self.shapes = {i: shape for i, (shape, _) in tensors.items()}
+        self.slices: dict[int, list[Slices]] = {
+            i: [_slices(shape, placements, mesh, at) for at in coordinates]
+            for i, (shape, placements) in tensors.items()
+        }
+        self._senders = {i: [_first_equal(slices, r) for r in range(len(slices))] for i, slices in self.slices.items()}
+
+    def sends(self, i: int, rank: int) -> bool:
+        """Whether no earlier process has what this one has of a tensor."""
+        return self._senders[i][rank] == rank
+
+    def numel(self, i: int, rank: int) -> int:
+        """Elements that a process has of a tensor."""
+        return math.prod(self.shape(i, rank))
+
+    def shape(self, i: int, rank: int) -> Shape:
+        """Shape of what a process has of a tensor."""
+        return tuple(s.stop - s.start for s in self.slices[i][rank])
 
 
 class _Sharing:
@@ -108,43 +123,66 @@ class _Sharing:
 
     def __init__(self, mesh: Any, members: Sequence[int], params: Sequence[torch.Tensor], cut: Cut) -> None:
         self.device = local(params[members[0]]).device
-        self._group = _group_of(mesh, [params[i] for i in members])
+        of_mesh: dict[int, Any] = {i: params[i] for i in members}
+        self._group = _group_of(mesh, list(of_mesh.values()))
         ranks = dist.get_process_group_ranks(self._group)
         self.rank, self.size = dist.get_rank(self._group), len(ranks)
         coordinates = [_coordinate(mesh, rank) for rank in ranks]
-        self.slices: dict[int, list[Slices]] = {}
-        """Slices of each parameter that each process has."""
-        self._senders: dict[int, list[int]] = {}
-        for i in members:
-            param: Any = params[i]
-            slices = [_slices(param, mesh, at) for at in coordinates]
-            here = tuple(s.stop - s.start for s in slices[self.rank])
+        self.directions = _Places(
+            {i: (tuple(param.shape), param.placements) for i, param in of_mesh.items()}, mesh, coordinates
+        )
+        rows = {i: cut.shape_of_moments(param.shape) for i, param in of_mesh.items()}
+        self.moments = _Places(
+            {i: (rows[i], placements_for(param, rows[i])) for i, param in of_mesh.items()}, mesh, coordinates
+        )
+        for i, param in of_mesh.items():
+            here = self.directions.shape(i, self.rank)
             if here != tuple(local(param).shape):
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} is placed as {param.placements}, and it is not known "
                     f"who has what: expected a shard of shape {here}, got {tuple(local(param).shape)}; shard it by "
                     "Shard placements alone"
                 )
-            self.slices[i] = slices
-            self._senders[i] = [_first_equal(slices, r) for r in range(self.size)]
         self.units = list(_units(members, [tuple(param.shape) for param in params], cut, self.size))
         self._members_of = [
             [i for unit in self.units if unit.owner == r for i in unit.members] for r in range(self.size)
         ]
 
-    def members_of(self, owner: int) -> list[int]:
-        """Parameters that a process orthogonalises."""
-        return self._members_of[owner]
+    def gathered(self, places: _Places, values: Values, dtype: torch.dtype) -> dict[int, torch.Tensor]:
+        """Whole tensors of the matrices that this process orthogonalises, of which each process sends what it has."""
 
-    def sender(self, i: int, rank: int) -> int:
-        """The first process that has what this one has of a parameter."""
-        return self._senders[i][rank]
+        def piece(i: int) -> torch.Tensor:
+            value = values[i]
+            return torch.empty(0, dtype=dtype, device=self.device) if value is None else value.to(dtype).reshape(-1)
 
-    def numel(self, i: int, rank: int) -> int:
-        """Elements that a process has of a parameter."""
-        return math.prod(s.stop - s.start for s in self.slices[i][rank])
+        own = self._members_of[self.rank]
+        sent = [[piece(i) for i in of_owner if places.sends(i, self.rank)] for of_owner in self._members_of]
+        sizes = [[places.numel(i, r) for i in own if places.sends(i, r)] for r in range(self.size)]
+        received = self._all_to_all(sent, [sum(of_rank) for of_rank in sizes], dtype)
+        wholes = {i: torch.empty(places.shapes[i], dtype=dtype, device=self.device) for i in own}
+        for r in range(self.size):
+            pieces = iter(received[r].split(sizes[r]))
+            for i in own:
+                if places.sends(i, r):
+                    part = wholes[i][places.slices[i][r]]
+                    part.copy_(next(pieces).view(part.shape))
+        return wholes
 
-    def all_to_all(
+    def hand_back(
+        self, places: _Places, wholes: Mapping[int, torch.Tensor], values: Values, dtype: torch.dtype
+    ) -> None:
+        """Write to each process's values what the owners have of them, replicas too."""
+        own = self._members_of[self.rank]
+        sent = [[wholes[i][places.slices[i][r]].reshape(-1) for i in own] for r in range(self.size)]
+        sizes = [[places.numel(i, self.rank) for i in of_owner] for of_owner in self._members_of]
+        received = self._all_to_all(sent, [sum(of_owner) for of_owner in sizes], dtype)
+        for members, back, of_owner in zip(self._members_of, received, sizes, strict=True):
+            for i, result in zip(members, back.split(of_owner), strict=True):
+                value = values[i]
+                if value is not None:
+                    value.copy_(result.view(value.shape))
+
+    def _all_to_all(
         self, sent: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int], dtype: torch.dtype
     ) -> list[torch.Tensor]:
         """Send to each process its elements; return what came from each. As bytes, which every backend sends."""
@@ -198,10 +236,10 @@ def _coordinate(mesh: Any, rank: int) -> list[int]:
     return list((mesh.mesh == rank).nonzero()[0].tolist())
 
 
-def _slices(param: Any, mesh: Any, coordinate: Sequence[int]) -> Slices:
+def _slices(shape: Shape, placements: Any, mesh: Any, coordinate: Sequence[int]) -> Slices:
     """Slices that the process at a coordinate has: each placement cuts in equal chunks what those before it left."""
-    bounds = [(0, n) for n in param.shape]
-    placed = [(i, placement) for i, placement in enumerate(param.placements) if not placement.is_replicate()]
+    bounds = [(0, n) for n in shape]
+    placed = [(i, placement) for i, placement in enumerate(placements) if not placement.is_replicate()]
     # A strided shard is cut after the others, though it stands before them: FSDP of what TP has cut.
     for i, placement in sorted(placed, key=lambda one: type(one[1]).__name__ == "_StridedShard"):
         start, stop = bounds[placement.dim]

@@ -114,10 +114,10 @@ class Layouts:
         """Shape and dtype of each state tensor of a parameter, by its key."""
         is_wide = fmt is not PLAIN or group["state_dtype"] is not None
         dtype = torch.promote_types(torch.float32, param.dtype) if is_wide else param.dtype
-        plain = dtype if rule.least_state_dtype is None else torch.promote_types(rule.least_state_dtype, dtype)
         planes: dict[str, Expected] = {}
-        for (name, of_state), shape in zip(formats.items(), rule.state_shapes(param.shape), strict=True):
-            planes.update(expected_planes(name, of_state, tuple(shape), plain))
+        shapes = zip(rule.state_names, rule.state_shapes(param.shape), strict=True)
+        for (key, of_state), (name, shape) in zip(formats.items(), shapes, strict=True):
+            planes.update(expected_planes(key, of_state, tuple(shape), rule.plain_dtype(name, dtype)))
         if fmt.companion:
             planes[fmt.companion] = Expected(tuple(param.shape), fmt.dtype_of_companion(param.dtype))
         return planes

@@ -16,6 +16,9 @@ from tritopt.optim.optimizer import Optimizer, Options, Params
 from tritopt.optimizers.muon import MuonRule
 from tritopt.rule import Rule
 
+MOMENTS = "second_momentum_buffer"
+"""Key in the state of the rows' second moments, as in the authors' code of NorMuon."""
+
 
 class MuonLayouts(Layouts):
     """A momentum, and as torch's no step: but one that random bits depend on must be in checkpoints."""
@@ -43,11 +46,21 @@ class Muon(Optimizer):
         X_k = a X_{k-1} + (b X X^T + c (X X^T)^2) X       k = 1 ... ns_steps, X = X_{k-1}
         w_t = (1 - lr weight_decay) w_{t-1} - lr ratio X_{ns_steps}
 
+    With beta2 it is NorMuon (Li et al. 2025, arXiv:2510.05491): rows of X = X_{ns_steps} are divided by the roots of
+    their second moments.
+
+        v_t = beta2 v_{t-1} + (1 - beta2) mean(X^2 over each row)
+        Y = X / (sqrt(v_t) + 1e-10)
+        w_t = (1 - lr weight_decay) w_{t-1} - lr ratio |X|_F Y / |Y|_F
+
+    as in the authors' code; for "match_rms_adamw" sqrt(min(rows, columns)) takes the place of |X|_F, as in the paper.
+
     Parameters are the matrices of hidden layers; biases, norms, embeddings and heads are another optimizer's, or all
     are `Mixed`'s. Matrices of one shape are orthogonalised as a batch, and each by itself: an element that is not
-    finite spoils its own. State: momentum_buffer (m), the (master) weight's shape. There is a step only where formats
-    draw random bits. Arguments and errors are torch's, except that momentum is less than 1 and coefficients that do not
-    converge are refused.
+    finite spoils its own. State: momentum_buffer (m), the (master) weight's shape; with beta2 second_momentum_buffer
+    (v), a number for each row, [..., rows, 1] or of parts of the columns [..., rows, parts], at least fp32. There is a
+    step only where formats draw random bits. Arguments and errors are torch's, except that momentum is less than 1 and
+    coefficients that do not converge are refused.
 
     Args:
         params: as torch's.
@@ -69,6 +82,7 @@ class Muon(Optimizer):
         split_dim: dimension of the matrix that is split: -2, its rows, or -1, its columns.
         ns_dtype: of the products: "bf16", or "fp32", the dtype of the arithmetic. They add up in fp32 at least.
         scratch_bytes: bound on what directions and products take while a step runs, if one parameter fits.
+        beta2: decay rate of v, in [0, 1), 0.95 in the paper of NorMuon; None: rows are not normalised.
         maximize, foreach, capturable, fused: as torch's other classes have them.
         options: see `Options`.
 
@@ -79,7 +93,8 @@ class Muon(Optimizer):
     rule = MuonRule
     layouts_class = MuonLayouts
     torch_class = torch.optim.Muon
-    may_lack = frozenset({"step"})
+    may_lack = frozenset({"step", MOMENTS})
+    state_keys: ClassVar = {**Optimizer.state_keys, "row_var": MOMENTS}
     sparse_error = "Muon does not support sparse gradients"
     arguments: ClassVar = {
         "momentum": "momentum",
@@ -93,6 +108,7 @@ class Muon(Optimizer):
         "split_dim": "split_dim",
         "ns_dtype": "ns_dtype",
         "scratch_bytes": "scratch_bytes",
+        "beta2": "beta2",
     }
 
     def __init__(
@@ -112,6 +128,7 @@ class Muon(Optimizer):
         split_dim: int = -2,
         ns_dtype: str = "bf16",
         scratch_bytes: int = SCRATCH_BYTES,
+        beta2: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -135,6 +152,7 @@ class Muon(Optimizer):
             "split_dim": split_dim,
             "ns_dtype": ns_dtype,
             "scratch_bytes": scratch_bytes,
+            "beta2": beta2,
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,

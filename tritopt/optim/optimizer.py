@@ -25,7 +25,7 @@ from tritopt.optim.layout import AUTO, Layout, Layouts, checked_master
 from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.options import Options as Options
 from tritopt.optim.origin import CLASSES
-from tritopt.optim.param_group import ParamGroup, check_settings, naming, saved
+from tritopt.optim.param_group import ParamGroup, check_settings, saved
 from tritopt.optim.step.members import SingleParameter, lives_on_device
 from tritopt.optim.step.stepper import Stepper
 from tritopt.rule import Rule
@@ -153,7 +153,7 @@ class Optimizer(torch.optim.Optimizer):
             self.check_group(param_group)
             names = param_group.get("param_names") or range(first, first + len(param_group["params"]))
             for name, param in zip(names, param_group["params"], strict=True):
-                with naming(name):
+                with validate.naming(name):
                     self.layout_of(param, param_group)
         except Exception:
             self.param_groups.pop()

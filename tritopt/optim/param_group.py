@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from tritopt.engine import validate
@@ -11,7 +10,7 @@ from tritopt.engine.state_dtype import checked
 from tritopt.optim.defaults import arguments_of, check_flag
 from tritopt.optim.layout import checked_master
 
-_OPTIONAL = {"clip_value": None, "flatten": None, "split": None, "split_dim": -2, "ns_dtype": "bf16"}
+_OPTIONAL = {"clip_value": None, "flatten": None, "split": None, "split_dim": -2, "ns_dtype": "bf16", "beta2": None}
 """Keys that torch's classes lack, and values that make of a group what it would be there: these are not saved."""
 
 
@@ -41,15 +40,6 @@ def saved(group: Mapping[str, Any], unsaved: Collection[str]) -> dict[str, Any]:
         for name, value in group.items()
         if name not in unsaved and not (name in _OPTIONAL and value == _OPTIONAL[name])
     }
-
-
-@contextmanager
-def naming(name: Hashable) -> Iterator[None]:
-    """Let a ValueError name the parameter that it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"parameter {name!r}: {error}") from error
 
 
 def check_settings(cls: type, defaults: Mapping[str, Any], group: dict[str, Any]) -> None:

@@ -8,24 +8,25 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.matrix_phase import SCRATCH_BYTES, ApplyMatrices, orthogonalize_each
-from tritopt.engine.newton_schulz import POLAR_EXPRESS, QUINTIC, cut_of, iteration_of
+from tritopt.engine.matrices import cut_of, orthogonalize_each
+from tritopt.engine.matrix_phase import SCRATCH_BYTES, ApplyMatrices
+from tritopt.engine.newton_schulz import POLAR_EXPRESS, QUINTIC, iteration_of
 from tritopt.kernels.muon import muon_direction, muon_update
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, State, Values
 
 
 class MuonScalars(NamedTuple):
-    """Scalars that the update of Muon reads beside its tensors."""
+    """Scalars that the update of Muon reads beside its tensors; those of beta2 only where rows are normalised."""
 
     lr: float
     momentum: float
     one_minus_momentum: float
-    ahead: float
-    """Share of the momentum in the direction: 1, or with Nesterov's step the momentum's decay rate."""
+    ahead: float  # share of the momentum in the direction: 1, or with Nesterov's step the momentum's decay rate
     one_minus_ahead: float
-    keep: float
-    """Share of the old weight that stays, 1 - lr wd."""
+    keep: float  # share of the old weight that stays, 1 - lr wd
+    beta2: float
+    one_minus_beta2: float
 
 
 class MuonRule(Rule):
@@ -35,13 +36,17 @@ class MuonRule(Rule):
         d_t = momentum m_t + (1 - momentum) g_t            without nesterov m_t
         X_0 = d_t / max(|d_t|_F, eps)
         X_k = a X_{k-1} + (b X X^T + c (X X^T)^2) X        k = 1 ... ns_steps, X = X_{k-1}
-        w_t = (1 - lr wd) w_{t-1} - lr ratio X_{ns_steps}
+        w_t = (1 - lr wd) w_{t-1} - lr ratio X             X = X_{ns_steps}
 
-    g_t is the gradient after rescaling and clipping. Weights are matrices, or made of some (`flatten`, `split`), each
-    of which is orthogonalised by itself. State: m, the (master) weight's shape, zero at first. Products of a weight
-    whose columns are fewer than its rows are of its transpose. Those of one shape are a batch.
+    With beta2 (NorMuon, Li et al. 2025, arXiv:2510.05491, as in the authors' code) rows are normalised:
 
-    Not in MXNet. Biases, norms, embeddings and heads are for another optimizer.
+        v_t = beta2 v_{t-1} + (1 - beta2) mean(X^2 over each row)
+        w_t = (1 - lr wd) w_{t-1} - lr ratio |X|_F Y / |Y|_F      Y = X / (sqrt(v_t) + 1e-10)
+
+    For "match_rms_adamw" sqrt(min(rows, columns)) takes the place of |X|_F, as in the paper. g_t is the gradient after
+    rescaling and clipping. Weights are matrices, or made of some (`flatten`, `split`), each orthogonalised by itself.
+    States, zero at first: m, the (master) weight's shape; v, at least fp32, [..., rows, 1], or [..., rows, parts] if
+    columns are split. Not in MXNet.
 
     Args:
         learning_rate: per update. Every step moves a matrix by about so much in spectral norm, times the ratio.
@@ -53,22 +58,24 @@ class MuonRule(Rule):
         epsilon: least norm that a direction is divided by, > 0.
         adjust_lr_fn: ratio by the shape of a matrix. "original" or None: sqrt(max(1, rows / columns)).
             "match_rms_adamw": 0.2 sqrt(max(rows, columns)). "spectral_unclamped": sqrt(rows / columns).
-        flatten: how weights of more dimensions are taken. True: a matrix whose columns are all dimensions after the
-            first, as of convolutions. False: a stack of matrices, the last two dimensions. None: they are refused.
+        flatten: how weights of more dimensions are taken. True: a matrix, whose columns are all dimensions after the
+            first. False: a stack of matrices, the last two dimensions. None: they are refused.
         split: fused projections, whose parts are matrices by themselves: number of equal parts, or their sizes.
         split_dim: dimension of the matrix that is split: -2, its rows, or -1, its columns.
         scratch_bytes: bound on what directions and products take beside weights and states, if one weight fits.
+        beta2: decay rate of v, in [0, 1), NorMuon's is 0.95; None: rows are not normalised.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:
         ValueError: an argument out of range, coefficients that do not converge, or a weight that is no matrix.
     """
 
-    state_names = ("momentum",)
     preamble = "decoupled"
+    wide_states = ("row_var",)
     variants = (
         {},
         {"momentum": 0.6, "nesterov": False, "ns_coefficients": POLAR_EXPRESS, "ns_dtype": "fp32", "flatten": False},
+        {"beta2": 0.7, "adjust_lr_fn": "match_rms_adamw", "ns_dtype": "fp32"},
     )
 
     def __init__(
@@ -84,16 +91,14 @@ class MuonRule(Rule):
         split: int | Sequence[int] | None = None,
         split_dim: int = -2,
         scratch_bytes: int = SCRATCH_BYTES,
+        beta2: float | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.momentum = validate.fraction("momentum", momentum)
-        self.nesterov = validate.boolean("nesterov", nesterov)
-        self.iteration = iteration_of(ns_coefficients, ns_steps, ns_dtype, epsilon, adjust_lr_fn)
+        self.momentum, self.nesterov = validate.fraction("momentum", momentum), validate.boolean("nesterov", nesterov)
+        self.iteration = iteration_of(ns_coefficients, ns_steps, ns_dtype, epsilon, adjust_lr_fn, beta2)
         self.cut = cut_of(flatten, split, split_dim)
-        if validate.count("scratch_bytes", scratch_bytes) < 1:
-            raise ValueError(f"scratch_bytes={scratch_bytes!r} must be at least 1")
-        self.scratch_bytes = scratch_bytes
+        self.scratch_bytes = validate.positive_count("scratch_bytes", scratch_bytes)
 
     @property
     def phases(self) -> tuple[ApplyMatrices, ...]:
@@ -101,40 +106,37 @@ class MuonRule(Rule):
         return (ApplyMatrices(muon_direction, muon_update, self.cut, self.iteration, self.scratch_bytes),)
 
     @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the momentum, and with beta2 of the rows' second moments."""
+        return ("momentum",) if self.iteration.beta2 is None else ("momentum", "row_var")
+
+    @property
     def product_dtype(self) -> torch.dtype:
         """Dtype of the iteration's products."""
         return self.iteration.dtype or torch.float32
 
     def state_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
-        """Shape of the state: the weight's. ValueError if there are no matrices in it."""
-        self.cut.shape_of(shape)
-        return [shape]
+        """Shapes of the states: the weight's, and a number for each row. ValueError if there are no matrices in it."""
+        return [shape, self.cut.shape_of_moments(shape)][: len(self.state_names)]
 
     def scalars(self, lr: float, wd: float, count: int) -> MuonScalars:
         """Scalars of a step, constant but for the learning rate."""
-        ahead = self.momentum if self.nesterov else 1.0
-        return MuonScalars(lr, self.momentum, 1 - self.momentum, ahead, 1 - ahead, 1 - lr * wd)
-
-    def reference(self, w: torch.Tensor, g: torch.Tensor, state: Values, s: MuonScalars) -> tuple[torch.Tensor, Values]:
-        """One update by the recurrence above: the new weight and states."""
-        parts = self.update_parts(w, g, state, s)
-        try:
-            parts.send(self.orthogonalized([next(parts)])[0])
-        except StopIteration as end:
-            weight_and_state: tuple[torch.Tensor, Values] = end.value
-        return weight_and_state
+        ahead, beta2 = self.momentum if self.nesterov else 1.0, self.iteration.beta2 or 0.0
+        return MuonScalars(lr, self.momentum, 1 - self.momentum, ahead, 1 - ahead, 1 - lr * wd, beta2, 1 - beta2)
 
     def update_parts(
         self, w: torch.Tensor, g: torch.Tensor, state: Values, s: MuonScalars, **again: Any
-    ) -> Generator[torch.Tensor, torch.Tensor, tuple[torch.Tensor, Values]]:
-        """The recurrence, which yields d and goes on with X."""
-        momentum = s.momentum * state[0] + s.one_minus_momentum * g
-        direction = yield s.ahead * momentum + s.one_minus_ahead * g
-        return s.keep * w - s.lr * direction, (momentum,)
+    ) -> Generator[Values, Values, tuple[torch.Tensor, Values]]:
+        """The recurrence, which yields d, with v, and goes on with what the weight moves along and mean(X^2)."""
+        momentum, *moments = state
+        momentum = s.momentum * momentum + s.one_minus_momentum * g
+        direction, *squares = yield (s.ahead * momentum + s.one_minus_ahead * g, *moments)
+        moments = [s.beta2 * v + s.one_minus_beta2 * q for v, q in zip(moments, squares, strict=True)]
+        return s.keep * w - s.lr * direction, (momentum, *moments)
 
-    def orthogonalized(self, directions: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """X of each d: those of one shape are a batch."""
-        return orthogonalize_each(directions, self.cut, self.iteration)
+    def orthogonalized(self, values: Sequence[Values]) -> Sequence[Values]:
+        """Orthogonalise each d, rows normalised with beta2: those of one shape are a batch."""
+        return orthogonalize_each(values, self.cut, self.iteration)
 
 
 @register
@@ -143,8 +145,6 @@ class Muon(MuonRule, Optimizer, learning_rate=1e-3):
 
     def create_state(self, index: Hashable, weight: torch.Tensor) -> State:
         """The momentum. ValueError that names the weight if it is no matrix."""
-        try:
+        with validate.naming(index):
             self.cut.check(weight.shape)
-        except ValueError as error:
-            raise ValueError(f"parameter {index!r}: {error}") from error
         return super().create_state(index, weight)

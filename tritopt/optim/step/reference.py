@@ -19,7 +19,8 @@ from tritopt.optim.step.members import Member
 from tritopt.optim.step.undo import Undo
 from tritopt.rule import apply_together
 
-Update: TypeAlias = Generator[torch.Tensor, torch.Tensor, None]
+Values: TypeAlias = tuple[torch.Tensor, ...]
+Update: TypeAlias = Generator[Values, Values, None]
 
 
 def update_by_reference(
@@ -67,8 +68,9 @@ def _batches(tasks: Sequence[Task], launch: LaunchSpec) -> Iterator[list[int]]:
             yield batch
 
 
-def _exchanged(exchange: Exchange, directions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _exchanged(exchange: Exchange, values: Sequence[Values]) -> list[Values]:
     """Directions of shards, orthogonalised by the processes together; one that is empty here takes part as None."""
-    copies = [direction.clone() for direction in directions]
-    exchange([direction if direction.numel() else None for direction in copies])
+    copies = [tuple(value.clone() for value in of_one) for of_one in values]
+    directions = [direction if direction.numel() else None for direction, *_ in copies]
+    exchange(directions, [moments[0] if moments else None for _, *moments in copies])
     return copies
