@@ -49,7 +49,7 @@ def train(
     return params, opt
 
 
-def check(fused: bool | None, layout: str, state_dtype: str | None) -> list[torch.Tensor]:
+def check(fused: bool | None, layout: str, beta2: float | None) -> list[torch.Tensor]:
     """Check what all processes have in the end."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
@@ -75,7 +75,7 @@ def check(fused: bool | None, layout: str, state_dtype: str | None) -> list[torc
         real(stack, *rest)
 
     with replaced(matrices, "orthogonalize", counting):
-        params, opt = train(placements[layout], mesh, fused, state_dtype=state_dtype)
+        params, opt = train(placements[layout], mesh, fused, beta2=beta2)
     counts: list[Any] = [None] * size
     dist.all_gather_object(counts, dict(done))
     total: Counter[tuple[int, ...]] = Counter()
@@ -83,13 +83,27 @@ def check(fused: bool | None, layout: str, state_dtype: str | None) -> list[torc
         total.update(one)
     # Each matrix once in each of three steps, whole, by one process.
     assert total == Counter({shape: 3 * SHAPES.count(shape) for shape in SHAPES}), total
-    return [*(whole(p.detach()) for p in params), *(whole(opt.state[p]["momentum_buffer"]) for p in params)]
+    names = ["momentum_buffer"] if beta2 is None else ["momentum_buffer", "second_momentum_buffer"]
+    for p in params if beta2 is not None else ():
+        check_replicas(opt.state[p]["second_momentum_buffer"])
+    return [*(whole(p.detach()) for p in params), *(whole(opt.state[p][name]) for name in names for p in params)]
+
+
+def check_replicas(moments: Any) -> None:
+    """Processes that have the same rows have the same numbers for them, also one that has no column of the matrix."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, moments.to_local())
+    if all(placement.is_replicate() for placement in moments.placements):
+        assert all(torch.equal(part, parts[0]) for part in parts)
 
 
 @paths
+@pytest.mark.parametrize("beta2", [None, 0.9], ids=["muon", "normuon"])
 @pytest.mark.parametrize("layout", ["rows", "columns", "all"])
-def test_the_same_bits_on_1_2_and_4_processes(layout: str, fused: bool | None, worlds: dict[int, World]) -> None:
-    results = [worlds[size].run(check, fused, layout, None) for size in (1, 2, 4)]
+def test_the_same_bits_on_1_2_and_4_processes(
+    layout: str, beta2: float | None, fused: bool | None, worlds: dict[int, World]
+) -> None:
+    results = [worlds[size].run(check, fused, layout, beta2) for size in (1, 2, 4)]
     first = results[0][0]
     for of_world in results:
         for of_rank in of_world:
@@ -98,11 +112,14 @@ def test_the_same_bits_on_1_2_and_4_processes(layout: str, fused: bool | None, w
 
 
 @paths
+@pytest.mark.parametrize("beta2", [None, 0.9], ids=["muon", "normuon"])
 @pytest.mark.parametrize("layout", ["hsdp", "2d"])
-def test_meshes_of_two_dimensions_too(layout: str, fused: bool | None, worlds: dict[int, World]) -> None:
+def test_meshes_of_two_dimensions_too(
+    layout: str, beta2: float | None, fused: bool | None, worlds: dict[int, World]
+) -> None:
     """Replicas compute once."""
-    (expected, *_) = worlds[1].run(check, fused, "rows", None)
-    for of_rank in worlds[4].run(check, fused, layout, None):
+    (expected, *_) = worlds[1].run(check, fused, "rows", beta2)
+    for of_rank in worlds[4].run(check, fused, layout, beta2):
         for a, b in zip(of_rank, expected, strict=True):
             assert torch.equal(a, b)
 
@@ -115,15 +132,25 @@ def check_states() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard
 
-    params, opt = train([[Shard(0)]], init_device_mesh("cpu", (2,)), None)
+    params, opt = train([[Shard(0)]], init_device_mesh("cpu", (2,)), None, beta2=0.9)
     for p in params:
+        moments = opt.state[p]["second_momentum_buffer"]
+        assert moments.placements == p.placements
+        assert moments.to_local().shape == (p.to_local().shape[0], 1)
         assert opt.state[p]["momentum_buffer"].placements == p.placements
         assert opt.state[p]["momentum_buffer"].to_local().shape == p.to_local().shape
 
 
-def test_experts_and_projections(worlds: dict[int, World]) -> None:
+@pytest.mark.parametrize("beta2", [None, 0.9], ids=["muon", "normuon"])
+def test_experts_and_projections(beta2: float | None, worlds: dict[int, World]) -> None:
     """Stacks that are split by experts, and parts that shards cut across."""
-    for options, shapes in (({"flatten": False}, ((4, 3, 5), (3, 4, 4))), ({"split": 3}, ((9, 4), (12, 6)))):
+    cases: list[tuple[dict[str, Any], tuple[tuple[int, ...], ...]]] = [
+        ({"flatten": False}, ((4, 3, 5), (3, 4, 4))),
+        ({"split": 3}, ((9, 4), (12, 6))),
+        ({"split": 2, "split_dim": -1}, ((9, 4), (3, 6))),
+    ]
+    for given, shapes in cases:
+        options = {**given, "beta2": beta2}
         results = [worlds[size].run(check_options, options, shapes) for size in (1, 2, 4)]
         for of_world in results:
             for of_rank in of_world:

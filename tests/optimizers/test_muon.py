@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.testing._internal import common_optimizers as database
 
 import tritopt
 from tests.support.trajectory import Array, assert_follows, zeros_at_first
@@ -138,18 +139,12 @@ def test_singular_values_come_near_one(coefficients: Any, low: float, high: floa
     assert singular_values.max() < high
 
 
-# torch.
+# torch. Its own tests are parametrised over a database of optimizers: arguments, and what must be refused.
 
 TORCHS: list[dict[str, Any]] = [
-    {},
-    {"lr": 0.01},
-    {"lr": torch.tensor(0.001)},
-    {"weight_decay": 0.2},
-    {"momentum": 0.8},
+    *[case.kwargs for case in database.optim_inputs_func_muon("cpu")],
     {"momentum": 0.0},
     {"nesterov": False},
-    {"ns_steps": 6},
-    {"ns_coefficients": (3.4, -4.7, 2.0)},
     {"adjust_lr_fn": "original"},
     {"adjust_lr_fn": "match_rms_adamw"},
     {"eps": 10.0},
@@ -182,6 +177,41 @@ def test_a_hundred_steps_go_where_torch_goes(options: dict[str, Any], fused: boo
         torch.testing.assert_close(
             opt.state[p]["momentum_buffer"], torchs.state[q]["momentum_buffer"], rtol=1e-5, atol=1e-6
         )
+
+
+REFUSED = database.optim_error_inputs_func_muon("cpu", torch.float32)
+AT_CONSTRUCTION = [case for case in REFUSED if "complex" not in case.optimizer_error_input.desc]
+
+
+@pytest.mark.parametrize("case", AT_CONSTRUCTION, ids=lambda case: case.optimizer_error_input.desc)
+def test_what_torch_refuses_is_refused_in_its_words(case: Any) -> None:
+    assert case.error_on is database.OptimizerErrorEnum.CONSTRUCTION_ERROR
+    given = case.optimizer_error_input
+    with pytest.raises(case.error_type, match=case.error_regex):
+        optim.Muon(given.params, **given.kwargs)
+
+
+def test_complex_parameters_are_refused_before_the_first_step() -> None:
+    (case,) = [case for case in REFUSED if case not in AT_CONSTRUCTION]
+    with pytest.raises(ValueError, match=r"Muon takes no complex parameters, .* torch\.view_as_real"):
+        optim.Muon(case.optimizer_error_input.params)
+
+
+@pytest.mark.parametrize("is_contiguous", [True, False])
+@pytest.mark.parametrize("options", [case.kwargs for case in database.optim_inputs_func_muon("cpu")], ids=str)
+def test_goes_in_the_right_direction(options: dict[str, Any], is_contiguous: bool) -> None:
+    """The model of torch's test of this name, with its seed's sizes and without the bias, which is no matrix."""
+    weight, x = torch.nn.Parameter(random(10, 5) if is_contiguous else random(10, 5, 2)[..., 0]), random(5, seed=1)
+    opt = optim.Muon([weight], **options)
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = (weight @ x).square().sum()
+        loss.backward()
+        return loss
+
+    losses = [opt.step(closure).item() for _ in range(20)]
+    assert losses[-1] < losses[0]
 
 
 def test_checkpoints_are_torchs() -> None:
@@ -294,7 +324,10 @@ def test_what_is_no_matrix_is_refused_by_name(shape: tuple[int, ...], options: d
         ({"ns_coefficients": "polar"}, "'polar' must be three numbers or 'polar_express'"),
         ({"ns_dtype": "fp16"}, "ns_dtype='fp16' must be one of 'bf16', 'fp32'"),
         ({"eps": 0.0}, "epsilon=0 must be > 0"),
-        ({"adjust_lr_fn": "spectral"}, "adjust_lr_fn='spectral' must be one of 'original'"),
+        ({"adjust_lr_fn": "spectral"}, "function spectral is not supported: adjust_lr_fn must be one of 'original'"),
+        ({"beta2": 1.0}, r"beta2=1\.0 must be in \[0, 1\)"),
+        ({"beta2": -0.1}, r"beta2=-0\.1 must be in \[0, 1\)"),
+        ({"beta2": math.nan}, "beta2=nan"),
         ({"split": 0}, "split=0 must be a number of equal parts"),
         ({"split": (2, 0)}, r"split=\(2, 0\) must be"),
         ({"split_dim": 0}, "split_dim=0 must be -2"),

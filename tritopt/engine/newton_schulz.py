@@ -76,7 +76,10 @@ def iteration_of(
     if validate.nonnegative("epsilon", eps) == 0:
         raise ValueError("epsilon=0 must be > 0: a zero gradient would be divided by 0; 1e-7 is usual")
     if ratio is not None and ratio not in RATIOS:
-        raise ValueError(f"adjust_lr_fn={ratio!r} must be one of {', '.join(map(repr, RATIOS))}, or None")
+        raise ValueError(
+            f"Adjust learning rate function {ratio} is not supported: adjust_lr_fn must be one of "
+            f"{', '.join(map(repr, RATIOS))}, or None"
+        )
     if beta2 is not None:
         beta2 = validate.fraction("beta2", beta2)
     safety = SAFETY if coefficients == POLAR_EXPRESS else 1.0
