@@ -61,9 +61,8 @@ def train(opt: torch.optim.Optimizer, params: Sequence[torch.nn.Parameter], step
 def normalized(x: Array, state: dict[str, Array], beta2: float) -> Array:
     """Rows by the root of their second moments, of the norm that the matrix had."""
     v = state["v"] = beta2 * zeros_at_first(state, "v", x[:, :1]) + (1 - beta2) * (x * x).mean(1, keepdims=True)
-    y = x / (np.sqrt(v) + 1e-10)
-    y *= np.linalg.norm(x) / np.linalg.norm(y)
-    return y
+    y: Array = x / (np.sqrt(v) + 1e-10)
+    return y * float(np.linalg.norm(x) / np.linalg.norm(y))
 
 
 def orthogonalized(d: Array) -> Array:
@@ -99,7 +98,7 @@ def test_formula(ratio: str | None) -> None:
 @FUSED
 @pytest.mark.parametrize("ratio", ["original", "match_rms_adamw"])
 def test_all_rows_move_alike_at_first(ratio: str, fused: bool | None) -> None:
-    """What Muon does not do. An update's size is what Muon's is, with "match_rms_adamw" an RMS of 0.2."""
+    """Under Muon they do not. An update has the size of Muon's, or with "match_rms_adamw" an RMS of 0.2."""
     moved = {}
     for beta2 in (None, 0.95):
         (p,) = params = parameters([(6, 8)])
@@ -121,6 +120,20 @@ KINDS: list[tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = [
     ((12, 10), {"split": 2, "split_dim": -1}, (12, 2)),
     ((12, 10), {"split": (2, 4, 4), "split_dim": -1}, (12, 3)),
 ]
+
+
+def test_a_transposed_weight_draws_the_bits_of_its_own_order() -> None:
+    """States of rows lie by themselves, and the others as the weight does. Rows are added up in another order."""
+    trained = []
+    for fused in (None, False):
+        params = [torch.nn.Parameter(random(64, 12).T)]
+        opt = optim.Muon(params, 0.1, beta2=0.9, state_dtype="int8", fused=fused)
+        train(opt, params)
+        trained.append({"weight": params[0].detach(), **opt.state[params[0]]})
+    assert trained[0]["weight"].stride() == (1, 12)
+    for name, value in trained[0].items():
+        exact = name.startswith("momentum_buffer")
+        torch.testing.assert_close(value, trained[1][name], rtol=0 if exact else 1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("shape", "options", "moments"), KINDS)
@@ -151,7 +164,7 @@ def test_parts_are_normalised_by_themselves(
     (whole,) = parameters([(12, 10)])
     parts = [torch.nn.Parameter(part.contiguous()) for part in whole.detach().split(sizes, dim)]
     before = whole.detach().clone()
-    opts = [optim.Muon([whole], 0.1, 0.0, beta2=0.9, fused=fused, **options)]
+    opts: list[Any] = [optim.Muon([whole], 0.1, 0.0, beta2=0.9, fused=fused, **options)]
     opts.append(optim.Muon(parts, 0.1, 0.0, beta2=0.9, fused=fused))
     for step in range(3):
         whole.grad = random(12, 10, seed=step)
@@ -160,7 +173,8 @@ def test_parts_are_normalised_by_themselves(
         for opt in opts:
             opt.step()
     largest = (whole.detach() - before).abs().max()
-    torch.testing.assert_close(whole.detach(), torch.cat(parts, dim).detach(), rtol=0, atol=0.06 * float(largest))
+    together = torch.cat([part.detach() for part in parts], dim)
+    torch.testing.assert_close(whole.detach(), together, rtol=0, atol=0.06 * float(largest))
 
 
 @pytest.mark.filterwarnings("ignore:Muon accumulates in torch.bfloat16")
@@ -186,7 +200,7 @@ def test_moments_are_at_least_fp32(dtype: torch.dtype, options: dict[str, Any]) 
 
 def test_four_launches_for_the_whole_list() -> None:
     """One more that reads the moments and one that writes them, however many matrices there are."""
-    counted = {}
+    counted: dict[Any, int] = {}
     for beta2 in (None, 0.95):
         for n in (1, 5):
             params = parameters([(4, 6)] * n + [(6, 4)] * n)
@@ -232,8 +246,9 @@ def test_a_zero_tiny_or_huge_gradient_moves_by_numbers(ratio: str, size: float, 
     params = parameters([(4, 6), (4, 6)])
     before = [p.detach().clone() for p in params]
     opt = optim.Muon(params, 1.0, 0.0, adjust_lr_fn=ratio, beta2=0.95, fused=fused)
-    params[0].grad, params[1].grad = size * random(4, 6, seed=1), random(4, 6, seed=2)
-    params[1].grad[2] = 0.0  # a row, such as of a dead neuron
+    grad = random(4, 6, seed=2)
+    grad[2] = 0.0  # a row, such as of a dead neuron
+    params[0].grad, params[1].grad = size * random(4, 6, seed=1), grad
     opt.step()
     moved = [p.detach() - old for p, old in zip(params, before, strict=True)]
     assert all(x.isfinite().all() for x in moved)
@@ -248,8 +263,10 @@ def test_what_is_not_finite_spoils_its_own_matrix(fused: bool | None) -> None:
     params = parameters([(3, 4, 6), (3, 4, 6)])
     opt = optim.Muon(params, flatten=False, beta2=0.95, fused=fused)
     for i, p in enumerate(params):
-        p.grad = random(3, 4, 6, seed=i)
-    params[0].grad[1, 2, 3] = math.nan
+        grad = random(3, 4, 6, seed=i)
+        if i == 0:
+            grad[1, 2, 3] = math.nan
+        p.grad = grad
     opt.step()
     assert params[0][1].isnan().all()
     for x in (params[0][[0, 2]], params[1], opt.state[params[0]][MOMENTS][[0, 2]], opt.state[params[1]][MOMENTS]):
@@ -307,7 +324,7 @@ def test_capturable_and_telemetry() -> None:
 def test_groups_of_mixed_and_of_one_optimizer() -> None:
     """Groups with and without beta2 side by side, each as alone."""
     params, others = parameters([(4, 6), (4, 6)]), parameters([(4, 6), (4, 6)])
-    groups = [{"params": [params[0]], "beta2": 0.9}, {"params": [params[1]]}]
+    groups: list[dict[str, Any]] = [{"params": [params[0]], "beta2": 0.9}, {"params": [params[1]]}]
     train(optim.Muon(groups, 0.1), params)
     alone = [optim.Muon([others[0]], 0.1, beta2=0.9), optim.Muon([others[1]], 0.1)]
     for step in range(3):

@@ -146,7 +146,8 @@ class Planner:
         """
         scalars = scalars if isinstance(scalars, ScalarTable) else ScalarTable.of(scalars)
         by_position = any(isinstance(phase, Apply) and phase.reads_offsets for phase in launch.phases)
-        dense, copied_back = _as_dense(tasks, by_position)
+        # The driver never looks for an element's row: states of rows have launches of their own.
+        dense, copied_back = _as_dense(tasks, by_position, all(phase.is_driver for phase in launch.phases))
         groups = self._groups(key, dense, launch.exchange is not None)
         for group in groups:
             upload_table(group, _words(group, dense, scalars), scalars.values)
@@ -266,13 +267,13 @@ def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable], has_replicas:
 
 
 def _as_dense(
-    tasks: Sequence[Task], by_position: bool = False
+    tasks: Sequence[Task], by_position: bool = False, has_rows_apart: bool = False
 ) -> tuple[list[Task], list[tuple[torch.Tensor, torch.Tensor]]]:
     """Tasks whose tensors all lie in memory like the weight, and the (original, copy) pairs to copy back afterwards.
 
     A dense weight runs as flat memory in its own order of dimensions (channels_last, transposed), a copy of a strided
     one runs contiguous. Whatever lies otherwise is copied. `by_position`: an element's place in memory must be its
-    position in row-major order, so all run contiguous.
+    position in row-major order, so all run contiguous. `has_rows_apart`: states of another shape ask for no order.
     """
     dense, copied_back = [], []
     for task in tasks:
@@ -283,7 +284,7 @@ def _as_dense(
         weight = task.weight[0]
         # States of another shape (a row's, a column's) are told apart by position, which only the usual order gives.
         shared = task.shared()
-        same_shape = all(t.shape == weight.shape for t in tensors if id(t) not in shared)
+        same_shape = has_rows_apart or all(t.shape == weight.shape for t in tensors if id(t) not in shared)
         keeps_order = same_shape and is_dense(weight) and not by_position
         flat = weight.stride() if keeps_order else _contiguous_strides(weight.shape)
         grad_at = len(task.weight)

@@ -185,13 +185,13 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
             more = driver.more_registers(registers)
             return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
-        has_vectors = _VECTOR.search(code_of["ptx"]) is not None
+        has_vectors = _VECTOR.search(code_of["ptx"]) is not None and not _is_of_rows(launched)
         loops = _loops_of(code_of["cubin"]) if has_vectors else ()
     else:
         assembly = code_of["amdgcn"]
         registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
         spilled = 4 * spills
-        loops = hot_loops(parse_gcn(assembly))
+        loops = () if _is_of_rows(launched) else hot_loops(parse_gcn(assembly))
     elements = _elements_of_a_thread(launched, 32 if isinstance(arch, int) else 64) if loops else 0
     loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
     stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
@@ -215,6 +215,14 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
         sum(loop.arithmetic for loop in loops) / elements if loops else None,
         max(loop.waits for loop in loops) if loops else None,
     )
+
+
+def _is_of_rows(launched: Launched) -> bool:
+    """Whether the driver moves no tensor, but a number for each row of matrices."""
+    constants = launched.arguments
+    if constants.get("scratch_ptr") is None:
+        return False
+    return not (constants["READS"][0] or constants["READS"][1] or constants["WRITES"][0])
 
 
 def _elements_of_a_thread(launched: Launched, warp_size: int) -> int:

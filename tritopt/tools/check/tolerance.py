@@ -60,9 +60,13 @@ of bfloat16 and 73 of float32 at most, measured on matrices of 1 to 128 rows: in
 """
 
 
-def with_products(tolerance: Tolerance, products: torch.dtype, compute: torch.dtype) -> Tolerance:
-    """Widen the tolerance of a weight whose update is made of products that are rounded to this dtype."""
-    more = PRODUCTS[products] * torch.finfo(products).eps / torch.finfo(compute).eps
+def with_products(tolerance: Tolerance, products: torch.dtype, compute: torch.dtype, power: int = 1) -> Tolerance:
+    """Widen the tolerance of a tensor whose update is made of products that are rounded to this dtype.
+
+    power: 1, or 2 if it is made of their squares, whose errors are twice as large.
+    """
+    n = power * PRODUCTS[products]
+    more = n * torch.finfo(products).eps / torch.finfo(compute).eps
     name = str(products).removeprefix("torch.")
-    reason = f"{tolerance.reason}; and {PRODUCTS[products]:g} epsilons of {name}, for products in any order"
+    reason = f"{tolerance.reason}; and {n:g} epsilons of {name}, for products in any order"
     return tolerance._replace(moved=tolerance.moved + more, reason=reason)
