@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from itertools import islice
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
@@ -149,7 +150,7 @@ class Rule:
 
     def apply_reference(self, *args: Any, **kwargs: Any) -> None:
         """Update one task in PyTorch. Arguments are those of `applying`."""
-        apply_together([self.applying(*args, **kwargs)], self.orthogonalized)
+        apply_together([(self.applying(*args, **kwargs), None)], self.orthogonalized)
 
     def orthogonalized(self, values: Sequence[Values]) -> Sequence[Values]:
         """Make of the tensors that each `update_parts` yields those that it goes on with."""
@@ -272,21 +273,27 @@ def run_parts(
 
 
 def apply_together(
-    updates: Sequence[Generator[Values, Values, None]],
+    updates: Sequence[tuple[Generator[Values, Values, None], int | None]],
     orthogonalize: Callable[[Sequence[Values]], Sequence[Values]],
 ) -> None:
-    """Run updates (`Rule.applying`) to their end, their directions orthogonalised together."""
-    waiting, directions = [], []
-    for update in updates:
-        direction = next(update, None)
-        if direction is not None:
-            waiting.append(update)
-            directions.append(direction)
+    """Run updates to their end, their directions orthogonalised together.
+
+    updates: `Rule.applying` of a task, and None; or of a stack of tasks, and how many they are.
+    """
+    waiting: list[tuple[Generator[Values, Values, None], int | None]] = []
+    directions: list[Values] = []
+    for update, n in updates:
+        values = next(update, None)
+        if values is not None:
+            waiting.append((update, n))
+            directions += [values] if n is None else zip(*[value.unbind() for value in values], strict=True)
     if not waiting:
         return
-    for update, direction in zip(waiting, orthogonalize(directions), strict=True):
+    results = iter(orthogonalize(directions))
+    for update, n in waiting:
+        values = next(results) if n is None else tuple(map(torch.stack, zip(*islice(results, n), strict=True)))
         with contextlib.suppress(StopIteration):
-            update.send(direction)
+            update.send(values)
 
 
 def takes_arrays(reference: Reference) -> Reference:

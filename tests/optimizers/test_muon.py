@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -438,3 +439,29 @@ def test_convergence_is_asked_at_construction() -> None:
     for good in (QUINTIC, (3.4, -4.7, 2.0), (2.0, -1.5, 0.5), (1.5, -0.5, 0.0), (1.875, -1.25, 0.375)):
         assert MuonRule(ns_coefficients=good).iteration.steps == (tuple(map(float, good)),) * 5
     assert len(MuonRule(ns_coefficients=POLAR_EXPRESS, ns_steps=10).iteration.steps) == 10
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_small_matrices_on_the_cpu_take_a_third_of_torchs_time(size: int) -> None:
+    """126 matrices: 5 and 12 times as fast when this was written. Time of one thread, the least of many steps."""
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("times the CPU")
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        opts = []
+        for cls, options in ((optim.Muon, {"fused": False}), (torch.optim.Muon, {})):
+            params = [parameter(size, size, seed=i) for i in range(126)]
+            for p in params:
+                p.grad = random(size, size, seed=1)
+            opts.append(cls(params, **options))
+        times: list[list[float]] = [[], []]
+        for _ in range(15):
+            for opt, taken in zip(opts, times, strict=True):
+                start = time.thread_time()
+                opt.step()
+                taken.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(n_threads)
+    ours, torchs = map(min, times)
+    assert 3 * ours < torchs

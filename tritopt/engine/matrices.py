@@ -148,9 +148,9 @@ def orthogonalize_each(values: Sequence[Values], cut: Cut, iteration: Iteration)
     results = list(values)
     for places in alike.values():
         first, *moments = values[places[0]]
-        batch = torch.stack([values[i][0].to(iteration.dtype or first.dtype) for i in places])
+        batch = torch.stack([values[i][0] for i in places]).to(iteration.dtype or first.dtype)
         of_rows = [torch.stack([values[i][1] for i in places])] if moments else []
         orthogonalize_all(batch, cut, iteration, *of_rows)
-        for i, direction, *rows in zip(places, batch, *of_rows, strict=True):
-            results[i] = (direction.to(first.dtype), *rows)
+        for i, *result in zip(places, batch.to(first.dtype), *of_rows, strict=True):
+            results[i] = tuple(result)
     return results

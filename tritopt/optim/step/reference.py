@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TypeAlias
-
-import torch
+from itertools import chain
 
 from tritopt.engine.group import ScalarTable
 from tritopt.engine.matrix_phase import ApplyMatrices
@@ -16,11 +14,9 @@ from tritopt.engine.plan import Task
 from tritopt.kernels.twins.random import Noise
 from tritopt.optim import distributed
 from tritopt.optim.step.members import Member
+from tritopt.optim.step.stacks import Update, Values, stacks_of, update_stack
 from tritopt.optim.step.undo import Undo
 from tritopt.rule import apply_together
-
-Values: TypeAlias = tuple[torch.Tensor, ...]
-Update: TypeAlias = Generator[Values, Values, None]
 
 
 def update_by_reference(
@@ -30,12 +26,12 @@ def update_by_reference(
     values, end = table.values.tolist(), launch.n_scalars - launch.draws
     scalars = [launch.scalars(*row[3:end]) for row in values]
     is_skipped = launch.noop is not None and bool(launch.noop.item())
+    is_matrices = any(isinstance(phase, ApplyMatrices) for phase in launch.phases)
 
-    def update_of(place: int) -> Update:
-        member, task, i = members[place], tasks[place], int(table.place_of[place])
+    def applying(place: int, task: Task) -> Update:
+        member, i = members[place], int(table.place_of[place])
         common = (math.nan, *values[i][1:3]) if is_skipped else values[i][:3]
         noise = Noise(*task.noise, values[i][-1]) if launch.draws else None
-        undo.updates.begin([member], task.versions)
         return member.rule.applying(
             task, common, scalars[i], launch.rescale, distributed.encode, noise, launch.tracked, place
         )
@@ -44,7 +40,22 @@ def update_by_reference(
         orthogonalized = members[places[0]].rule.orthogonalized
         if launch.exchange is not None:
             orthogonalized = partial(_exchanged, launch.exchange)
-        apply_together([update_of(place) for place in places], orthogonalized)
+        stacks = stacks_of(members, tasks, table, launch, places) if is_matrices else []
+        stacked = set(chain.from_iterable(stacks))
+        updates: list[tuple[Update, int | None]] = []
+        for place in places:
+            if place not in stacked:
+                undo.updates.begin([members[place]], tasks[place].versions)
+                updates.append((applying(place, tasks[place]), None))
+        for stack in stacks:
+            alike = [tasks[place] for place in stack]
+            undo.updates.begin([members[place] for place in stack], partial(_versions, alike))
+            updates.append((update_stack(alike, partial(applying, stack[0])), len(stack)))
+        apply_together(updates, orthogonalized)
+
+
+def _versions(tasks: Sequence[Task]) -> list[list[int]]:
+    return [task.versions() for task in tasks]
 
 
 def _batches(tasks: Sequence[Task], launch: LaunchSpec) -> Iterator[list[int]]:
