@@ -1,0 +1,96 @@
+"""The digits again, with Muon for the matrices between layers and AdamW for the rest, beside torch's two classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.nn import functional
+
+from tritopt import optim
+from tritopt.tools.environment import device
+from tritopt.tools.numerics.digits import BATCH_SIZE, HIDDEN, Digits
+from tritopt.tools.numerics.training import one_thread
+from tritopt.tools.storage import FORMATS
+
+STEPS = 300
+MUON_LR, ADAMW_LR = 0.02, 1e-3
+FORMATS_BESIDE = ("fp32", "split16", "split8+int8")
+TORCHS = "torch.optim.Muon, AdamW"
+
+
+Params: TypeAlias = Sequence[torch.nn.Parameter]
+Optimizers: TypeAlias = Sequence[torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class MuonDigits:
+    """Result of training on the digits."""
+
+    name: str
+    loss: float
+    """Cross-entropy over the training images, after the last step."""
+    accuracy: float
+    """Share of the test images that are recognised."""
+
+
+def muon_digits(digits: Digits, steps: int = STEPS) -> Iterator[MuonDigits]:
+    """Train with torch's classes, with `Mixed` in some storage formats, and with NorMuon."""
+    yield _trained(TORCHS, digits, steps, torch.float32, _torchs)
+    for name in FORMATS_BESIDE:
+        fmt = FORMATS[name]
+        options = {key: value for key, value in fmt.arguments.items() if key != "multi_precision"}
+        yield _trained(f"Mixed, {name}", digits, steps, fmt.dtype, lambda *of, options=options: _mixed(*of, **options))
+    normuon = {"algorithm": "Muon", "beta2": 0.95}
+    yield _trained("Mixed with beta2, fp32", digits, steps, torch.float32, lambda *of: _mixed(*of, muon=normuon))
+
+
+def _torchs(matrices: Params, rest: Params) -> Optimizers:
+    return torch.optim.Muon(matrices, MUON_LR), torch.optim.AdamW(rest, ADAMW_LR)
+
+
+def _mixed(matrices: Params, rest: Params, muon: dict[str, Any] | None = None, **options: Any) -> Optimizers:
+    groups = [
+        {"params": matrices, "lr": MUON_LR, **(muon or {"algorithm": "Muon"})},
+        {"params": rest, "algorithm": "AdamW", "lr": ADAMW_LR},
+    ]
+    return (optim.Mixed(groups, fused=None if device().type == "cuda" else False, **options),)
+
+
+@one_thread()
+def _trained(
+    name: str, digits: Digits, steps: int, dtype: torch.dtype, make: Callable[[Params, Params], Optimizers]
+) -> MuonDigits:
+    """Train a network of two hidden layers; its arithmetic is fp32."""
+    random = torch.Generator("cpu").manual_seed(0)
+    shapes = ((HIDDEN, 64), (HIDDEN,), (HIDDEN, HIDDEN), (HIDDEN,), (10, HIDDEN), (10,))
+    params = []
+    for shape in shapes:
+        bound = 64**-0.5 if shape[-1] == 64 else HIDDEN**-0.5
+        drawn = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=random)
+        params.append(torch.nn.Parameter(drawn.bfloat16().to(device(), dtype)))
+    opts = make([params[0], params[2]], [params[1], *params[3:]])
+    # Down to 0, so that what the last batches happened to be does not show in the end.
+    schedules = [torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, steps) for opt in opts]
+    images, labels, test_images, test_labels = digits
+    images, test_images = images.float(), test_images.float()
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        first, first_bias, second, second_bias, out, out_bias = (param.float() for param in params)
+        hidden = functional.linear(functional.linear(x, first, first_bias).relu(), second, second_bias).relu()
+        return functional.linear(hidden, out, out_bias)
+
+    for _ in range(steps):
+        places = torch.randint(len(images), (BATCH_SIZE,), generator=random, dtype=torch.int64, device="cpu")
+        places = places.to(device())
+        for param in params:
+            param.grad = None
+        functional.cross_entropy(logits(images[places]), labels[places]).backward()
+        for one in (*opts, *schedules):
+            one.step()
+    with torch.no_grad():
+        loss = float(functional.cross_entropy(logits(images), labels))
+        accuracy = float((logits(test_images).argmax(dim=1) == test_labels).float().mean())
+    return MuonDigits(name, loss, accuracy)
