@@ -68,6 +68,8 @@ def numerics(
         _print_summary(rows, markdown)
         if rows[0].optimizer == "Muon" and not markdown:
             _print_orthogonality()
+            if load is None and not no_digits:
+                _print_muon_digits(min(steps, report.MUON_STEPS))
 
 
 def _print_orthogonality() -> None:
@@ -84,6 +86,19 @@ def _print_orthogonality() -> None:
         caption="Singular values that it ends with, of matrices whose values span a factor of 100; error: distance to "
         "the orthogonal matrix.",
     )  # fmt: skip
+
+
+def _print_muon_digits(steps: int) -> None:
+    print_table(
+        console(),
+        [Column("optimizer", 0), Column("loss", 1, "right"), Column("accuracy %", 2, "right")],
+        [
+            Line([one.name, f"{one.loss:.4f}", f"{100 * one.accuracy:.1f}"])
+            for one in report.muon_digits(report.Digits.load(), steps)
+        ],
+        title=f"Muon for the matrices between layers, AdamW for the rest: the digits, {steps} steps",
+        caption="Loss over the training images and share of the test images that are recognised, after the last step.",
+    )
 
 
 def _print_summary(rows: Sequence[report.FormatResult], markdown: bool) -> None:

@@ -5,6 +5,9 @@ gradients are those of its own weights. The stress is synthetic: gradients that 
 for all formats and exact in each of them, so that what differs is what was stored. One optimizer has all its cases.
 """
 
+from tritopt.tools.numerics.digits import Digits as Digits
+from tritopt.tools.numerics.muon_digits import MUON_STEPS as MUON_STEPS
+from tritopt.tools.numerics.muon_digits import muon_digits as muon_digits
 from tritopt.tools.numerics.orthogonality import orthogonality as orthogonality
 from tritopt.tools.numerics.record import FormatResult as FormatResult
 from tritopt.tools.numerics.record import load as load

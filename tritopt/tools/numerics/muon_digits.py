@@ -15,7 +15,7 @@ from tritopt.tools.numerics.digits import BATCH_SIZE, HIDDEN, Digits
 from tritopt.tools.numerics.training import one_thread
 from tritopt.tools.storage import FORMATS
 
-STEPS = 300
+MUON_STEPS = 300
 MUON_LR, ADAMW_LR = 0.02, 1e-3
 FORMATS_BESIDE = ("fp32", "split16", "split8+int8")
 TORCHS = "torch.optim.Muon, AdamW"
@@ -36,7 +36,7 @@ class MuonDigits:
     """Share of the test images that are recognised."""
 
 
-def muon_digits(digits: Digits, steps: int = STEPS) -> Iterator[MuonDigits]:
+def muon_digits(digits: Digits, steps: int = MUON_STEPS) -> Iterator[MuonDigits]:
     """Train with torch's classes, with `Mixed` in some storage formats, and with NorMuon."""
     yield _trained(TORCHS, digits, steps, torch.float32, _torchs)
     for name in FORMATS_BESIDE:
