@@ -17,7 +17,7 @@ from tritopt.commands.app import app
 from tritopt.kernels.language import INTERPRETED
 from tritopt.optim.step.build import Build
 from tritopt.tools.bench import contestants, host
-from tritopt.tools.bench.contestants import Case
+from tritopt.tools.bench.contestants import Case, mixed_case
 from tritopt.tools.bench.host import CASES, HostTime, case_times, host_times
 from tritopt.tools.bench.peers import PEERS
 from tritopt.tools.bench.without_kernels import FOREACH, OF_FUSED
@@ -37,7 +37,7 @@ def threads() -> Iterator[None]:
 
 
 def test_lists_are_those_of_the_targets() -> None:
-    fused = [case for case in CASES if case.fused]
+    fused = [case for case in CASES if case.fused and not case.mixed]
     assert {case[:2] for case in fused} == {(400, 1), (400, 400), (4000, 1)}
     assert {case.clip for case in fused} == {False, True}
     titles = [case.title for case in CASES]
@@ -48,6 +48,9 @@ def test_lists_are_those_of_the_targets() -> None:
         "400 tensors, a new set of gradients each step: built",
         "400 tensors, tritopt.create: replayed",
         "100 tensors of 10,000 elements, fused=False, one thread: replayed",
+        "291 tensors of Llama-3-8B by Muon and AdamW: replayed",
+        "291 tensors of Llama-3-8B by Muon and AdamW, clipped: replayed",
+        "291 tensors of Llama-3-8B by Muon and AdamW, scheduled: replayed",
     ):
         assert wanted in titles
 
@@ -79,6 +82,25 @@ def test_rows(case: Case) -> None:
         assert row.cold_ms > 0
         assert row.ratio == pytest.approx(row.ms / (rows[1].ms or 0))
         assert row.replaced
+
+
+@pytest.mark.parametrize("case", [mixed_case(), mixed_case(clip=True, scheduled=True)], ids=lambda case: case.title)
+def test_two_rules(case: Case) -> None:
+    """224 matrices by Muon, whose products are left out; ours takes a fraction of torch's two classes' time."""
+    matrices, rest = contestants.groups_of(case)
+    assert len(matrices["params"]) == 224
+    assert len(rest["params"]) == 67
+    rows = host_times([case], rounds=5)
+    assert [row.contestant for row in rows] == ["tritopt", "torch fused"]
+    assert all(row.refused is None and row.ms for row in rows)
+    assert rows[0].best_ms is not None
+    assert rows[1].best_ms is not None
+    assert rows[0].best_ms < rows[1].best_ms
+
+
+def test_a_model_by_two_rules_is_what_it_is() -> None:
+    with pytest.raises(ValueError, match=r"make it by mixed_case\(\)"):
+        host_times([Case(8, mixed=True)])
 
 
 def test_contestants_take_turns_whose_first_steps_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

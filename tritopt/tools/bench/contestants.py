@@ -1,4 +1,4 @@
-"""Contestants of `tritopt bench --host`: lists of parameters, and somebody's step of AdamW over each."""
+"""Contestants of `tritopt bench --host`: lists of parameters, and somebody's step of AdamW, or of Muon and AdamW."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tritopt import optim
 from tritopt.engine import recent
 from tritopt.engine.launcher import no_launches
 from tritopt.tools.bench import peers
-from tritopt.tools.bench.without_kernels import OF_FUSED, no_foreach, no_fused
+from tritopt.tools.bench.shapes import MODELS
+from tritopt.tools.bench.without_kernels import OF_FUSED, no_foreach, no_fused, no_iteration
 from tritopt.tools.environment import device
 
 ELEMENTS = 4
@@ -27,6 +28,8 @@ OURS = "tritopt"
 FUSED = "torch fused"
 FOR_LOOP = "torch for-loop"
 FACES = ("torch", "mxnet")
+SMALLER = 256
+"""Divisor of the dimensions of a model's tensors: the host's time depends on their number and that of their shapes."""
 
 
 class Case(NamedTuple):
@@ -44,6 +47,10 @@ class Case(NamedTuple):
     """Whether kernels would update it, which are left out; False: the reference does, on the CPU, with one thread."""
     elements: int = ELEMENTS
     """Number of elements of each tensor."""
+    mixed: bool = False
+    """Whether it is Llama-3-8B, its matrices between layers for Muon and the rest for AdamW: `mixed_case`."""
+    scheduled: bool = False
+    """Whether learning rates change at every step."""
 
     @property
     def is_built(self) -> bool:
@@ -63,12 +70,16 @@ class Case(NamedTuple):
     def title(self) -> str:
         """The list and the way, in words."""
         parts = [f"{self.tensors:,} tensors"]
-        if self.groups > 1:
+        if self.mixed:
+            parts[0] += " of Llama-3-8B by Muon and AdamW"
+        if self.groups > 1 and not self.mixed:
             parts[0] += f" in {self.groups:,} groups"
         if self.elements != ELEMENTS:
             parts[0] += f" of {self.elements:,} elements"
         if self.clip:
             parts.append("clipped")
+        if self.scheduled:
+            parts.append("scheduled")
         if self.sets > 1:
             parts.append("a new set of gradients each step" if self.is_built else f"{self.sets} sets of gradients")
         if self.face == "mxnet":
@@ -79,6 +90,8 @@ class Case(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError if the face cannot do what is asked."""
+        if self.mixed and self != mixed_case(self.clip, self.scheduled):
+            raise ValueError(f"{self} is not Llama-3-8B by two rules: make it by mixed_case()")
         if self.face not in FACES:
             raise ValueError(f"face={self.face!r} must be one of {', '.join(map(repr, FACES))}")
         if self.face == "mxnet" and (self.groups, self.clip, self.sets) != (1, False, 1):
@@ -86,6 +99,12 @@ class Case(NamedTuple):
                 f"face='mxnet' has no groups, and no norm or sets of gradients of its own, but groups={self.groups!r}, "
                 f"clip={self.clip!r}, sets={self.sets!r}: leave them out, or take face='torch'"
             )
+
+
+def mixed_case(clip: bool = False, scheduled: bool = False) -> Case:
+    """Llama-3-8B by Muon and AdamW."""
+    n_tensors = len(MODELS["llama3-8b"].shapes().tensors)
+    return Case(n_tensors, 2, clip, mixed=True, scheduled=scheduled)
 
 
 class Contestant(NamedTuple):
@@ -108,6 +127,12 @@ def contestants(case: Case, rivals: Sequence[str]) -> list[Contestant]:
             Contestant(name, make, _one_thread, "nothing, with fused=False")
             for name, make in ((OURS, _ours), (FOR_LOOP, for_loop))
         ]
+    if case.mixed:
+        replaced = f"torch.{', torch.'.join(OF_FUSED)} and torch's Newton-Schulz iteration; the rest of Muon stays"
+        return [
+            Contestant(OURS, _ours, no_launches, "launches of Triton kernels, and products of matrices"),
+            Contestant(FUSED, _torchs_two, no_iteration, replaced),
+        ]
     return [Contestant(OURS, _ours, no_launches, "launches of Triton kernels"), *_torch(rivals), *_others(rivals)]
 
 
@@ -116,24 +141,65 @@ def groups_of(case: Case) -> list[dict[str, Any]]:
     where = device() if case.fused else torch.device("cpu")
     generator = torch.Generator("cpu").manual_seed(0)
     params = []
-    for _ in range(case.tensors):
-        param = torch.nn.Parameter(torch.zeros(case.elements, dtype=torch.float32, device=where))
-        param.grad = torch.randn(case.elements, generator=generator, dtype=torch.float32, device="cpu").to(where)
+    shapes: Sequence[tuple[int, ...]] = [(case.elements,)] * case.tensors
+    if case.mixed:
+        shapes = [tuple(-(-n // SMALLER) for n in shape) for shape in MODELS["llama3-8b"].shapes().tensors]
+    for shape in shapes:
+        param = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=where))
+        param.grad = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(where)
         params.append(param)
+    if case.mixed:  # embedding and head are the first and the last
+        matrices = [param for param in params[1:-1] if param.dim() > 1]
+        return [{"params": matrices}, {"params": [params[0], *[p for p in params if p.dim() < 2], params[-1]]}]
     size = -(-case.tensors // case.groups)
     return [{"params": params[i : i + size]} for i in range(0, case.tensors, size)]
 
 
 def _ours(case: Case) -> Callable[[], Any]:
     groups, fused = groups_of(case), None if case.fused else False
+    max_norm = MAX_NORM if case.clip else None
+    if case.mixed:
+        of_muon, of_adamw = groups
+        rules = [
+            {**of_muon, "algorithm": "Muon", "lr": 0.02, "in_norm": False},
+            {**of_adamw, "algorithm": "AdamW", "lr": 1e-3},
+        ]
+        mixed = optim.Mixed(rules, max_grad_norm=max_norm)
+        return _scheduled(mixed.step, [mixed], case)
     if case.face == "torch":
-        max_norm = MAX_NORM if case.clip else None
         opt = optim.AdamW(groups, lr=1e-3, fused=fused, max_grad_norm=max_norm)
         return _in_turn(opt.step, groups, case)
     updater = tritopt.get_updater(tritopt.create("adamw", learning_rate=1e-3, use_fused_step=fused))
     weights = [param.detach() for group in groups for param in group["params"]]
     grads = [param.grad for group in groups for param in group["params"]]
     return partial(updater, list(range(case.tensors)), grads, weights)
+
+
+def _torchs_two(case: Case) -> Callable[[], Any]:
+    of_muon, of_adamw = groups_of(case)
+    opts = torch.optim.Muon([of_muon], lr=0.02), torch.optim.AdamW([of_adamw], lr=1e-3, fused=True)
+
+    def step() -> None:
+        if case.clip:
+            torch.nn.utils.clip_grad_norm_(of_adamw["params"], MAX_NORM)
+        for opt in opts:
+            opt.step()
+
+    return _scheduled(step, opts, case)
+
+
+def _scheduled(step: Callable[[], Any], opts: Sequence[torch.optim.Optimizer], case: Case) -> Callable[[], Any]:
+    """The step, before which learning rates change if they are to."""
+    if not case.scheduled:
+        return step
+    groups = [group for opt in opts for group in opt.param_groups]
+
+    def call() -> None:
+        for group in groups:
+            group["lr"] *= 0.9999
+        step()
+
+    return call
 
 
 def _torch(rivals: Sequence[str]) -> Iterator[Contestant]:

@@ -21,7 +21,7 @@ import torch
 
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
 from tritopt.tools.bench import peers
-from tritopt.tools.bench.contestants import OURS, Case, contestants
+from tritopt.tools.bench.contestants import OURS, Case, contestants, mixed_case
 from tritopt.tools.bench.machine import commit, cpu_name, now
 from tritopt.tools.environment import environment, fused_unavailable
 
@@ -38,6 +38,9 @@ CASES = (
     Case(400, sets=400),
     Case(400, face="mxnet"),
     Case(100, fused=False, elements=10_000),
+    mixed_case(),
+    mixed_case(clip=True),
+    mixed_case(scheduled=True),
 )
 
 
@@ -53,6 +56,8 @@ class HostTime:
     face: str
     fused: bool
     elements: int
+    mixed: bool
+    scheduled: bool
     title: str
     """These fields, of `Case`, in words."""
     replaced: str
@@ -75,7 +80,7 @@ def host_times(
     chosen_peers: Sequence[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[HostTime]:
-    """Measure the host's time of a warm step of AdamW: of ours, torch's and whichever peers are installed.
+    """Measure the host's time of a warm step of AdamW, or two rules: ours, torch's and of peers that are installed.
 
     Args:
         cases: the lists.

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.optim import _muon
 
 from tritopt.tools.replaced import replaced
 
@@ -21,6 +22,13 @@ def no_fused() -> Iterator[None]:
     with ExitStack() as stack:
         for name in OF_FUSED:
             stack.enter_context(replaced(torch, name, _fake_of(name)))
+        yield
+
+
+@contextmanager
+def no_iteration() -> Iterator[None]:
+    """Leave out what `no_fused` does, and the Newton-Schulz iteration of torch.optim.Muon, matrix by matrix."""
+    with no_fused(), replaced(_muon, "_zeropower_via_newtonschulz", _first):
         yield
 
 
