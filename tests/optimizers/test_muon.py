@@ -450,7 +450,8 @@ def test_small_matrices_on_the_cpu_take_a_third_of_torchs_time(shape: tuple[int,
     torch.set_num_threads(1)
     try:
         opts = []
-        for cls, options in ((optim.Muon, {"fused": False}), (torch.optim.Muon, {})):
+        kinds: list[tuple[Any, dict[str, Any]]] = [(optim.Muon, {"fused": False}), (torch.optim.Muon, {})]
+        for cls, options in kinds:
             params = [parameter(*shape, seed=i) for i in range(126)]
             for p in params:
                 p.grad = random(*shape, seed=1)

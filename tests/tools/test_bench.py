@@ -28,9 +28,9 @@ from tritopt.tools.bench import machine, measure, peers, plot, run, targets
 from tritopt.tools.bench.device import Device, Rehearsal
 from tritopt.tools.bench.measure import Measurement
 from tritopt.tools.bench.peers import PEERS, Peer
-from tritopt.tools.bench.plan import ELEMENTWISE, MAIN, SUMMING, Item, plan
+from tritopt.tools.bench.plan import ELEMENTWISE, MAIN, MIXED, SUMMING, Item, plan
 from tritopt.tools.bench.run import Bench, find_device
-from tritopt.tools.bench.shapes import MODELS, Model, miniature
+from tritopt.tools.bench.shapes import MODELS, Model, miniature, suited
 from tritopt.tools.cost import bytes_per_parameter
 from tritopt.tools.storage import FORMATS
 
@@ -111,7 +111,35 @@ def test_every_optimizer_is_measured() -> None:
     assert {"AdamW", *SUMMING, *ELEMENTWISE} == known
     assert {"LAMB", "Adafactor", "GroupAdaGrad"} <= set(SUMMING)
     assert {"SGD", "Adam", "Lion"} <= set(ELEMENTWISE)
-    assert {item.optimizer for item in plan()} == known
+    assert {item.optimizer for item in plan()} == known | {MIXED}
+
+
+@interpreted
+def test_muon_and_mixed_stand_beside_torchs() -> None:
+    """Muon has a model's matrices, Mixed all of it; where there is no matrix, the rows say so."""
+    items = plan(["gpt2-xl", "tiny"], ["muon", "mixed"], ["fp32"], ["torch for-loop"])
+    run = rehearsal(*items)
+    rows = list(run.rows())
+    assert run.passed
+    assert {row.optimizer for row in rows} == {"Muon", "Mixed"}
+    assert {row.contestant for row in rows} == {"tritopt", "torch for-loop"}
+    assert len(rows) == 8
+    for row in rows:
+        if row.optimizer == "Muon" and "10,000" in row.shapes:
+            assert row.refused == "miniature of 10,000 tensors of 1,000 has no matrices between layers"
+        else:
+            assert row.refused is None
+            assert row.ms is not None
+    assert {row.shapes for row in rows if row.optimizer == "Muon" and row.ms} == {"miniature of GPT-2 XL, matrices"}
+    assert all(row.moved for row in rows if row.contestant == "tritopt" and row.ms)
+
+
+def test_matrices_between_layers() -> None:
+    matrices = suited("Muon", MODELS["llama3-8b"].shapes())
+    assert matrices is not None
+    assert len(matrices.tensors) == 224
+    assert suited("Muon", MODELS["huge"].shapes()) is None
+    assert suited("AdamW", MODELS["huge"].shapes()) == MODELS["huge"].shapes()
 
 
 def test_what_is_chosen_is_crossed() -> None:
@@ -147,7 +175,7 @@ def test_peers_stand_beside_what_there_is(peer: Peer) -> None:
 
 @pytest.mark.parametrize(
     "peer",
-    [peer for peer in PEERS if peer.package == "torch" and not peer.compiled],
+    [peer for peer in PEERS if peer.package == "torch" and not peer.compiled and peer.moved is not None],
     ids=lambda peer: f"{peer.name}-{peer.optimizer}",
 )
 def test_bytes_of_torch_are_those_of_its_tensors(peer: Peer) -> None:

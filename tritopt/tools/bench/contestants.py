@@ -177,7 +177,8 @@ def _ours(case: Case) -> Callable[[], Any]:
 
 def _torchs_two(case: Case) -> Callable[[], Any]:
     of_muon, of_adamw = groups_of(case)
-    opts = torch.optim.Muon([of_muon], lr=0.02), torch.optim.AdamW([of_adamw], lr=1e-3, fused=True)
+    opts: list[torch.optim.Optimizer] = [torch.optim.Muon([of_muon], lr=0.02)]
+    opts.append(torch.optim.AdamW([of_adamw], lr=1e-3, fused=True))
 
     def step() -> None:
         if case.clip:

@@ -14,8 +14,8 @@ import torch
 from tritopt import optim
 from tritopt.tools.bench.device import Device, Step
 from tritopt.tools.bench.peers import Peer
-from tritopt.tools.bench.plan import ARGUMENTS
-from tritopt.tools.bench.shapes import Shape, Shapes
+from tritopt.tools.bench.plan import ARGUMENTS, MIXED
+from tritopt.tools.bench.shapes import Shape, Shapes, is_hidden_matrix
 from tritopt.tools.cost import counted_bytes
 from tritopt.tools.optimizers import find_optimizer
 from tritopt.tools.storage import StorageFormat
@@ -97,6 +97,12 @@ def params_of(optimizer: str, shapes: Sequence[Shape], dtype: torch.dtype, where
 
 def make(optimizer: str, fmt: StorageFormat, params: Sequence[Any]) -> optim.Optimizer:
     """Make one of ours, as it is measured."""
+    if optimizer == MIXED:
+        groups = [
+            {"params": [param for param in params if is_hidden_matrix(param.shape) == is_muons], "algorithm": name}
+            for name, is_muons in (("Muon", True), ("AdamW", False))
+        ]
+        return optim.Mixed([{**group, "lr": RATE} for group in groups if group["params"]], **fmt.arguments)
     cls: Callable[..., optim.Optimizer] = find_optimizer(optimizer)
     return cls(params, lr=RATE, **ARGUMENTS.get(optimizer, {}), **fmt.arguments)
 
@@ -104,7 +110,7 @@ def make(optimizer: str, fmt: StorageFormat, params: Sequence[Any]) -> optim.Opt
 def resident(optimizer: str, fmt: StorageFormat) -> float:
     """Tell the bytes per parameter of a large matrix, gradient included, before there are any states."""
     weight = torch.nn.Parameter(torch.zeros(128, 128, dtype=fmt.dtype, device="cpu"))
-    opt = make(optimizer, fmt, [weight])
+    opt = make("AdamW" if optimizer == MIXED else optimizer, fmt, [weight])
     states = opt.layout_of(weight, opt.param_groups[0]).expected.values()
     return 2 * fmt.dtype.itemsize + sum(prod(s.shape) * s.dtype.itemsize for s in states) / weight.numel()
 
@@ -191,7 +197,7 @@ def set_of_theirs(device: Device, shapes: Shapes, peer: Peer) -> MakeSet:
     def make_set() -> tuple[Step, Callable[[], float | None]]:
         params = params_of(peer.optimizer, shapes.tensors, peer.dtype, device.where)
         _, step = peer.make(params, RATE)
-        return step, lambda: None if is_other else peer.moved * shapes.elements
+        return step, lambda: None if is_other or peer.moved is None else peer.moved * shapes.elements
 
     return make_set
 

@@ -29,8 +29,11 @@ class Peer:
     """Module and class, "package.module:Class"."""
     formats: tuple[str, ...]
     """Our storage formats that it stands beside, by name."""
-    moved: float
-    """Bytes per parameter that its step must move as it stores things, gradient included, without a clip."""
+    moved: float | None
+    """Bytes per parameter that its step must move as it stores things, gradient included, without a clip.
+
+    None: they depend on the model.
+    """
     stores: str
     """Storage of weights, then of states, in words. Gradients have the weights' dtype."""
     dtype: torch.dtype = FP32
@@ -54,8 +57,9 @@ class Peer:
 
     @property
     def package(self) -> str:
-        """Package that has to be installed."""
-        return self.module.partition(".")[0]
+        """Package that has to be installed: torch, where it is classes of torch that a module here puts together."""
+        package = self.module.partition(".")[0]
+        return "torch" if package == "tritopt" else package
 
     def missing(self) -> str | None:
         """Say why it cannot be measured here, or None. Says nothing of what importing it would raise."""
@@ -119,6 +123,11 @@ PEERS: tuple[Peer, ...] = (
     *_torch("RAdam", 28, BESIDE_FP32),
     *_torch("Adamax", 28, BESIDE_FP32),
     *_torch("Adadelta", 28, BESIDE_FP32),
+    Peer("torch for-loop", "torch.optim:Muon", BESIDE_FP32, 20, "fp32; fp32", FP32, {}, "Muon", per_tensor=True),
+    Peer(
+        "torch for-loop", "tritopt.tools.bench.torch_mixed:MuonAndAdamW", BESIDE_FP32, None, "fp32; fp32", FP32, {},
+        "Mixed", per_tensor=True,
+    ),
     Peer("apex", "apex.optimizers:FusedAdam", BESIDE_FP32, 28, "fp32; fp32", FP32, {"adam_w_mode": True}),
     Peer("apex", "apex.optimizers:FusedSGD", BESIDE_FP32, 20, "fp32; fp32", FP32, {"momentum": 0.9}, "SGD"),
     # Four passes: the gradients' norm, the moments with the update in the gradient's place, two norms, the weights.

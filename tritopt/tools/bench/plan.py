@@ -35,6 +35,8 @@ SUMMING = _by_sums(True)
 """Optimizers whose update needs sums."""
 ELEMENTWISE = tuple(name for name in _by_sums(False) if name != "AdamW")
 """Optimizers whose update of an element needs nothing of the others; AdamW is measured by itself."""
+MIXED = "Mixed"
+"""Name of Muon for matrices between layers and AdamW for the rest."""
 MAIN = "split16"
 """Storage format of bf16 weights in tritopt.optim by default."""
 FORMATS = ("master", "split16+bf16", "split8+int8", "split8+fp8")
@@ -50,7 +52,7 @@ class Item(NamedTuple):
     model: str
     """A key of MODELS."""
     optimizer: str
-    """A class of tritopt.optim."""
+    """A class of tritopt.optim, or MIXED."""
     format: str
     """A key of tritopt.tools.storage.FORMATS."""
     peer: Peer | None = None
@@ -82,7 +84,7 @@ def plan(
     Raises:
         ValueError: an unknown name.
     """
-    classes = None if optimizers is None else [find_optimizer(name).__name__ for name in optimizers]
+    classes = None if optimizers is None else [_class_name(name) for name in optimizers]
     stored = None if formats is None else [fmt.name for fmt in find_formats(formats)]
     names, rivals = find_models(models), peers.find_peers(chosen_peers)
     if optimizers or formats or models:
@@ -98,6 +100,10 @@ def plan(
     return list(_with_peers(ours, rivals, AT_ONCE))
 
 
+def _class_name(name: str) -> str:
+    return MIXED if name.lower() == MIXED.lower() else find_optimizer(name).__name__
+
+
 def _default_models(quick: bool) -> tuple[str, ...]:
     return ("resnet50",) if quick else ("gpt2-xl", "resnet50")
 
@@ -111,6 +117,7 @@ def _important(quick: bool) -> Iterator[tuple[str, str, str]]:
     yield from ((large, cls, MAIN) for cls in ("SGD", "Adam", "Lion")[: 1 if quick else None])
     yield from ((large, cls, MAIN) for cls in SUMMING[: 1 if quick else None])
     yield from ((large, "AdamW", fmt) for fmt in FORMATS)
+    yield large, MIXED, MAIN
     yield "tiny", "AdamW", MAIN
     if quick:
         return
@@ -124,6 +131,8 @@ def _important(quick: bool) -> Iterator[tuple[str, str, str]]:
     yield "bert-large", "AdamW", MAIN
     yield "bert-large", "LAMB", MAIN
     yield "llama3-8b", "AdamW", "split8+int8"
+    yield "llama3-8b", MIXED, MAIN
+    yield "llama3-8b", MIXED, "split8+int8"
 
 
 def _with_peers(cases: Iterable[tuple[str, str, str]], rivals: Sequence[str], at_once: Sequence[str]) -> Iterator[Item]:

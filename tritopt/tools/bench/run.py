@@ -25,8 +25,8 @@ from tritopt.tools.bench import measure, peers
 from tritopt.tools.bench.device import Device, Rehearsal
 from tritopt.tools.bench.machine import commit, now
 from tritopt.tools.bench.measure import OURS, Measurement
-from tritopt.tools.bench.plan import Item
-from tritopt.tools.bench.shapes import MODELS, Shapes, miniature
+from tritopt.tools.bench.plan import MIXED, Item
+from tritopt.tools.bench.shapes import MODELS, Shapes, miniature, suited
 from tritopt.tools.bench.targets import judge
 from tritopt.tools.storage import FORMATS, StorageFormat
 
@@ -184,7 +184,11 @@ class Bench:
     def _shapes(self, item: Item, fmt: StorageFormat) -> tuple[Shapes | None, str | None]:
         """Take as much of the model as there is memory for, the same for all of a case; or say why nothing of it."""
         if item.case not in self._fitting:
-            self._fitting[item.case] = self._fit(item, fmt)
+            shapes, reason = self._fit(item, fmt)
+            if shapes is not None and (fitting := suited(item.optimizer, shapes)) != shapes:
+                reason = None if fitting else f"{shapes.name} has no matrices between layers"
+                shapes = fitting
+            self._fitting[item.case] = shapes, reason
         return self._fitting[item.case]
 
     def _fit(self, item: Item, fmt: StorageFormat) -> tuple[Shapes | None, str | None]:
@@ -274,6 +278,8 @@ def _ratio(theirs: float | None, ours: float | None) -> float | None:
 
 def gate(optimizer: str, fmt: StorageFormat) -> str | None:
     """Check an optimizer in a format, and say why that is red; None if it is green."""
+    if optimizer == MIXED:
+        return gate("Muon", fmt) or gate("AdamW", fmt)
     weight = torch.nn.Parameter(torch.zeros(2, 64, dtype=fmt.dtype, device="cpu"))
     opt = measure.make(optimizer, fmt, [weight])
     group = opt.param_groups[0]

@@ -88,6 +88,23 @@ def _llama3_8b(layers: int) -> list[Shape]:
     return [(vocabulary, hidden), *layer * layers, (hidden,), (vocabulary, hidden)]
 
 
+LARGEST_HIDDEN = 20_000
+"""Most rows of a matrix between layers; vocabularies have more."""
+
+
+def is_hidden_matrix(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape is one for Muon. A short table of embeddings is taken for one."""
+    return len(shape) == 2 and shape[0] <= LARGEST_HIDDEN
+
+
+def suited(optimizer: str, shapes: Shapes) -> Shapes | None:
+    """Take the tensors that an optimizer is for, a class of tritopt.optim; None if there are none."""
+    if optimizer != "Muon":
+        return shapes
+    matrices = tuple(shape for shape in shapes.tensors if is_hidden_matrix(shape))
+    return Shapes(f"{shapes.name}, matrices", matrices) if matrices else None
+
+
 TINY, TINY_SIZE = 10_000, 1000
 HUGE = 2**31 + 4096
 

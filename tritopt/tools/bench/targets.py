@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from tritopt.tools.bench.measure import OURS, Measurement
 from tritopt.tools.bench.peers import PEERS
-from tritopt.tools.bench.plan import ELEMENTWISE, MAIN
+from tritopt.tools.bench.plan import ELEMENTWISE, MAIN, MIXED
 from tritopt.tools.bench.shapes import MODELS
 
 Verdict = Literal["met", "missed", "not measured"]
@@ -82,7 +82,8 @@ def _ratios(
 
 def _replayed(name: str) -> Numbers:
     def numbers(rows: Sequence[Measurement]) -> list[float]:
-        values = [getattr(row, name) for row in rows if row.contestant == OURS]
+        # Products of matrices are torch's, which allocates for them.
+        values = [getattr(row, name) for row in rows if row.contestant == OURS and row.optimizer not in ("Muon", MIXED)]
         return [float(value) for value in values if value is not None]
 
     return numbers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -41,19 +42,17 @@ def muon_digits(digits: Digits, steps: int = MUON_STEPS) -> Iterator[MuonDigits]
     yield _trained(TORCHS, digits, steps, torch.float32, _torchs)
     for name in FORMATS_BESIDE:
         fmt = FORMATS[name]
-        options = {key: value for key, value in fmt.arguments.items() if key != "multi_precision"}
-        yield _trained(f"Mixed, {name}", digits, steps, fmt.dtype, lambda *of, options=options: _mixed(*of, **options))
-    normuon = {"algorithm": "Muon", "beta2": 0.95}
-    yield _trained("Mixed with beta2, fp32", digits, steps, torch.float32, lambda *of: _mixed(*of, muon=normuon))
+        yield _trained(f"Mixed, {name}", digits, steps, fmt.dtype, partial(_mixed, fmt.arguments, {}))
+    yield _trained("Mixed with beta2, fp32", digits, steps, torch.float32, partial(_mixed, {}, {"beta2": 0.95}))
 
 
 def _torchs(matrices: Params, rest: Params) -> Optimizers:
     return torch.optim.Muon(matrices, MUON_LR), torch.optim.AdamW(rest, ADAMW_LR)
 
 
-def _mixed(matrices: Params, rest: Params, muon: dict[str, Any] | None = None, **options: Any) -> Optimizers:
+def _mixed(options: dict[str, Any], of_muon: dict[str, Any], matrices: Params, rest: Params) -> Optimizers:
     groups = [
-        {"params": matrices, "lr": MUON_LR, **(muon or {"algorithm": "Muon"})},
+        {"params": matrices, "algorithm": "Muon", "lr": MUON_LR, **of_muon},
         {"params": rest, "algorithm": "AdamW", "lr": ADAMW_LR},
     ]
     return (optim.Mixed(groups, fused=None if device().type == "cuda" else False, **options),)
@@ -88,8 +87,10 @@ def _trained(
         for param in params:
             param.grad = None
         functional.cross_entropy(logits(images[places]), labels[places]).backward()
-        for one in (*opts, *schedules):
-            one.step()
+        for opt in opts:
+            opt.step()
+        for schedule in schedules:
+            schedule.step()
     with torch.no_grad():
         loss = float(functional.cross_entropy(logits(images), labels))
         accuracy = float((logits(test_images).argmax(dim=1) == test_labels).float().mean())
