@@ -98,7 +98,7 @@ def test_formula(ratio: str | None) -> None:
 @FUSED
 @pytest.mark.parametrize("ratio", ["original", "match_rms_adamw"])
 def test_all_rows_move_alike_at_first(ratio: str, fused: bool | None) -> None:
-    """Under Muon they do not. An update has the size of Muon's, or with "match_rms_adamw" an RMS of 0.2."""
+    """Rows of Muon do not. An update has its size, or with "match_rms_adamw" an RMS of 0.2."""
     moved = {}
     for beta2 in (None, 0.95):
         (p,) = params = parameters([(6, 8)])

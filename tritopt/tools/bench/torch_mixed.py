@@ -27,6 +27,6 @@ class MuonAndAdamW:
         self.param_groups = list(chain.from_iterable(opt.param_groups for opt in self._opts))
 
     def step(self) -> None:
-        """Update all parameters."""
+        """Update all parameters, the matrices first."""
         for opt in self._opts:
             opt.step()
