@@ -20,6 +20,7 @@ from tritopt.engine.group import LaunchGroup, ScalarTable, upload_table
 from tritopt.engine.phase import LaunchSpec, Recorder, Reduce, run_phases
 from tritopt.engine.recent import Recent
 from tritopt.engine.tuning.config import Config
+from tritopt.engine.walk import holds_values, walk
 from tritopt.kernels.drivers.multi_tensor_norm import square_update
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON
@@ -154,8 +155,7 @@ class Planner:
         for original, copy in copied_back:
             original.copy_(copy)
         # Autograd must learn of writes that it did not make, as it does of torch's own in-place operations.
-        written = [t for task in tasks for t in task.written() if not t.is_inference()]
-        torch.autograd.graph.increment_version(written)
+        walk().mark_written([tensor for task in tasks for tensor in task.written()])
         return None if copied_back or any(a is not b for a, b in zip(dense, tasks, strict=True)) else groups
 
     def squares(self, key: Hashable, tensors: Sequence[torch.Tensor], reduce: Reduce | None = None) -> torch.Tensor:
@@ -303,11 +303,6 @@ def _as_dense(
             planes, states = tuple(moved[:grad_at]), tuple(moved[grad_at + 1 :])
             dense.append(task._replace(weight=planes, grad=moved[grad_at], state=states))
     return dense, copied_back
-
-
-def holds_values(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's memory holds its values: not where a bit says that they are negated, or that all are 0."""
-    return not (tensor.is_neg() or private.is_zero_tensor(tensor))
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
