@@ -21,7 +21,7 @@ import torch
 
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
 from tritopt.tools.bench import peers
-from tritopt.tools.bench.contestants import OURS, Case, contestants, mixed_case
+from tritopt.tools.bench.contestants import OURS, Case, Step, contestants, mixed_case
 from tritopt.tools.bench.machine import commit, cpu_name, now
 from tritopt.tools.environment import environment, fused_unavailable
 
@@ -37,6 +37,7 @@ CASES = (
     Case(400, sets=4),
     Case(400, sets=400),
     Case(400, face="mxnet"),
+    Case(400, face="gluon"),
     Case(100, fused=False, elements=10_000),
     mixed_case(),
     mixed_case(clip=True),
@@ -165,7 +166,7 @@ class Times(NamedTuple):
 
 
 def interleaved(
-    steps: Sequence[tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]],
+    steps: Sequence[tuple[Step, Callable[[], AbstractContextManager[Any]]]],
     rounds: int,
     clock: Callable[[], float],
 ) -> list[Times]:
@@ -188,9 +189,10 @@ def interleaved(
     return times
 
 
-def _timed(step: Callable[[], Any], clock: Callable[[], float]) -> float:
+def _timed(step: Step, clock: Callable[[], float]) -> float:
+    step.prepare()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = clock()
-    step()
+    step.run()
     return clock() - start
