@@ -21,19 +21,6 @@ from tritopt.engine.newton_schulz import QUINTIC, steps_of
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import Config
 
-MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
-    (
-        "muon.py",
-        "s.beta2 * moments + s.one_minus_beta2 * squares",
-        {
-            "a sum": "moments + squares",
-            "no past": "s.one_minus_beta2 * squares",
-            "no present": "s.beta2 * moments",
-            "decay rates swapped": "s.one_minus_beta2 * moments + s.beta2 * squares",
-        },
-    ),
-    ("muon.py", "w, (state[0], state[0])", {"moments are not read": "w, (state[0], 0.0 * state[0])"}),
-]
 FUSED = pytest.mark.parametrize("fused", [None, False], ids=["kernel", "reference"])
 MOMENTS = "second_momentum_buffer"
 

@@ -30,8 +30,7 @@ def compare_runs(
             if case.rereads_states and not is_state:
                 value = torch.where(_differ(name, ours, expected), expected[name], tensor)
             tolerance = _tolerance(case, kind, name)
-            power = _power_of_products(runs["truth"].optimizer, name)
-            if products is not None and power:
+            if products is not None and (power := _power_of_products(runs["truth"].optimizer, name)):
                 tolerance = with_products(tolerance, products, case.compute_dtype, power)
             gap = _gap(tensor, expected[name], *(neighbour.get(name) for neighbour in neighbours))
             error, is_within = largest_error(value, expected[name], start[name], gap, tolerance, case.compute_dtype)
