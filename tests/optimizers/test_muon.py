@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -242,6 +243,43 @@ def test_checkpoints_are_torchs() -> None:
         opt.load_state_dict(expected)
     split = optim.Muon([parameter(4, 6)], split=2, state_dtype="int8").state_dict()["param_groups"][0]
     assert split.keys() - expected["param_groups"][0].keys() == {"split"}
+
+
+@pytest.mark.parametrize("lacking", [(), ("nesterov", "adjust_lr_fn")], ids=["now", "older"])
+def test_a_loaded_checkpoint_goes_on_as_torchs(lacking: tuple[str, ...]) -> None:
+    """The first step after it too, also where an older torch has not saved all keys."""
+    (theirs,) = [parameter(4, 6)]
+    torchs = torch.optim.Muon([theirs], lr=0.1, momentum=0.8)
+    theirs.grad = random(4, 6, seed=1)
+    torchs.step()
+    saved = copy.deepcopy(torchs.state_dict())
+    for key in lacking:
+        del saved["param_groups"][0][key]
+    ours = torch.nn.Parameter(theirs.detach().clone())
+    opt = optim.Muon([ours])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that are kept
+        opt.load_state_dict(saved)
+    for p, o in ((ours, opt), (theirs, torchs)):
+        p.grad = random(4, 6, seed=2)
+        o.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.1 * ROUNDING)
+    buffers = (o.state[p]["momentum_buffer"] for p, o in ((ours, opt), (theirs, torchs)))
+    torch.testing.assert_close(*buffers, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_the_first_step() -> None:
+    (theirs,) = [parameter(4, 6)]
+    torchs = torch.optim.Muon([theirs])
+    theirs.grad = random(4, 6, seed=1)
+    torchs.step()
+    saved = copy.deepcopy(torchs.state_dict())
+    saved["state"][0]["momentum_buffer"] = torch.zeros(6, 4)
+    with pytest.raises(ValueError, match=r"momentum_buffer of parameter 0 has shape \(6, 4\)"):
+        optim.Muon([parameter(4, 6)]).load_state_dict(saved)
+    saved["param_groups"][0]["ns_steps"] = 0
+    with pytest.raises(ValueError, match="ns_steps=0 must be 1 to 99"):
+        optim.Muon([parameter(4, 6)]).load_state_dict(saved)
 
 
 def test_random_bits_need_a_step_in_the_checkpoint() -> None:
