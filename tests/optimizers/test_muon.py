@@ -66,7 +66,6 @@ MUTATIONS: list[tuple[str, str, dict[str, str]]] = [
             "decay rates swapped": "s.one_minus_beta2 * moments + s.beta2 * squares",
         },
     ),
-    ("muon.py", "w, (state[0], state[0])", {"moments are not read": "w, (state[0], 0.0 * state[0])"}),
 ]
 
 IN_BF16 = Iteration(steps_of(QUINTIC, 5), 1e-7, torch.bfloat16, "original", 1.0)
