@@ -27,8 +27,7 @@ from tritopt.tools.cost import bytes_per_parameter
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS
 from tritopt.kernels.formats.states import STATE_FORMATS
-from tritopt.mxnet.optimizer import with_api
-from tritopt.mxnet.registry import registered
+from tritopt.mxnet.registry import registered, with_api
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 common = [(bf16, bf16, MASTER_FP32), (f32, f32, PLAIN)]
 rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, f64, PLAIN)]

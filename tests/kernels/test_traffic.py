@@ -16,7 +16,7 @@ from tritopt.engine.plan import Planner
 from tritopt.engine.tuning.config import NVIDIA
 from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.language import INTERPRETED
-from tritopt.mxnet.optimizer import optimizer_of
+from tritopt.mxnet.registry import optimizer_of
 from tritopt.tools import cost
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tritopt.lr_scheduler import LRScheduler
 
 OptimizerClass = TypeVar("OptimizerClass", bound="type[Optimizer]")
+MULTI_PRECISION = "update_multi_precision"
 
 
 class Optimizer(Update):
@@ -318,29 +319,6 @@ def find(name: str) -> type[Optimizer]:
         nearest = validate.did_you_mean(name.lower(), sorted(known))
         raise ValueError(f"unknown optimizer {name!r}{nearest} known: {', '.join(sorted(known))}")
     return known[name.lower()]
-
-
-_MADE: dict[type[Rule], type[Optimizer]] = {}
-
-
-def with_api(rule: type[Rule]) -> type[Optimizer]:
-    """The rule with this API: the registered class that has it, or one that is made here, once."""
-    if issubclass(rule, Optimizer):
-        return rule
-    known = next((cls for cls in Optimizer.opt_registry.values() if cls.rule is rule), None)
-    if known is None and rule not in _MADE:
-        _MADE[rule] = type(rule.__name__, (rule, Optimizer), {}, learning_rate=0.01)
-    return known or _MADE[rule]
-
-
-MULTI_PRECISION = "update_multi_precision"
-
-
-def optimizer_of(rule: Rule) -> Optimizer:
-    """An optimizer with this API that computes what the rule computes."""
-    made = with_api(type(rule))()
-    vars(made).update(vars(rule))
-    return made
 
 
 def _with_gradients(

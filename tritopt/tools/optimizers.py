@@ -13,7 +13,8 @@ import torch
 from tritopt import optim
 from tritopt.engine.validate import did_you_mean
 from tritopt.mxnet import registry
-from tritopt.mxnet.optimizer import Optimizer, with_api
+from tritopt.mxnet.optimizer import Optimizer
+from tritopt.mxnet.registry import with_api
 
 
 def registered(names: Sequence[str] | None = None) -> list[type[Optimizer]]:

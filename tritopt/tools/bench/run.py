@@ -19,7 +19,7 @@ import torch
 
 import tritopt
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED, triton
-from tritopt.mxnet.optimizer import with_api
+from tritopt.mxnet.registry import with_api
 from tritopt.tools import check
 from tritopt.tools.bench import measure, peers
 from tritopt.tools.bench.device import Device, Rehearsal

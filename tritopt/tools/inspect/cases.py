@@ -8,7 +8,8 @@ import torch
 
 from tritopt.engine.validate import did_you_mean
 from tritopt.mxnet import registry
-from tritopt.mxnet.optimizer import Optimizer, with_api
+from tritopt.mxnet.optimizer import Optimizer
+from tritopt.mxnet.registry import with_api
 from tritopt.tools.cost import Traffic, bytes_per_parameter
 from tritopt.tools.inspect.record import Case
 from tritopt.tools.optimizers import find_optimizers, torch_classes
