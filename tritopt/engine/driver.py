@@ -17,7 +17,7 @@ from tritopt.engine.launcher import BoundKernel
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning import autotune
-from tritopt.engine.tuning.config import GENERIC, Config, adapted
+from tritopt.engine.tuning.config import GENERIC, Config, adapted, unrolled
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
 from tritopt.kernels.formats.format import PLAIN
@@ -132,6 +132,7 @@ class BoundPhase:
             "CHUNK_SIZE": config.chunk_size,
             "BLOCK_SIZE": config.block_size,
             "TAIL_SIZE": min(config.tail_size, config.block_size),
+            "UNROLL": unrolled(config, launch.generic or GENERIC, group.dtypes),
             "num_warps": config.num_warps,
             "enable_fp_fusion": False,
         }
@@ -225,7 +226,7 @@ def _config_of(phase: Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier: 
     key = (id(phase.update), phase.n_sums, launch.tracked is None)
     chosen: tuple[Config, Any] | None = group.configs.get(key)
     if chosen is None:
-        unadapted = GENERIC if phase.scratch else autotune.choose(phase, group, launch, n_earlier)
+        unadapted = (launch.generic or GENERIC) if phase.scratch else autotune.choose(phase, group, launch, n_earlier)
         config = adapted(unadapted, group.formats, group.dtypes)
         chosen = group.configs[key] = config, phase.update
     return chosen[0]

@@ -138,7 +138,7 @@ class _Prepared:
         else:
             layouts = layouts_of(phase, group.shapes, group.strides, self._dtype.itemsize)
         self._size = max(layout.size for layout in layouts)
-        config = adapted(launch.config or GENERIC, group.formats, group.dtypes)
+        config = adapted(launch.config or launch.generic or GENERIC, group.formats, group.dtypes)
         first, second = phase.passes
         launch = launch._replace(phases=(first, second))  # which of them tracks what goes by identity
         self._parts = []

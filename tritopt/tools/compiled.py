@@ -126,7 +126,7 @@ def _compiled(step: Callable[[Planner], Any], arch: int | str) -> list[CompiledL
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
     recording = Recording()
     planner = Planner()
-    planner.config, planner.record = NVIDIA if isinstance(arch, int) else AMD, recording
+    planner.generic, planner.record = NVIDIA if isinstance(arch, int) else AMD, recording
     step(planner)
     return [_describe(launched, arch) for launched in recording.launches]
 
