@@ -208,8 +208,12 @@ class _Loop:
             yield target
 
 
-def hot_loops(code: Code) -> list[HotLoop]:
-    """Find the hot loops, in the order of the code; none if the kernel has no 128-bit accesses in a loop."""
+def hot_loops(code: Code, wide_loads: int = 0) -> list[HotLoop]:
+    """Find the hot loops, in the order of the code; none if the kernel has no 128-bit accesses in a loop.
+
+    wide_loads: number of 128-bit loads of one iteration of the source, whose one hot loop is to be unrolled, which may
+    leave no such iteration over; 0: unknown.
+    """
     ends: dict[int, int] = {}
     for at, instruction in enumerate(code.instructions):
         target = code.labels.get(instruction.label, len(code.instructions))
@@ -222,7 +226,13 @@ def hot_loops(code: Code) -> list[HotLoop]:
     remainders = [accesses for block in _blocks(code, inner) if _is_wide(accesses := _accesses(block))]
     whole = [loop for loop in inner if all(_ratio(other.accesses, loop.accesses) < 2 for other in inner)]
     remainders += [loop.accesses for loop in inner if loop not in whole]
-    return [_described(loop, max([1, *[_ratio(loop.accesses, accesses) for accesses in remainders]])) for loop in whole]
+    described = []
+    # The compiler may unroll those that its own unrolling leaves over, too; they stand behind.
+    for loop in whole[:1] if wide_loads else whole:
+        n_wide = loop.accesses["load", WIDE]
+        times = n_wide // wide_loads if wide_loads and n_wide % wide_loads == 0 else 1
+        described.append(_described(loop, max([1, times, *(_ratio(loop.accesses, other) for other in remainders)])))
+    return described
 
 
 def _blocks(code: Code, loops: Sequence[_Loop]) -> Iterator[Sequence[Instruction]]:
