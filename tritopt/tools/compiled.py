@@ -92,6 +92,10 @@ class CompiledLaunch(NamedTuple):
 
     None: there is no hot loop.
     """
+    alu: float | None
+    """Number of instructions per parameter for the pipe of integers. None: there is no hot loop."""
+    xu: float | None
+    """Number of instructions per parameter for the pipe of roots and conversions. None: there is no hot loop."""
 
 
 def compile_launches(
@@ -210,12 +214,15 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
         elements,
         loads,
         stores,
-        *(expected or (None, None)),
+        expected[0] if expected else None,
+        expected[1] if expected else None,
         _bytes(loads, elements, is_driver) - masked[0] if loops else None,
         _bytes(stores, elements, is_driver) - masked[1] if loops else None,
         sum(loop.instructions for loop in loops) / elements if loops else None,
         sum(loop.arithmetic for loop in loops) / elements if loops else None,
         max(loop.waits for loop in loops) if loops else None,
+        sum(loop.alu for loop in loops) / elements if loops else None,
+        sum(loop.xu for loop in loops) / elements if loops else None,
     )
 
 

@@ -31,6 +31,8 @@ class Instruction(NamedTuple):
     falls_through: bool = True
     """Whether the next instruction may follow."""
     calls: bool = False
+    pipe: str = ""
+    """Pipe that has fewer lanes than are issued: "ALU" or "XU"; empty: it has one of full width, or none."""
     is_arithmetic: bool = True
     """Whether it neither accesses memory nor branches."""
     access: tuple[str, int] | None = None
@@ -65,6 +67,10 @@ class HotLoop:
     """Number of stores to global memory by their width in bits."""
     waits: float
     """Number of times that a thread waits for loads issued since it last waited: 1 if all are issued first."""
+    alu: float
+    """Number of instructions for the pipe of integers, comparisons and choices; on AMD that is the vector unit's: 0."""
+    xu: float
+    """Number of instructions for the pipe of roots, inverses and conversions."""
 
 
 _SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<rest>[^;]*);")
@@ -76,6 +82,15 @@ _SASS_OTHER = re.compile(
     r"(LD|ST|LDG|STG|LDS|STS|LDSM|STSM|LDL|STL|U?LDC|LDCU|RED|ATOM[GS]?|CCTL|MEMBAR|ERRBAR|(LDG)?DEPBAR|BAR|SYNCS)|"
     r"(BRA|BRX|JMP|CALL|RET|EXIT|BSSY|BSYNC|BREAK|BMOV|WARPSYNC|YIELD|NANOSLEEP|NOP)"
 )
+
+# MOV goes either way; IMAD, FADD, FMUL and FFMA have a pipe of full or of half width each, which never fills first.
+_SASS_PIPES = {
+    "XU": re.compile(r"MUFU|I2F|F2I|FRND|F2F"),
+    "ALU": re.compile(
+        r"IADD3|LOP3|SHF|PRMT|F?SEL|FMNMX|V?IMNMX3?|VIADD|VIADDMNMX|[IF]SETP|PLOP3|LEA|I2FP|F2FP|FCHK|IABS|SGXT|P2R|R2P"
+    ),
+}
+_GCN_SPECIAL = re.compile(r"v_(rcp|rsq|sqrt|exp|log|sin|cos)_")
 
 
 def parse_sass(text: str) -> Code:
@@ -101,6 +116,7 @@ def parse_sass(text: str) -> Code:
                     label=target[0] if target else "",
                     falls_through=name not in ("BRA", "EXIT", "RET", "BRX", "JMP") or is_conditional,
                     calls=name == "CALL",
+                    pipe=next((pipe for pipe, names in _SASS_PIPES.items() if names.fullmatch(name)), ""),
                     is_arithmetic=not _SASS_OTHER.fullmatch(name),
                     access=access,
                     fills=fills,
@@ -152,6 +168,7 @@ def parse_gcn(text: str) -> Code:
                     label=target[0] if target and not is_skip else "",
                     falls_through=not is_always and name not in ("s_endpgm", "s_setpc_b64"),
                     calls=name == "s_swappc_b64",
+                    pipe="XU" if _GCN_SPECIAL.match(name) else "",
                     is_arithmetic=name.startswith("v_"),
                     access=(access[1], _gcn_width(access[2])) if access else None,
                     leaves=int(left[1]) if left else None,
@@ -253,8 +270,10 @@ def _described(loop: _Loop, times_unrolled: int) -> HotLoop:
         for wanted in ("load", "store")
     )
     n_arithmetic = sum(instruction.is_arithmetic for instruction in loop.path)
-    waits = _waits(loop.path) / times_unrolled
-    return HotLoop(len(loop.path) / times_unrolled, n_arithmetic / times_unrolled, loads, stores, waits)
+    pipes = Counter(instruction.pipe for instruction in loop.path)
+    counts = (len(loop.path), n_arithmetic, _waits(loop.path), pipes["ALU"], pipes["XU"])
+    instructions, arithmetic, waits, alu, xu = (count / times_unrolled for count in counts)
+    return HotLoop(instructions, arithmetic, loads, stores, waits, alu, xu)
 
 
 def _waits(path: Sequence[Instruction]) -> int:
