@@ -12,6 +12,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 if os.environ.get("TRITOPT_PTX"):
@@ -32,3 +33,8 @@ os.environ["COLUMNS"] = "200"
 # Fills what torch.empty returns with NaN: a value that nobody wrote shows.
 torch.use_deterministic_algorithms(True)
 torch.sparse.check_sparse_tensor_invariants.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take minutes each: at the end, one worker would wait for the other."""
+    items.sort(key=lambda item: "tests/ptx/test_steps.py" not in item.nodeid)

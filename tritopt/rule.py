@@ -15,8 +15,8 @@ from tritopt.engine.arrays import arrays_of
 from tritopt.engine.driver import Apply
 from tritopt.engine.phase import Phase
 from tritopt.engine.plan import Task, compute_dtype
-from tritopt.engine.replay import mark_written
 from tritopt.engine.telemetry import Tracked, whole
+from tritopt.engine.walk import walk
 from tritopt.kernels.formats.format import Format
 from tritopt.kernels.formats.states import SIGNED, SQUARES
 from tritopt.kernels.preambles import PREAMBLES
@@ -241,7 +241,7 @@ class Rule:
             g = PREAMBLES[self.preamble].reference(w, g, *common)  # type: ignore[arg-type, assignment]
             new_weight, new_state = self.reference(w, g, tuple(state), s)  # type: ignore[arg-type]
         # Before, since an interrupt may come at any moment: autograd and a failed step ask what was written.
-        mark_written(task.written())
+        walk().mark_written(list(task.written()))
         for old, new in zip(state, new_state, strict=True):
             old[...] = new
         w[...] = new_weight

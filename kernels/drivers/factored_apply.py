@@ -112,7 +112,7 @@ def factored_sums(
     """Sums of SQUARE_FN over the rows and over the columns of a factored tensor's tile."""
     tensor, shape, _, first_matrix, first_row, first_column = _locate(tile_ptr, shape_ptr, TILE_ROWS, BB, BC)
     n_matrices, n_rows, n_columns, n_elements = shape[0], shape[1], shape[2], shape[3]
-    ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, N_PLANES + 1, DTYPES)
+    ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, N_PLANES + 1, DTYPES, ())
     common, s, is_live = load_scalars(
         table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
         SCALARS, N_SCALARS, N_SCALARS - 3, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
@@ -186,7 +186,7 @@ def factored_moments(
     is_column = tl.load(line_ptr + 3 * tl.program_id(0) + 1) == 1
     block = tl.load(line_ptr + 3 * tl.program_id(0) + 2).to(tl.int64)
     shape = _load_shape(shape_ptr, tensor)
-    ptrs, _, _ = load_pointers(table_ptr, tensor, 0, DTYPES)
+    ptrs, _, _ = load_pointers(table_ptr, tensor, 0, DTYPES, ())
     _, s, is_live = load_scalars(
         table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
         SCALARS, N_SCALARS, N_SCALARS - 3, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,
@@ -219,7 +219,7 @@ def factored_means(
     tensor = tl.load(matrix_ptr + 2 * tl.program_id(0)).to(tl.int64)
     block = tl.load(matrix_ptr + 2 * tl.program_id(0) + 1).to(tl.int64)
     shape = _load_shape(shape_ptr, tensor)
-    ptrs, _, _ = load_pointers(table_ptr, tensor, 0, DTYPES)
+    ptrs, _, _ = load_pointers(table_ptr, tensor, 0, DTYPES, ())
     b = block * BB + tl.arange(0, BB)[:, None]
     totals = tl.zeros([BB, BLOCK_ROWS], dtype=COMPUTE_DTYPE)
     for first in tl.range(0, shape[1], BLOCK_ROWS, num_stages=1):
@@ -297,7 +297,7 @@ def factored_apply(
     """
     tensor, shape, tile, first_matrix, first_row, first_column = _locate(tile_ptr, shape_ptr, TILE_ROWS, BB, BC)
     n_matrices, n_rows, n_columns, n_elements = shape[0], shape[1], shape[2], shape[3]
-    ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, len(DTYPES), DTYPES)
+    ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, len(DTYPES), DTYPES, ())
     common, s, is_live = load_scalars(
         table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
         SCALARS, N_SCALARS, N_SCALARS - 3, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,

@@ -65,7 +65,10 @@ def _apply_block(  # noqa: C901
     if READS[1]:
         g = tl.load(ptrs[FORMATS[0][1]] + offsets, mask=mask)
         # Where nothing else is read, the compiler loads the gradients of four blocks first, unless `widen` is there.
-        g = widen(g, COMPUTE_DTYPE) if READS[0] else g.to(COMPUTE_DTYPE)
+        if READS[0]:
+            g = widen(g, COMPUTE_DTYPE)
+        else:
+            g = g.to(COMPUTE_DTYPE)
     if TRACKS[0]:
         terms = track_gradient(g)
     if HAS_ROWS:

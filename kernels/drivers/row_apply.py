@@ -53,7 +53,7 @@ def row_apply(
     n_columns = tl.load(matrix_ptr + 2 * tensor)
     row = tl.program_id(0) - tl.load(matrix_ptr + 2 * tensor + 1)
 
-    ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, N_PLANES + 1, DTYPES)
+    ptrs, aligned_ptrs, is_aligned = load_pointers(table_ptr, tensor, N_PLANES + 1, DTYPES, ())
     common, s, is_live = load_scalars(
         table_ptr, tensor, n_tensors, rescale_ptr, noop_ptr,
         SCALARS, N_SCALARS, N_SCALARS - 3, len(DTYPES), SKIP_ZERO_RESCALE, COMPUTE_DTYPE,

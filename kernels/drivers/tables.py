@@ -18,7 +18,7 @@ def load_tuple(ptr, N: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_pointers(table_ptr, tensor, N_MOVED: tl.constexpr, DTYPES: tl.constexpr, ALIGNED: tl.constexpr = ()):
+def load_pointers(table_ptr, tensor, N_MOVED: tl.constexpr, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
     """Load the pointers to a tensor's planes, gradient and states.
 
     Args:

@@ -209,7 +209,7 @@ def test_tensors_are_read_as_in_c() -> None:
     tensor = torch.nn.Parameter(torch.zeros(5, 3, device="cpu").t())
     place = private.implementation_of(tensor)
     assert ctypes.c_void_p.from_address(id(tensor) + object.__basicsize__).value == place
-    (dtype, layout, dim, sizes, strides, data_ptr, is_neg), strided = private.functions_of_tensors()
+    (dtype, layout, dim, sizes, strides, data_ptr, *of_tensors), strided = private.functions_of_tensors()
     handle = ctypes.byref(ctypes.c_void_p(place))
 
     def ask(function: int, kind: Any) -> Any:
@@ -226,10 +226,19 @@ def test_tensors_are_read_as_in_c() -> None:
     assert ask(strides, numbers)[:2] == [1, 3]
     assert ask(data_ptr, ctypes.c_void_p).value == tensor.data_ptr()
     assert ask(dtype, ctypes.c_int32).value != -1
-    negates = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(is_neg)
-    assert not negates(handle)
-    other = private.negated_view(tensor)
-    assert negates(ctypes.byref(ctypes.c_void_p(private.implementation_of(other))))
+
+    def of(other: torch.Tensor) -> Any:
+        return ctypes.byref(ctypes.c_void_p(private.implementation_of(other)))
+
+    negates, is_inference = (ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(place) for place in of_tensors[:2])
+    negated = private.negated_view(tensor)
+    assert (negates(handle), negates(of(negated))) == (False, True)
+    with torch.inference_mode():
+        without_version = torch.zeros(1)
+    assert (is_inference(handle), is_inference(of(without_version))) == (False, True)
+    before = private.version_of(tensor)
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(of_tensors[2])(handle)
+    assert private.version_of(tensor) == before + 1
 
 
 # What is spread over processes.

@@ -15,7 +15,7 @@ import torch
 
 import tritopt
 from tritopt import optim
-from tritopt.engine import walk
+from tritopt.engine import private, walk
 from tritopt.engine.walk import IN_PYTHON, Walk, known_states, n_words
 
 CHOSEN = walk._choose()
@@ -216,6 +216,18 @@ def test_a_subclass_is_asked_for_its_own_gradient(ask: Walk) -> None:
     out[0] = 0
     assert ask.gradients_are([param], said, out)
     assert out.tolist() == [-1]
+
+
+def test_autograd_learns_of_writes(ask: Walk) -> None:
+    with torch.inference_mode():
+        without_version = torch.zeros(2)
+    base = torch.zeros(2, 2)
+    marked = [torch.nn.Parameter(torch.zeros(2)), base[0], Subclass(torch.zeros(2)), without_version]
+    ask.mark_written([*marked, marked[0]])
+    assert [private.version_of(tensor) for tensor in (*marked[:3], base)] == [2, 1, 1, 1]
+    ask.mark_written([])
+    with pytest.raises((TypeError, AttributeError)):
+        ask.mark_written([None])  # type: ignore[list-item]
 
 
 def test_the_same_objects(ask: Walk) -> None:

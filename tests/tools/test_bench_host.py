@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tritopt.commands.app import app
 from tritopt.kernels.language import INTERPRETED
 from tritopt.optim.step.build import Build
 from tritopt.tools.bench import contestants, host
-from tritopt.tools.bench.contestants import Case
+from tritopt.tools.bench.contestants import Case, Step
 from tritopt.tools.bench.host import CASES, HostTime, case_times, host_times
 from tritopt.tools.bench.peers import PEERS
 from tritopt.tools.bench.without_kernels import FOREACH, OF_FUSED
@@ -47,6 +48,7 @@ def test_lists_are_those_of_the_targets() -> None:
         "400 tensors, 4 sets of gradients: replayed",
         "400 tensors, a new set of gradients each step: built",
         "400 tensors, tritopt.create: replayed",
+        "400 tensors, tritopt.Trainer: replayed",
         "100 tensors of 10,000 elements, fused=False, one thread: replayed",
     ):
         assert wanted in titles
@@ -62,6 +64,7 @@ def test_lists_are_those_of_the_targets() -> None:
         Case(8, face="mxnet"),
         Case(8, 2, True, fused=False, elements=100),
         Case(8, face="mxnet", fused=False),
+        Case(8, face="gluon"),
     ],
     ids=lambda case: case.title,
 )
@@ -86,13 +89,17 @@ def test_contestants_take_turns_whose_first_steps_are_told_apart(monkeypatch: py
     monkeypatch.setattr(host, "TURN", 2)
     now, order = 0.0, []
 
-    def step(name: str, times: list[float]) -> Callable[[], None]:
+    def step(name: str, times: list[float]) -> Step:
         def run() -> None:
             nonlocal now
             order.append(name)
             now += times.pop(0)
 
-        return run
+        def prepare() -> None:
+            nonlocal now
+            now += 1000.0  # which is not timed
+
+        return Step(run, prepare)
 
     a, b = [7.0, 70.0, 1.0, 2.0] * 2, [8.0, 80.0, 5.0, 4.0, 9.0, 90.0, 3.0, 6.0]
     measured = host.interleaved([(step("a", a), nullcontext), (step("b", b), nullcontext)], 2, lambda: now)
@@ -207,11 +214,12 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         host_times(rounds=0)
     with pytest.raises(ValueError, match="unknown peer 'appex'; did you mean 'apex'"):
         case_times(SMALL, chosen_peers=["appex"])
-    with pytest.raises(ValueError, match="face='jax' must be one of 'torch', 'mxnet'"):
+    with pytest.raises(ValueError, match="face='jax' must be one of 'torch', 'mxnet', 'gluon'"):
         case_times(Case(8, face="jax"))
-    for more in ({"groups": 2}, {"clip": True}, {"sets": 2}):
-        with pytest.raises(ValueError, match=r"face='mxnet' has no groups.*leave them out, or take face='torch'"):
-            case_times(Case(8, face="mxnet", **more))
+    refused: tuple[dict[str, Any], ...] = ({"groups": 2}, {"clip": True}, {"sets": 2})
+    for face, more in product(("mxnet", "gluon"), refused):
+        with pytest.raises(ValueError, match=rf"face='{face}' has no groups.*leave them out, or take face='torch'"):
+            case_times(Case(8, face=face, **more))
     monkeypatch.setattr(host, "fused_unavailable", lambda: "no Triton here")
     with pytest.raises(RuntimeError, match="no Triton here"):
         case_times(SMALL)

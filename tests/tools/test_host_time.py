@@ -40,6 +40,7 @@ GUARDS = (
     Guard(Case(400, sets=4), 2.0),  # 0.97 to 1.05
     Guard(Case(400, sets=400), 22.0, rounds=3),  # 13 to 17
     Guard(Case(400, face="mxnet"), 1.6),  # 0.8 to 0.85
+    Guard(Case(400, face="gluon"), 2.0),  # 0.9 to 1.0
     Guard(Case(100, fused=False, elements=10_000), 1.6, rounds=3),  # 1.2 to 1.4
 )
 OF_ONE_GROUP = 1.6

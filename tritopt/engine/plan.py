@@ -20,6 +20,7 @@ from tritopt.engine.group import LaunchGroup, ScalarTable, upload_table
 from tritopt.engine.phase import LaunchSpec, Recorder, Reduce, run_phases
 from tritopt.engine.recent import Recent
 from tritopt.engine.tuning.config import Config
+from tritopt.engine.walk import holds_values, walk
 from tritopt.kernels.drivers.multi_tensor_norm import square_update
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.language import HAS_TRITON, INTERPRETED, MISSING_TRITON
@@ -115,7 +116,7 @@ class Planner:
     """`LaunchSpec.generic` of all launches that `record` is told of."""
 
     def __init__(self) -> None:
-        self._plans: Recent[tuple[Hashable, list[LaunchGroup]]] = Recent()
+        self._plans: Recent[tuple[Any, list[LaunchGroup]]] = Recent()
         self._places: Recent[frozenset[Any]] = Recent()
         """Address, shape and strides of each tensor of a list whose tensors were found to share no element."""
         self.replays: Recent[Any] = Recent()
@@ -149,24 +150,18 @@ class Planner:
         scalars = scalars if isinstance(scalars, ScalarTable) else ScalarTable.of(scalars)
         by_position = any(isinstance(phase, Apply) and phase.reads_offsets for phase in launch.phases)
         dense, copied_back = _as_dense(tasks, by_position)
-        groups = self._groups(key, dense)
-        for group in groups:
-            upload_table(group, _words(group, dense, scalars), scalars.values)
+        groups = self._uploaded(key, dense, scalars)
         run_phases(groups, self.configured(launch), len(dense))
         for original, copy in copied_back:
             original.copy_(copy)
         # Autograd must learn of writes that it did not make, as it does of torch's own in-place operations.
-        written = [t for task in tasks for t in task.written() if not t.is_inference()]
-        torch.autograd.graph.increment_version(written)
+        walk().mark_written([tensor for task in tasks for tensor in task.written()])
         return None if copied_back or any(a is not b for a, b in zip(dense, tasks, strict=True)) else groups
 
     def squares(self, key: Hashable, tensors: Sequence[torch.Tensor], reduce: Reduce | None = None) -> torch.Tensor:
         """Sum of squares of each tensor, fp64 [tensors], one launch per dtype; bit-identical from run to run."""
         tasks, _ = _as_dense([Task((t,), PLAIN, t, ()) for t in tensors])
-        groups = self._groups(("squares", key), tasks)
-        scalars = ScalarTable.of([(1.0, np.inf, 0.0)] * len(tasks))
-        for group in groups:
-            upload_table(group, _words(group, tasks, scalars), scalars.values)
+        groups = self._uploaded(("squares", key), tasks, ScalarTable.of([(1.0, np.inf, 0.0)] * len(tasks)))
         device = tensors[0].device if tensors else torch.device("cpu")
         return self.squares_of(groups, len(tasks), device, reduce).view(-1)
 
@@ -207,13 +202,25 @@ class Planner:
         validate.no_aliases(owner_of, [tensor for task in tasks for tensor in task.written()])
         self._places.put(key, distinct, len(places))
 
-    def _groups(self, key: Hashable, tasks: Sequence[Task]) -> list[LaunchGroup]:
-        signature = tuple([(_group_key(task), task.grad.shape, task.weight[0].stride(), task.noise) for task in tasks])
+    def _uploaded(self, key: Hashable, tasks: Sequence[Task], scalars: ScalarTable) -> list[LaunchGroup]:
+        """The groups of a list of tasks, with their tables on the device."""
+        tensors = [task.tensors() for task in tasks]
+        addresses = [[tensor.data_ptr() for tensor in of_task] for of_task in tensors]
+        group_keys = list(map(_group_key, tasks, tensors, addresses))
+        signature = [
+            (group_key, task.grad.shape, task.weight[0].stride(), task.noise)
+            for group_key, task in zip(group_keys, tasks, strict=True)
+        ]
         plan = self._plans.get(key)
         if plan is None or plan[0] != signature:
-            groups = _build_groups(tasks, [group_key for group_key, *_ in signature])
-            plan = self._plans.put(key, (signature, groups), len(tasks))
-        return plan[1]
+            plan = self._plans.put(key, (signature, _build_groups(tasks, group_keys)), len(tasks))
+        _, groups = plan
+        for group in groups:
+            words = np.empty((len(group.members), len(group.dtypes) + 1), np.int64)
+            words[:, :-1] = [addresses[i] for i in group.members]
+            words[:, -1] = scalars.place_of[group.members]
+            upload_table(group, words, scalars.values)
+        return groups
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -229,39 +236,36 @@ _SQUARES = Apply(square_update, reads_grad=False, writes_weight=False, n_sums=1)
 _OF_SQUARES = LaunchSpec((_SQUARES,), NoScalars, "rescaled")
 
 
-def _words(group: LaunchGroup, tasks: Sequence[Task], scalars: ScalarTable) -> np.ndarray[Any, np.dtype[np.int64]]:
-    words = [[*[t.data_ptr() for t in tasks[i].tensors()], scalars.place_of[i]] for i in group.members]
-    return np.array(words, dtype=np.int64)
+class _GroupKey(NamedTuple):
+    """Facts that the tasks of one group have in common."""
 
-
-def _group_key(task: Task) -> Hashable:
-    """Key that tasks of one group have in common: device, names of formats, dtypes."""
-    names = tuple([fmt.name for fmt in task.formats])
-    return task.grad.device, names, tuple([t.dtype for t in task.tensors()]), _aligned(task)
-
-
-def _aligned(task: Task) -> tuple[bool, ...]:
+    device: torch.device
+    formats: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    aligned: tuple[bool, ...]
     """Whether each tensor begins at a multiple of 16 bytes, which the widest accesses need."""
-    return tuple([t.data_ptr() % 16 == 0 for t in task.tensors()])
 
 
-def _build_groups(tasks: Sequence[Task], keys: Sequence[Hashable]) -> list[LaunchGroup]:
-    members: dict[Hashable, list[int]] = {}
+def _group_key(task: Task, tensors: Sequence[torch.Tensor], addresses: Sequence[int]) -> _GroupKey:
+    names = tuple([fmt.name for fmt in task.formats])
+    aligned = tuple([address % 16 == 0 for address in addresses])
+    return _GroupKey(task.grad.device, names, tuple([tensor.dtype for tensor in tensors]), aligned)
+
+
+def _build_groups(tasks: Sequence[Task], keys: Sequence[_GroupKey]) -> list[LaunchGroup]:
+    members: dict[_GroupKey, list[int]] = {}
     for i, (task, key) in enumerate(zip(tasks, keys, strict=True)):
         if task.grad.numel() > 0:
             members.setdefault(key, []).append(i)
     groups = []
-    for positions in members.values():
+    for key, positions in members.items():
         first = tasks[positions[0]]
-        dtypes = tuple(t.dtype for t in first.tensors())
         shapes = [tasks[i].grad.shape for i in positions]
         noise = [tasks[i].noise for i in positions]
         strides = [tasks[i].weight[0].stride() for i in positions]
         has_rows = first.rows is not None
         groups.append(
-            LaunchGroup(
-                positions, first.grad.device, first.formats, dtypes, shapes, noise, strides, _aligned(first), has_rows
-            )
+            LaunchGroup(positions, key.device, first.formats, key.dtypes, shapes, noise, strides, key.aligned, has_rows)
         )
     return groups
 
@@ -278,7 +282,10 @@ def _as_dense(
     dense, copied_back = [], []
     for task in tasks:
         tensors = task.tensors()
-        if all(t.is_contiguous() and holds_values(t) for t in tensors):
+        for tensor in tensors:
+            if not (tensor.is_contiguous() and holds_values(tensor)):
+                break
+        else:
             dense.append(task)
             continue
         weight = task.weight[0]
@@ -305,11 +312,6 @@ def _as_dense(
             planes, states = tuple(moved[:grad_at]), tuple(moved[grad_at + 1 :])
             dense.append(task._replace(weight=planes, grad=moved[grad_at], state=states))
     return dense, copied_back
-
-
-def holds_values(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's memory holds its values: not where a bit says that they are negated, or that all are 0."""
-    return not (tensor.is_neg() or private.is_zero_tensor(tensor))
 
 
 def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

@@ -122,17 +122,22 @@ def keep_busy(cuda: Any, cycles: int) -> None:
 # torch's interfaces for compiled code, which walk.c calls by address.
 
 _OF_HANDLES = tuple(f"aoti_torch_get_{name}" for name in ("dtype", "layout", "dim", "sizes", "strides", "data_ptr"))
-_IS_NEG = "_ZN2at6native6is_negERKNS_6TensorE"  # at::native::is_neg(at::Tensor const&)
+_OF_TENSORS = (
+    "_ZN2at6native6is_negERKNS_6TensorE",  # at::native::is_neg(at::Tensor const&)
+    "_ZN2at6native12is_inferenceERKNS_6TensorE",  # at::native::is_inference(at::Tensor const&)
+    "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",  # torch::autograd::impl::bump_version(at::Tensor const&)
+)
 
 
 def functions_of_tensors() -> tuple[list[int], int]:
-    """Return addresses of what a C program asks a tensor with, and the number that means a strided layout.
+    """Return addresses of functions that a C program calls with a tensor, and the number that means a strided layout.
 
-    They are dtype, layout, dim, sizes, strides, data_ptr of torch/csrc/inductor/aoti_torch/c/shim.h, and
-    at::native::is_neg. A handle points to an at::Tensor, which is one pointer. Linux only.
+    They are dtype, layout, dim, sizes, strides, data_ptr of torch/csrc/inductor/aoti_torch/c/shim.h, then
+    at::native::is_neg and is_inference, and torch::autograd::impl::bump_version. A handle points to an at::Tensor,
+    which is one pointer. Linux only.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    places = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in (*_OF_HANDLES, _IS_NEG)]
+    places = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in (*_OF_HANDLES, *_OF_TENSORS)]
     return [place or 0 for place in places], int(library.aoti_torch_layout_strided())
 
 

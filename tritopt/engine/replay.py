@@ -98,11 +98,3 @@ def slice_if_run(places: Array) -> Array | slice:
     """An index that needs no copy, where that says the same."""
     is_run = len(places) > 0 and np.array_equal(places, np.arange(places[0], places[0] + len(places)))
     return slice(int(places[0]), int(places[0]) + len(places)) if is_run else places
-
-
-def mark_written(tensors: Sequence[torch.Tensor]) -> None:
-    """Tell autograd of writes that it did not make."""
-    try:
-        torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:  # one was made in inference mode, and has no version
-        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])

@@ -12,15 +12,18 @@ typedef int32_t (*get_number_fn)(void *handle, int32_t *out);
 typedef int32_t (*get_size_fn)(void *handle, int64_t *out);
 typedef int32_t (*get_sizes_fn)(void *handle, int64_t **out);
 typedef int32_t (*get_address_fn)(void *handle, void **out);
-/* at::native::is_neg(const at::Tensor &), for which that interface has nothing: whether values are those in memory, negated. */
-typedef _Bool (*is_neg_fn)(void *handle);
+/* Functions of const at::Tensor & for which that interface has nothing. at::native::is_neg: whether values are those in
+   memory, negated. at::native::is_inference: whether there is no version. torch::autograd::impl::bump_version raises then. */
+typedef _Bool (*is_fn)(void *handle);
+typedef void (*bump_version_fn)(void *handle);
 
 static struct {
   get_number_fn dtype, layout;
   get_size_fn dim;
   get_sizes_fn sizes, strides;
   get_address_fn data_ptr;
-  is_neg_fn is_neg;
+  is_fn is_neg, is_inference;
+  bump_version_fn bump_version;
   int32_t strided;
 } torch;
 
@@ -49,11 +52,11 @@ static PyObject *implementation(PyObject *self, PyObject *tensor) {
 }
 
 static PyObject *bind(PyObject *self, PyObject *args) {
-  unsigned long long f[7];
+  unsigned long long f[9];
   int strided;
   PyObject *tensor, *parameter;
-  if (!PyArg_ParseTuple(args, "O!O!KKKKKKKi", &PyType_Type, &tensor, &PyType_Type, &parameter, f, f + 1, f + 2, f + 3,
-                        f + 4, f + 5, f + 6, &strided))
+  if (!PyArg_ParseTuple(args, "O!O!(KKKKKKKKK)i", &PyType_Type, &tensor, &PyType_Type, &parameter, f, f + 1, f + 2,
+                        f + 3, f + 4, f + 5, f + 6, f + 7, f + 8, &strided))
     return NULL;
   Py_INCREF(tensor);
   Py_INCREF(parameter);
@@ -65,7 +68,9 @@ static PyObject *bind(PyObject *self, PyObject *args) {
   torch.sizes = (get_sizes_fn)(uintptr_t)f[3];
   torch.strides = (get_sizes_fn)(uintptr_t)f[4];
   torch.data_ptr = (get_address_fn)(uintptr_t)f[5];
-  torch.is_neg = (is_neg_fn)(uintptr_t)f[6];
+  torch.is_neg = (is_fn)(uintptr_t)f[6];
+  torch.is_inference = (is_fn)(uintptr_t)f[7];
+  torch.bump_version = (bump_version_fn)(uintptr_t)f[8];
   torch.strided = strided;
   Py_RETURN_NONE;
 }
@@ -79,13 +84,18 @@ static int64_t *room(PyObject *array, Py_buffer *view, Py_ssize_t n) {
   return NULL;
 }
 
-/* Of one tensor: its address, and up to `n_free` words that say how it lies in memory. They are written, or if `is_known`
-   compared with what stands there. Returns their number; 0 if it is not as expected, -1 after an error. */
-static Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, Py_ssize_t n_free, int is_known) {
+/* ANOTHER: a tensor that nothing is known of. LIKE: it should be like one that was described. SAME: it is the object that
+   was described, which is strided still, or has no address. */
+enum known { ANOTHER, LIKE, SAME };
+
+/* Of one tensor: its address, and up to `n_free` words that say how it lies in memory. They are written, or if something
+   is known of it compared with what stands there. Returns their number; 0 if it is not as expected, -1 after an error. */
+static inline Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, Py_ssize_t n_free,
+                                      enum known known) {
   if (tensor == Py_None) { /* no gradient */
-    if (n_free < 2 || (is_known && (to[0] != -1 || to[1] != -1))) return 0;
+    if (n_free < 2 || (known && (to[0] != -1 || to[1] != -1))) return 0;
     *address = -1;
-    if (!is_known) to[0] = to[1] = -1;
+    if (!known) to[0] = to[1] = -1;
     return 2;
   }
   void *impl = impl_of(tensor), *data = NULL;
@@ -93,7 +103,8 @@ static Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, 
   void *handle = &impl;
   int32_t dtype, layout;
   int64_t dim, *sizes, *strides;
-  if (torch.layout(handle, &layout) || layout != torch.strided || torch.is_neg(handle)) return 0;
+  if (known != SAME && (torch.layout(handle, &layout) || layout != torch.strided)) return 0;
+  if (torch.is_neg(handle)) return 0;
   if (torch.dtype(handle, &dtype) || torch.dim(handle, &dim) || torch.sizes(handle, &sizes) ||
       torch.strides(handle, &strides) || torch.data_ptr(handle, &data))
     return 0;
@@ -103,7 +114,7 @@ static Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, 
   if (!data && n_elements) return 0; /* all its values are 0, and lie nowhere */
   size_t n_bytes = dim * sizeof(int64_t);
   *address = (int64_t)(uintptr_t)data;
-  if (is_known)
+  if (known)
     return to[0] == dtype && to[1] == dim && !memcmp(to + 2, sizes, n_bytes) && !memcmp(to + 2 + dim, strides, n_bytes)
                ? 2 + 2 * dim
                : 0;
@@ -124,7 +135,7 @@ static PyObject *describe(PyObject *self, PyObject *args) {
   PyObject *said = out ? PyBytes_FromStringAndSize(NULL, n_words * (Py_ssize_t)sizeof(int64_t)) : NULL;
   int64_t *words = said ? (int64_t *)(void *)PyBytes_AS_STRING(said) : NULL;
   for (Py_ssize_t i = 0; said && i < n && found > 0; i++) {
-    found = describe_one(PyList_GET_ITEM(tensors, i), out + i, words + used, n_words - used, 0);
+    found = describe_one(PyList_GET_ITEM(tensors, i), out + i, words + used, n_words - used, ANOTHER);
     used += found > 0 ? found : 0;
   }
   if (out) PyBuffer_Release(&view);
@@ -144,7 +155,7 @@ static PyObject *gradients_are(PyObject *self, PyObject *args) {
   if (!out) return NULL;
   for (Py_ssize_t i = 0; i < n && found > 0; i++) {
     PyObject *grad = PyObject_GetAttr(PyList_GET_ITEM(params, i), classes.grad_name);
-    found = grad ? describe_one(grad, out + i, words + used, n_words - used, 1) : -1;
+    found = grad ? describe_one(grad, out + i, words + used, n_words - used, LIKE) : -1;
     used += found > 0 ? found : 0;
     Py_XDECREF(grad);
   }
@@ -161,12 +172,22 @@ static PyObject *are(PyObject *self, PyObject *args) {
   int64_t now, *words = (int64_t *)(void *)PyBytes_AS_STRING(said), *at = room(array, &view, n);
   if (!at) return NULL;
   for (; i < n; i++) {
-    found = describe_one(PyList_GET_ITEM(tensors, i), &now, words + used, n_words - used, 1);
+    found = describe_one(PyList_GET_ITEM(tensors, i), &now, words + used, n_words - used, SAME);
     if (found <= 0 || at[i] != now) break;
     used += found;
   }
   PyBuffer_Release(&view);
   return found < 0 ? NULL : PyBool_FromLong(i == n && used == n_words);
+}
+
+static PyObject *mark_written(PyObject *self, PyObject *tensors) {
+  if (!PyList_Check(tensors)) return PyErr_Format(PyExc_TypeError, "not a list: %R", (PyObject *)Py_TYPE(tensors));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); i++) {
+    void *impl = impl_of(PyList_GET_ITEM(tensors, i));
+    if (!impl) return NULL;
+    if (!torch.is_inference(&impl)) torch.bump_version(&impl);
+  }
+  Py_RETURN_NONE;
 }
 
 static PyObject *same(PyObject *self, PyObject *args) {
@@ -238,7 +259,7 @@ static int values_are(PyObject *dict, const int64_t *row, int64_t n, int64_t *wo
     if ((int64_t)(uintptr_t)key != row[0] || (int64_t)(uintptr_t)value != row[1]) return 0;
     if (row[2] == -1) continue;
     PyObject *part = part_of(value);
-    Py_ssize_t found = describe_one(part ? part : value, &now, words + used, n_words - used, 1);
+    Py_ssize_t found = describe_one(part ? part : value, &now, words + used, n_words - used, part ? LIKE : SAME);
     Py_XDECREF(part);
     if (found <= 0) return PyErr_Occurred() ? -1 : 0;
     if (now != row[2]) return 0;
@@ -275,6 +296,7 @@ static PyMethodDef methods[] = {{"bind", bind, METH_VARARGS, NULL},
                                 {"describe", describe, METH_VARARGS, NULL},
                                 {"gradients_are", gradients_are, METH_VARARGS, NULL},
                                 {"are", are, METH_VARARGS, NULL},
+                                {"mark_written", mark_written, METH_O, NULL},
                                 {"same", same, METH_VARARGS, NULL},
                                 {"hold", hold, METH_VARARGS, NULL},
                                 {"changed", changed, METH_VARARGS, NULL},

@@ -27,7 +27,6 @@ import torch
 
 from tritopt.engine import private
 from tritopt.engine.group import Array
-from tritopt.engine.plan import holds_values
 from tritopt.engine.warning import warn_once
 from tritopt.kernels.language import HAS_TRITON
 
@@ -48,6 +47,10 @@ class Walk(Protocol):
 
     def gradients_are(self, params: list[torch.Tensor], said: Any, out: Array) -> bool:
         """Whether `describe` says this of their gradients; their addresses."""
+        ...
+
+    def mark_written(self, tensors: list[torch.Tensor]) -> None:
+        """Tell autograd of writes that it did not make. Tensors of inference mode have no version."""
         ...
 
     def same(self, a: list[Any], b: list[Any]) -> bool:
@@ -110,6 +113,11 @@ def _with_memory(value: Any) -> torch.Tensor | None:
     return part
 
 
+def holds_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory holds its values: not where a bit says that they are negated, or that all are 0."""
+    return not (tensor.is_neg() or private.is_zero_tensor(tensor))
+
+
 def _states_are(dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
     parts, addresses = [], []
     known = iter(table.tolist())
@@ -148,6 +156,10 @@ def _gradients_are(params: list[torch.Tensor], said: Any, out: Array) -> bool:
     return bool(_describe(grads, out, n_words(grads)) == said)
 
 
+def _mark_written(tensors: list[torch.Tensor]) -> None:
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
 def _same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
@@ -168,6 +180,7 @@ IN_PYTHON: Walk = SimpleNamespace(
     states_are=_states_are,
     describe=_describe,
     gradients_are=_gradients_are,
+    mark_written=_mark_written,
     same=_same,
     hold=_hold,
     changed=_changed,
@@ -264,7 +277,7 @@ def _built(source: str, digest: str) -> Any:
 def _bind(made: Any) -> None:
     """Give it torch's functions, and see that it is right. RuntimeError if it is not."""
     functions, strided = private.functions_of_tensors()
-    made.bind(torch.Tensor, torch.nn.Parameter, *functions, strided)
+    made.bind(torch.Tensor, torch.nn.Parameter, tuple(functions), strided)
     tensors = [*(_empty(n).requires_grad_(n > 1) for n in range(4)), torch.nn.Parameter(_empty(1))]
     if list(map(made.implementation, tensors)) != list(map(private.implementation_of, tensors)):
         raise RuntimeError(f"torch {torch.__version__} keeps elsewhere what the one in C reads of a tensor")
@@ -277,7 +290,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _agrees(made: Walk) -> bool:
-    """Whether it says of some tensors what Python says, and refuses what it should."""
+    """Whether it says of some tensors what Python says, marks one, and refuses what it should."""
     tensors = [_empty(3, 5).t(), torch.nn.Parameter(_empty(2, dtype=torch.bfloat16)), _empty()]
     addresses, expected = np.zeros(3, np.int64), np.array([tensor.data_ptr() for tensor in tensors])
     said = made.describe(tensors, addresses, n_words(tensors))
@@ -288,4 +301,7 @@ def _agrees(made: Walk) -> bool:
     kept = [x for i, x in enumerate(numbers) if i not in starts]
     refused = (_empty(2, 2).to_sparse(), private.negated_view(_empty(2, 2)), private.zero_tensor(2, 2))
     is_right = np.array_equal(addresses, expected) and kept == words
+    before = private.version_of(tensors[1])
+    made.mark_written(tensors[1:2])
+    is_right = is_right and private.version_of(tensors[1]) == before + 1
     return is_right and all(made.describe([tensor], addresses[:1], 6) is None for tensor in refused)

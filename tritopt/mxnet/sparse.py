@@ -7,7 +7,8 @@ from collections.abc import Hashable
 import torch
 
 from tritopt.engine import private
-from tritopt.engine.plan import Task, holds_values
+from tritopt.engine.plan import Task
+from tritopt.engine.walk import holds_values
 
 
 class StandIn:

@@ -15,9 +15,9 @@ from tritopt.engine.launcher import Updates
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner, Task, unavailable
 from tritopt.engine.random_keys import noise_key
-from tritopt.engine.replay import NormTables, mark_written
+from tritopt.engine.replay import NormTables
 from tritopt.engine.telemetry import Tracked, Tracker, refuse, whole
-from tritopt.engine.walk import warn_if_slow
+from tritopt.engine.walk import walk, warn_if_slow
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.preambles import without_clip
 from tritopt.kernels.telemetry import measure
@@ -138,7 +138,7 @@ class Update(States):
                 replay.launch(launched, scalars.of_launch(launched), self._planner.configured(launch))
                 if launch.tracked is not None:
                     self._tracker.add(launched.indices, launch.tracked)
-        mark_written(repeated.weights)
+        walk().mark_written(repeated.weights)
 
     def _tasks(
         self,

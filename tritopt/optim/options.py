@@ -12,8 +12,8 @@ class Options(TypedDict, total=False):
         multi_precision: keep a master and fp32 states for fp16 and bf16 parameters; default True.
         master: format of the master. "auto", the default: "split16" for bf16 parameters, "fp32" for fp16 ones and under
             differentiable=True. "fp32": a copy, 4 bytes. "split16": 16 bits that complete a bf16 parameter to exactly
-            the fp32 master; 2 bytes less to keep and 4 to move, and the same trajectory. Such a parameter is the master
-            rounded to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in all, rounded
+            the fp32 master; 2 bytes less to keep and 4 to move, and the same master from the same gradients. Such a
+            parameter is the master rounded to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in all, rounded
             stochastically. "kahan": what the parameter lacks, in its own dtype; updates below 2^-17 of a bf16 weight
             can be lost. "stochastic": nothing beside a bf16 parameter, which is rounded stochastically. None is
             multi_precision=False.

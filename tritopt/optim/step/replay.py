@@ -177,7 +177,7 @@ class Replay:
 
     def finish(self) -> None:
         """Tell autograd of writes that it did not make."""
-        torch.autograd.graph.increment_version(self._members_params)
+        self._walk.mark_written(self._members_params)
 
     def next(self, opt: Owner, options: OptionsByGroup) -> Replay:
         """Return itself: the next step may be like this one."""

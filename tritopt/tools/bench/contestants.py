@@ -26,7 +26,21 @@ ABSENT = 10
 OURS = "tritopt"
 FUSED = "torch fused"
 FOR_LOOP = "torch for-loop"
-FACES = ("torch", "mxnet")
+FACES = ("torch", "mxnet", "gluon")
+
+
+class Step(NamedTuple):
+    """A contestant's step, and what precedes it."""
+
+    run: Callable[[], Any]
+    """The step, which is timed."""
+    prepare: Callable[[], Any] = lambda: None
+    """Gradients as a backward pass would leave them, which is not timed."""
+
+    def __call__(self) -> None:
+        """Prepare and run."""
+        self.prepare()
+        self.run()
 
 
 class Case(NamedTuple):
@@ -39,7 +53,7 @@ class Case(NamedTuple):
     sets: int = 1
     """Sets of parameters that have gradients, in turn: several as with two heads, or experts without tokens."""
     face: str = FACES[0]
-    """One of FACES: tritopt.optim, or tritopt.create with its Updater."""
+    """One of FACES: tritopt.optim, tritopt.create with its Updater, or tritopt.Trainer, which takes gradients away."""
     fused: bool = True
     """Whether kernels would update it, which are left out; False: the reference does, on the CPU, with one thread."""
     elements: int = ELEMENTS
@@ -71,8 +85,8 @@ class Case(NamedTuple):
             parts.append("clipped")
         if self.sets > 1:
             parts.append("a new set of gradients each step" if self.is_built else f"{self.sets} sets of gradients")
-        if self.face == "mxnet":
-            parts.append("tritopt.create")
+        if self.face != FACES[0]:
+            parts.append({"mxnet": "tritopt.create", "gluon": "tritopt.Trainer"}[self.face])
         if not self.fused:
             parts.append("fused=False, one thread")
         return f"{', '.join(parts)}: {'built' if self.is_built else 'replayed'}"
@@ -81,10 +95,10 @@ class Case(NamedTuple):
         """Raise ValueError if the face cannot do what is asked."""
         if self.face not in FACES:
             raise ValueError(f"face={self.face!r} must be one of {', '.join(map(repr, FACES))}")
-        if self.face == "mxnet" and (self.groups, self.clip, self.sets) != (1, False, 1):
+        if self.face != FACES[0] and (self.groups, self.clip, self.sets) != (1, False, 1):
             raise ValueError(
-                f"face='mxnet' has no groups, and no norm or sets of gradients of its own, but groups={self.groups!r}, "
-                f"clip={self.clip!r}, sets={self.sets!r}: leave them out, or take face='torch'"
+                f"face={self.face!r} has no groups, and no norm or sets of gradients of its own, but "
+                f"groups={self.groups!r}, clip={self.clip!r}, sets={self.sets!r}: leave them out, or take face='torch'"
             )
 
 
@@ -92,7 +106,7 @@ class Contestant(NamedTuple):
     """Someone who makes a step for a list."""
 
     name: str
-    make: Callable[[Case], Callable[[], Any]]
+    make: Callable[[Case], Step]
     """An optimizer of AdamW over such a list, and its step with the clip."""
     without_kernels: Callable[[], AbstractContextManager[Any]]
     """Context of its steps, without what is replaced."""
@@ -124,16 +138,24 @@ def groups_of(case: Case) -> list[dict[str, Any]]:
     return [{"params": params[i : i + size]} for i in range(0, case.tensors, size)]
 
 
-def _ours(case: Case) -> Callable[[], Any]:
+def _ours(case: Case) -> Step:
     groups, fused = groups_of(case), None if case.fused else False
     if case.face == "torch":
         max_norm = MAX_NORM if case.clip else None
         opt = optim.AdamW(groups, lr=1e-3, fused=fused, max_grad_norm=max_norm)
         return _in_turn(opt.step, groups, case)
-    updater = tritopt.get_updater(tritopt.create("adamw", learning_rate=1e-3, use_fused_step=fused))
-    weights = [param.detach() for group in groups for param in group["params"]]
-    grads = [param.grad for group in groups for param in group["params"]]
-    return partial(updater, list(range(case.tensors)), grads, weights)
+    made = tritopt.create("adamw", learning_rate=1e-3, use_fused_step=fused)
+    params = [param for group in groups for param in group["params"]]
+    grads = [param.grad for param in params]
+    if case.face == "gluon":
+        return Step(partial(tritopt.Trainer(params, made).step, 1), partial(_set_gradients, params, grads))
+    weights = [param.detach() for param in params]
+    return Step(partial(tritopt.get_updater(made), list(range(case.tensors)), grads, weights))
+
+
+def _set_gradients(params: Sequence[torch.nn.Parameter], grads: Sequence[torch.Tensor | None]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
 
 
 def _torch(rivals: Sequence[str]) -> Iterator[Contestant]:
@@ -159,13 +181,13 @@ def _others(rivals: Sequence[str]) -> Iterator[Contestant]:
             yield Contestant(peer.name, partial(_on_gpu, peer=peer), nullcontext, "nothing")
 
 
-def _on_gpu(case: Case, peer: peers.Peer) -> Callable[[], Any]:
+def _on_gpu(case: Case, peer: peers.Peer) -> Step:
     if device().type != "cuda":
         raise RuntimeError("its kernels need a GPU")
     return _with_clip(case, peer.cls(), peer.arguments)
 
 
-def _with_clip(case: Case, cls: Any, arguments: dict[str, Any]) -> Callable[[], Any]:
+def _with_clip(case: Case, cls: Any, arguments: dict[str, Any]) -> Step:
     groups = groups_of(case)
     params = [param for group in groups for param in group["params"]]
     opt = cls(groups, lr=1e-3, **arguments)
@@ -179,23 +201,22 @@ def _with_clip(case: Case, cls: Any, arguments: dict[str, Any]) -> Callable[[], 
     return _in_turn(step, groups, case)
 
 
-def _in_turn(step: Callable[[], Any], groups: Sequence[dict[str, Any]], case: Case) -> Callable[[], Any]:
+def _in_turn(run: Callable[[], Any], groups: Sequence[dict[str, Any]], case: Case) -> Step:
     """The step, each time with gradients of another set of parameters: all but a few, if there are several sets."""
     if case.sets == 1:
-        return step
+        return Step(run)
     owned = [(param, param.grad) for group in groups for param in group["params"]]
     left_out = [owned[i :: ABSENT * case.sets] for i in range(case.sets)]
     turns = cycle(range(case.sets))
 
-    def call() -> None:
+    def prepare() -> None:
         turn = next(turns)
         for param, grad in left_out[turn - 1]:
             param.grad = grad
         for param, _ in left_out[turn]:
             param.grad = None
-        step()
 
-    return call
+    return Step(run, prepare)
 
 
 @contextmanager

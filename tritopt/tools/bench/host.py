@@ -21,7 +21,7 @@ import torch
 
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
 from tritopt.tools.bench import peers
-from tritopt.tools.bench.contestants import OURS, Case, contestants
+from tritopt.tools.bench.contestants import OURS, Case, Step, contestants
 from tritopt.tools.bench.machine import commit, cpu_name, now
 from tritopt.tools.environment import environment, fused_unavailable
 
@@ -37,6 +37,7 @@ CASES = (
     Case(400, sets=4),
     Case(400, sets=400),
     Case(400, face="mxnet"),
+    Case(400, face="gluon"),
     Case(100, fused=False, elements=10_000),
 )
 
@@ -160,7 +161,7 @@ class Times(NamedTuple):
 
 
 def interleaved(
-    steps: Sequence[tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]],
+    steps: Sequence[tuple[Step, Callable[[], AbstractContextManager[Any]]]],
     rounds: int,
     clock: Callable[[], float],
 ) -> list[Times]:
@@ -183,9 +184,10 @@ def interleaved(
     return times
 
 
-def _timed(step: Callable[[], Any], clock: Callable[[], float]) -> float:
+def _timed(step: Step, clock: Callable[[], float]) -> float:
+    step.prepare()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = clock()
-    step()
+    step.run()
     return clock() - start

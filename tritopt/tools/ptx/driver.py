@@ -74,6 +74,7 @@ def switch_on(capability: int = 90) -> Record:
         _record, driver._active, backends["nvidia"], plan.kernel_device = before, active, backend, device
         if before is None:
             gc.unfreeze()
+            _known.clear()
 
     record._undo = [undo]
     _record, plan.kernel_device = record, "cpu"
@@ -176,15 +177,25 @@ _known: list[weakref.ref[torch.Tensor]] = []
 """Tensors that the garbage collector passes over."""
 _MANY = 100_000
 """Objects of the garbage collector, to look through which takes a launch about five milliseconds."""
+_n_kept = 0
+"""Objects that it passed over when it had last looked at all of them."""
 
 
 def _pass_over_what_is_there() -> None:
     """Let `gc.get_objects`, and so `_tensors`, look at what is made from now on: Triton leaves much behind."""
-    # Passed over, a cycle is never freed, and its tensors would be looked at in every launch.
-    gc.unfreeze()
+    global _n_kept
+    # Passed over, a cycle is never freed, and its tensors would be looked at in every launch. To look at everything
+    # each time takes seconds in the end, where programs are a million objects.
+    looks_at_all = gc.get_freeze_count() >= 2 * _n_kept
+    if looks_at_all:
+        gc.unfreeze()
+        _known.clear()
     gc.collect()
-    _known[:] = [weakref.ref(thing) for thing in gc.get_objects() if type(thing) in _TENSORS]
+    _known[:] = [reference for reference in _known if reference() is not None]
+    _known.extend(weakref.ref(thing) for thing in gc.get_objects() if type(thing) in _TENSORS)
     gc.freeze()
+    if looks_at_all:
+        _n_kept = gc.get_freeze_count()
 
 
 def _tensors() -> list[torch.Tensor]:
