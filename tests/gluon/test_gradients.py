@@ -52,6 +52,53 @@ def test_several_backward_passes_add_up(req: str) -> None:
     assert counts(trainer)[1] == 2
 
 
+def ones_of(*params: nn.Parameter) -> None:
+    """A backward pass whose gradients are 1."""
+    torch.stack([p.sum() for p in params if p.requires_grad]).sum().backward()
+
+
+def test_a_step_drops_the_gradient_of_what_is_frozen() -> None:
+    """Thawed, it would be updated with what backward left before."""
+    p, q = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    trainer = tritopt.Trainer([p, q], "sgd", {"learning_rate": 1.0})
+    ones_of(p, q)
+    p.requires_grad_(False)
+    trainer.step(1)
+    p.requires_grad_(True)
+    ones_of(p, q)
+    trainer.step(1)
+    assert (p.item(), q.item()) == (-1.0, -2.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "moved"), [("add", "write", -2.0), ("null", "write", -1.0), ("null", "add", -1.0)]
+)
+def test_another_grad_req_drops_the_gradient(before: str, after: str, moved: float) -> None:
+    p = nn.Parameter(torch.zeros(1))
+    trainer = tritopt.Trainer({"p": p}, "sgd", {"learning_rate": 1.0})
+    trainer.collect().setattr("grad_req", before)
+    ones_of(p)
+    trainer.step(1, ignore_stale_grad=True)
+    ones_of(p)
+    trainer.collect().setattr("grad_req", after)
+    assert p.grad is None
+    ones_of(p)
+    trainer.collect().setattr("grad_req", after)  # the same word leaves it
+    trainer.step(1)
+    assert p.item() == moved
+
+
+def test_zero_grad_of_views() -> None:
+    """DistributedDataParallel makes them, with gradient_as_bucket_view=True."""
+    p, bucket = nn.Parameter(torch.zeros(2)), torch.ones(4)
+    trainer = tritopt.Trainer([p], "sgd")
+    p.grad = bucket[1:3]
+    trainer.zero_grad(set_to_none=False)
+    assert bucket.tolist() == [1, 0, 0, 1]
+    with pytest.raises(UserWarning, match=STALE):
+        trainer.step(1)
+
+
 def test_add_keeps_gradients_until_they_are_zeroed() -> None:
     p = nn.Parameter(torch.zeros(1))
     p.grad_req = "add"  # type: ignore[attr-defined]
@@ -220,12 +267,15 @@ def test_frozen_parameters_are_no_business_of_a_step() -> None:
     moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
     assert moved == [False, True, False, False, True, True]
     assert counts(trainer) == ({1: 2, 4: 2, 5: 2}, 2)
-    assert model.norm.weight.grad is not None  # nobody has asked for it to go
-    # And one that is thawed later begins where a new one does.
+    # One that is thawed later begins where a new one does, with the gradient of that step.
     model.fc.weight.requires_grad_(True)
     trainer.collect("norm.*").setattr("grad_req", "write")
     backward(model, 2)
+    thawed = [model.fc.weight, model.norm.weight, model.norm.bias]
+    expected = [p.detach() - 0.1 * torch.autograd.grad(loss_of(model, batch_of(2)), p)[0] / BATCH for p in thawed]
     trainer.step(BATCH)
+    for p, aim in zip(thawed, expected, strict=True):
+        torch.testing.assert_close(p.detach(), aim)
     assert counts(trainer) == ({0: 1, 1: 3, 2: 1, 3: 1, 4: 3, 5: 3}, 3)
 
 

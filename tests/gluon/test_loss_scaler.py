@@ -254,6 +254,18 @@ def test_a_step_without_a_scaled_loss_is_refused() -> None:
         train(trainer, model, range(step, step + 1))
 
 
+def test_zero_grad_takes_a_scaled_loss_back() -> None:
+    p = nn.Parameter(torch.zeros(1))
+    trainer = tritopt.Trainer([p], "sgd", loss_scaler=tritopt.LossScaler())
+    with trainer.scale_loss(p.sum()) as scaled:
+        scaled.backward()
+    trainer.zero_grad()
+    p.sum().backward()
+    with pytest.raises(RuntimeError, match="no loss was scaled since the last"):
+        trainer.step(1)
+    assert p.item() == 0
+
+
 def test_a_block_that_fails_counts_as_none() -> None:
     model = Model()
     trainer = tritopt.Trainer(model, "adam", loss_scaler=LossScaler())

@@ -112,13 +112,14 @@ def test_how_it_is_computed_stays(tmp_path: Path) -> None:
     assert other.optimizer.use_fused_step is None
 
 
-def test_names_do_not_matter_where_there_are_none(tmp_path: Path) -> None:
+def test_names_are_missed_where_there_are_none(tmp_path: Path) -> None:
     model, file = Model(), tmp_path / "trainer.states"
     trainer = trainer_of(model)
     train(trainer, model, range(1))
     trainer.save_states(file)
     other = tritopt.Trainer(list(Model().parameters()), "adam")
-    other.load_states(file)
+    with pytest.warns(UserWarning, match="the saved parameters have names and this Trainer's have none"):
+        other.load_states(file)
     assert counts(other)[1] == 1
 
 

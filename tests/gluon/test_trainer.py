@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -319,6 +320,59 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tritopt.Trainer(**{"params": Model(), "optimizer": "sgd", **arguments})
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("scaler", [None, tritopt.LossScaler], ids=["", "loss scaler"])
+def test_a_copy_goes_on_alike(copied: Callable[[Any], Any], scaler: Any) -> None:
+    """Multipliers of parameters, a rescale_grad of the optimizer and gradients that add up included."""
+    model = Model()
+    arguments = {"learning_rate": 0.1, "momentum": 0.9, "rescale_grad": 0.5}
+    trainer = tritopt.Trainer(model, "sgd", arguments, loss_scaler=scaler and scaler(init_scale=4.0))
+    trainer.collect("*.bias").setattr("lr_mult", 0.0)
+    trainer.collect("norm.weight").setattr("grad_req", "add")
+    train(trainer, model, range(2))
+    other_model, other = copied((model, trainer))
+    for one in (trainer, other):
+        one.collect().zero_grad()
+    train(trainer, model, range(2, 4))
+    train(other, other_model, range(2, 4), 4)
+    assert_same(everything(other), everything(trainer))
+    assert counts(other) == counts(trainer)
+    fresh = Model()
+    assert torch.equal(other_model.fc.bias, fresh.fc.bias)
+
+
+def test_an_optimizer_of_an_earlier_trainer_begins_anew() -> None:
+    """The batch size and the names that one has left are gone."""
+    opt = tritopt.create("sgd", learning_rate=1.0, rescale_grad=0.5)
+    p, q = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    trainer = tritopt.Trainer({"p": p}, opt)
+    p.sum().backward()
+    trainer.step(4)
+    assert p.item() == -0.125
+    del trainer
+    trainer = tritopt.Trainer({"q": q}, opt)
+    opt.set_lr_mult({"q": 2.0})
+    q.sum().backward()
+    trainer.step(1)
+    assert q.item() == -1.0
+    with pytest.warns(UserWarning, match="this optimizer has another Trainer already"):
+        tritopt.Trainer({"r": nn.Parameter(torch.zeros(1))}, opt)
+
+
+@pytest.mark.parametrize("scaler", ["x", "taken"])
+def test_a_refused_scaler_leaves_the_instance_alone(scaler: Any) -> None:
+    opt, owner = tritopt.create("sgd"), None
+    if scaler == "taken":
+        scaler = tritopt.LossScaler()
+        owner = tritopt.Trainer(Model(), "sgd", loss_scaler=scaler)
+    with pytest.raises((TypeError, ValueError), match="LossScaler"):
+        tritopt.Trainer(Model(), opt, max_grad_norm=0.1, loss_scaler=scaler)
+    assert (opt.max_grad_norm, opt.param_dict, opt.idx2name) == (None, {}, {})
+    del owner
 
 
 def test_a_refused_bound_leaves_the_instance_alone() -> None:

@@ -925,3 +925,18 @@ def test_tensors_without_memory_do_not_crash_the_interpreter() -> None:
     # There is nothing to compute and nothing that could share memory, but it may be refused.
     assert default == "done" or "meta" in default
     assert step == "done" or "meta" in step
+
+
+def test_weights_that_share_memory_are_found_again_in_another_dtype() -> None:
+    """Two that lie side by side in fp32 overlap in fp64, at the same addresses and with the same shapes."""
+    memory = torch.zeros(32, dtype=torch.uint8)
+
+    def weights(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        return [memory[start : start + size].view(dtype) for start in (0, 8)]
+
+    updater = tritopt.get_updater(tritopt.create("sgd", learning_rate=1.0))
+    updater([0, 1], [torch.ones(2)] * 2, weights(8, torch.float32))
+    memory.zero_()
+    with pytest.raises(ValueError, match="memory"):
+        updater([0, 1], [torch.ones(2, dtype=torch.float64)] * 2, weights(16, torch.float64))
+    assert not memory.any()

@@ -191,6 +191,38 @@ def test_a_head_of_its_own_is_told_by_its_name() -> None:
     assert [route.name for route in opt.routing() if route.algorithm == "Muon"] == ["up.weight"]
 
 
+@pytest.mark.parametrize("pattern", ["lm_head.*", "lm_head.weight", "embedding.weight"])
+def test_a_tied_weight_has_all_its_names(pattern: str) -> None:
+    opt = optim.Mixed.from_module(Tied(), MUON, ADAMW, patterns={pattern: {"algorithm": "SGD"}})
+    assert next(r for r in opt.routing() if r.name == "embedding.weight").algorithm == "SGD"
+
+
+def test_a_pattern_may_be_called_as_a_destination() -> None:
+    model = torch.nn.ModuleDict({"tok": torch.nn.Embedding(4, 4), "up": torch.nn.Linear(4, 4)})
+    model.register_parameter("embeddings", torch.nn.Parameter(torch.ones(3)))
+    opt = optim.Mixed.from_module(model, MUON, ADAMW, patterns={"embeddings": {"algorithm": "SGD", "lr": 1.0}})
+    assert {r.name: r.algorithm for r in opt.routing()} == {
+        "up.weight": "Muon", "up.bias": "AdamW", "tok.weight": "AdamW", "embeddings": "SGD",
+    }  # fmt: skip
+
+
+def test_a_compiled_module_has_the_names_of_its_inside() -> None:
+    compiled: Any = torch.compile(torch.nn.Linear(4, 4), backend="eager")
+    model = torch.nn.Sequential(compiled, torch.nn.Linear(4, 4))
+    opt = optim.Mixed.from_module(model, MUON, ADAMW, patterns={"0.weight": ADAMW})
+    assert {r.name: r.algorithm for r in opt.routing()}["0.weight"] == "AdamW"
+
+
+def test_takes_groups_of_param_groups_and_of_schedulers() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    groups = optim.param_groups(model, {"*.weight": MUON}, default=ADAMW)
+    opt = optim.Mixed(groups)
+    assert {r.name: r.algorithm for r in opt.routing()}["0.bias"] == "AdamW"
+    saved = torch.optim.lr_scheduler.StepLR(opt, 1).optimizer.state_dict()["param_groups"]
+    resumed = optim.Mixed([{**group, "params": old["params"]} for group, old in zip(saved, groups, strict=True)])
+    torch.optim.lr_scheduler.StepLR(resumed, 1, last_epoch=3)
+
+
 class Experts(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -118,7 +118,7 @@ class Planner:
     def __init__(self) -> None:
         self._plans: Recent[tuple[Any, list[LaunchGroup]]] = Recent()
         self._places: Recent[frozenset[Any]] = Recent()
-        """Address, shape and strides of each tensor of a list whose tensors were found to share no element."""
+        """Address, dtype, shape and strides of each tensor of a list whose tensors were found to share no element."""
         self.replays: Recent[Any] = Recent()
         """Steps that a face of the package may make again."""
 
@@ -192,7 +192,7 @@ class Planner:
 
     def check_aliases(self, key: Hashable, owners: Sequence[Hashable], tasks: Sequence[Task]) -> None:
         """ValueError if the step would write an element twice; looked at again only when a tensor has moved."""
-        places = [(t.data_ptr(), t.shape, t.stride()) for task in tasks for t in task.written()]
+        places = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for task in tasks for t in task.written()]
         known = self._places.get(key)
         distinct = frozenset(places)
         # Without some of its tensors a list that shares none still shares none; one that is there twice does.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from tritopt.engine.warning import warn
 from tritopt.gluon.loss_scaler import LossScaler
 from tritopt.gluon.parameters import Parameters
 from tritopt.mxnet.optimizer import Optimizer
@@ -31,13 +33,32 @@ def check_kvstore(kvstore: Any, compression_params: Any, update_on_kvstore: Any)
         )
 
 
+class Given:
+    """Facts about the optimizer of a Trainer, for the next Trainer that it is given to."""
+
+    def __init__(self, trainer: object, optimizer: Optimizer, names: dict[int, str]) -> None:
+        self.trainer = weakref.ref(trainer)
+        self.scale: Any = optimizer.rescale_grad
+        """rescale_grad as the user has set it."""
+        self.left: Any = optimizer.rescale_grad
+        """rescale_grad as the last step has left it."""
+        self.names = names
+        """Names of parameters that the Trainer gave to it."""
+
+    def pass_on(self, optimizer: Optimizer) -> None:
+        """Note them for an optimizer that takes the place of the Trainer's."""
+        self.left = optimizer.rescale_grad
+        _given[optimizer] = self
+
+
+_given: weakref.WeakKeyDictionary[Optimizer, Given] = weakref.WeakKeyDictionary()
+
+
 def optimizer_of(params: Parameters, optimizer: Any, optimizer_params: Any, max_grad_norm: Any) -> Optimizer:
-    """The optimizer of a Trainer, which knows its parameters and their names."""
+    """The optimizer of a Trainer, checked; `take` gives it the parameters."""
     if not (optimizer_params is None or isinstance(optimizer_params, Mapping)):
         raise TypeError(f"optimizer_params={optimizer_params!r:.60} must be a dict of the optimizer's arguments")
     arguments: dict[str, Any] = dict(optimizer_params or {})
-    param_dict = dict(enumerate(params.tensors))
-    names = {} if params.names is None else dict(enumerate(params.names))
     if isinstance(optimizer, Optimizer):
         if arguments:
             raise ValueError(
@@ -48,11 +69,8 @@ def optimizer_of(params: Parameters, optimizer: Any, optimizer_params: Any, max_
             before, optimizer.max_grad_norm = optimizer.max_grad_norm, max_grad_norm
             try:
                 check_settings(optimizer)
-            except Exception:
+            finally:
                 optimizer.max_grad_norm = before
-                raise
-        optimizer.param_dict = param_dict
-        optimizer.idx2name = optimizer.idx2name or names
         return optimizer
     if not isinstance(optimizer, str):
         raise TypeError(
@@ -62,14 +80,44 @@ def optimizer_of(params: Parameters, optimizer: Any, optimizer_params: Any, max_
         if "max_grad_norm" in arguments:
             raise ValueError("max_grad_norm is given twice, in optimizer_params too: give it once")
         arguments["max_grad_norm"] = max_grad_norm
-    return create(optimizer, **{"param_idx2name": names, **arguments, "param_dict": param_dict})
+    names = _names_of(params)
+    return create(optimizer, **{"param_idx2name": names, **arguments, "param_dict": dict(enumerate(params.tensors))})
+
+
+def _names_of(params: Parameters) -> dict[int, str]:
+    return {} if params.names is None else dict(enumerate(params.names))
+
+
+def take(optimizer: Optimizer, params: Parameters, max_grad_norm: Any, trainer: object) -> Given:
+    """Give an optimizer a Trainer's parameters; what an earlier Trainer gave it, and left of it, is gone.
+
+    Warns if that one is still there: the optimizer's counts and settings are one for both.
+    """
+    given, names = _given.get(optimizer), _names_of(params)
+    if given is not None:
+        if given.trainer() is not None:
+            warn(
+                "this optimizer has another Trainer already: its counts, learning rate and multipliers would be those "
+                "of both, and parameters are told apart by their index alone; make an optimizer for each Trainer"
+            )
+        if optimizer.rescale_grad == given.left:
+            optimizer.rescale_grad = given.scale
+        if optimizer.idx2name == given.names:
+            optimizer.idx2name = {}
+    if max_grad_norm is not None:
+        optimizer.max_grad_norm = max_grad_norm
+    optimizer.param_dict = dict(enumerate(params.tensors))
+    optimizer.idx2name = optimizer.idx2name or names
+    _given[optimizer] = made = Given(trainer, optimizer, names)
+    return made
 
 
 def checked_scaler(scaler: Any, optimizer: Optimizer) -> LossScaler | None:
-    """The loss scaler of a Trainer, if the optimizer goes with one."""
+    """The loss scaler of a Trainer, if the optimizer goes with one and no other Trainer has it."""
     if scaler is None:
         return None
     if not isinstance(scaler, LossScaler):
         raise TypeError(f"loss_scaler={scaler!r:.60} must be a tritopt.LossScaler")
     check_norm(optimizer, "loss_scaler")
+    scaler.check_free()
     return scaler

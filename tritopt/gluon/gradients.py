@@ -41,12 +41,16 @@ class StepGradients(NamedTuple):
 class Marks:
     """Gradients that were noted, by identity and version: tells those that are as they were then.
 
-    A weak reference is the same object for as long as its tensor lives, and nobody else's after that.
+    A weak reference is the same object for as long as its tensor lives, and nobody else's after that. A copy, whose
+    tensors are others, has noted none.
     """
 
     def __init__(self, n: int) -> None:
         self._n = n
         self.clear()
+
+    def __reduce__(self) -> tuple[type[Marks], tuple[int]]:
+        return Marks, (self._n,)
 
     def clear(self) -> None:
         """Forget all gradients that were noted."""
@@ -122,9 +126,16 @@ class Gradients:
         return StepGradients(places, grads, stale, kept)
 
     def used(self, current: StepGradients, places: Sequence[int]) -> None:
-        """Note that a step has used up the gradients at these places: they are dropped, or kept where they add up."""
+        """Note that a step has used up the gradients at these places: they are dropped, or kept where they add up.
+
+        Those of parameters that are not trained go too, or backward would add to them until they are.
+        """
         params = self._params.tensors
         self._reduced.clear()
+        if len(current.places) < len(params):
+            for i in self._every.difference(current.places):
+                if getattr(params[i], "grad_req", None) != "add":
+                    params[i].grad = None
         if current.kept is self._every and len(places) == len(self._all):
             self._used.note(places, list(map(_grad, params)))
             return
@@ -142,7 +153,11 @@ class Gradients:
             if set_to_none or param.grad is None:
                 param.grad = None
             else:
-                param.grad.detach_().zero_()
+                if param.grad.grad_fn is None:
+                    param.grad.requires_grad_(False)
+                else:  # refused for views, such as the buckets of DistributedDataParallel
+                    param.grad.detach_()
+                param.grad.zero_()
                 self._used.note([i], [param.grad])
 
     def refuse_stale(self, current: StepGradients) -> None:

@@ -68,8 +68,19 @@ class LossScaler:
         }
         self._scale = self._checked_scale("init_scale", init_scale)
         self._clean = torch.zeros((), dtype=torch.int32, device=_CPU)
+        self._begin()
+
+    def _begin(self) -> None:
         self._trainer: Callable[[], Any] = lambda: None
         self._launch = BoundKernel(loss_scale_update, 1, {**self._constants, "enable_fp_fusion": False})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is nobody's."""
+        return {name: value for name, value in vars(self).items() if name not in ("_trainer", "_launch")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     @property
     def loss_scale(self) -> float:
@@ -123,10 +134,13 @@ class LossScaler:
         scale = self._checked_scale("loss_scale", state["loss_scale"])
         return scale, validate.count("clean_steps", state["clean_steps"])
 
-    def bind(self, trainer: object) -> None:
-        """Note whose it is. ValueError if another Trainer has it, which would decide upon the scale as well."""
-        if self._trainer() not in (None, trainer):
+    def check_free(self) -> None:
+        """ValueError if a Trainer has it: two would decide upon the scale."""
+        if self._trainer() is not None:
             raise ValueError("this LossScaler is another Trainer's, and both would change its scale: make one for each")
+
+    def bind(self, trainer: object) -> None:
+        """Note whose it is, which is nobody's."""
         self._trainer = weakref.ref(trainer)
 
     def _checked_scale(self, name: str, value: Any) -> torch.Tensor:

@@ -43,7 +43,8 @@ class ParameterDict(dict[Any, torch.Tensor]):
         Args:
             name: "lr_mult" or "wd_mult", multipliers of the learning rate and the weight decay; or "grad_req", what
                 becomes of gradients: "write" drops them in each step, "add" keeps them until zero_grad, so that
-                backward adds to them, "null" leaves the parameter alone.
+                backward adds to them, "null" leaves the parameter alone and drops them. Another word than before drops
+                the gradient that is there, as in Gluon.
             value: a number >= 0 or one of these words.
 
         Raises:
@@ -59,6 +60,8 @@ class ParameterDict(dict[Any, torch.Tensor]):
         else:
             validate.nonnegative(name, value)
         for param in self.values():
+            if name == "grad_req" and (getattr(param, name, None) or GRAD_REQS[0]) != value:
+                param.grad = None
             setattr(param, name, value)
 
     def zero_grad(self) -> None:

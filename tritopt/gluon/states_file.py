@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tritopt.engine.warning import warn
 from tritopt.gluon.parameters import Parameters
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.mxnet.states import structure
@@ -62,8 +63,14 @@ def shapes_of(params: Parameters) -> list[list[int]]:
 
 
 def check_parameters(content: Mapping[str, Any], params: Parameters) -> None:
-    """ValueError unless the states were saved of parameters of these names and shapes, in this order."""
+    """ValueError unless the states were saved of parameters of these names and shapes, in this order.
+
+    Warns where only one of both has names: then only shapes tell parameters apart.
+    """
     names, shapes = content["names"], content["shapes"]
+    if (names is None) != (params.names is None):
+        has, lacks = ("this Trainer's", "those that saved it") if names is None else ("the saved", "this Trainer's")
+        warn(f"{has} parameters have names and {lacks} have none, so states are taken in order: check that")
     if len(shapes) != len(params.tensors):
         raise ValueError(f"it was saved for {len(shapes)} parameters, and this Trainer has {len(params.tensors)}")
     for i, (saved, shape) in enumerate(zip(shapes, shapes_of(params), strict=True)):

@@ -15,10 +15,10 @@ from tritopt.engine import private, validate
 from tritopt.engine.names import Selector
 from tritopt.engine.warning import warn
 from tritopt.gluon import states_file
-from tritopt.gluon.arguments import check_kvstore, checked_scaler, optimizer_of
+from tritopt.gluon.arguments import check_kvstore, checked_scaler, optimizer_of, take
 from tritopt.gluon.gradients import Gradients, StepGradients, n_processes
 from tritopt.gluon.loss_scaler import Loss, LossScaler
-from tritopt.gluon.parameters import ParameterDict, Params, collect, parameters_of, refuse_ddp
+from tritopt.gluon.parameters import ATTRIBUTES, ParameterDict, Params, collect, parameters_of, refuse_ddp
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.mxnet.updater import Updater
 
@@ -77,7 +77,7 @@ class Trainer:
         scale = made.rescale_grad
         if isinstance(scale, torch.Tensor) or not math.isfinite(scale):
             raise ValueError(f"the optimizer's rescale_grad={scale!r} must be a finite number, which step() divides")
-        self._scale = scale
+        self._given = take(made, self._params, max_grad_norm, self)
         self._updater = Updater(made)
         self._gradients = Gradients(self._params)
         self._depth = 0
@@ -87,6 +87,23 @@ class Trainer:
         self._knows_ddp = False
         if loss_scaler is not None:
             loss_scaler.bind(self)
+        self._own()
+
+    def __getstate__(self) -> dict[str, Any]:
+        attributes = [{name: value for name, value in vars(param).items() if name in ATTRIBUTES}
+                      for param in self._params.tensors]  # fmt: skip
+        return {**vars(self), "_given": (self._given.scale, attributes)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be the Trainer of a copy: of its parameters, and of its optimizer, which does not know them."""
+        scale, attributes = state["_given"]
+        vars(self).update(state)
+        self._given = take(self.optimizer, self._params, None, self)
+        self._given.scale = scale
+        for param, own in zip(self._params.tensors, attributes, strict=True):
+            vars(param).update(own)  # which deepcopy of a parameter leaves out
+        if self._loss_scaler is not None:
+            self._loss_scaler.bind(self)
         self._own()
 
     def _own(self) -> None:
@@ -170,6 +187,7 @@ class Trainer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Let go of all gradients, or with set_to_none=False write zeros, which do not count as written by backward."""
+        self._is_scaled = False
         self._gradients.zero(set_to_none)
 
     @contextmanager
@@ -244,6 +262,7 @@ class Trainer:
         if self._loss_scaler is not None:
             self._loss_scaler.load_state_dict(content["loss_scaler"])
         self._updater = updater
+        self._given.pass_on(updater.optimizer)
         self._is_scaled = False
 
     def _loaded(self, content: dict[str, Any]) -> Updater:
@@ -275,7 +294,13 @@ class Trainer:
                 f"{name}() divides by the loss scale, and no loss was scaled since the last: "
                 "with trainer.scale_loss(loss) as scaled: scaled.backward()"
             )
-        return float(self._scale / batch_size)
+        try:
+            rescale = float(self._given.scale / batch_size)
+        except OverflowError:  # of an int
+            rescale = 0.0
+        if rescale == 0 != self._given.scale or not math.isfinite(rescale):
+            raise ValueError(f"batch_size={batch_size!r:.40} makes {rescale!r} of the factor of gradients")
+        return rescale
 
     def _sum_up(self, current: StepGradients, agree: bool) -> StepGradients:
         if not self._knows_ddp:
@@ -293,6 +318,7 @@ class Trainer:
             params = [params[i] for i in indices]
         if indices:
             self._apply(indices, grads, params, rescale)
+            self._given.left = rescale
         self._gradients.used(current, indices)
         self._is_scaled = False
 

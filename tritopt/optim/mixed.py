@@ -17,6 +17,8 @@ from tritopt.optim.routing import Settings, routed
 
 Group: TypeAlias = dict[str, Any] | tuple[Any, Mapping[str, Any]]
 _OWN = ("params", "param_names", "algorithm", "in_norm")
+_OF_OTHERS = ("name", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum")
+"""Keys that `param_groups` and torch's schedulers write."""
 
 
 class Route(NamedTuple):
@@ -135,7 +137,7 @@ class Mixed(Optimizer):
         group["algorithm"] = name = _known(group.get("algorithm"))
         group["in_norm"] = validate.boolean("in_norm", group.get("in_norm", True))
         defaults = self.of_class(group).defaults
-        unknown = [key for key in group if key not in defaults and key not in _OWN]
+        unknown = [key for key in group if key not in (*defaults, *_OWN, *_OF_OTHERS)]
         if unknown:
             known = [*(key for key in _OWN if key != "param_names"), *defaults]
             raise ValueError(

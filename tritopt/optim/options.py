@@ -13,10 +13,10 @@ class Options(TypedDict, total=False):
         master: format of the master. "auto", the default: "split16" for bf16 parameters, "fp32" for fp16 ones and under
             differentiable=True. "fp32": a copy, 4 bytes. "split16": 16 bits that complete a bf16 parameter to exactly
             the fp32 master; 2 bytes less to keep and 4 to move, and the same master from the same gradients. Such a
-            parameter is the master rounded to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in all, rounded
-            stochastically. "kahan": what the parameter lacks, in its own dtype; updates below 2^-17 of a bf16 weight
-            can be lost. "stochastic": nothing beside a bf16 parameter, which is rounded stochastically. None is
-            multi_precision=False.
+            parameter is the master rounded to nearest, away from zero at a tie. "split8": 8 bits in their place, 24 in
+            all, rounded stochastically. "kahan": what the parameter lacks, in its own dtype; updates below 2^-17 of a
+            bf16 weight can be lost. "stochastic": nothing beside a bf16 parameter, which is rounded stochastically.
+            None is multi_precision=False.
         state_dtype: format of states: "fp32", "bf16", "fp16", "int8" or "fp8" (torch's dtypes do as well), or a dict of
             these by name of the state, such as {"exp_avg": "int8", "exp_avg_sq": "bf16"}, the others fp32. All but fp32
             round stochastically. "fp16", "int8" and "fp8" share a scale among 64 neighbours in memory; `state` then

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -10,6 +10,7 @@ import torch
 
 Settings: TypeAlias = Mapping[str, Any]
 """A param_group without parameters."""
+Named: TypeAlias = "list[tuple[str, torch.nn.Parameter]]"
 HEADS = ("lm_head", "head", "output", "classifier", "score", "embed_out")
 """Names of the layer that makes logits."""
 _EMBEDDINGS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
@@ -30,42 +31,48 @@ def routed(
     embedded = {
         id(p) for module in model.modules() if isinstance(module, _EMBEDDINGS) for p in module.parameters(recurse=False)
     }
-    settings = {"matrices": matrices, "rest": rest, "embeddings": rest if embeddings is None else embeddings}
-    by_destination: dict[str, list[tuple[str, torch.nn.Parameter]]] = {name: [] for name in (*settings, *patterns)}
-    named = []
-    for name, module, param in _owned(model):
-        matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+    matrix_params: Named = []
+    rest_params: Named = []
+    embedding_params: Named = []
+    by_pattern: dict[str, Named] = {pattern: [] for pattern in patterns}
+    for (name, *others), module, param in _owned(model):
+        matching = [p for p in patterns if any(fnmatchcase(one, p) for one in (name, *others))]
         if len(matching) > 1:
             raise ValueError(f"parameter {name!r}: patterns {', '.join(map(repr, matching))} name it; keep one of them")
-        named += matching
         if matching:
-            by_destination[matching[0]].append((name, param))
+            by_pattern[matching[0]].append((name, param))
         elif id(param) in embedded or _is_head(name, module):
-            by_destination["embeddings"].append((name, param))
+            embedding_params.append((name, param))
         elif param.dim() < 2 or isinstance(module, _CONVOLUTIONS):
-            by_destination["rest"].append((name, param))
+            rest_params.append((name, param))
         elif param.dim() == 2 or matrices.get("flatten") is not None:
-            by_destination["matrices"].append((name, param))
+            matrix_params.append((name, param))
         else:
             raise ValueError(
                 f"parameter {name!r}: no rule takes one of shape {tuple(param.shape)}: give matrices 'flatten', False "
                 "for a stack of matrices, such as experts, or name it in patterns"
             )
-    unused = [pattern for pattern in patterns if pattern not in named]
+    unused = [pattern for pattern, params in by_pattern.items() if not params]
     if unused:
         raise ValueError(f"pattern {unused[0]!r} names no parameter of the model that needs a gradient")
-    by_name = {**settings, **patterns}
-    return [{**by_name[name], "params": params} for name, params in by_destination.items() if params]
+    routes = [(matrices, matrix_params), (rest, rest_params)]
+    routes += [(rest if embeddings is None else embeddings, embedding_params)]
+    routes += [(patterns[pattern], params) for pattern, params in by_pattern.items()]
+    return [{**settings, "params": params} for settings, params in routes if params]
 
 
-def _owned(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Parameter]]:
-    """Each parameter that needs a gradient once, under its first name, with the module that has it."""
-    seen = set()
-    for prefix, module in model.named_modules():
-        for name, param in module.named_parameters(recurse=False):
-            if param.requires_grad and id(param) not in seen:
-                seen.add(id(param))
-                yield (f"{prefix}.{name}" if prefix else name), module, param
+def _owned(model: torch.nn.Module) -> Iterable[tuple[list[str], torch.nn.Module, torch.nn.Parameter]]:
+    """Each parameter that needs a gradient once, with all names that it is tied under and the first module that has it.
+
+    What torch.compile has wrapped has the names that it had before.
+    """
+    owned: dict[int, tuple[list[str], torch.nn.Module, torch.nn.Parameter]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            if param.requires_grad:
+                full = (f"{prefix}.{name}" if prefix else name).replace("_orig_mod.", "")
+                owned.setdefault(id(param), ([], module, param))[0].append(full)
+    return owned.values()
 
 
 def _is_head(name: str, module: torch.nn.Module) -> bool:

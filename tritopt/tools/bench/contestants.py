@@ -38,7 +38,7 @@ class Step(NamedTuple):
     """Gradients as a backward pass would leave them, which is not timed."""
 
     def __call__(self) -> None:
-        """Prepare and run."""
+        """Leave gradients as a backward pass would, and make the step."""
         self.prepare()
         self.run()
 
