@@ -14,6 +14,9 @@ The FMAs round right what is computed from normal numbers with an exact remainde
 
 Divisors from 2^126 on, infinity and NaN need no test of their own: with them the quotient becomes NaN or 0, which fail.
 tests/kernels/test_exact.py has the proofs.
+
+Below them are conversions of 16-bit and 8-bit numbers, two or four of a register at a time. The machine of
+tritopt/tools/ptx knows registers by name alone, so each block has names of its own for what it shares with no other.
 """
 
 from __future__ import annotations
@@ -137,12 +140,14 @@ def quotients_by_roots(n):
 
 @triton.constexpr_function
 def _after(n):
-    """$2n, ... of n elements, or'ed with what is left of $n and of the middle one where the bits of $3n are set."""
+    """$2n, ... of n elements, or'ed with what is left of $n and of the fifth one where the bits of $3n are set."""
     copies = "".join(f" mov.b32 ${i}, %bits;" for i in range(n))
+    loaded = f"lop3.b32 %bits, ${n}, ${n + 4}, ${3 * n}, 0xA8;\n or.b32 %bits, %bits, ${2 * n};"
+    if n == 4:
+        loaded = f"lop3.b32 %bits, ${n}, ${2 * n}, ${3 * n}, 0xEC;"
     return f"""{{
     .reg .b32 %bits;
-    lop3.b32 %bits, ${n}, ${n + n // 2}, ${3 * n}, 0xA8;
-    or.b32 %bits, %bits, ${2 * n};{copies}
+    {loaded}{copies}
 }}"""
 
 
@@ -158,8 +163,8 @@ def after(x, loaded, zero):
     To save registers, NVIDIA's assembler moves loads down to what needs them, behind what needs other loads: a warp
     waits for memory twice then. What depends on x comes behind all loads.
 
-    zero is 0, int32, which no compiler knows. A thread takes two instructions: (one element | another) & zero | x. They
-    are out of two loads, where a thread's elements take two of 128 bits.
+    zero is 0, int32, which no compiler knows. Four elements, out of one load, take one instruction: element & zero | x.
+    Eight are out of two loads and take two: (element | another) & zero | x.
     """
     if _INTERPRETED or loaded.dtype != tl.float32:
         return x
@@ -172,6 +177,108 @@ def after(x, loaded, zero):
             return tl.inline_asm_elementwise(
                 _after(n), _after_constraints(n), operands, dtype=tl.float32, is_pure=True, pack=n
             )
+
+
+@triton.constexpr_function
+def _two_bf16(source, low, high):
+    """Both halves of a register that holds two bf16 numbers, widened to fp32."""
+    return f"shl.b32 {low}, {source}, 16;\n and.b32 {high}, {source}, 0xFFFF0000;"
+
+
+@triton.jit
+def widen_bf16(x):
+    """Convert bf16 to fp32, two elements of a register at a time; `is_nvidia` says where."""
+    return tl.inline_asm_elementwise(_two_bf16("$2", "$0", "$1"), "=&r,=r,r", [x], tl.float32, is_pure=True, pack=2)
+
+
+@triton.constexpr_function
+def _two_completed(name):
+    """$3 and $4 where they round to the halves of $2, or else these, widened; name: PTX's of the 16-bit dtype.
+
+    Behind the rounding, a comparison and a choice for each element.
+    """
+    low, high = "%lower", "%upper"
+    widened = _two_bf16("$2", low, high)
+    if name == "f16":
+        widened = f"mov.b32 {{%w, %v}}, $2;\n cvt.f32.f16 {low}, %w;\n cvt.f32.f16 {high}, %v;"
+    return f"""{{
+    .reg .b16 %w, %v;
+    .reg .b32 %both, %half;
+    .reg .f32 %lower, %upper;
+    .reg .pred %same;
+    cvt.rn.{name}x2.f32 %both, $4, $3;
+    xor.b32 %both, %both, $2;
+    {widened}
+    and.b32 %half, %both, 0xFFFF;
+    setp.eq.u32 %same, %half, 0;
+    selp.f32 $0, $3, %lower, %same;
+    and.b32 %half, %both, 0xFFFF0000;
+    setp.eq.u32 %same, %half, 0;
+    selp.f32 $1, $4, %upper, %same;
+}}"""
+
+
+@triton.jit
+def complete(weight, value):
+    """Choose the fp32 value where it rounds to the very bits of the 16-bit weight, or else the weight, in fp32.
+
+    `is_nvidia` says where.
+    """
+    name: tl.constexpr = "bf16" if weight.dtype == tl.bfloat16 else "f16"
+    return tl.inline_asm_elementwise(
+        _two_completed(name), "=&f,=&f,r,f,f", [weight, value], tl.float32, is_pure=True, pack=2
+    )
+
+
+@triton.constexpr_function
+def _joined(n_bytes):
+    """The weights of each pair of bf16 from $4 or $8 on, and remainders of so many bytes from the register behind them.
+
+    Beside 0, infinity and NaN the remainder is left out.
+    """
+    n = 4 // n_bytes
+    remainders = f"${n + n // 2}"
+    lines = []
+    for i in range(n):
+        high = _two_bf16(f"${n + i // 2}", "%own", "%next") if i % 2 == 0 else "mov.b32 %own, %next;"
+        # Of the four bytes to make: 0 is the number 4, the sign of byte i is 8 + i.
+        last = n_bytes * i + n_bytes - 1
+        selector = (
+            f"0x{8 + last:X}{8 + last:X}{2 * i + 1}{2 * i}" if n_bytes == 2 else f"0x{8 + last:X}{8 + last:X}{i}4"
+        )
+        lines.append(f"""
+    {high}
+    abs.f32 %size, %own;
+    setp.gt.f32 %is_some, %size, 0f00000000;
+    setp.lt.and.f32 %is_some, %size, 0f7F800000, %is_some;
+    prmt.b32 %rest, {remainders}, 0, {selector};
+    mov.b32 ${i}, %own;
+    @%is_some add.s32 ${i}, ${i}, %rest;""")
+    return f"""{{
+    .reg .b32 %rest, %own, %next;
+    .reg .f32 %size;
+    .reg .pred %is_some;
+    {"".join(lines)}
+}}"""
+
+
+@triton.constexpr_function
+def _joined_constraints(n_bytes):
+    n = 4 // n_bytes
+    return ",".join(["=&r"] * n + ["r"] * (n // 2 + 1))
+
+
+@triton.jit
+def join_bits(weight, remainder):
+    """Add a remainder, int16 or int8, to the 24 or 32 bits that begin with those of a bf16 weight; result fp32.
+
+    Beside 0, infinity and NaN it is left out. For NVIDIA GPUs, and threads that have four elements or more.
+    """
+    n_bytes: tl.constexpr = remainder.dtype.primitive_bitwidth // 8
+    bits = tl.inline_asm_elementwise(
+        _joined(n_bytes), _joined_constraints(n_bytes), [weight, remainder], tl.int32, is_pure=True, pack=4 // n_bytes
+    )
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.constexpr_function
@@ -195,6 +302,12 @@ def _four_e4m3():
 def widen_e4m3(code):
     """Convert bytes that are float8_e4m3fn to fp32; `widens_e4m3` says where."""
     return tl.inline_asm_elementwise(_four_e4m3(), "=&f,=&f,=&f,=&f,r", [code], dtype=tl.float32, is_pure=True, pack=4)
+
+
+@tl.core.builtin
+def is_nvidia(_semantic=None):
+    """Whether the target is NVIDIA's."""
+    return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
 
 
 @tl.core.builtin

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from tritopt.kernels.assembly import constraints, n_nvidia_threads, pack_of, quotients, quotients_by_roots, roots
+from tritopt.kernels.assembly import (
+    constraints,
+    is_nvidia,
+    n_nvidia_threads,
+    pack_of,
+    quotients,
+    quotients_by_roots,
+    roots,
+    widen_bf16,
+)
 from tritopt.kernels.language import INTERPRETED, tl, triton
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -99,6 +108,8 @@ def widen(x, dtype: tl.constexpr):
         # The interpreter gets subnormal numbers wrong.
         bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
         return bits.to(tl.float32, bitcast=True).to(dtype)
+    elif not _INTERPRETED and is_nvidia() and x.dtype == tl.bfloat16 and len(x.shape) == 1:
+        return widen_bf16(x).to(dtype)
     else:
         return x.to(dtype)
 

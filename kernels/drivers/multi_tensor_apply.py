@@ -25,6 +25,7 @@ from __future__ import annotations
 from tritopt.kernels.assembly import after
 from tritopt.kernels.drivers.tables import load_last_scalar, load_pointers, load_scalars, load_tuple
 from tritopt.kernels.language import tl, triton
+from tritopt.kernels.ops import widen
 from tritopt.kernels.telemetry import add_terms, track_gradient, track_update, zeros
 
 
@@ -62,7 +63,12 @@ def _apply_block(  # noqa: C901
     g = None
     terms = ()
     if READS[1]:
-        g = tl.load(ptrs[FORMATS[0][1]] + offsets, mask=mask).to(COMPUTE_DTYPE)
+        g = tl.load(ptrs[FORMATS[0][1]] + offsets, mask=mask)
+        # Where nothing else is read, the compiler loads the gradients of four blocks first, unless `widen` is there.
+        if READS[0]:
+            g = widen(g, COMPUTE_DTYPE)
+        else:
+            g = g.to(COMPUTE_DTYPE)
     if TRACKS[0]:
         terms = track_gradient(g)
     if HAS_ROWS:
@@ -150,6 +156,7 @@ def multi_tensor_apply(
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TAIL_SIZE: tl.constexpr,
+    UNROLL: tl.constexpr,
     SOURCE_HASH: tl.constexpr,
 ):
     """Apply UPDATE_FN to chunk `program_id(0)`.
@@ -197,7 +204,7 @@ def multi_tensor_apply(
     # their own, so that nobody else is slowed.
     n_full = tl.where(has_blocks, n_here // BLOCK_SIZE, 0) * BLOCK_SIZE
     totals = zeros(N_TOTALS, BLOCK_SIZE, COMPUTE_DTYPE)
-    for at in tl.range(0, n_full, BLOCK_SIZE, num_stages=1):
+    for at in tl.range(0, n_full, BLOCK_SIZE, num_stages=1, loop_unroll_factor=UNROLL):
         first = start + at
         totals = _apply_block(
             block_ptrs, first, first + tl.arange(0, BLOCK_SIZE), None, row_width, common, s, sums, noise, totals,

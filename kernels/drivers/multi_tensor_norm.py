@@ -1,6 +1,8 @@
-"""Per-tensor reductions in two stages, bit-identical from run to run: no atomics, and an order that is always the same.
+"""Per-tensor reductions in stages, bit-identical from run to run: no atomics, and an order that is always the same.
 
-Stage 1 is a phase of the driver that emits sums per chunk. Stage 2, here, adds a tensor's chunks in fp64.
+Stage 1 is a phase of the driver that emits sums per chunk. Stage 2, here, adds a tensor's chunks in fp64. Of a tensor
+with more than BLOCK_SIZE chunks it adds each BLOCK_SIZE of them first, by `sum_blocks`, and then these sums, lane by
+lane of a block and then in a tree. One program would read 64,128 partial sums of Llama-3's embedding in 63 turns.
 """
 
 from __future__ import annotations
@@ -28,6 +30,23 @@ def sum_partials(partial_ptr, tensor_ptr, sum_ptr, n_chunks, n_tensors, N_SUMS: 
             chunks = start + tl.arange(0, BLOCK_SIZE)
             total += tl.load(partial_ptr + chunks * N_SUMS + i, mask=chunks < end, other=0.0)
         tl.store(sum_ptr + tensor * N_SUMS + i, tl.sum(total))
+
+
+@triton.jit
+def sum_blocks(partial_ptr, tensor_ptr, long_ptr, block_ptr, sum_ptr, N_SUMS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """sum_ptr[block, i] = sum of partial_ptr[chunk, i] over up to BLOCK_SIZE chunks of a tensor; one program per block.
+
+    tensor_ptr: the driver's table. long_ptr, block_ptr: the same tables with chunks in place of elements, and blocks of
+    them in place of chunks.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(block_ptr + block).to(tl.int64)
+    first = (block - tl.load(long_ptr + 3 * tensor + 1)) * BLOCK_SIZE
+    chunks = first + tl.arange(0, BLOCK_SIZE)
+    is_there = chunks < tl.load(long_ptr + 3 * tensor)
+    ptrs = partial_ptr + (tl.load(tensor_ptr + 3 * tensor + 1) + chunks) * N_SUMS
+    for i in tl.static_range(N_SUMS):
+        tl.store(sum_ptr + block * N_SUMS + i, tl.sum(tl.load(ptrs + i, mask=is_there, other=0.0)))
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -98,7 +98,8 @@ def load_int8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """Load numbers of either sign: c^3 |c| times the scale."""
     code = tl.load(planes[0] + offsets, mask=mask).to(tl.float32)
     scale = load_scales(planes, offsets, mask)
-    return ((code * tl.abs(code)) * (code * code) * scale).to(COMPUTE_DTYPE)
+    signed_square = code * tl.abs(code)
+    return (signed_square * tl.abs(signed_square) * scale).to(COMPUTE_DTYPE)
 
 
 def decode_int8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

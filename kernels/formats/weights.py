@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tritopt.kernels.assembly import complete, is_nvidia, join_bits, n_nvidia_threads, pack_of
 from tritopt.kernels.formats.format import (
     LOW_PRECISION,
     PLAIN,
@@ -27,10 +28,12 @@ from tritopt.kernels.formats.format import (
     load_plain,
     shown_nearest,
 )
-from tritopt.kernels.language import tl, triton
+from tritopt.kernels.language import INTERPRETED, tl, triton
 from tritopt.kernels.ops import cast, widen
 from tritopt.kernels.random import random_bits16
 from tritopt.kernels.twins.random import Noise
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -41,8 +44,12 @@ def _completed(weight, value):
     memory raises no version counter, and is seen here alone. Bits, because 0 and -0 are two weights; NaN has many, but
     either of two NaN will do.
     """
-    rounded = cast(value, weight.dtype).to(tl.int16, bitcast=True)
-    return tl.where(rounded == weight.to(tl.int16, bitcast=True), value, widen(weight, tl.float32))
+    # In Adafactor's blocks of three dimensions, loads would sink behind it.
+    if not _INTERPRETED and is_nvidia() and len(weight.shape) == 1:
+        return complete(weight, value)
+    else:
+        rounded = cast(value, weight.dtype).to(tl.int16, bitcast=True)
+        return tl.where(rounded == weight.to(tl.int16, bitcast=True), value, widen(weight, tl.float32))
 
 
 def _completed_twin(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -134,15 +141,19 @@ def _compensation_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _joined(high, rest):
-    """The bits of the weight, in front, and the remainder's: but not where someone has written 0 or infinity since.
+def _joined(weight, remainder, SHIFT: tl.constexpr):
+    """The bits of the weight, in front, and the remainder's, shifted: but not beside 0, infinity or NaN.
 
     Whoever sets a weight to 0, as pruning does, wants it to be 0: what a remainder adds to that is below 2^-134. Beside
     infinity there are NaN, and numbers that only round to it.
     """
-    # Both ends of the numbers in one comparison: 0, less 1, is the largest.
-    is_alone = ((high & 0x7FFFFFFF) - 1).to(tl.uint32, bitcast=True) >= 0x7F7FFFFF
-    return tl.where(is_alone, high, high + rest).to(tl.float32, bitcast=True)
+    if not _INTERPRETED and pack_of(weight.numel, n_nvidia_threads(), 4) == 4 and len(weight.shape) == 1:
+        return join_bits(weight, remainder)
+    else:
+        high = widen(weight, tl.float32).to(tl.int32, bitcast=True)
+        # Both ends of the numbers in one comparison: 0, less 1, is the largest.
+        is_alone = ((high & 0x7FFFFFFF) - 1).to(tl.uint32, bitcast=True) >= 0x7F7FFFFF
+        return tl.where(is_alone, high, high + (remainder.to(tl.int32) << SHIFT)).to(tl.float32, bitcast=True)
 
 
 def _joined_twin(high: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
@@ -162,9 +173,8 @@ def _fitting(difference: torch.Tensor, half: int) -> torch.Tensor:
 @triton.jit
 def load_split16(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """Load the bits of an fp32 number: those of the bf16 weight in front, and a signed remainder added to them."""
-    remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
-    high = widen(tl.load(planes[0] + offsets, mask=mask), tl.float32).to(tl.int32, bitcast=True)
-    return _joined(high, remainder).to(COMPUTE_DTYPE)
+    remainder = tl.load(planes[1] + offsets, mask=mask)
+    return _joined(tl.load(planes[0] + offsets, mask=mask), remainder, 0).to(COMPUTE_DTYPE)
 
 
 def decode_split16(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -210,9 +220,8 @@ def _remainder16_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def load_split8(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """Load the upper 24 bits of an fp32 number: those of the bf16 weight in front, and a signed remainder."""
-    remainder = tl.load(planes[1] + offsets, mask=mask).to(tl.int32)
-    high = widen(tl.load(planes[0] + offsets, mask=mask), tl.float32).to(tl.int32, bitcast=True)
-    return _joined(high, remainder << 8).to(COMPUTE_DTYPE)
+    remainder = tl.load(planes[1] + offsets, mask=mask)
+    return _joined(tl.load(planes[0] + offsets, mask=mask), remainder, 8).to(COMPUTE_DTYPE)
 
 
 def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -224,10 +233,9 @@ def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.T
 def store_split8(planes, offsets, mask, value, start, noise):
     """Store 24 bits, rounded up or down with the probabilities that keep the mean, and the nearest weight."""
     bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + (random_bits16(noise, start, offsets, mask) >> 8)
-    bits = tl.where(value == value, bits.to(tl.int32, bitcast=True), 0x7FC00000) >> 8
-    high = (bits + 0x80) >> 8
-    tl.store(planes[1] + offsets, (bits - (high << 8)).to(tl.int8), mask=mask)
-    rounded = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    bits = tl.where(value == value, bits.to(tl.int32, bitcast=True), 0x7FC00000)
+    tl.store(planes[1] + offsets, (bits >> 8).to(tl.int8), mask=mask)
+    rounded = ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     tl.store(planes[0] + offsets, rounded, mask=mask)
     return rounded
 

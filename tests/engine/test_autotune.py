@@ -51,7 +51,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "_CHOSEN", {})
     monkeypatch.setattr(autotune, "gpu_of", lambda device: H200)
     monkeypatch.setattr(autotune, "is_capturing", lambda device: False)
-    monkeypatch.setattr(autotune, "default_of", lambda n_elements: DEFAULT)
+    monkeypatch.setattr(autotune, "default_of", lambda *_: DEFAULT)
     monkeypatch.setattr(autotune, "size_of", lambda n_elements: TINY)
 
 
@@ -139,7 +139,7 @@ def test_sums_are_the_same_on_every_gpu(options: dict[str, Any], monkeypatch: py
     monkeypatch.setattr(autotune, "GENERIC", DEFAULT)
     expected = train(tritopt.optim.LAMB, "fp32", steps=4, **options)
     for candidate in (Config(128, 128, 64, 1), Config(256, 512, 128, 2)):
-        monkeypatch.setattr(autotune, "default_of", lambda n_elements, candidate=candidate: candidate)
+        monkeypatch.setattr(autotune, "default_of", lambda *_, candidate=candidate: candidate)
         monkeypatch.setattr(autotune, "_CHOSEN", {})
         assert_same_bits(train(tritopt.optim.LAMB, "fp32", steps=4, **options), expected)
         monkeypatch.setattr(Planner, "config", candidate)
@@ -192,10 +192,11 @@ def test_the_default_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched(monkeypatch) == [DEFAULT]
 
 
-def test_on_the_cpu_and_where_telemetry_sums_it_is_generic(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_it_is_for_any_size_and_where_telemetry_sums_generic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched(monkeypatch, track=True) == [config.GENERIC]
     monkeypatch.setattr(autotune, "gpu_of", lambda device: None)
-    assert launched(monkeypatch) == [config.GENERIC]
+    monkeypatch.setattr(autotune, "default_of", config.default_of)
+    assert launched(monkeypatch) == [Config(chunk_size=8192, block_size=config.GENERIC.block_size // 2)]
 
 
 def test_the_cache_is_used_without_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +412,8 @@ def test_candidates(name: str, default: Config) -> None:
     for candidate in tried:
         assert config.from_fields(candidate._asdict()) == candidate
         per_thread = candidate.block_size // (32 * candidate.num_warps)
-        assert per_thread * (4 if name == "fp32" else 2) >= 16
+        assert per_thread >= (8 if name == "split8+int8" else 4)
+    assert (512, 4) in {(candidate.block_size, candidate.num_warps) for candidate in tried} or name == "split8+int8"
     chunks = {candidate.chunk_size for candidate in tried if candidate.block_size == 512}
     assert len(chunks) >= 3
 
@@ -432,8 +434,24 @@ def test_sizes_and_their_defaults(elements: int, size: int, chunk: int, monkeypa
     monkeypatch.setattr(config, "GENERIC", config.NVIDIA)
     assert config.size_of(elements) == size
     assert config.default_of(elements) == config.default_of(size) == Config(chunk_size=chunk)
+    assert config.default_of(elements, has_four=True) == Config(512, chunk)
     monkeypatch.setattr(config, "GENERIC", config.AMD)
     assert config.default_of(elements) == Config(2048, max(2048, chunk))
+    assert config.default_of(elements, has_four=True) == Config(1024, max(2048, chunk))
+
+
+@pytest.mark.parametrize(
+    ("name", "takes_four"),
+    [("fp32", True), ("master", True), ("split16", True), ("kahan", True), ("none", False), ("split16+bf16", False),
+     ("split8+int8", False), ("fp32+int8", False), ("stochastic", False)],
+)  # fmt: skip
+def test_four_elements_a_thread_beside_fp32_where_nothing_draws(name: str, takes_four: bool) -> None:
+    variant = variant_of(name=name)
+    assert config.takes_four(variant.formats, variant.dtypes) == takes_four
+    default = config.default_of(2**40, takes_four)
+    assert config.unrolled(default, config.GENERIC, variant.dtypes) == {True: 4 if name == "fp32" else 2}.get(
+        takes_four, 1
+    )
 
 
 def test_blocks_hold_whole_scales_and_less_of_fp64() -> None:
@@ -497,7 +515,9 @@ def test_show_and_clear() -> None:
         assert text in shown
     document = json.loads(run("--show", "--json").output)
     assert document["cached"][0]["config"]["block_size"] == 512
-    assert [(row["gpu"], row["block_size"]) for row in document["shipped"]] == [("NVIDIA", 1024), ("AMD", 2048)]
+    assert [(row["gpu"], row["block_size"]) for row in document["shipped"]] == [
+        ("NVIDIA", 1024), ("NVIDIA, fp32", 512), ("AMD", 2048), ("AMD, fp32", 1024),
+    ]  # fmt: skip
     assert "deleted" in run("--clear").output
     assert cache.files() == []
     assert json.loads(run("--clear", "--json").output) == {"deleted": []}

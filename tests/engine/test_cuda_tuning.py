@@ -68,7 +68,7 @@ def test_without_memory_it_is_the_default(capacity: int, monkeypatch: pytest.Mon
     """None for the scratch, or none for what is written between launches to clear the cache."""
     expected = on_cpu(optim.AdamW, [None] * 3, torch.float32)
     default = Config(64, 256, 64, 1)
-    monkeypatch.setattr(autotune, "default_of", lambda n_elements: default)
+    monkeypatch.setattr(autotune, "default_of", lambda *_: default)
     with FakeCuda(capacity=capacity).running():
         training = Training(optim.AdamW, ["cuda:0"])
         with pytest.warns(UserWarning, match="adamw_update: launched with the default, .* OutOfMemoryError"):

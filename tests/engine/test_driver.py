@@ -195,7 +195,7 @@ def test_offsets_beyond_2_to_the_31(small_chunks: None) -> None:
     constants = driver.phase_constants(Apply(add_scaled), launch, group, 0)
     multi_tensor_apply[(1,)](
         torch.tensor(words), tensors, torch.zeros(1, dtype=torch.int32), None, None, None, None, None, 1, None, None,
-        **constants, CHUNK_SIZE=chunk, BLOCK_SIZE=16, TAIL_SIZE=16, enable_fp_fusion=False,
+        **constants, CHUNK_SIZE=chunk, BLOCK_SIZE=16, TAIL_SIZE=16, UNROLL=1, enable_fp_fusion=False,
     )  # fmt: skip
     assert weight[-40:].tolist() == [1.0] * 40
     assert weight[-60:-40].tolist() == [0.0] * 20
@@ -239,3 +239,27 @@ def test_source_of_nested_functions_is_in_the_cache_key() -> None:
         assert key(add_scaled, Scale) != key(square_update, Scale)
     assert key(add_scaled, Scale) != key(add_scaled, Renamed)
     assert key(add_scaled, Scale) == key(add_scaled, Scale)
+
+
+@pytest.mark.parametrize("block", [1, 4, 1024])
+def test_long_tensors_are_summed_in_two_stages(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers, whose sums are exact in any order; tensors of one block of chunks, of more, and of none."""
+    monkeypatch.setattr(driver, "SUM_BLOCK", block)
+    lengths = (64, 64 * 4, 64 * 4 + 1, 0, 700)
+    tensors = [torch.randint(-3, 4, (n,)).float() for n in lengths]
+    seen: list[int] = []
+    original = driver.BoundPhase._blocks_of
+
+    def blocks_of(self: driver.BoundPhase, group: LaunchGroup, chunk_size: int) -> Any:
+        tables = original(self, group, chunk_size)
+        seen.append(0 if tables is None else len(tables[1]))
+        return tables
+
+    monkeypatch.setattr(driver.BoundPhase, "_blocks_of", blocks_of)
+    planner = Planner()
+    planner.config = Config(block_size=64, chunk_size=64, tail_size=64, num_warps=1)
+    expected = [float((tensor.double() ** 2).sum()) for tensor in tensors]
+    for _ in range(2):
+        assert planner.squares("sums", tensors).tolist() == expected
+    n_chunks = [-(-n // 64) for n in lengths]
+    assert seen == [sum(-(-n // block) for n in n_chunks) if max(n_chunks) > block else 0]

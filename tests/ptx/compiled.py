@@ -15,6 +15,8 @@ from tests.kernels.test_exact import EDGES
 from tritopt import optim
 from tritopt.engine import plan
 from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
+from tritopt.kernels.formats.format import Format
+from tritopt.kernels.formats.weights import KAHAN, MASTER_FP32, SPLIT8, SPLIT16
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.ops import div, div_by_root, sqrt
 from tritopt.tools.ptx import driver
@@ -73,6 +75,12 @@ def exact(x, y, quotients, roots, by_roots, epsilon, BLOCK: tl.constexpr):  # ty
     tl.store(by_roots + i, div_by_root(a, b, epsilon))
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def loaded(plane, companion, out, BLOCK: tl.constexpr, LOAD_FN: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, LOAD_FN((plane, companion), i, None, tl.float32))
+
+
 def add(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, beyond: int = 0, fusion: bool = False) -> Any:
     n = x.numel()
     grid = (triton.cdiv(n, 128),)
@@ -112,6 +120,38 @@ def test_exact_arithmetic_at_the_edges(record: Record, elements: int) -> None:
             for ours, expected in zip(actual, (x / y, root, x / (root + np.float32(epsilon))), strict=True):
                 assert np.array_equal(ours.numpy(), expected, equal_nan=True)
                 assert np.array_equal(np.signbit(ours.numpy()), np.signbit(expected) & ~np.isnan(expected))
+
+
+def companions(fmt: Format, weight: torch.Tensor) -> list[torch.Tensor]:
+    """The weight's own, its neighbours', and any."""
+    random = np.random.default_rng(0)
+    if fmt.companion_dtype == torch.float32:
+        bits = (
+            weight.float().view(torch.int32)[:, None] + torch.tensor([0, 2**12, 2**15, -(2**15)], dtype=torch.int32)
+        ).T
+        return [each.contiguous().view(torch.float32) for each in bits]
+    dtype = fmt.dtype_of_companion(weight.dtype)
+    size = torch.empty(0, dtype=dtype).element_size()
+    some = torch.from_numpy(random.integers(0, 256, size * len(weight), dtype=np.uint8)).view(dtype)
+    if dtype.is_floating_point:
+        return [torch.zeros_like(weight), some, (weight.float() * 2.0**-9).to(dtype)]
+    return [some, *(torch.full_like(some, edge) for edge in (torch.iinfo(dtype).min, torch.iinfo(dtype).max, -1))]
+
+
+@pytest.mark.parametrize("elements", [1, 4])
+@pytest.mark.parametrize("fmt", [MASTER_FP32, KAHAN, SPLIT16, SPLIT8], ids=lambda fmt: fmt.name)
+def test_every_weight_is_joined_as_its_twin_does(record: Record, fmt: Format, elements: int) -> None:
+    for dtype in fmt.weight_dtypes:
+        weight = torch.arange(2**16).to(torch.int16).view(dtype)
+        for companion in companions(fmt, weight):
+            out = torch.full((2**16,), math.nan)
+            loaded[(2**16 // (32 * elements),)](
+                weight, companion, out, BLOCK=32 * elements, LOAD_FN=fmt.load, num_warps=1, enable_fp_fusion=False
+            )
+            expected = fmt.decode([weight, companion], torch.float32)
+            is_nan = expected.isnan()
+            assert torch.equal(out.isnan(), is_nan)
+            assert torch.equal(out[~is_nan].view(torch.int32), expected[~is_nan].view(torch.int32))
 
 
 def test_views_that_are_aligned_otherwise(record: Record) -> None:

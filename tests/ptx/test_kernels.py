@@ -26,7 +26,8 @@ def test_compiled_kernels_and_other_tests_through_the_plugin() -> None:
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITOPT_PTX": "80", "TRITOPT_PTX_WARPS": "3"}
-    selected = ["tests/ptx/compiled.py", "tests/engine/test_driver.py::test_sums_reach_the_next_phase"]
+    of_driver = ("test_sums_reach_the_next_phase", "test_long_tensors_are_summed_in_two_stages")
+    selected = ["tests/ptx/compiled.py", *(f"tests/engine/test_driver.py::{name}" for name in of_driver)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.ptx.plugin", "-p", "no:cacheprovider", *selected]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,11 +19,13 @@ from typer.testing import CliRunner
 from tritopt.commands.app import app
 from tritopt.mxnet.registry import names
 from tritopt.tools import inspect as report
+from tritopt.tools.compiled import CompiledLaunch
 from tritopt.tools.gpus import ARCHITECTURES, DEFAULTS, GPUS, find_gpu, resident_programs
 from tritopt.tools.hot_loop import HotLoop, hot_loops, parse_gcn, parse_sass
 from tritopt.tools.inspect import MAIN_FORMATS, Case, LaunchRecord, compare, inspect_cases, select_cases, steps_of
 from tritopt.tools.inspect import compile as compiling
 from tritopt.tools.inspect.cases import NORM
+from tritopt.tools.inspect.model import bytes_in_flight, seconds_of
 
 pytestmark = pytest.mark.xdist_group("compiles")  # with tests/kernels/test_compiles.py: kernels are compiled once
 
@@ -83,10 +86,10 @@ def test_nothing_spills_and_every_step_moves_what_it_must(rows: list[LaunchRecor
 
 
 def test_counts_by_hand(rows: list[LaunchRecord]) -> None:
-    """AdamW: g and w of 2 bytes, master, m and v of 4; eight elements a thread."""
+    """AdamW: g and w of 2 bytes, master, m and v of 4, four elements a thread; packed ones are eight."""
     by_name = {(row.optimizer, row.storage): row for row in rows if not row.arguments}
     plain, packed = by_name["adamw", "master"], by_name["adamw", "split8+int8"]
-    assert (plain.loads, plain.stores) == ({"128": 2 + 3 * 2}, {"128": 1 + 3 * 2})
+    assert (plain.loads, plain.stores) == ({"128": 3, "64": 2}, {"128": 3, "64": 1})
     assert (plain.bytes_loaded, plain.bytes_stored) == (16, 14)
     # w and g; remainder, m and v of a byte; a scale each for m and v
     assert packed.loads == {"128": 2, "64": 3, "16": 2}
@@ -94,15 +97,18 @@ def test_counts_by_hand(rows: list[LaunchRecord]) -> None:
     assert (plain.bound, packed.bound) == ("memory", "issue")
     assert plain.milliseconds == pytest.approx(30e12 / 4.8e12, abs=1e-3)
     assert packed.instructions is not None
-    assert packed.milliseconds == pytest.approx(packed.instructions * 1e12 / (132 * 128 * 1.98e9), abs=1e-3)
+    assert packed.milliseconds == pytest.approx(packed.instructions * 1e12 / (132 * 128 * 1.98e9 * 0.9), abs=1e-3)
+    # A root and an inverse of Adam's; of int8 states five roots and two floors, and one conversion.
+    assert (plain.xu, packed.xu) == (2, 2 + 5 + 2 + 1)
+    assert plain.in_flight == plain.programs * 128 * 4 * 16
 
 
 @pytest.mark.parametrize(
     ("changed", "is_seen_with_another_triton"),
     [
         ({"instructions": 60.0}, True),
-        ({"instructions": 47.0}, False),
-        ({"registers": 93}, False),
+        ({"instructions": 40.0}, False),
+        ({"registers": 70}, False),
         ({"registers": 128}, True),
         ({"bytes_loaded": 18.0}, True),
         ({"loads": {"128": 9}}, True),
@@ -165,7 +171,7 @@ def test_a_hot_loop_is_counted_along_its_shortest_way() -> None:
     """The call is left out, though it is shorter, and so is the rare branch; loops of single words are not hot."""
     (loop,) = hot_loops(parse_sass(SASS))
     # LDG LDG BSSY MUFU BRA, FMUL 4 FFMA, BSYNC BRA.U, STG BRA
-    assert loop == HotLoop(14, 6, Counter({128: 1, 16: 1}), Counter({128: 1}), 1)
+    assert loop == HotLoop(14, 6, Counter({128: 1, 16: 1}), Counter({128: 1}), 1, alu=0, xu=1)
 
 
 UNROLLED = """
@@ -187,7 +193,7 @@ UNROLLED = """
 
 def test_of_an_unrolled_loop_one_iteration_counts() -> None:
     (loop,) = hot_loops(parse_sass(UNROLLED))
-    assert loop == HotLoop(5 / 2, 1, Counter({128: 1}), Counter(), 1 / 2)
+    assert loop == HotLoop(5 / 2, 1, Counter({128: 1}), Counter(), 1 / 2, alu=0, xu=0)
 
 
 def test_an_outer_loop_is_not_hot() -> None:
@@ -220,7 +226,23 @@ GCN = """
 
 def test_gcn_with_active_lanes_and_without_what_merely_jumps_back() -> None:
     (loop,) = hot_loops(parse_gcn(GCN))
-    assert loop == HotLoop(9, 2, Counter({128: 1, 16: 1}), Counter({64: 1}), 0)
+    assert loop == HotLoop(9, 2, Counter({128: 1, 16: 1}), Counter({64: 1}), 0, alu=0, xu=0)
+
+
+def test_a_loop_that_is_unrolled_twice_is_counted_by_its_wide_loads() -> None:
+    """None of its iterations is left over, and it stands before what the compiler made of those that may be."""
+    once = UNROLLED.rpartition(".L_x_1:")[0]
+    assert hot_loops(parse_sass(once))[0].loads == Counter({128: 2})
+    assert [loop.loads for loop in hot_loops(parse_sass(once), wide_loads=1)] == [Counter({128: 1})]
+
+
+def test_pipes() -> None:
+    lines = ("LDG.E.128 R4, desc[UR4][R2.64]", "MUFU.RSQ R8, R4", "I2F.S8 R9, R5", "I2FP.F32.U32 R9, R5",
+             "FSETP.GEU.AND P0, PT, R4, R5, PT", "VIADDMNMX R9, R5, R6, R7, !PT", "IMAD R9, R5, R6, R7",
+             "FSEL R9, R4, R5, P0", "@!P0 BRA `(.L_x_0)")  # fmt: skip
+    text = ".L_x_0:\n" + "".join(f"        /*{16 * i:04x}*/    {line} ;\n" for i, line in enumerate(lines))
+    (loop,) = hot_loops(parse_sass(text))
+    assert (loop.instructions, loop.alu, loop.xu) == (9, 4, 2)
 
 
 # Loads, and what of them is used: by a register of four, as an address, by a store of four.
@@ -351,7 +373,7 @@ def test_command_compiles_though_kernels_are_interpreted_here(tmp_path: Path) ->
     assert {row["gpu"] for row in rows} == {"H100"}
     # w 2, g 4 and momentum 2, stored in the weight's dtype
     assert [(row["bytes_loaded"], row["bytes_stored"]) for row in rows] == [(2 + 4, 2), (2 + 4 + 2, 2 + 2)]
-    assert [row["loads"] for row in rows] == [{"128": 3}, {"128": 4}]
+    assert [row["loads"] for row in rows] == [{"128": 1, "64": 1}, {"128": 1, "64": 2}]
 
 
 def test_table(compiled: list[Case]) -> None:
@@ -363,11 +385,52 @@ def test_table(compiled: list[Case]) -> None:
     lines = [line.split() for line in result.output.splitlines()]
     (adamw,) = (line for line in lines if line[:2] == ["adamw", "master"])
     assert adamw[2] == "adamw_update"
-    assert adamw[5:8] == ["8x128", "7x128", "30"]
+    assert adamw[5:10] == ["3x128", "2x64", "3x128", "1x64", "30"]
     assert adamw[-2:] == ["6.25", "memory"]
     (total,) = (line for line in lines if line[:1] == ["all"])
     assert total[1] == "44"
     assert "must 30" not in result.output
+
+
+def test_the_page_shows_what_the_command_prints(compiled: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    formats = ("fp32", "master", "split16", "split16+bf16", "split8+fp8", "split8+int8")
+    options = [option for name in formats for option in ("--format", name)]
+    result = CliRunner().invoke(app, ["inspect", "adamw", *options], env={"COLUMNS": "112"})
+    printed = [line.strip() for line in result.output.splitlines()]
+    page = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
+    sample = [line.strip() for line in page.partition("```text\nstep ")[2].partition("```")[0].splitlines()]
+    start = next(i for i, line in enumerate(printed) if line.startswith("step "))
+    # Without the ruler below the titles.
+    shown = [printed[start].removeprefix("step").strip(), *printed[start + 2 : start + 1 + len(sample)]]
+    assert sample == shown, "copy what `COLUMNS=112 tritopt inspect adamw --format fp32 ...` prints into docs/tools.md"
+
+
+def test_peers_stand_beside(compiled: list[Case]) -> None:
+    result = run("adamw", "--format", "master", "--peer")
+    assert result.exit_code == 0, result.output
+    line = r"TransformerEngine FusedAdam +bf16; fp32 master, m, v +56 +512 +2 +4x16 12x32 +28 +46\.8 +56"
+    assert re.search(line, result.output)
+
+
+@pytest.mark.parametrize(
+    ("changed", "bound", "milliseconds"),
+    [
+        ({}, "memory", 1e12 * 30 / 4.8e12),
+        ({"instructions": 300.0}, "issue", 300e12 / (0.9 * 128 * 132 * 1.98e9)),
+        ({"alu": 200.0}, "ALU", 200e12 / (0.9 * 64 * 132 * 1.98e9)),
+        ({"xu": 40.0}, "XU", 40e12 / (0.9 * 16 * 132 * 1.98e9)),
+        ({"waits": 9.0}, "latency", 1e12 * (9 * 1000 + 40 * 4 * 4) / (8 * 128 * 4 * 132 * 1.98e9)),
+    ],
+)
+def test_the_longest_of_five_times(changed: dict[str, Any], bound: str, milliseconds: float) -> None:
+    launch = CompiledLaunch(
+        "adamw", 64, 0, 0, 4, 4, Counter(), Counter(), None, None, 16.0, 14.0, 40.0, 36.0, 1.0, 10.0, 2.0
+    )
+    seconds = seconds_of(launch._replace(**changed), 8, GPUS["H200"])
+    assert max(seconds, key=seconds.__getitem__) == bound
+    assert 1e12 * seconds[bound] == pytest.approx(milliseconds)
+    assert bytes_in_flight(launch, 8, "sm_90") == 8 * 128 * 4 * 16
+    assert bytes_in_flight(launch._replace(waits=2.0), 8, "sm_90") == 8 * 128 * 4 * 16 / 2
 
 
 def test_table_says_where_bytes_differ(compiled: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,7 +512,7 @@ def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{}", "holds no list of rows"), ("[]", "holds no list"), ('[{"kernel": "x"}]', "rows differ in arguments")],
+    [("{}", "holds no list of rows"), ("[]", "holds no list"), ('[{"kernel": "x"}]', "rows differ in alu, arguments")],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "rows.json"

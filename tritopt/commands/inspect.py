@@ -18,9 +18,10 @@ regs, shared: registers of a thread, bytes of shared memory of a program
 loads, stores: accesses that a thread makes for its elements on the hot path, number x bits
 bytes: per parameter, read off the code; what must move stands beside it where that differs
 instr: instructions issued per parameter on the hot path; on AMD, those of vector arithmetic
+ALU, XU: those of them for the pipe of integers and choices, and for that of roots and conversions
 waits: times that a thread waits for memory in one iteration; 1 if it asks for everything first
-progs: programs that a multiprocessor holds at once
-ms: that 1e9 parameters take at least, by the vendor's peaks of bandwidth and of instructions issued
+progs, KB: programs that a multiprocessor holds at once, and kilobytes of loads under way when all of them wait
+ms: that 1e9 parameters take by a model: the longest of memory, issue, pipes and latency (tools/inspect/model.py)
 Nothing here was measured on a GPU."""
 
 
@@ -43,6 +44,7 @@ def inspect(
     everything: Annotated[
         bool, typer.Option("--all", help="Every optimizer, also of tritopt.optim, in every format. Takes minutes.")
     ] = False,
+    peer: Annotated[bool, typer.Option("--peer", help="Print other packages' AdamW kernels for sm_90 beside.")] = False,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows to it, for --diff.")] = None,
     diff: Annotated[
         Path | None,
@@ -84,6 +86,8 @@ def inspect(
         _print_changes(changes, len(selection.cases), diff)
     else:
         _print_rows(rows)
+        if peer:
+            _print_peers()
         for label, reason in selection.refused.items() if storage else ():
             console().print(f"{label}: {reason}", soft_wrap=True)
     raise typer.Exit(1 if any(change.is_worse for change in changes) else 0)
@@ -109,7 +113,8 @@ def _print_rows(rows: Sequence[report.LaunchRecord]) -> None:
 def _print_table(terminal: Console, steps: Sequence[report.Step]) -> None:
     gpu = find_gpu(steps[0].rows[0].gpu)
     title = f"{gpu.target}, Triton {steps[0].rows[0].triton}; time on {gpu.name}, {gpu.bandwidth / 1e12:g} TB/s"
-    ranks = {"regs": 4, "shared": 8, "loads": 6, "stores": 5, "bytes": 1, "instr": 3, "waits": 4, "progs": 7, "ms": 0}
+    ranks = {"regs": 4, "shared": 8, "loads": 6, "stores": 5, "bytes": 1, "instr": 3, "ALU": 9, "XU": 9, "waits": 4}
+    ranks |= {"progs": 7, "KB": 9, "ms": 0}
     if any(row.spilled_bytes for step in steps for row in step.rows):
         ranks["regs"] = 0  # which say it
     columns = [Column("step"), Column("kernel"), *(Column(name, rank, "right") for name, rank in ranks.items())]
@@ -138,8 +143,11 @@ def _lines(step: report.Step) -> Iterator[Line]:
             report.widths(row.stores),
             _bytes(row),
             _number(row.instructions if ARCHITECTURES[row.target].issues_all else row.arithmetic),
+            _number(row.alu),
+            _number(row.xu),
             "" if row.waits is None else f"{row.waits:g}",
             str(row.programs),
+            "" if row.in_flight is None else f"{row.in_flight / 1000:.0f}",
             _number(row.milliseconds, 2),
             row.bound or "",
         )
@@ -153,11 +161,27 @@ def _lines(step: report.Step) -> Iterator[Line]:
             *("", "all", "", "", "", ""),
             total if step.moves_what_it_must else f"{total}, must {must:g}",
             _number(step.total("instructions" if issues_all else "arithmetic")),
-            *("", ""),
+            _number(step.total("alu")),
+            _number(step.total("xu")),
+            *("", "", ""),
             _number(step.total("milliseconds"), 2),
             "",
         )
         yield Line(cells)
+
+
+def _print_peers() -> None:
+    ranks = {"stored": 3, "regs": 4, "threads": 6, "progs": 5, "loads": 6, "bytes": 1, "instr": 0, "KB": 7}
+    columns = [
+        Column("kernel"),
+        *(Column(name, rank, "right" if name not in ("stored", "loads") else "left") for name, rank in ranks.items()),
+    ]
+    lines = [
+        Line([*(str(value) for value in kernel[:6]), *(f"{value:g}" for value in kernel[6:])])
+        for kernel in report.PEERS
+    ]
+    caption = "read off machine code in November 2026, not run; see tritopt/tools/inspect/peers.py"
+    print_table(console(), columns, lines, title="peers' AdamW, sm_90", caption=caption)
 
 
 def _bytes(row: report.LaunchRecord) -> str:

@@ -140,7 +140,10 @@ def _show(as_json: bool) -> None:
     print_table(terminal, shown, lines, title=f"tuned, in {folder}")
 
 
-_DEFAULTS = "by reasons, not measured; lists of less than 32 million elements have smaller chunks"
+_DEFAULTS = (
+    "by reasons, not measured; fp32: of updates with a tensor in fp32 and without random bits; lists of less than 32 "
+    "million elements have smaller chunks"
+)
 
 
 def _stored(row: dict[str, Any]) -> str:

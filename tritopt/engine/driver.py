@@ -17,9 +17,9 @@ from tritopt.engine.launcher import BoundKernel
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning import autotune
-from tritopt.engine.tuning.config import GENERIC, Config, adapted
+from tritopt.engine.tuning.config import GENERIC, Config, adapted, unrolled
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
-from tritopt.kernels.drivers.multi_tensor_norm import sum_partials
+from tritopt.kernels.drivers.multi_tensor_norm import sum_blocks, sum_partials
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.language import tl
 from tritopt.kernels.preambles import PREAMBLES
@@ -107,6 +107,10 @@ class Part(NamedTuple):
     """The driver's table, of all tensors of the group."""
 
 
+SUM_BLOCK = 1024
+"""Number of partial sums that a program adds: of a tensor that has more, in two stages."""
+
+
 class BoundPhase:
     """A phase's launches for one group, or a part of it, with the tables and the scratch that they need."""
 
@@ -132,15 +136,18 @@ class BoundPhase:
             "CHUNK_SIZE": config.chunk_size,
             "BLOCK_SIZE": config.block_size,
             "TAIL_SIZE": min(config.tail_size, config.block_size),
+            "UNROLL": unrolled(config, launch.generic or GENERIC, group.dtypes),
             "num_warps": config.num_warps,
             "enable_fp_fusion": False,
         }
         n_states = len(group.formats) - 1 if phase.states is None else len(phase.states)
         self._limit = register_limit(phase, launch, n_states, config)
         self._apply = self._launcher()
-        self._sum = BoundKernel(
-            sum_partials, self._n_tensors, {"N_SUMS": self._n_totals, "BLOCK_SIZE": 1024, "enable_fp_fusion": False}
-        )
+        of_sums = {"N_SUMS": self._n_totals, "BLOCK_SIZE": SUM_BLOCK, "enable_fp_fusion": False}
+        self._sum = BoundKernel(sum_partials, self._n_tensors, of_sums)
+        self._blocks = self._blocks_of(group, config.chunk_size) if part.tensor_table is part.sum_table else None
+        if self._blocks is not None:
+            self._sum_blocks = BoundKernel(sum_blocks, len(self._blocks[1]), of_sums)
         # What is tracked is read later, perhaps after other steps: it gets memory of its own each time.
         self._scratch = None if launch.tracked is not None else self._fresh(group)
 
@@ -148,12 +155,17 @@ class BoundPhase:
         self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None, scratch: torch.Tensor | None = None
     ) -> torch.Tensor | None:
         """Launch. scratch: elements that the phase reads or writes for another one, if it does."""
-        partials, totals = self._scratch or self._fresh(group)
+        partials, block_sums, totals = self._scratch or self._fresh(group)
         if self._n_chunks:  # none where shards have no element here
             self._launch(group, launch, sums, partials, scratch)
         if totals is None:
             return None
-        self._sum(launch.record, partials, self._part.sum_table, totals, self._n_chunks, self._n_tensors)
+        table, n_partials = self._part.sum_table, self._n_chunks
+        if self._blocks is not None:
+            self._sum_blocks(launch.record, partials, table, *self._blocks, block_sums)
+            partials, (table, block_table) = block_sums, self._blocks
+            n_partials = len(block_table)
+        self._sum(launch.record, partials, table, totals, n_partials, self._n_tensors)
         if launch.tracked is not None and any(self._tracks):
             columns = (*self._tracks[0], *self._tracks[1])
             launch.tracked.append(Tracked(self._part.members, columns, totals[:, self._n_sums :]))
@@ -191,11 +203,22 @@ class BoundPhase:
         more = _OPTIONS_OF_SPILLED.get(self._variant, self._limit)
         return BoundKernel(multi_tensor_apply, self._n_chunks, {**self._constants, **more})
 
-    def _fresh(self, group: LaunchGroup) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Partial sums and sums of tensors, if there are any."""
+    def _blocks_of(self, group: LaunchGroup, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Tables of `sum_blocks`, where there are sums and a tensor has so many chunks."""
+        n_chunks = [torch.Size([-(-shape.numel() // chunk_size)]) for shape in group.shapes]
+        if not self._n_totals or max(n_chunks)[0] <= SUM_BLOCK:
+            return None
+        name = ("blocks of chunks", chunk_size)
+        longs, blocks = group.tables(name, lambda _: chunk_tables(n_chunks, SUM_BLOCK))
+        return longs, blocks
+
+    def _fresh(self, group: LaunchGroup) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Sums of chunks, of blocks of them and of tensors, if there are any."""
         if not self._n_totals:
-            return None, None
-        return group.empty(self._n_chunks, self._n_totals), group.empty(self._n_tensors, self._n_totals)
+            return None, None, None
+        sums = [group.empty(n, self._n_totals) for n in (self._n_chunks, self._n_tensors)]
+        blocks = None if self._blocks is None else group.empty(len(self._blocks[1]), self._n_totals)
+        return sums[0], blocks, sums[1]
 
 
 _OPTIONS_OF_SPILLED: dict[Hashable, dict[str, int]] = {}
@@ -237,7 +260,7 @@ def _config_of(phase: Apply, group: LaunchGroup, launch: LaunchSpec, n_earlier: 
     key = (id(phase.update), phase.n_sums, launch.tracked is None)
     chosen: tuple[Config, Any] | None = group.configs.get(key)
     if chosen is None:
-        unadapted = GENERIC if phase.scratch else autotune.choose(phase, group, launch, n_earlier)
+        unadapted = (launch.generic or GENERIC) if phase.scratch else autotune.choose(phase, group, launch, n_earlier)
         config = adapted(unadapted, group.formats, group.dtypes)
         chosen = group.configs[key] = config, phase.update
     return chosen[0]

@@ -76,7 +76,7 @@ class ApplyFactored(NamedTuple):
 
     def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> None:
         """Make all launches of the phase, in the order that the kernels' module gives."""
-        config = launch.config or GENERIC
+        config = launch.config or launch.generic or GENERIC
         shape_table, tile_counts, line_table, sizes, *flat = group.tables(
             ("factored", config), partial(tables_of, config=config)
         )

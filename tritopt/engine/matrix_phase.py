@@ -171,7 +171,7 @@ class _Prepared:
         else:
             layouts = layouts_of(phase, group.shapes, group.strides, self._dtype.itemsize)
         self._size = max(layout.size for layout in layouts)
-        config = adapted(launch.config or GENERIC, group.formats, group.dtypes)
+        config = adapted(launch.config or launch.generic or GENERIC, group.formats, group.dtypes)
         passes = phase.passes
         launch = launch._replace(phases=passes)  # which of them tracks what goes by identity
         key = ("shards" if is_sharded else "matrices", phase.cut, phase.scratch_bytes, self._dtype, config.chunk_size)

@@ -79,6 +79,8 @@ class LaunchSpec(NamedTuple):
     """Launch configuration of all phases; None: each has what was tuned for it, or the default."""
     record: Recorder | None = None
     """Receiver that is told of the launches, of which none is made; None: they are made."""
+    generic: Config | None = None
+    """Default of the architecture that kernels are compiled for; None: `config.GENERIC`."""
 
     @property
     def n_scalars(self) -> int:

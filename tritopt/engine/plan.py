@@ -112,6 +112,8 @@ class Planner:
     """`LaunchSpec.config` of all its launches; tools and tests set it, and the next, before the first step."""
     record: Recorder | None = None
     """`LaunchSpec.record` of all its launches, and told of those that a step makes beside its phases."""
+    generic: Config | None = None
+    """`LaunchSpec.generic` of all launches that `record` is told of."""
 
     def __init__(self) -> None:
         self._plans: Recent[tuple[Any, list[LaunchGroup]]] = Recent()
@@ -132,7 +134,7 @@ class Planner:
         """The launch as this planner makes it."""
         if self.config is None and self.record is None:
             return launch
-        return launch._replace(config=self.config, record=self.record)
+        return launch._replace(config=self.config, record=self.record, generic=self.generic)
 
     def apply(
         self,

@@ -57,7 +57,7 @@ class ApplyRows(NamedTuple):
 
     def launch(self, group: LaunchGroup, launch: LaunchSpec, sums: torch.Tensor | None) -> None:
         """One launch; rows that fit into less than a block get a smaller one and fewer warps."""
-        config = launch.config or GENERIC
+        config = launch.config or launch.generic or GENERIC
         matrix_table, row_table = group.tables("rows", row_tables)
         longest = max(shape[1] for shape in group.shapes)
         # Down to one warp, whose threads still move 16 bytes each.

@@ -92,6 +92,10 @@ class CompiledLaunch(NamedTuple):
 
     None: there is no hot loop.
     """
+    alu: float | None
+    """Number of instructions per parameter for the pipe of integers. None: there is no hot loop."""
+    xu: float | None
+    """Number of instructions per parameter for the pipe of roots and conversions. None: there is no hot loop."""
 
 
 def compile_launches(
@@ -126,7 +130,7 @@ def _compiled(step: Callable[[Planner], Any], arch: int | str) -> list[CompiledL
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
     recording = Recording()
     planner = Planner()
-    planner.config, planner.record = NVIDIA if isinstance(arch, int) else AMD, recording
+    planner.generic, planner.record = NVIDIA if isinstance(arch, int) else AMD, recording
     step(planner)
     return [_describe(launched, arch) for launched in recording.launches]
 
@@ -179,24 +183,27 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
     """Describe what runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
     code_of, metadata = private.assembly(binary), private.metadata(binary)
+    warp_size = 32 if isinstance(arch, int) else 64
+    is_driver, expected, wide_loads = "FORMATS" in launched.arguments, None, 0
+    if is_driver:
+        expected = _expected_accesses(launched, _elements_of_a_thread(launched, warp_size))
+        wide_loads = expected[0] if launched.arguments["UNROLL"] > 1 else 0
     if isinstance(arch, int):
         registers, spilled = _resources(code_of["cubin"])
-        if "FORMATS" in launched.arguments and spilled and is_first:
+        if is_driver and spilled and is_first:
             more = driver.more_registers(registers)
             return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
         has_vectors = _VECTOR.search(code_of["ptx"]) is not None and not _is_of_rows(launched)
-        loops = _loops_of(code_of["cubin"]) if has_vectors else ()
+        loops = _loops_of(code_of["cubin"], wide_loads) if has_vectors else ()
     else:
         assembly = code_of["amdgcn"]
         registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
         spilled = 4 * spills
-        loops = () if _is_of_rows(launched) else hot_loops(parse_gcn(assembly))
-    elements = _elements_of_a_thread(launched, 32 if isinstance(arch, int) else 64) if loops else 0
+        loops = () if _is_of_rows(launched) else hot_loops(parse_gcn(assembly), wide_loads)
+    elements = _elements_of_a_thread(launched, warp_size) if loops else 0
     loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
     stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
-    is_driver = "FORMATS" in launched.arguments
-    expected = _expected_accesses(launched, elements) if is_driver else (None, None)
     masked = _masked_bytes(launched)
     return CompiledLaunch(
         metadata.name,
@@ -207,13 +214,15 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
         elements,
         loads,
         stores,
-        expected[0],
-        expected[1],
+        expected[0] if expected else None,
+        expected[1] if expected else None,
         _bytes(loads, elements, is_driver) - masked[0] if loops else None,
         _bytes(stores, elements, is_driver) - masked[1] if loops else None,
         sum(loop.instructions for loop in loops) / elements if loops else None,
         sum(loop.arithmetic for loop in loops) / elements if loops else None,
         max(loop.waits for loop in loops) if loops else None,
+        sum(loop.alu for loop in loops) / elements if loops else None,
+        sum(loop.xu for loop in loops) / elements if loops else None,
     )
 
 
@@ -270,9 +279,9 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _loops_of(cubin: bytes) -> Sequence[HotLoop]:
+def _loops_of(cubin: bytes, wide_loads: int) -> Sequence[HotLoop]:
     """Hot loops of a binary, which many launches may share: disassembling one takes 0.3 s."""
-    return hot_loops(parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=cubin)))
+    return hot_loops(parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=cubin)), wide_loads)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -30,6 +30,10 @@ class Architecture(NamedTuple):
     """Whether memory accesses and branches take issue slots of arithmetic. On AMD they are issued beside it."""
     lanes: int
     """Instructions of one thread each that a multiprocessor issues per clock."""
+    alu_lanes: int
+    """Instructions of integers, comparisons and choices that it issues per clock, each of one thread."""
+    xu_lanes: int
+    """Instructions of roots, inverses and conversions that it issues per clock, each of one thread."""
 
 
 N_SCHEDULERS = 4
@@ -39,11 +43,14 @@ N_SCHEDULERS = 4
 # AMD: CDNA 3 instruction set reference and LLVM's user guide for AMDGPU: 512 vector registers a lane, in units of 8, 8
 # waves a SIMD, 64 KB of LDS. A SIMD of 16 lanes takes 4 clocks for a wave of 64, so four of them do 64 lanes a clock;
 # 32 workgroups is what 32 waves of one each come to.
+# Pipes: CUDA C++ Programming Guide, throughput of native arithmetic instructions: 64 of 32-bit integers and
+# comparisons, 16 of special functions. Conversions are taken as the latter's. AMD: a SIMD does transcendentals at a
+# quarter of its rate.
 ARCHITECTURES = {
-    "sm_80": Architecture(80, 32, 512, 8, 16, 32, 164 * 1024, 1024, True, 128),
-    "sm_90": Architecture(90, 32, 512, 8, 16, 32, 228 * 1024, 1024, True, 128),
-    "sm_100": Architecture(100, 32, 512, 8, 16, 32, 228 * 1024, 1024, True, 128),
-    "gfx942": Architecture("gfx942", 64, 512, 8, 8, 32, 64 * 1024, 0, False, 64),
+    "sm_80": Architecture(80, 32, 512, 8, 16, 32, 164 * 1024, 1024, True, 128, 64, 16),
+    "sm_90": Architecture(90, 32, 512, 8, 16, 32, 228 * 1024, 1024, True, 128, 64, 16),
+    "sm_100": Architecture(100, 32, 512, 8, 16, 32, 228 * 1024, 1024, True, 128, 64, 16),
+    "gfx942": Architecture("gfx942", 64, 512, 8, 8, 32, 64 * 1024, 0, False, 64, 64, 16),
 }
 """Architectures by the name of a target."""
 

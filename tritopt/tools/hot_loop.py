@@ -31,6 +31,8 @@ class Instruction(NamedTuple):
     falls_through: bool = True
     """Whether the next instruction may follow."""
     calls: bool = False
+    pipe: str = ""
+    """Pipe that has fewer lanes than are issued: "ALU" or "XU"; empty: it has one of full width, or none."""
     is_arithmetic: bool = True
     """Whether it neither accesses memory nor branches."""
     access: tuple[str, int] | None = None
@@ -65,6 +67,10 @@ class HotLoop:
     """Number of stores to global memory by their width in bits."""
     waits: float
     """Number of times that a thread waits for loads issued since it last waited: 1 if all are issued first."""
+    alu: float
+    """Number of instructions for the pipe of integers, comparisons and choices; on AMD that is the vector unit's: 0."""
+    xu: float
+    """Number of instructions for the pipe of roots, inverses and conversions."""
 
 
 _SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<rest>[^;]*);")
@@ -76,6 +82,15 @@ _SASS_OTHER = re.compile(
     r"(LD|ST|LDG|STG|LDS|STS|LDSM|STSM|LDL|STL|U?LDC|LDCU|RED|ATOM[GS]?|CCTL|MEMBAR|ERRBAR|(LDG)?DEPBAR|BAR|SYNCS)|"
     r"(BRA|BRX|JMP|CALL|RET|EXIT|BSSY|BSYNC|BREAK|BMOV|WARPSYNC|YIELD|NANOSLEEP|NOP)"
 )
+
+# MOV goes either way; IMAD, FADD, FMUL and FFMA have a pipe of full or of half width each, which never fills first.
+_SASS_PIPES = {
+    "XU": re.compile(r"MUFU|I2F|F2I|FRND|F2F"),
+    "ALU": re.compile(
+        r"IADD3|LOP3|SHF|PRMT|F?SEL|FMNMX|V?IMNMX3?|VIADD|VIADDMNMX|[IF]SETP|PLOP3|LEA|I2FP|F2FP|FCHK|IABS|SGXT|P2R|R2P"
+    ),
+}
+_GCN_SPECIAL = re.compile(r"v_(rcp|rsq|sqrt|exp|log|sin|cos)_")
 
 
 def parse_sass(text: str) -> Code:
@@ -101,6 +116,7 @@ def parse_sass(text: str) -> Code:
                     label=target[0] if target else "",
                     falls_through=name not in ("BRA", "EXIT", "RET", "BRX", "JMP") or is_conditional,
                     calls=name == "CALL",
+                    pipe=next((pipe for pipe, names in _SASS_PIPES.items() if names.fullmatch(name)), ""),
                     is_arithmetic=not _SASS_OTHER.fullmatch(name),
                     access=access,
                     fills=fills,
@@ -152,6 +168,7 @@ def parse_gcn(text: str) -> Code:
                     label=target[0] if target and not is_skip else "",
                     falls_through=not is_always and name not in ("s_endpgm", "s_setpc_b64"),
                     calls=name == "s_swappc_b64",
+                    pipe="XU" if _GCN_SPECIAL.match(name) else "",
                     is_arithmetic=name.startswith("v_"),
                     access=(access[1], _gcn_width(access[2])) if access else None,
                     leaves=int(left[1]) if left else None,
@@ -208,8 +225,12 @@ class _Loop:
             yield target
 
 
-def hot_loops(code: Code) -> list[HotLoop]:
-    """Find the hot loops, in the order of the code; none if the kernel has no 128-bit accesses in a loop."""
+def hot_loops(code: Code, wide_loads: int = 0) -> list[HotLoop]:
+    """Find the hot loops, in the order of the code; none if the kernel has no 128-bit accesses in a loop.
+
+    wide_loads: number of 128-bit loads of one iteration of the source, whose one hot loop is to be unrolled, which may
+    leave no such iteration over; 0: unknown.
+    """
     ends: dict[int, int] = {}
     for at, instruction in enumerate(code.instructions):
         target = code.labels.get(instruction.label, len(code.instructions))
@@ -222,7 +243,13 @@ def hot_loops(code: Code) -> list[HotLoop]:
     remainders = [accesses for block in _blocks(code, inner) if _is_wide(accesses := _accesses(block))]
     whole = [loop for loop in inner if all(_ratio(other.accesses, loop.accesses) < 2 for other in inner)]
     remainders += [loop.accesses for loop in inner if loop not in whole]
-    return [_described(loop, max([1, *[_ratio(loop.accesses, accesses) for accesses in remainders]])) for loop in whole]
+    described = []
+    # The compiler may unroll those that its own unrolling leaves over, too; they stand behind.
+    for loop in whole[:1] if wide_loads else whole:
+        n_wide = loop.accesses["load", WIDE]
+        times = n_wide // wide_loads if wide_loads and n_wide % wide_loads == 0 else 1
+        described.append(_described(loop, max([1, times, *(_ratio(loop.accesses, other) for other in remainders)])))
+    return described
 
 
 def _blocks(code: Code, loops: Sequence[_Loop]) -> Iterator[Sequence[Instruction]]:
@@ -243,8 +270,10 @@ def _described(loop: _Loop, times_unrolled: int) -> HotLoop:
         for wanted in ("load", "store")
     )
     n_arithmetic = sum(instruction.is_arithmetic for instruction in loop.path)
-    waits = _waits(loop.path) / times_unrolled
-    return HotLoop(len(loop.path) / times_unrolled, n_arithmetic / times_unrolled, loads, stores, waits)
+    pipes = Counter(instruction.pipe for instruction in loop.path)
+    counts = (len(loop.path), n_arithmetic, _waits(loop.path), pipes["ALU"], pipes["XU"])
+    instructions, arithmetic, waits, alu, xu = (count / times_unrolled for count in counts)
+    return HotLoop(instructions, arithmetic, loads, stores, waits, alu, xu)
 
 
 def _waits(path: Sequence[Instruction]) -> int:

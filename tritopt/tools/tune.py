@@ -166,8 +166,12 @@ def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torc
 
 
 def shipped_rows() -> list[dict[str, Any]]:
-    """Rows of the defaults, one for each architecture."""
-    return [{"gpu": gpu, **default._asdict()} for gpu, default in (("NVIDIA", config.NVIDIA), ("AMD", config.AMD))]
+    """Rows of the defaults for long lists: for each architecture that of most phases, and that of `takes_four`."""
+    return [
+        {"gpu": f"{gpu}{', fp32' if has_four else ''}", **config.default_of(2**40, has_four, generic)._asdict()}
+        for gpu, generic in (("NVIDIA", config.NVIDIA), ("AMD", config.AMD))
+        for has_four in (False, True)
+    ]
 
 
 def cached_rows() -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from tritopt.engine.group import LaunchGroup, on_device_of, upload_table
 from tritopt.engine.phase import LaunchSpec, Tunable
 from tritopt.engine.tuning import cache
 from tritopt.engine.tuning.cache import Entry, Key
-from tritopt.engine.tuning.config import GENERIC, Config, default_of, size_of
+from tritopt.engine.tuning.config import GENERIC, Config, default_of, size_of, takes_four
 from tritopt.engine.warning import warn
 from tritopt.kernels.formats.format import Format
 from tritopt.kernels.language import triton
@@ -115,8 +115,12 @@ def choose(phase: Tunable, group: LaunchGroup, launch: LaunchSpec, n_earlier: in
     """
     wanted = is_enabled()
     gpu = gpu_of(group.device)
-    if gpu is None or not has_choice(phase, group, launch):
-        return GENERIC
+    if not has_choice(phase, group, launch):
+        return launch.generic or GENERIC
+    has_four = takes_four(group.formats, group.dtypes)
+    if gpu is None:
+        # Where kernels are compiled or interpreted and not timed, for lists of any size.
+        return default_of(2**40, has_four, launch.generic)
     variant = variant_of(phase, group, launch, n_earlier)
     size = size_of(sum(shape.numel() for shape in group.shapes))
     key = variant.key(size)
@@ -125,8 +129,8 @@ def choose(phase: Tunable, group: LaunchGroup, launch: LaunchSpec, n_earlier: in
         if place not in _CHOSEN:
             cached = cache.read(gpu).get(key)
             if cached is None and wanted and is_capturing(group.device):
-                return default_of(size)  # what is met again outside of the capture may still be tuned
-            _CHOSEN[place] = default_of(size) if cached is None else cached.config
+                return default_of(size, has_four)  # what is met again outside of the capture may still be tuned
+            _CHOSEN[place] = default_of(size, has_four) if cached is None else cached.config
             if cached is None and wanted:
                 try:
                     tuned = tune(variant, size, group.device)
@@ -177,7 +181,7 @@ def tune(variant: Variant, size: int, device: torch.device, timer: Timer | None 
     passed over; without memory, or if not even the default runs, it raises. timer: `event_median` by default.
     """
     timer = timer or event_median
-    default = default_of(size)
+    default = default_of(size, takes_four(variant.formats, variant.dtypes))
     began = time.monotonic()
     seconds: dict[Config, float] = {}
     best = [default]
@@ -216,16 +220,13 @@ def candidates(variant: Variant, best: Sequence[Config]) -> Iterator[Config]:
     `best`: the default, and behind it what turns out to be better.
     """
     default = best[0]
-    # 8-bit planes leave no choice: 16 elements a thread may spill where there are such.
-    narrowest = min((dtype.itemsize for dtype in variant.dtypes if dtype.itemsize > 1), default=2)
-    if variant.dtypes[0] == torch.float64:
-        narrowest //= 4  # as `adapted` has it
+    fewest = 4 if takes_four(variant.formats, variant.dtypes) else 8
     warp = 64 if torch.version.hip else 32
     blocks = [
         {"block_size": warp * num_warps * per_thread, "num_warps": num_warps}
         for num_warps in (2, 4, 8)
         for per_thread in (4, 8, 16)
-        if per_thread * narrowest >= 16  # 128 bits an access
+        if per_thread >= fewest
     ]
     chunks = [{"chunk_size": default.chunk_size * factor // 4} for factor in (1, 2, 4, 8, 16)]
     seen = set()

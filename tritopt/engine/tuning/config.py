@@ -17,7 +17,10 @@ from tritopt.kernels.formats.format import Format
 
 
 class Config(NamedTuple):
-    """Launch parameters. 8 elements a thread, one 128-bit access per 16-bit plane; in fp64 a quarter of block_size."""
+    """Launch parameters. 8 elements a thread, one 128-bit access per 16-bit plane; in fp64 a quarter of block_size.
+
+    The default of elementwise phases over fp32 has half of that, `default_of`.
+    """
 
     block_size: int = 1024
     chunk_size: int = 8192
@@ -29,23 +32,56 @@ class Config(NamedTuple):
 NVIDIA = Config()
 AMD = Config(block_size=2048)  # a warp has 64 threads there
 GENERIC = AMD if torch.version.hip else NVIDIA
-"""The default; none of it was measured on a GPU. Of elementwise phases `default_of` makes the chunks smaller."""
+"""The default; none of it was measured on a GPU. Elementwise phases have smaller chunks and blocks, `default_of`."""
 
 _LARGEST = {"block_size": 2**14, "chunk_size": 2**20, "tail_size": 2**14, "num_warps": 16}
 
 
-def default_of(n_elements: int) -> Config:
+def default_of(n_elements: int, has_four: bool = False, generic: Config | None = None) -> Config:
     """Default of elementwise phases over a list of so many elements.
 
     Chunks are as large as leaves 4096 programs, six waves of the 660 that an H200 holds at once (132 cores, 5 each): of
-    8192 elements, a list of a million would leave most cores idle. `GENERIC`'s chunk is the largest, its block the
-    smallest.
+    8192 elements, a list of a million would leave most cores idle. The generic chunk is the largest, the generic block
+    the smallest.
 
-    >>> [default_of(n)._replace(block_size=1024).chunk_size for n in (2**20, 25_557_032, 2**30)]
+    Args:
+        n_elements: number of elements of the list.
+        has_four: whether a thread has 4 elements instead of 8, `takes_four`.
+        generic: the architecture's default; None: `GENERIC`.
+
+    >>> [default_of(n, generic=NVIDIA).chunk_size for n in (2**20, 25_557_032, 2**30)]
     [1024, 4096, 8192]
+    >>> default_of(2**30, True, NVIDIA)
+    Config(block_size=512, chunk_size=8192, tail_size=256, num_warps=4)
     """
+    generic = generic or GENERIC
     chunk = 1 << max(0, (n_elements // 4096).bit_length() - 1)
-    return GENERIC._replace(chunk_size=min(GENERIC.chunk_size, max(GENERIC.block_size, chunk)))
+    chunk = min(generic.chunk_size, max(generic.block_size, chunk))
+    return generic._replace(chunk_size=chunk, block_size=generic.block_size // (2 if has_four else 1))
+
+
+def takes_four(formats: Sequence[Format], dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether four elements a thread are better than eight in elementwise phases: beside fp32, where nothing draws.
+
+    Four numbers of fp32 fill an access of 128 bits. Eight are two, each of half sectors; and beside a plane of 16 bits
+    the compiler exchanges them through shared memory, with six barriers a block. AdamW with a master takes 64 registers
+    on sm_90 instead of 92, so that 32 warps fit on a core instead of 20 (`tritopt inspect`). Eight elements that draw
+    random bits share a call.
+    """
+    return torch.float32 in dtypes and torch.float64 not in dtypes and not any(fmt.draws for fmt in formats)
+
+
+def unrolled(config: Config, generic: Config, dtypes: Sequence[torch.dtype]) -> int:
+    """Number of blocks in one iteration of the driver's loop, where a thread has four elements of a block.
+
+    They share the addresses of one. With a master, AdamW takes 36.3 instructions an element instead of 39.3 on sm_90.
+    Blocks of fp32 alone are short, so that four share them; of others, more than two let the compiler move loads behind
+    what waits for memory.
+    """
+    n_threads = generic.block_size // (8 * generic.num_warps) * config.num_warps
+    if config.block_size != 4 * n_threads:
+        return 1
+    return 4 if set(dtypes) == {torch.float32} else 2
 
 
 def size_of(n_elements: int) -> int:

@@ -8,6 +8,7 @@ from tritopt.tools.inspect.compile import inspect_case as inspect_case
 from tritopt.tools.inspect.compile import inspect_cases as inspect_cases
 from tritopt.tools.inspect.diff import Change as Change
 from tritopt.tools.inspect.diff import compare as compare
+from tritopt.tools.inspect.peers import PEERS as PEERS
 from tritopt.tools.inspect.record import Case as Case
 from tritopt.tools.inspect.record import LaunchRecord as LaunchRecord
 from tritopt.tools.inspect.record import Step as Step

@@ -18,6 +18,7 @@ from tritopt.tools.compiled import CompiledLaunch, compile_launches, compile_nor
 from tritopt.tools.cost import Traffic, phase_traffic
 from tritopt.tools.gpus import ARCHITECTURES, Gpu, find_gpu, resident_programs
 from tritopt.tools.inspect.cases import NORM, class_of, grad_dtype_of, known_optimizers, make, traffic_of
+from tritopt.tools.inspect.model import bytes_in_flight, seconds_of
 from tritopt.tools.inspect.record import Case, LaunchRecord
 from tritopt.tools.storage import FORMATS
 
@@ -56,16 +57,9 @@ def _compiled_case(case: Case, gpu: Gpu) -> list[LaunchRecord]:
 
 
 def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, must: Traffic | None) -> LaunchRecord:
-    milliseconds = bound = None
-    if launch.instructions is not None and launch.bytes_loaded is not None and launch.bytes_stored is not None:
-        issued = launch.instructions if ARCHITECTURES[gpu.target].issues_all else launch.arithmetic
-        assert issued is not None
-        seconds = {
-            "memory": (launch.bytes_loaded + launch.bytes_stored) / gpu.bandwidth,
-            "issue": issued / gpu.issue_rate,
-        }
-        bound = max(seconds, key=lambda name: seconds[name])
-        milliseconds = round(1000 * N_PARAMETERS * seconds[bound], 4)
+    programs = resident_programs(gpu.target, launch.registers, launch.num_warps, launch.shared_bytes)
+    seconds = seconds_of(launch, programs, gpu)
+    bound = max(seconds, key=lambda name: seconds[name], default=None)
     return LaunchRecord(
         optimizer=case.optimizer,
         arguments=case.arguments,
@@ -82,7 +76,7 @@ def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, mu
         spilled_bytes=launch.spilled_bytes,
         shared_bytes=launch.shared_bytes,
         num_warps=launch.num_warps,
-        programs=resident_programs(gpu.target, launch.registers, launch.num_warps, launch.shared_bytes),
+        programs=programs,
         elements=launch.elements or None,
         loads=_by_width(launch.loads) if launch.elements else None,
         stores=_by_width(launch.stores) if launch.elements else None,
@@ -93,7 +87,10 @@ def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, mu
         instructions=launch.instructions,
         arithmetic=launch.arithmetic,
         waits=launch.waits,
-        milliseconds=milliseconds,
+        alu=launch.alu,
+        xu=launch.xu,
+        in_flight=bytes_in_flight(launch, programs, gpu.target),
+        milliseconds=None if bound is None else round(1000 * N_PARAMETERS * seconds[bound], 4),
         bound=bound,
     )
 

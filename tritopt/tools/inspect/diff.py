@@ -21,9 +21,28 @@ class Change(NamedTuple):
     is_better: bool = False
 
 
-_LESS_IS_BETTER = ("spilled_bytes", "bytes_loaded", "bytes_stored", "instructions", "waits", "milliseconds")
+_LESS_IS_BETTER = (
+    "spilled_bytes",
+    "bytes_loaded",
+    "bytes_stored",
+    "instructions",
+    "waits",
+    "alu",
+    "xu",
+    "milliseconds",
+)
 _MORE_IS_BETTER = ("programs",)
-_OF_INTEREST = ("registers", "shared_bytes", "num_warps", "elements", "arithmetic", "bound", "kernel", "triton")
+_OF_INTEREST = (
+    "registers",
+    "shared_bytes",
+    "num_warps",
+    "elements",
+    "arithmetic",
+    "in_flight",
+    "bound",
+    "kernel",
+    "triton",
+)
 
 
 def compare(saved: Sequence[LaunchRecord], rows: Sequence[LaunchRecord]) -> list[Change]:

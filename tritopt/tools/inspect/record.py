@@ -87,10 +87,16 @@ class LaunchRecord:
     """Number of those that neither access memory nor branch."""
     waits: float | None
     """Number of times that a thread waits for memory in one iteration of the hot loop; 1 if all loads come first."""
+    alu: float | None
+    """Number of instructions per parameter for the pipe of integers, comparisons and choices."""
+    xu: float | None
+    """Number of instructions per parameter for the pipe of roots, inverses and conversions."""
+    in_flight: float | None
+    """Bytes of loads that a multiprocessor has under way when all its programs wait."""
     milliseconds: float | None
-    """Milliseconds that N_PARAMETERS take at least on the GPU."""
+    """Milliseconds that N_PARAMETERS take on the GPU by the model of tools/inspect/model.py; not a measurement."""
     bound: str | None
-    """Limit that takes so long: "memory", or "issue" of instructions."""
+    """Limit that takes so long: "memory", "issue", "ALU", "XU" or "latency"."""
 
     @property
     def case(self) -> Case:

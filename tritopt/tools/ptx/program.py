@@ -97,8 +97,8 @@ def _statements(body: str) -> list[str]:
     lines = [line for line in body.splitlines() if not re.match(r"\s*\.(loc|file|pragma)\b", line)]
     # A label ends with a colon, all else with a semicolon.
     marked = re.sub(r"([\w$]+):(?=\s)", r"\1:;", "\n".join(lines))
-    # Braces at the start of a statement are scopes of inline assembly.
-    parts = [part.strip("{} \t\n") if part.strip()[:1] in ("{", "}") else part.strip() for part in marked.split(";")]
+    # Braces at the start of a statement are scopes of inline assembly, those at its end are of operands.
+    parts = [part.lstrip("{} \t\n").rstrip() for part in marked.split(";")]
     return [part for part in parts if part]
 
 
