@@ -184,8 +184,8 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
     binary = compile_launch(launched, arch)
     code_of, metadata = private.assembly(binary), private.metadata(binary)
     warp_size = 32 if isinstance(arch, int) else 64
-    is_driver, expected, wide_loads = "FORMATS" in launched.arguments, None, 0
-    if is_driver:
+    is_driver, is_of_rows, expected, wide_loads = "FORMATS" in launched.arguments, _is_of_rows(launched), None, 0
+    if is_driver and not is_of_rows:
         expected = _expected_accesses(launched, _elements_of_a_thread(launched, warp_size))
         wide_loads = expected[0] if launched.arguments["UNROLL"] > 1 else 0
     if isinstance(arch, int):
@@ -194,13 +194,13 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
             more = driver.more_registers(registers)
             return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
-        has_vectors = _VECTOR.search(code_of["ptx"]) is not None and not _is_of_rows(launched)
+        has_vectors = _VECTOR.search(code_of["ptx"]) is not None and not is_of_rows
         loops = _loops_of(code_of["cubin"], wide_loads) if has_vectors else ()
     else:
         assembly = code_of["amdgcn"]
         registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
         spilled = 4 * spills
-        loops = () if _is_of_rows(launched) else hot_loops(parse_gcn(assembly), wide_loads)
+        loops = () if is_of_rows else hot_loops(parse_gcn(assembly), wide_loads)
     elements = _elements_of_a_thread(launched, warp_size) if loops else 0
     loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
     stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
