@@ -182,7 +182,8 @@ def test_bytes_of_torch_are_those_of_its_tensors(peer: Peer) -> None:
     param = torch.nn.Parameter(torch.zeros(64, 64, dtype=peer.dtype))
     param.grad = torch.ones_like(param)
     opt, step = peer.make([param], 1e-3)
-    step()
+    if not opt.state:  # states that are bf16 are there, and no kernel of the CPU takes them
+        step()
     states = [value for value in opt.state[param].values() if torch.is_tensor(value) and value.numel() > 1]
     moved = param.grad.nbytes + 2 * sum(tensor.nbytes for tensor in (param, *states))
     assert moved / param.numel() == peer.moved

@@ -115,6 +115,10 @@ BESIDE_FP32 = ("fp32", "split16", "master")
 PEERS: tuple[Peer, ...] = (
     *_torch("AdamW", 28, BESIDE_FP32),
     Peer("torch fused bf16", "torch.optim:AdamW", ("none",), 14, "bf16; bf16", BF16, {"fused": True}),
+    Peer(
+        "torch fused, bf16 states", "tritopt.tools.bench.torch_bf16_states:AdamWWithBf16States", ("split16+bf16",), 20,
+        "fp32; bf16",
+    ),
     *_torch("Adam", 28, BESIDE_FP32),
     *_torch("SGD", 20, BESIDE_FP32, momentum=0.9),
     *_torch("Adagrad", 20, BESIDE_FP32),
