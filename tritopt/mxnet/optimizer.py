@@ -57,10 +57,10 @@ class Optimizer(Update):
         begin_num_update: count that every parameter starts from.
         multi_precision: keep a master and fp32 states for fp16 and bf16 weights.
         master: format of the master. "fp32": a copy. "split16": 16 bits that complete a bf16 weight to exactly the fp32
-            master, for the same trajectory; such a weight is the master rounded to nearest, away from zero at a tie.
-            "split8": 8 bits in their place, rounded stochastically. "kahan": what the weight lacks, in its dtype;
-            updates below 2^-17 of a bf16 weight can be lost. "stochastic": nothing beside a bf16 weight, which is
-            rounded stochastically. None: as without multi_precision. An optimizer that overrides `step` sees fp32
+            master, the same from the same gradients; such a weight is the master rounded to nearest, away from zero at
+            a tie. "split8": 8 bits in their place, rounded stochastically. "kahan": what the weight lacks, in its
+            dtype; updates below 2^-17 of a bf16 weight can be lost. "stochastic": nothing beside a bf16 weight, which
+            is rounded stochastically. None: as without multi_precision. An optimizer that overrides `step` sees fp32
             masters, so it takes "fp32" or None.
         state_dtype: format of states: "fp32", "bf16", "fp16", "int8", "fp8" (torch's dtypes do as well), or a dict
             of these by name of the state, the others fp32. All but fp32 round stochastically; the last three share a
@@ -74,7 +74,8 @@ class Optimizer(Update):
         use_fused_step: True: fused or an error. False: the reference `step`. None: fused where it can run.
         lazy_update: update only the rows present in a row-sparse gradient; for optimizers that support it.
         max_grad_norm: bound on the norm of all rescaled gradients of an update together, clipped on the device before
-            elements are; infinity measures only. A norm that is not finite skips the update, as NaN in rescale_grad.
+            elements are; infinity measures only. A norm that is not finite skips the update, as NaN in rescale_grad,
+            and the update counts.
 
     Raises:
         ValueError: a hyperparameter out of its range. TypeError: one of the wrong type, or an unknown keyword.

@@ -28,9 +28,10 @@ class Options(TypedDict, total=False):
         rounding_seed: seed of the random bits of stochastic rounding, >= 0; default 0. They are a function of the seed,
             the parameter (its name where parameters are named, else its position), the step and the element.
         max_grad_norm: clip the gradients' global norm to this in the step, on the device; `opt.grad_norm` holds the
-            norm. Gradients are not rewritten. A norm that is not finite skips the update. None: off. The norm is that
-            of this optimizer's parameters, over all processes that share one of them. ZeRO's ZeroRedundancyOptimizer
-            gives each process parameters of its own, and cannot be told from a caller that wants this: there call
+            norm. Gradients are not rewritten. A norm that is not finite skips the update; the step counts all the same
+            unless counts are on the device (GradScaler, `capturable`). None: off. The norm is that of this optimizer's
+            parameters, over all processes that share one of them. ZeRO's ZeroRedundancyOptimizer gives each process
+            parameters of its own, and cannot be told from a caller that wants this: there call
             `tritopt.clip_grad_norm_` before the step instead.
         clip_value: bound on each element of the gradient, after the norm is clipped. None: off.
         track: sum up in each step, from registers, what `telemetry` shows; default False.
