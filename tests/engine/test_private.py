@@ -241,6 +241,21 @@ def test_tensors_are_read_as_in_c() -> None:
     assert private.version_of(tensor) == before + 1
 
 
+def test_muon_iterates_by_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def iteration(matrix: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(matrix.shape)
+        return torch.zeros_like(matrix)
+
+    monkeypatch.setattr(*private.iteration_of_muon(), iteration)
+    param = torch.nn.Parameter(torch.ones(2, 3))
+    param.grad = torch.ones_like(param)
+    torch.optim.Muon([param], lr=1.0, weight_decay=0.0).step()
+    assert shapes == [(2, 3)]
+    assert torch.equal(param, torch.ones_like(param))
+
+
 # What is spread over processes.
 
 

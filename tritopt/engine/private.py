@@ -188,6 +188,15 @@ def load_hooks(opt: Any) -> tuple[Iterable[Callable[..., Any]], Iterable[Callabl
     return before.values(), after.values()
 
 
+def iteration_of_muon() -> tuple[Any, str]:
+    """Return the module and the name under which torch.optim.Muon finds its iteration, matrix by matrix."""
+    from torch.optim import _muon
+
+    name = "_zeropower_via_newtonschulz"
+    _take(_muon, name)
+    return _muon, name
+
+
 # Triton's kernels.
 
 

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.optim import _muon
 
+from tritopt.engine import private
 from tritopt.tools.replaced import replaced
 
 OF_FUSED = ("_fused_adamw_", "_foreach_add_", "_foreach_norm", "_foreach_mul_")
@@ -28,7 +28,7 @@ def no_fused() -> Iterator[None]:
 @contextmanager
 def no_iteration() -> Iterator[None]:
     """Leave out what `no_fused` does, and the Newton-Schulz iteration of torch.optim.Muon, matrix by matrix."""
-    with no_fused(), replaced(_muon, "_zeropower_via_newtonschulz", _first):
+    with no_fused(), replaced(*private.iteration_of_muon(), _first):
         yield
 
 
