@@ -127,6 +127,10 @@ _OF_TENSORS = (
     "_ZN2at6native12is_inferenceERKNS_6TensorE",  # at::native::is_inference(at::Tensor const&)
     "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",  # torch::autograd::impl::bump_version(at::Tensor const&)
 )
+_OF_IMPLEMENTATIONS = (
+    "_ZNK3c1010TensorImpl4gradEv",  # c10::TensorImpl::grad() const
+    "_ZN3c1019UndefinedTensorImpl10_singletonE",  # c10::UndefinedTensorImpl::_singleton
+)
 
 
 def functions_of_tensors() -> tuple[list[int], int]:
@@ -134,10 +138,14 @@ def functions_of_tensors() -> tuple[list[int], int]:
 
     They are dtype, layout, dim, sizes, strides, data_ptr of torch/csrc/inductor/aoti_torch/c/shim.h, then
     at::native::is_neg and is_inference, and torch::autograd::impl::bump_version. A handle points to an at::Tensor,
-    which is one pointer. Linux only.
+    which is one pointer. Then c10::TensorImpl::grad, which takes that pointer and returns a handle, and the pointer
+    that stands for no tensor. Linux only.
     """
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    places = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in (*_OF_HANDLES, *_OF_TENSORS)]
+    folder = Path(torch.__file__).parent / "lib"
+    library, core = (ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so"))
+    functions = [getattr(library, name) for name in (*_OF_HANDLES, *_OF_TENSORS)]
+    functions += [getattr(core, name) for name in _OF_IMPLEMENTATIONS]
+    places = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
     return [place or 0 for place in places], int(library.aoti_torch_layout_strided())
 
 

@@ -16,6 +16,8 @@ typedef int32_t (*get_address_fn)(void *handle, void **out);
    memory, negated. at::native::is_inference: whether there is no version. torch::autograd::impl::bump_version raises then. */
 typedef _Bool (*is_fn)(void *handle);
 typedef void (*bump_version_fn)(void *handle);
+/* c10::TensorImpl::grad, of which p.grad makes a Python object. */
+typedef void *(*grad_fn)(void *impl);
 
 static struct {
   get_number_fn dtype, layout;
@@ -24,6 +26,8 @@ static struct {
   get_address_fn data_ptr;
   is_fn is_neg, is_inference;
   bump_version_fn bump_version;
+  grad_fn grad;
+  void *undefined; /* implementation of the tensor that a parameter without a gradient has */
   int32_t strided;
 } torch;
 
@@ -52,11 +56,11 @@ static PyObject *implementation(PyObject *self, PyObject *tensor) {
 }
 
 static PyObject *bind(PyObject *self, PyObject *args) {
-  unsigned long long f[9];
+  unsigned long long f[11];
   int strided;
   PyObject *tensor, *parameter;
-  if (!PyArg_ParseTuple(args, "O!O!(KKKKKKKKK)i", &PyType_Type, &tensor, &PyType_Type, &parameter, f, f + 1, f + 2,
-                        f + 3, f + 4, f + 5, f + 6, f + 7, f + 8, &strided))
+  if (!PyArg_ParseTuple(args, "O!O!(KKKKKKKKKKK)i", &PyType_Type, &tensor, &PyType_Type, &parameter, f, f + 1, f + 2,
+                        f + 3, f + 4, f + 5, f + 6, f + 7, f + 8, f + 9, f + 10, &strided))
     return NULL;
   Py_INCREF(tensor);
   Py_INCREF(parameter);
@@ -71,6 +75,8 @@ static PyObject *bind(PyObject *self, PyObject *args) {
   torch.is_neg = (is_fn)(uintptr_t)f[6];
   torch.is_inference = (is_fn)(uintptr_t)f[7];
   torch.bump_version = (bump_version_fn)(uintptr_t)f[8];
+  torch.grad = (grad_fn)(uintptr_t)f[9];
+  torch.undefined = (void *)(uintptr_t)f[10];
   torch.strided = strided;
   Py_RETURN_NONE;
 }
@@ -90,17 +96,9 @@ enum known { ANOTHER, LIKE, SAME };
 
 /* Of one tensor: its address, and up to `n_free` words that say how it lies in memory. They are written, or if something
    is known of it compared with what stands there. Returns their number; 0 if it is not as expected, -1 after an error. */
-static inline Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, Py_ssize_t n_free,
-                                      enum known known) {
-  if (tensor == Py_None) { /* no gradient */
-    if (n_free < 2 || (known && (to[0] != -1 || to[1] != -1))) return 0;
-    *address = -1;
-    if (!known) to[0] = to[1] = -1;
-    return 2;
-  }
-  void *impl = impl_of(tensor), *data = NULL;
-  if (!impl) return -1;
-  void *handle = &impl;
+static inline Py_ssize_t describe_handle(void *handle, int64_t *address, int64_t *to, Py_ssize_t n_free,
+                                         enum known known) {
+  void *data = NULL;
   int32_t dtype, layout;
   int64_t dim, *sizes, *strides;
   if (known != SAME && (torch.layout(handle, &layout) || layout != torch.strided)) return 0;
@@ -123,6 +121,37 @@ static inline Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_
   memcpy(to + 2, sizes, n_bytes);
   memcpy(to + 2 + dim, strides, n_bytes);
   return 2 + 2 * dim;
+}
+
+/* The same of no tensor, where there is no gradient. */
+static inline Py_ssize_t describe_none(int64_t *address, int64_t *to, Py_ssize_t n_free, enum known known) {
+  if (n_free < 2 || (known && (to[0] != -1 || to[1] != -1))) return 0;
+  *address = -1;
+  if (!known) to[0] = to[1] = -1;
+  return 2;
+}
+
+/* The same of a Python tensor, or None. */
+static inline Py_ssize_t describe_one(PyObject *tensor, int64_t *address, int64_t *to, Py_ssize_t n_free,
+                                      enum known known) {
+  if (tensor == Py_None) return describe_none(address, to, n_free, known);
+  void *impl = impl_of(tensor);
+  return impl ? describe_handle(&impl, address, to, n_free, known) : -1;
+}
+
+/* The same of a parameter's gradient. */
+static inline Py_ssize_t describe_gradient(PyObject *param, int64_t *address, int64_t *to, Py_ssize_t n_free) {
+  if (Py_TYPE(param) == classes.parameter || Py_TYPE(param) == classes.tensor) {
+    void *impl = impl_of(param);
+    if (!impl) return -1;
+    void **grad = torch.grad(impl);
+    return *grad == torch.undefined ? describe_none(address, to, n_free, LIKE)
+                                    : describe_handle(grad, address, to, n_free, LIKE);
+  }
+  PyObject *grad = PyObject_GetAttr(param, classes.grad_name); /* another class may have its own */
+  Py_ssize_t found = grad ? describe_one(grad, address, to, n_free, LIKE) : -1;
+  Py_XDECREF(grad);
+  return found;
 }
 
 static PyObject *describe(PyObject *self, PyObject *args) {
@@ -154,10 +183,8 @@ static PyObject *gradients_are(PyObject *self, PyObject *args) {
   int64_t *words = (int64_t *)(void *)PyBytes_AS_STRING(said), *out = room(array, &view, n);
   if (!out) return NULL;
   for (Py_ssize_t i = 0; i < n && found > 0; i++) {
-    PyObject *grad = PyObject_GetAttr(PyList_GET_ITEM(params, i), classes.grad_name);
-    found = grad ? describe_one(grad, out + i, words + used, n_words - used, LIKE) : -1;
+    found = describe_gradient(PyList_GET_ITEM(params, i), out + i, words + used, n_words - used);
     used += found > 0 ? found : 0;
-    Py_XDECREF(grad);
   }
   PyBuffer_Release(&view);
   return found < 0 ? NULL : PyBool_FromLong(found > 0 && used == n_words);
