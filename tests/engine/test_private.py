@@ -239,6 +239,10 @@ def test_tensors_are_read_as_in_c() -> None:
     before = private.version_of(tensor)
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(of_tensors[2])(handle)
     assert private.version_of(tensor) == before + 1
+    grad_of = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(of_tensors[3])
+    assert grad_of(place)[0] == of_tensors[4]
+    tensor.grad = torch.zeros(3, 5, device="cpu")
+    assert grad_of(place)[0] == private.implementation_of(tensor.grad)
 
 
 def test_muon_iterates_by_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,7 +290,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _agrees(made: Walk) -> bool:
-    """Whether it says of some tensors what Python says, marks one, and refuses what it should."""
+    """Whether it says of some tensors and gradients what Python says, marks one, and refuses what it should."""
     tensors = [_empty(3, 5).t(), torch.nn.Parameter(_empty(2, dtype=torch.bfloat16)), _empty()]
     addresses, expected = np.zeros(3, np.int64), np.array([tensor.data_ptr() for tensor in tensors])
     said = made.describe(tensors, addresses, n_words(tensors))
@@ -304,4 +304,9 @@ def _agrees(made: Walk) -> bool:
     before = private.version_of(tensors[1])
     made.mark_written(tensors[1:2])
     is_right = is_right and private.version_of(tensors[1]) == before + 1
+    params: list[torch.Tensor] = [torch.nn.Parameter(_empty(2)), torch.nn.Parameter(_empty(2))]
+    params[0].grad = grad = _empty(2)
+    said = made.describe([grad, None], addresses[:2], n_words([grad, None]))
+    is_right = is_right and made.gradients_are(params, said, addresses[:2])
+    is_right = is_right and addresses[:2].tolist() == [grad.data_ptr(), -1]
     return is_right and all(made.describe([tensor], addresses[:1], 6) is None for tensor in refused)
