@@ -39,6 +39,8 @@ class ScalarStates:
         self._vectors: dict[str, torch.Tensor] = {}
         self._exact = torch.empty(0, dtype=torch.float64, device=CPU)
         """Steps, fp64 [parameters]; where the vector has another number, somebody wrote that."""
+        self._common: tuple[Sequence[int], float] | None = None
+        """List of positions of the last step, and the exact count that they have in common, if they have one."""
         self._tensors: list[dict[str, torch.Tensor]] = []
         """Tensors in the state of each parameter, by name of the number."""
         self._taken: set[int] = set()
@@ -129,7 +131,7 @@ class ScalarStates:
                 seen.add(id(state[name]))
         self._vectors, self._exact, self._tensors, self._elsewhere = vectors, exact, tensors, elsewhere
         self._taken = {position for position, state in enumerate(states) if state}
-        self._places, self._of_lists = Recent(), {}
+        self._places, self._of_lists, self._common = Recent(), {}, None
         self.device = device
 
     def views(self, position: int) -> dict[str, torch.Tensor]:
@@ -156,6 +158,9 @@ class ScalarStates:
         at = self._at(positions)
         common = []
         for name, vector in self._vectors.items():
+            if name == "step" and self._common is not None and self._common[0] is positions:
+                common.append(self._common[1])
+                continue
             values = (self._exact if name == "step" else vector).numpy()
             own = values[at] if isinstance(at, slice) else values[at.numpy()]
             if not (own == own[0]).all():
@@ -178,9 +183,17 @@ class ScalarStates:
             index = at if isinstance(at, slice) else at.numpy()
             # Not kept: sharing a tensor with another process moves the vector's memory, and frees it.
             shown, counted = self._vectors["step"].numpy(), self._exact.numpy()
-            counted[index] = _counted(counted[index], shown[index], np.where) + 1
-            shown[index] = counted[index]
+            before, self._common = self._common, None
+            if before is not None and before[0] is positions and (shown[index] == np.float32(before[1])).all():
+                counted[index] = shown[index] = before[1] + 1
+                self._common = positions, before[1] + 1
+            else:
+                counts = _counted(counted[index], shown[index], np.where) + 1
+                counted[index] = shown[index] = counts
+                if (counts == counts[0]).all():
+                    self._common = positions, float(counts[0])
         else:
+            self._common = None
             shown_, counted_ = self._vectors["step"], self._exact
             increment = 1.0 if skip is None else 1.0 - skip.double()
             counts = _counted(counted_[at], shown_[at], torch.where) + increment
@@ -195,6 +208,7 @@ class ScalarStates:
 
     def restore(self, copies: Sequence[Any], positions: Sequence[int] | None = None) -> None:
         """Set numbers, of all parameters or of these, to what they were."""
+        self._common = None
         at = slice(None) if positions is None else list(positions)
         for vector, before in zip((*self._vectors.values(), self._exact), copies, strict=True):
             before = torch.from_numpy(before) if isinstance(before, np.ndarray) else before
