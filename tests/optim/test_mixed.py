@@ -223,6 +223,13 @@ def test_takes_groups_of_param_groups_and_of_schedulers() -> None:
     torch.optim.lr_scheduler.StepLR(resumed, 1, last_epoch=3)
 
 
+def test_a_head_is_told_by_any_of_its_names() -> None:
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4, bias=False), "lm_head": torch.nn.Linear(4, 4, bias=False)})
+    model["lm_head"].weight = model["up"].weight
+    (route,) = optim.Mixed.from_module(model, MUON, ADAMW).routing()
+    assert route.algorithm == "AdamW"
+
+
 class Experts(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -192,3 +192,11 @@ def test_bad_rules(rules: Any, default: Any, error: type[Exception], message: st
 def test_bad_models(model: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         param_groups(model, {"*": {"lr": 0.1}})
+
+
+def test_a_compiled_module_has_the_names_of_its_inside() -> None:
+    inner = nn.Linear(2, 2)
+    compiled: Any = torch.compile(inner, backend="eager")
+    groups = param_groups(compiled, {"bias": {"weight_decay": 0.0}})
+    assert [[param is inner.bias for _, param in group["params"]] for group in groups] == [[True], [False]]
+    assert sorted(tritopt.module_parameters(compiled).idx2name.values()) == ["bias", "weight"]

@@ -72,3 +72,8 @@ def no_match(key: Selector, names: Iterable[str]) -> str:
     nearest = list(dict.fromkeys(ends[end] for end in near))[:N_NEAREST]
     told = f"; the nearest are {', '.join(map(repr, nearest))}" if nearest else "; there are no names"
     return f"{shown(key)} matches no parameter{told}"
+
+
+def uncompiled(name: str) -> str:
+    """Name of a parameter as it was before torch.compile wrapped its module."""
+    return name.replace("_orig_mod.", "")

@@ -21,10 +21,14 @@ WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def number(name: str, value: Any) -> float:
-    """`value` as a plain number; TypeError unless it is a real one, ValueError if it is NaN."""
+    """`value` as a plain number; TypeError unless it is a real one, ValueError if it is NaN or no float is as large."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name}={value!r} must be a number")
-    if math.isnan(value):
+    try:
+        is_nan = math.isnan(value)
+    except OverflowError:
+        raise ValueError(f"{name}={value!r:.40}... is larger than any float") from None
+    if is_nan:
         raise ValueError(f"{name}={value!r} must not be NaN")
     return value if isinstance(value, int) else float(value)
 

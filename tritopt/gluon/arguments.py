@@ -33,8 +33,8 @@ def check_kvstore(kvstore: Any, compression_params: Any, update_on_kvstore: Any)
         )
 
 
-class Given:
-    """Facts about the optimizer of a Trainer, for the next Trainer that it is given to."""
+class Ownership:
+    """A Trainer's hold on its optimizer: what it gave to it, and what the next Trainer of it takes back."""
 
     def __init__(self, trainer: object, optimizer: Optimizer, names: dict[int, str]) -> None:
         self.trainer = weakref.ref(trainer)
@@ -48,10 +48,10 @@ class Given:
     def pass_on(self, optimizer: Optimizer) -> None:
         """Note them for an optimizer that takes the place of the Trainer's."""
         self.left = optimizer.rescale_grad
-        _given[optimizer] = self
+        _ownerships[optimizer] = self
 
 
-_given: weakref.WeakKeyDictionary[Optimizer, Given] = weakref.WeakKeyDictionary()
+_ownerships: weakref.WeakKeyDictionary[Optimizer, Ownership] = weakref.WeakKeyDictionary()
 
 
 def optimizer_of(params: Parameters, optimizer: Any, optimizer_params: Any, max_grad_norm: Any) -> Optimizer:
@@ -88,27 +88,27 @@ def _names_of(params: Parameters) -> dict[int, str]:
     return {} if params.names is None else dict(enumerate(params.names))
 
 
-def take(optimizer: Optimizer, params: Parameters, max_grad_norm: Any, trainer: object) -> Given:
+def take(optimizer: Optimizer, params: Parameters, max_grad_norm: Any, trainer: object) -> Ownership:
     """Give an optimizer a Trainer's parameters; what an earlier Trainer gave it, and left of it, is gone.
 
     Warns if that one is still there: the optimizer's counts and settings are one for both.
     """
-    given, names = _given.get(optimizer), _names_of(params)
-    if given is not None:
-        if given.trainer() is not None:
+    earlier, names = _ownerships.get(optimizer), _names_of(params)
+    if earlier is not None:
+        if earlier.trainer() is not None:
             warn(
                 "this optimizer has another Trainer already: its counts, learning rate and multipliers would be those "
                 "of both, and parameters are told apart by their index alone; make an optimizer for each Trainer"
             )
-        if optimizer.rescale_grad == given.left:
-            optimizer.rescale_grad = given.scale
-        if optimizer.idx2name == given.names:
+        if optimizer.rescale_grad == earlier.left:
+            optimizer.rescale_grad = earlier.scale
+        if optimizer.idx2name == earlier.names:
             optimizer.idx2name = {}
     if max_grad_norm is not None:
         optimizer.max_grad_norm = max_grad_norm
     optimizer.param_dict = dict(enumerate(params.tensors))
     optimizer.idx2name = optimizer.idx2name or names
-    _given[optimizer] = made = Given(trainer, optimizer, names)
+    _ownerships[optimizer] = made = Ownership(trainer, optimizer, names)
     return made
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tritopt.engine import private, validate
-from tritopt.engine.names import Selector, is_pattern, matches, no_match, shown, unmatched
+from tritopt.engine.names import Selector, is_pattern, matches, no_match, shown, uncompiled, unmatched
 from tritopt.engine.warning import warn
 
 Params: TypeAlias = (
@@ -106,8 +106,7 @@ def parameters_of(given: Any) -> Parameters:
     if isinstance(given, nn.Module):
         reduced_by = _reducer(given)
         inner: Any = given.module if isinstance(given, nn.parallel.DistributedDataParallel) else given
-        # What torch.compile has wrapped has the names that it had before.
-        pairs = [(name.replace("_orig_mod.", ""), param) for name, param in inner.named_parameters()]
+        pairs = [(uncompiled(name), param) for name, param in inner.named_parameters()]
     elif isinstance(given, Mapping):
         pairs = list(given.items())
     elif isinstance(given, torch.Tensor | str) or not isinstance(given, Iterable):

@@ -77,7 +77,7 @@ class Trainer:
         scale = made.rescale_grad
         if isinstance(scale, torch.Tensor) or not math.isfinite(scale):
             raise ValueError(f"the optimizer's rescale_grad={scale!r} must be a finite number, which step() divides")
-        self._given = take(made, self._params, max_grad_norm, self)
+        self._ownership = take(made, self._params, max_grad_norm, self)
         self._updater = Updater(made)
         self._gradients = Gradients(self._params)
         self._depth = 0
@@ -92,14 +92,14 @@ class Trainer:
     def __getstate__(self) -> dict[str, Any]:
         attributes = [{name: value for name, value in vars(param).items() if name in ATTRIBUTES}
                       for param in self._params.tensors]  # fmt: skip
-        return {**vars(self), "_given": (self._given.scale, attributes)}
+        return {**vars(self), "_ownership": (self._ownership.scale, attributes)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Be the Trainer of a copy: of its parameters, and of its optimizer, which does not know them."""
-        scale, attributes = state["_given"]
+        scale, attributes = state["_ownership"]
         vars(self).update(state)
-        self._given = take(self.optimizer, self._params, None, self)
-        self._given.scale = scale
+        self._ownership = take(self.optimizer, self._params, None, self)
+        self._ownership.scale = scale
         for param, own in zip(self._params.tensors, attributes, strict=True):
             vars(param).update(own)  # which deepcopy of a parameter leaves out
         if self._loss_scaler is not None:
@@ -262,7 +262,7 @@ class Trainer:
         if self._loss_scaler is not None:
             self._loss_scaler.load_state_dict(content["loss_scaler"])
         self._updater = updater
-        self._given.pass_on(updater.optimizer)
+        self._ownership.pass_on(updater.optimizer)
         self._is_scaled = False
 
     def _loaded(self, content: dict[str, Any]) -> Updater:
@@ -294,12 +294,9 @@ class Trainer:
                 f"{name}() divides by the loss scale, and no loss was scaled since the last: "
                 "with trainer.scale_loss(loss) as scaled: scaled.backward()"
             )
-        try:
-            rescale = float(self._given.scale / batch_size)
-        except OverflowError:  # of an int
-            rescale = 0.0
-        if rescale == 0 != self._given.scale or not math.isfinite(rescale):
-            raise ValueError(f"batch_size={batch_size!r:.40} makes {rescale!r} of the factor of gradients")
+        rescale = float(self._ownership.scale / batch_size)
+        if rescale == 0 != self._ownership.scale or not math.isfinite(rescale):
+            raise ValueError(f"batch_size={batch_size!r} makes {rescale!r} of the factor of gradients")
         return rescale
 
     def _sum_up(self, current: StepGradients, agree: bool) -> StepGradients:
@@ -318,7 +315,7 @@ class Trainer:
             params = [params[i] for i in indices]
         if indices:
             self._apply(indices, grads, params, rescale)
-            self._given.left = rescale
+            self._ownership.left = rescale
         self._gradients.used(current, indices)
         self._is_scaled = False
 

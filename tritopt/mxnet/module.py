@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from tritopt.engine.names import uncompiled
+
 
 class ModuleParameters(NamedTuple):
     """The trainable parameters of a module, in `named_parameters()` order; a shared one appears once.
@@ -33,8 +35,11 @@ class ModuleParameters(NamedTuple):
 
 
 def module_parameters(module: nn.Module) -> ModuleParameters:
-    """Indices, weights, names and multipliers of all parameters that require a gradient."""
-    named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+    """Indices, weights, names and multipliers of all parameters that require a gradient.
+
+    Of a module that torch.compile has wrapped, the names are those that it had before.
+    """
+    named = [(uncompiled(name), weight) for name, weight in module.named_parameters() if weight.requires_grad]
     return ModuleParameters(
         list(range(len(named))),
         [weight for _, weight in named],

@@ -17,8 +17,8 @@ from tritopt.optim.routing import Settings, routed
 
 Group: TypeAlias = dict[str, Any] | tuple[Any, Mapping[str, Any]]
 _OWN = ("params", "param_names", "algorithm", "in_norm")
-_OF_OTHERS = ("name", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum")
-"""Keys that `param_groups` and torch's schedulers write."""
+_OF_OTHERS = ("name", "initial_lr")
+"""Keys of what `param_groups` makes, and of what a scheduler of torch needs to go on."""
 
 
 class Route(NamedTuple):

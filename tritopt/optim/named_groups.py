@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from tritopt.engine.names import Selector, is_pattern, matches, no_match, shown, unmatched
+from tritopt.engine.names import Selector, is_pattern, matches, no_match, shown, uncompiled, unmatched
 
 Settings: TypeAlias = Mapping[str, Any]
 DEFAULT = "default"
@@ -115,7 +115,7 @@ def _check(key: Any, settings: Any) -> None:
 def _names_of(model: Any) -> list[tuple[list[str], torch.Tensor]]:
     """Each parameter once, with all of its names."""
     if isinstance(model, nn.Module):
-        named = list(model.named_parameters(remove_duplicate=False))
+        named = [(uncompiled(name), param) for name, param in model.named_parameters(remove_duplicate=False)]
     else:
         named = list(model.items() if isinstance(model, Mapping) else model)
     names_of: dict[int, tuple[list[str], torch.Tensor]] = {}

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from tritopt.engine.names import uncompiled
+
 Settings: TypeAlias = Mapping[str, Any]
 """A param_group without parameters."""
 Named: TypeAlias = "list[tuple[str, torch.nn.Parameter]]"
@@ -35,13 +37,13 @@ def routed(
     rest_params: Named = []
     embedding_params: Named = []
     by_pattern: dict[str, Named] = {pattern: [] for pattern in patterns}
-    for (name, *others), module, param in _owned(model):
-        matching = [p for p in patterns if any(fnmatchcase(one, p) for one in (name, *others))]
+    for names, module, param in _owned(model):
+        name, matching = names[0], [p for p in patterns if any(fnmatchcase(one, p) for one in names)]
         if len(matching) > 1:
             raise ValueError(f"parameter {name!r}: patterns {', '.join(map(repr, matching))} name it; keep one of them")
         if matching:
             by_pattern[matching[0]].append((name, param))
-        elif id(param) in embedded or _is_head(name, module):
+        elif id(param) in embedded or any(_is_head(one, module) for one in names):
             embedding_params.append((name, param))
         elif param.dim() < 2 or isinstance(module, _CONVOLUTIONS):
             rest_params.append((name, param))
@@ -62,15 +64,12 @@ def routed(
 
 
 def _owned(model: torch.nn.Module) -> Iterable[tuple[list[str], torch.nn.Module, torch.nn.Parameter]]:
-    """Each parameter that needs a gradient once, with all names that it is tied under and the first module that has it.
-
-    What torch.compile has wrapped has the names that it had before.
-    """
+    """Each parameter that needs a gradient once, with all the names that it has and the first module that has it."""
     owned: dict[int, tuple[list[str], torch.nn.Module, torch.nn.Parameter]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             if param.requires_grad:
-                full = (f"{prefix}.{name}" if prefix else name).replace("_orig_mod.", "")
+                full = uncompiled(f"{prefix}.{name}" if prefix else name)
                 owned.setdefault(id(param), ([], module, param))[0].append(full)
     return owned.values()
 
