@@ -86,6 +86,7 @@ def device() -> torch.device:
 
 def variant_of(cls: type[tritopt.optim.Optimizer] = tritopt.optim.AdamW, name: str = "fp32") -> Variant:
     (variant,) = tune.variants_of(cls, storage(name), device())
+    assert isinstance(variant, Variant)
     return variant
 
 
