@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from tests.support.world import REASON, World
 from tritopt import optim
-from tritopt.engine import matrices, newton_schulz
+from tritopt.engine import gram, matrices, newton_schulz
 from tritopt.engine.plan import Planner
-from tritopt.engine.tuning.config import Config
+from tritopt.engine.tuning.config import Config, Tiles
 from tritopt.optim import exchange
 from tritopt.optim.distributed import whole
 from tritopt.tools.replaced import replaced
@@ -195,3 +195,32 @@ def check_fp64(fused: bool | None) -> list[torch.Tensor]:
     shapes = ((2, 3), (1, 6), (2, 4), (1, 5))
     params, _ = train([[Shard(0)]], mesh, fused, shapes, torch.float64, ns_dtype="fp32", beta2=0.9)
     return [whole(p.detach()) for p in params]
+
+
+def test_products_of_one_triangle(worlds: dict[int, World]) -> None:
+    """The owner of a matrix makes its products by our kernel, if the step is fused, and all have the same bits."""
+    for fused, n_products in ((None, 2 * 2 * 2 * 3), (False, 0)):
+        results = [worlds[size].run(check_symmetric, fused) for size in (1, 2)]
+        for of_world in results:
+            assert sum(n for _, n in of_world) == n_products
+            for params, _ in of_world:
+                assert all(map(torch.equal, params, results[0][0][0]))
+
+
+def check_symmetric(fused: bool | None) -> tuple[list[torch.Tensor], int]:
+    """Parameters of two shapes after three steps with an iteration of two steps, and this process's products."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    n, real = 0, gram.symmetric_product
+
+    def counting(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal n
+        n += 1
+        return real(*args, **options)
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    small = replaced(gram, "choose", lambda *_: Tiles(16, 16, 2, 4, 2))
+    with small, replaced(newton_schulz, "symmetric_product", counting):
+        params, _ = train([[Shard(0)]], mesh, fused, ((24, 40), (40, 18)), ns_symmetric=True, ns_steps=2)
+    return [whole(p.detach()) for p in params], n

@@ -45,7 +45,7 @@ class Tiles(NamedTuple):
     group: int = 8
     """Rows of tiles whose programs run side by side, and find each other's tiles of X in the cache."""
     num_warps: int = 8
-    """With 4, a thread has twice as many sums and spills."""
+    """Warps of a program; with 4 a thread has 128 sums of a tile, and spills."""
     num_stages: int = 4
     """Steps whose loads are under way at once: 128 KiB of shared memory on sm_90, 96 elsewhere on NVIDIA."""
 
@@ -133,6 +133,10 @@ def from_fields(fields: Any, cls: type[Config] | type[Tiles] = Config) -> Any:
             raise ValueError(f"{name}={value} must be a power of two")
     config = cls(**fields)
     if isinstance(config, Tiles):
+        if min(config.block_size, config.block_k) < 16:
+            raise ValueError(
+                f"block_size={config.block_size}, block_k={config.block_k} must be at least 16, as a product's"
+            )
         return config
     if config.chunk_size % config.block_size:
         raise ValueError(f"chunk_size={config.chunk_size} must be a multiple of block_size={config.block_size}")
