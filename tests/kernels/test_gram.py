@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from tritopt.engine import gram
 from tritopt.engine.gram import symmetric_product
 from tritopt.engine.launcher import n_launches
 from tritopt.engine.tuning.config import Tiles
+from tritopt.kernels.language import INTERPRETED
 
 ROOT = Path(__file__).resolve().parents[2]
 TILES = Tiles(block_size=16, block_k=32, group=2, num_warps=4, num_stages=2)
@@ -56,6 +58,23 @@ def test_products(shape: tuple[int, int, int], is_transposed: bool, dtype: torch
         assert ((product.double() - truth).abs() <= allowed).all()
         torchs = torch.bmm(x, x.mT) if y is None else torch.baddbmm(y, x, x.mT, beta=beta, alpha=alpha)
         assert ((product.double() - torchs.double()).abs() <= 2 * allowed).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="replaces a part of the interpreter")
+def test_symmetric_though_sums_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU may add up an element's terms in another order than its mirror image's; NumPy does not, unless made to."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    real = InterpreterBuilder.create_dot
+
+    def dot(*args: Any) -> Any:
+        result = real(*args)
+        result.data = result.data * (1 + 1e-3 * np.triu(np.ones_like(result.data), 1))
+        return result
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    product = symmetric_product(random(2, 33, 50), tiles=TILES)
+    assert torch.equal(product, product.mT)
 
 
 def test_views_of_a_scratch() -> None:
