@@ -31,6 +31,10 @@ Encode: TypeAlias = Callable[[Format, Sequence[torch.Tensor], torch.Tensor, Any]
 Reference = TypeVar("Reference", bound=Callable[..., Any])
 
 
+_KINDS = {"mean": SIGNED, "momentum": SIGNED, "momentum_buffer": SIGNED, "mom": SIGNED, "var": SQUARES}
+"""Kinds of states that are called so, where `Rule.state_kinds` does not say."""
+
+
 class Rule:
     """Mathematics of an optimizer; how a face of the package asks for it is no business of a rule.
 
@@ -100,12 +104,24 @@ class Rule:
 
     @property
     def state_kinds(self) -> Mapping[str, str | None]:
-        """Kinds of states that may be stored in fewer bits, by name: SIGNED or SQUARES of kernels/formats/states.py.
+        """Kinds of states by name, by which `state_dtype` stores them: "signed", "squares", or None: as they are.
 
-        A state that is not here stays as it is: a number per row or column, which takes no memory; a largest value so
-        far, which rounding would only raise; and what the weight itself is computed from.
+        A state called mean, momentum, momentum_buffer or mom is signed and one called var holds squares, unless this
+        says otherwise. Any other that is not here stays as it is: a number per row or column, which takes no memory; a
+        largest value so far, which rounding would only raise; and what the weight itself is computed from.
         """
-        return {"mean": SIGNED, "momentum": SIGNED, "momentum_buffer": SIGNED, "mom": SIGNED, "var": SQUARES}
+        return {}
+
+    def kind_of(self, name: str) -> str | None:
+        """Kind of a state. ValueError where `state_kinds` has no such kind or state."""
+        kinds = self.state_kinds
+        for state, kind in kinds.items():
+            if state not in self.state_names or kind not in (SIGNED, SQUARES, None):
+                raise ValueError(
+                    f"{type(self).__name__}.state_kinds says {kind!r} of {state!r}: give names in state_names, "
+                    f"{self.state_names!r}, and {SIGNED!r}, {SQUARES!r} or None"
+                )
+        return kinds.get(name, _KINDS.get(name))
 
     def scalars(self, lr: float, wd: float, count: int) -> tuple[float, ...]:
         """The NamedTuple that `reference` and the kernel read, computed in double.
@@ -223,12 +239,22 @@ class Rule:
 
         again = {"stored": stored} if self.rereads_states and task.state_formats else {}
         new_weight, new_state = yield from self.update_parts(w, g, load(), s, **again)
+        self._check_states(new_state, states)
         store(new_state)
         before = None if tracked is None else (w.clone(), task.weight[0].clone())
         # Last: a new state may be the old weight itself.
         encode(task.format, task.weight, new_weight, noise)
         if before is not None and tracked is not None:
             tracked.append(whole(place, measure(task.grad, (before[0], new_weight), (before[1], task.weight[0]))))
+
+    def _check_states(self, new: Any, old: Sequence[Any]) -> None:
+        """ValueError unless a reference returned as many states as there are."""
+        if not isinstance(new, tuple | list) or len(new) != len(old):
+            what = f"{len(new)} states" if isinstance(new, tuple | list) else f"a {type(new).__name__}"
+            raise ValueError(
+                f"{type(self).__name__}.reference must return the weight and a tuple of {len(old)} states, as "
+                f"state_names has them: {self.state_names!r}; got {what}"
+            )
 
     def _total_rescale(self, on_host: float, on_device: torch.Tensor | None) -> float:
         """Factor of the gradient; NaN where the update is skipped."""
@@ -246,6 +272,7 @@ class Rule:
         with np.errstate(all="ignore"):
             g = PREAMBLES[self.preamble].reference(w, g, *common)  # type: ignore[arg-type, assignment]
             new_weight, new_state = self.reference(w, g, tuple(state), s)  # type: ignore[arg-type]
+        self._check_states(new_state, state)
         # Before, since an interrupt may come at any moment: autograd and a failed step ask what was written.
         walk().mark_written(list(task.written()))
         for old, new in zip(state, new_state, strict=True):

@@ -102,6 +102,7 @@ def _apply_block(  # noqa: C901
     rounded = None
     for i in tl.static_range(0, len(FORMATS)):
         if WRITES[0] if i == 0 else WRITES[i + 1]:
+            tl.static_assert(i <= len(new[1]), "an update must return the weight and a tuple of all states")
             planes = ptrs[FORMATS[i][0] : FORMATS[i][1]]
             value = new[0] if i == 0 else new[1][i - 1]
             if FORMATS[i][4]:

@@ -551,4 +551,4 @@ def test_what_stays_fp32() -> None:
     param = parameters(BF16, ((3, 64),))
     opt = run(optim.RMSprop, param, range(1), centered=True, state_dtype="int8")
     assert {"square_avg", "grad_avg", "momentum_buffer_int8"} <= set(opt.state[param[0]])
-    assert optim.AdamW.rule().state_kinds["var"] == SQUARES
+    assert optim.AdamW.rule().kind_of("var") == SQUARES

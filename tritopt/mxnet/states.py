@@ -86,8 +86,7 @@ class States(Rates):
 
     def state_formats(self) -> tuple[Format, ...]:
         """Format of each state. ValueError if `state_dtype` names what is none, or must not be stored so."""
-        kinds = self.state_kinds
-        return formats_of(checked(self.state_dtype), {name: kinds.get(name) for name in self.state_names})
+        return formats_of(checked(self.state_dtype), {name: self.kind_of(name) for name in self.state_names})
 
     def _stored(self, weight: torch.Tensor, inner: State) -> State:
         """States as `state_dtype` has them, and no narrower than without it; the same object if they are."""
@@ -100,7 +99,7 @@ class States(Rates):
         converted = []
         for name, value, fmt in zip(self.state_names, values, wanted, strict=True):
             plain, planes = self._plain_dtype(name, weight), value if isinstance(value, tuple) else (value,)
-            old = format_of_planes(planes, self.state_kinds.get(name))
+            old = format_of_planes(planes, self.kind_of(name))
             if fmt is PLAIN and old is PLAIN:
                 value = value if value.dtype.itemsize >= plain.itemsize else value.to(plain)
             elif [plane.dtype for plane in planes] != list(fmt.dtypes):

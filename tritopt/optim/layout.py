@@ -128,7 +128,7 @@ class Layouts:
 
     def _derived(self, param: torch.Tensor, group: dict[str, Any], rule: Rule) -> Layout:
         names = self.names(rule, param)
-        kinds = {key: rule.state_kinds.get(name) for key, name in zip(names, rule.state_names, strict=True)}
+        kinds = {key: rule.kind_of(name) for key, name in zip(names, rule.state_names, strict=True)}
         fmt, formats = self._format_of(param, group, rule), _state_formats(param, group, kinds)
         return Layout(
             rule,

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.kernels.formats.states import SIGNED, SQUARES
+from tritopt.kernels.formats.states import SQUARES
 from tritopt.kernels.rmsprop import (
     rmsprop_deviation_momentum_update,
     rmsprop_deviation_update,
@@ -71,8 +71,8 @@ class TorchRMSprop(Rule):
 
     @property
     def state_kinds(self) -> dict[str, str | None]:
-        """Kinds of the states; none if centered, where rounding would make v - n^2 negative."""
-        return {"momentum_buffer": SIGNED, **({} if self.centered else {"square_avg": SQUARES})}
+        """Kind of the second moment; none if centered, where rounding would make v - n^2 negative."""
+        return {"square_avg": None if self.centered else SQUARES}
 
     def scalars(self, lr: Any, wd: float, count: Any) -> TorchRMSpropScalars:
         """Scalars of a step, constant but for the learning rate."""

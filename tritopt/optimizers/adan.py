@@ -11,7 +11,7 @@ from tritopt.engine.driver import Apply
 from tritopt.engine.scalars import sqrt as scalar_sqrt
 from tritopt.engine.scalars import where
 from tritopt.kernels.adan import adan_update
-from tritopt.kernels.formats.states import SIGNED, SQUARES
+from tritopt.kernels.formats.states import SIGNED
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values, takes_arrays
@@ -70,12 +70,7 @@ class AdanRule(Rule):
 
     phases = (Apply(adan_update),)
     state_names = ("mean", "diff", "var", "previous_grad")
-    state_kinds: ClassVar = {
-        "mean": SIGNED,
-        "diff": SIGNED,
-        "var": SQUARES,
-        "previous_grad": SIGNED,
-    }
+    state_kinds: ClassVar = {"diff": SIGNED, "previous_grad": SIGNED}
     preamble = "decoupled"
     variants = ({}, {"beta1": 0.5, "beta2": 0.7, "beta3": 0.8, "epsilon": 1e-3})
 

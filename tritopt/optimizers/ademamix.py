@@ -12,7 +12,7 @@ from tritopt.engine.driver import Apply
 from tritopt.engine.scalars import minimum
 from tritopt.engine.scalars import sqrt as scalar_sqrt
 from tritopt.kernels.ademamix import ademamix_update
-from tritopt.kernels.formats.states import SIGNED, SQUARES
+from tritopt.kernels.formats.states import SIGNED
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, Values, takes_arrays
@@ -72,7 +72,7 @@ class AdEMAMixRule(Rule):
 
     phases = (Apply(ademamix_update),)
     state_names = ("mean", "slow_mean", "var")
-    state_kinds: ClassVar = {"mean": SIGNED, "slow_mean": SIGNED, "var": SQUARES}
+    state_kinds: ClassVar = {"slow_mean": SIGNED}
     least_state_dtype = torch.float32
     preamble = "decoupled"
     variants = (

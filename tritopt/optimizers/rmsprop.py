@@ -9,7 +9,6 @@ import torch
 
 from tritopt.engine import validate
 from tritopt.engine.driver import Apply
-from tritopt.kernels.formats.states import SIGNED, SQUARES
 from tritopt.kernels.rmsprop import rmsprop_centered_update, rmsprop_update
 from tritopt.kernels.twins.ops import sqrt
 from tritopt.mxnet.optimizer import Optimizer, register
@@ -99,7 +98,7 @@ class RMSPropRule(Rule):
     @property
     def state_kinds(self) -> dict[str, str | None]:
         """Kinds of the states; none if centered, where rounding would make v - m^2 negative."""
-        return {"mom": SIGNED} if self.centered else {"var": SQUARES}
+        return {"mean": None, "var": None} if self.centered else {}
 
     def scalars(self, lr: float, wd: float, count: int) -> RMSPropScalars:
         """Scalars of a step, constant but for the learning rate."""

@@ -164,7 +164,7 @@ def _of_rule(cls: type[Rule], state_keys: Mapping[str, str]) -> dict[str, Any]:
     kinds: dict[str, set[bool]] = {}
     for rule in variants:
         for name in rule.state_names:
-            kinds.setdefault(state_keys.get(name, name), set()).add(rule.state_kinds.get(name) is not None)
+            kinds.setdefault(state_keys.get(name, name), set()).add(rule.kind_of(name) is not None)
     phases = [phase for rule in variants for phase in rule.phases]
     return {
         "launches": max(sum(len(phase.kernels) for phase in rule.phases) for rule in variants),

@@ -16,6 +16,7 @@ from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.check.cases import Case, CheckResult, find_cases, unchecked
 from tritopt.tools.check.compare import compare_runs
 from tritopt.tools.check.contender import Contender
+from tritopt.tools.check.explain import reason_of
 from tritopt.tools.check.tolerance import TOLERANCES
 from tritopt.tools.cost import fresh_state, tensors_of
 from tritopt.tools.environment import device, fused_unavailable
@@ -53,7 +54,7 @@ def check_case(case: Case, n_steps: int = 3, config: Config | None = None) -> Ch
     try:
         _run(case, n_steps, result, config)
     except Exception as error:
-        result.fail(f"{type(error).__name__}: {error}")
+        result.fail(reason_of(error))
     return result
 
 
