@@ -277,19 +277,23 @@ def _described(loop: _Loop, times_unrolled: int) -> HotLoop:
 
 
 def _waits(path: Sequence[Instruction]) -> int:
-    """Count the waits of one iteration; with one of them, all loads that were issued before it are there."""
-    waits = 0
+    """Count the waits of one iteration; with one of them, all loads that were issued before it are there.
+
+    An iteration before it may have left loads under way: compilers begin a loop wherever they like.
+    """
     under_way: list[frozenset[int]] = []
-    for instruction in path:
-        if instruction.leaves is not None:
-            is_early = len(under_way) > instruction.leaves
-        else:
-            is_early = any(not fills.isdisjoint(instruction.uses) for fills in under_way)
-        if is_early:
-            waits += 1
-            under_way.clear()
-        if instruction.access is not None and instruction.access[0] == "load":
-            under_way.append(instruction.fills)
+    for _ in range(2):
+        waits = 0
+        for instruction in path:
+            if instruction.leaves is not None:
+                is_early = len(under_way) > instruction.leaves
+            else:
+                is_early = any(not fills.isdisjoint(instruction.uses) for fills in under_way)
+            if is_early:
+                waits += 1
+                under_way.clear()
+            if instruction.access is not None and instruction.access[0] == "load":
+                under_way.append(instruction.fills)
     return waits
 
 
