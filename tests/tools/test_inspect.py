@@ -530,7 +530,18 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 def test_help() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for option in ("--optimizer", "--format", "--target", "--gpu", "--grad-dtype", "--all", "--save", "--diff"):
+    for option in (
+        "--optimizer",
+        "--format",
+        "--target",
+        "--gpu",
+        "--grad-dtype",
+        "--all",
+        "--peer",
+        "--peer-kernels",
+        "--save",
+        "--diff",
+    ):
         assert option in result.output
 
 

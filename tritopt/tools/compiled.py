@@ -27,7 +27,7 @@ from tritopt.kernels.language import INTERPRETED
 from tritopt.kernels.preambles import without_clip
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
-from tritopt.tools.hot_loop import HotLoop, hot_loops, parse_gcn, parse_sass
+from tritopt.tools.hot_loop import Code, HotLoop, hot_loops, parse_gcn, parse_sass
 
 _VECTOR = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.v\d")
 _TYPES = {
@@ -182,22 +182,22 @@ def _step(
 def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> CompiledLaunch:
     """Describe what runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
-    code_of, metadata = private.assembly(binary), private.metadata(binary)
+    forms, metadata = private.assembly(binary), private.metadata(binary)
     warp_size = 32 if isinstance(arch, int) else 64
     is_driver, is_of_rows, expected, wide_loads = "FORMATS" in launched.arguments, _is_of_rows(launched), None, 0
     if is_driver and not is_of_rows:
         expected = _expected_accesses(launched, _elements_of_a_thread(launched, warp_size))
         wide_loads = expected[0] if launched.arguments["UNROLL"] > 1 else 0
     if isinstance(arch, int):
-        registers, spilled = _resources(code_of["cubin"])
+        registers, spilled = resources_of(forms["cubin"])
         if is_driver and spilled and is_first:
             more = driver.more_registers(registers)
             return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
-        has_vectors = _VECTOR.search(code_of["ptx"]) is not None and not is_of_rows
-        loops = _loops_of(code_of["cubin"], wide_loads) if has_vectors else ()
+        has_vectors = _VECTOR.search(forms["ptx"]) is not None and not is_of_rows
+        loops = _loops_of(forms["cubin"], wide_loads) if has_vectors else ()
     else:
-        assembly = code_of["amdgcn"]
+        assembly = forms["amdgcn"]
         registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
         spilled = 4 * spills
         loops = () if is_of_rows else hot_loops(parse_gcn(assembly), wide_loads)
@@ -281,10 +281,15 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def _loops_of(cubin: bytes, wide_loads: int) -> Sequence[HotLoop]:
     """Hot loops of a binary, which many launches may share: disassembling one takes 0.3 s."""
-    return hot_loops(parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=cubin)), wide_loads)
+    return hot_loops(code_of(cubin), wide_loads)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def code_of(cubin: bytes) -> Code:
+    """Disassemble a binary for an NVIDIA GPU."""
+    return parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=cubin))
+
+
+def resources_of(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of stack plus local memory, which is where spills go."""
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
     usage_of = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}

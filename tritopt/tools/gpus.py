@@ -41,8 +41,8 @@ N_SCHEDULERS = 4
 # NVIDIA: CUDA C++ Programming Guide, technical specifications per compute capability: 64K registers and 64 warps a
 # multiprocessor, 32 blocks, 164 and 228 KB of shared memory. Four schedulers issue one instruction of 32 threads each.
 # AMD: CDNA 3 instruction set reference and LLVM's user guide for AMDGPU: 512 vector registers a lane, in units of 8, 8
-# waves a SIMD, 64 KB of LDS (CDNA 4: 160 KB). A SIMD of 16 lanes takes 4 clocks for a wave of 64, so four of them do 64 lanes a clock;
-# 32 workgroups is what 32 waves of one each come to.
+# waves a SIMD, 64 KB of LDS, 160 KB in CDNA 4. A SIMD of 16 lanes takes 4 clocks for a wave of 64, so four of them do
+# 64 lanes a clock; 32 workgroups is what 32 waves of one each come to.
 # Pipes: CUDA C++ Programming Guide, throughput of native arithmetic instructions: 64 of 32-bit integers and
 # comparisons, 16 of special functions. Conversions are taken as the latter's. AMD: a SIMD does transcendentals at a
 # quarter of its rate.
