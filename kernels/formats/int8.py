@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from tritopt.kernels.assembly import fractions, n_nvidia_threads, pack_of
 from tritopt.kernels.formats.format import state_format
 from tritopt.kernels.formats.scales import (
     BLOCK,
@@ -25,13 +26,14 @@ from tritopt.kernels.formats.scales import (
     shaped_like,
     store_scales,
 )
-from tritopt.kernels.language import tl, triton
+from tritopt.kernels.language import INTERPRETED, tl, triton
 from tritopt.kernels.memory import in_memory
 from tritopt.kernels.ops import floor_of_root
 from tritopt.kernels.random import random_bits16
 from tritopt.kernels.twins import ops as twins
 from tritopt.kernels.twins.random import Noise
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 LARGEST = 127**4
 LARGEST_SQUARE = float((np.float32(255) ** 4 * np.float32(2.0**-32)) ** 2)
 """Code 255 in fp32's arithmetic; scales of squares must not leave fp32."""
@@ -133,9 +135,13 @@ def encode_int8(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Nois
 @triton.jit
 def load_int8_squares(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """Load squares: c^8 / 2^64 times the scale."""
-    code = tl.load(planes[0] + offsets, mask=mask).to(tl.float32)
+    code = tl.load(planes[0] + offsets, mask=mask)
     scale = load_scales(planes, offsets, mask)
-    return (_eighth_power(code) * 2.0**-64 * scale).to(COMPUTE_DTYPE)
+    if not _INTERPRETED and pack_of(code.numel, n_nvidia_threads(), 4) == 4:
+        number = _eighth_power(fractions(code))
+    else:
+        number = _eighth_power(code.to(tl.float32)) * 2.0**-64
+    return (number * scale).to(COMPUTE_DTYPE)
 
 
 def decode_int8_squares(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

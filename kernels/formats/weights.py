@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tritopt.kernels.assembly import complete, is_nvidia, join_bits, n_nvidia_threads, pack_of
+from tritopt.kernels.assembly import complete, is_nvidia, join_bits, n_nvidia_threads, pack_of, second_bytes
 from tritopt.kernels.formats.format import (
     LOW_PRECISION,
     PLAIN,
@@ -234,7 +234,10 @@ def store_split8(planes, offsets, mask, value, start, noise):
     """Store 24 bits, rounded up or down with the probabilities that keep the mean, and the nearest weight."""
     bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + (random_bits16(noise, start, offsets, mask) >> 8)
     bits = tl.where(value == value, bits.to(tl.int32, bitcast=True), 0x7FC00000)
-    tl.store(planes[1] + offsets, (bits >> 8).to(tl.int8), mask=mask)
+    if not _INTERPRETED and pack_of(value.numel, n_nvidia_threads(), 4) == 4 and len(value.shape) == 1:
+        tl.store(planes[1] + offsets, second_bytes(bits), mask=mask)
+    else:
+        tl.store(planes[1] + offsets, (bits >> 8).to(tl.int8), mask=mask)
     rounded = ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     tl.store(planes[0] + offsets, rounded, mask=mask)
     return rounded
