@@ -293,6 +293,24 @@ def second_bytes(bits):
     return tl.inline_asm_elementwise(joined, "=r,r,r,r,r", [bits], dtype=tl.int8, is_pure=True, pack=4)
 
 
+@triton.jit
+def add_down(x, y):
+    """x + y, rounded down; `is_nvidia` says where."""
+    return tl.inline_asm_elementwise("add.rm.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def add_where_less(bits, x, y):
+    """Add 1 to an int32 where x < y, fp32; `is_nvidia` says where. The assembler takes two for a choice."""
+    added: tl.constexpr = """{
+    .reg .pred %less;
+    mov.b32 $0, $1;
+    setp.lt.f32 %less, $2, $3;
+    @%less add.s32 $0, $0, 1;
+}"""
+    return tl.inline_asm_elementwise(added, "=&r,r,f,f", [bits, x, y], dtype=tl.int32, is_pure=True, pack=1)
+
+
 @triton.constexpr_function
 def _four_fractions():
     # Behind the exponent of 128, a byte stands for its 256ths.

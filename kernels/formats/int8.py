@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tritopt.kernels.assembly import fractions, n_nvidia_threads, pack_of
+from tritopt.kernels.assembly import add_down, add_where_less, fractions, is_nvidia, n_nvidia_threads, pack_of
 from tritopt.kernels.formats.format import state_format
 from tritopt.kernels.formats.scales import (
     BLOCK,
@@ -47,10 +47,15 @@ def _goes_up(scaled, lower, higher, start, offsets, mask, noise):
     This holds too where `lower` is the neighbour of what it should be because a root was not exact: a number at
     `higher` is rounded up to it always, one below `lower` never further down.
     """
+    return _chance(start, offsets, mask, noise) * (higher - lower) < scaled - lower
+
+
+@triton.jit
+def _chance(start, offsets, mask, noise):
+    """A random number from 0 to below 1 for each element, fp32."""
     bits = random_bits16(noise, start, offsets, mask)
     # 128 + bits / 2^16, put together: a conversion takes longer.
-    chance = (bits | 0x43000000).to(tl.float32, bitcast=True) - 128.0
-    return chance * (higher - lower) < scaled - lower
+    return (bits | 0x43000000).to(tl.float32, bitcast=True) - 128.0
 
 
 def _goes_up_twin(
@@ -69,8 +74,7 @@ def _low_bits(x):
     return (x + 12582912.0).to(tl.int32, bitcast=True)
 
 
-_LOW_BITS_OF_0 = tl.constexpr(0x4B400000)
-"""Bits of 1.5 * 2^23."""
+_BITS_OF_49152 = tl.constexpr(0x47400000)
 
 
 @triton.jit
@@ -151,14 +155,26 @@ def decode_int8_squares(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> t
 
 
 @triton.jit
+def _root_down(x):
+    """49152 and the 8th root of x, which is at most 1, down to 256ths: they are the last bits of the sum."""
+    root = tl.sqrt(tl.sqrt(tl.sqrt(x)))
+    if not _INTERPRETED and is_nvidia():
+        return add_down(root, 49152.0)
+    else:
+        return tl.floor(root * 256.0) * 2.0**-8 + 49152.0
+
+
+@triton.jit
 def store_int8_squares(planes, offsets, mask, value, start, noise):
     """Store squares; what is not 0 is not stored as 0."""
-    scaled = store_scales(planes, mask, value, start, _LARGEST_SQUARE) * 2.0**64
-    code = floor_of_root(scaled, 8)
-    lower, higher = _eighth_power(code), _eighth_power(code + 1.0)
-    code = tl.where(_goes_up(scaled, lower, higher, start, offsets, mask, noise), code + 1.0, code)
-    least = _LOW_BITS_OF_0 + tl.minimum(value.to(tl.int32, bitcast=True), 1)
-    tl.store(planes[0] + offsets, tl.maximum(_low_bits(code), least).to(tl.uint8), mask=mask)
+    scaled = store_scales(planes, mask, value, start, _LARGEST_SQUARE)
+    code = _root_down(scaled)
+    lower, higher = _eighth_power(code - 49152.0), _eighth_power(code - (49152.0 - 2.0**-8))
+    bits = code.to(tl.int32, bitcast=True)
+    chance = _chance(start, offsets, mask, noise)
+    bits = add_where_less(bits, chance * (higher - lower), scaled - lower)
+    least = _BITS_OF_49152 + tl.minimum(value.to(tl.int32, bitcast=True), 1)
+    tl.store(planes[0] + offsets, tl.maximum(bits, least).to(tl.uint8), mask=mask)
 
 
 def encode_int8_squares(planes: Sequence[torch.Tensor], value: torch.Tensor, noise: Noise) -> None:
