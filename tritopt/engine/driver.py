@@ -231,16 +231,16 @@ def register_limit(phase: Apply, launch: LaunchSpec, n_states: int, config: Conf
     NVIDIA: two states that are updated in formats which draw random bits take 95 to 125 registers, as the compiler
     pleases, and do as well with 96: five programs of four warps then fit on a core, instead of four. Others spill so,
     or take fewer anyway.
-    AMD: what updates states and sums takes 100 to 160, and the compiler moves loads behind what waits for others, to
-    save some: a wave of `lans_moments` waits six times a block. Told that no more than three waves share a SIMD, it
-    loads all first.
+    AMD: what updates states and sums, or draws random bits, takes 70 to 160, and the compiler moves loads behind what
+    waits for others, to save some: a wave of `lans_moments` waits six times a block. Told that no more than three waves
+    share a SIMD, it loads all first.
     """
     generic = launch.generic or GENERIC
     has_eight = config.block_size == generic.block_size // generic.num_warps * config.num_warps
     if not has_eight or not phase.writes_states:
         return {}
     if generic == AMD:
-        return {"waves_per_eu": 3} if phase.n_sums else {}
+        return {"waves_per_eu": 3} if phase.n_sums or launch.draws else {}
     is_of_two = launch.draws and n_states == 2 and not phase.n_sums and launch.tracked is None
     return {"maxnreg": 96} if is_of_two else {}
 
