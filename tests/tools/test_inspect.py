@@ -98,8 +98,8 @@ def test_counts_by_hand(rows: list[LaunchRecord]) -> None:
     assert plain.milliseconds == pytest.approx(30e12 / 4.8e12, abs=1e-3)
     assert packed.instructions is not None
     assert packed.milliseconds == pytest.approx(packed.instructions * 1e12 / (132 * 128 * 1.98e9 * 0.9), abs=1e-3)
-    # A root and an inverse of Adam's; of int8 states five roots and two floors, and one conversion.
-    assert (plain.xu, packed.xu) == (2, 2 + 5 + 2 + 1)
+    # A root and an inverse of Adam's; of int8 states five roots, a floor and a conversion.
+    assert (plain.xu, packed.xu) == (2, 2 + 5 + 1 + 1)
     assert plain.in_flight == plain.programs * 128 * 4 * 16
 
 
