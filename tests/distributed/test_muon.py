@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from tests.support.world import REASON, World
 from tritopt import optim
-from tritopt.engine import matrices, newton_schulz
+from tritopt.engine import gram, matrices, newton_schulz
 from tritopt.engine.plan import Planner
-from tritopt.engine.tuning.config import Config
+from tritopt.engine.tuning.config import Config, Tiles
 from tritopt.optim import exchange
 from tritopt.optim.distributed import whole
 from tritopt.tools.replaced import replaced
@@ -31,20 +31,25 @@ def values(seed: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[torc
 
 
 def train(
-    placements: list[Any], mesh: Any, fused: bool | None, shapes: Any = SHAPES, **options: Any
+    placements: list[Any],
+    mesh: Any,
+    fused: bool | None,
+    shapes: Any = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> tuple[list[Any], Any]:
     """Parameters after three steps, and their optimizer."""
     from torch.distributed.tensor import distribute_tensor
 
     Planner.config = Config(block_size=64, chunk_size=128, num_warps=1)
     params = [
-        torch.nn.Parameter(distribute_tensor(value, mesh, placements[i % len(placements)]))
+        torch.nn.Parameter(distribute_tensor(value.to(dtype), mesh, placements[i % len(placements)]))
         for i, value in enumerate(values(0, shapes))
     ]
     opt = optim.Muon(params, lr=0.1, fused=fused, **options)
     for step in range(1, 4):
         for i, (p, grad) in enumerate(zip(params, values(step, shapes), strict=True)):
-            p.grad = distribute_tensor(grad, mesh, placements[i % len(placements)])
+            p.grad = distribute_tensor(grad.to(dtype), mesh, placements[i % len(placements)])
         opt.step()
     return params, opt
 
@@ -166,14 +171,56 @@ def check_options(options: dict[str, Any], shapes: Any) -> list[torch.Tensor]:
     return [whole(p.detach()) for p in params]
 
 
-def test_work_is_shared_by_cost(worlds: dict[int, World]) -> None:
-    worlds[2].run(check_units)
-
-
-def check_units() -> None:
+def test_work_is_shared_by_cost() -> None:
     cut = matrices.Cut(None, None, -2)
-    shapes = [(8, 8)] + [(4, 4)] * 4 + [(2, 2)]
+    shapes = dict(enumerate([(8, 8)] + [(4, 4)] * 4 + [(2, 2)]))
     with replaced(exchange, "UNIT", 16):
-        units = list(exchange._units(range(6), shapes, cut, 2))
-    assert [unit.members for unit in units] == [[0], [1], [2], [3], [4], [5]]
-    assert [unit.owner for unit in units] == [0, 1, 1, 1, 1, 1]
+        assert exchange._batches_of(shapes, cut, 2) == [[[0]], [[1], [2], [3], [4], [5]]]
+    assert exchange._batches_of(shapes, cut, 2) == [[[0]], [[1, 2, 3, 4], [5]]]
+
+
+@paths
+def test_fp64_where_a_process_has_nothing(fused: bool | None, worlds: dict[int, World]) -> None:
+    """Two rows on four processes: one without a direction owns a matrix, and receives it in the dtype of the others."""
+    results = [worlds[size].run(check_fp64, fused) for size in (1, 4)]
+    for of_rank in (of_rank for of_world in results for of_rank in of_world):
+        assert all(map(torch.equal, of_rank, results[0][0]))
+
+
+def check_fp64(fused: bool | None) -> list[torch.Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shapes = ((2, 3), (1, 6), (2, 4), (1, 5))
+    params, _ = train([[Shard(0)]], mesh, fused, shapes, torch.float64, ns_dtype="fp32", beta2=0.9)
+    return [whole(p.detach()) for p in params]
+
+
+def test_products_of_one_triangle(worlds: dict[int, World]) -> None:
+    """The owner of a matrix makes its products by our kernel, if the step is fused, and all have the same bits."""
+    for fused, n_products in ((None, 2 * 2 * 2 * 3), (False, 0)):
+        results = [worlds[size].run(check_symmetric, fused) for size in (1, 2)]
+        for of_world in results:
+            assert sum(n for _, n in of_world) == n_products
+            for params, _ in of_world:
+                assert all(map(torch.equal, params, results[0][0][0]))
+
+
+def check_symmetric(fused: bool | None) -> tuple[list[torch.Tensor], int]:
+    """Parameters of two shapes after three steps with an iteration of two steps, and this process's products."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    n, real = 0, gram.symmetric_product
+
+    def counting(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal n
+        n += 1
+        return real(*args, **options)
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    small = replaced(gram, "choose", lambda *_: Tiles(16, 16, 2, 4, 2))
+    with small, replaced(newton_schulz, "symmetric_product", counting):
+        params, _ = train([[Shard(0)]], mesh, fused, ((24, 40), (40, 18)), ns_symmetric=True, ns_steps=2)
+    return [whole(p.detach()) for p in params], n

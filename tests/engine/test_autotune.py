@@ -25,14 +25,15 @@ import tritopt.optim
 from tests.engine.test_tuning_cache import ENTRY
 from tritopt.commands.app import app
 from tritopt.commands.tune import print_rows
-from tritopt.engine import driver
+from tritopt.engine import driver, gram
 from tritopt.engine.device import is_capturing
+from tritopt.engine.gram import Product
 from tritopt.engine.group import LaunchGroup
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.plan import Planner
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Scratch, Variant
-from tritopt.engine.tuning.config import Config
+from tritopt.engine.tuning.config import Config, Tiles
 from tritopt.kernels.adamw import adamw_update
 from tritopt.tools import numerics, tune
 
@@ -49,6 +50,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITOPT_AUTOTUNE", raising=False)
     monkeypatch.setattr(cache, "_WARNED", set())
     monkeypatch.setattr(autotune, "_CHOSEN", {})
+    monkeypatch.setattr(gram, "_CHOSEN", {})
     monkeypatch.setattr(autotune, "gpu_of", lambda device: H200)
     monkeypatch.setattr(autotune, "is_capturing", lambda device: False)
     monkeypatch.setattr(autotune, "default_of", lambda *_: DEFAULT)
@@ -66,14 +68,14 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 class Clock:
     """A timer: runs the kernel once, and says that it took `seconds(configuration)`. Keeps what it was asked for."""
 
-    def __init__(self, seconds: Callable[[Config], float]) -> None:
-        self.seconds, self.asked = seconds, list[Config]()
+    def __init__(self, seconds: Callable[[Any], float]) -> None:
+        self.seconds, self.asked = seconds, list[Any]()
 
     def __call__(self, run: Callable[[], object], seconds: float) -> float:
         assert isinstance(run, partial)
         run()
-        self.asked.append(run.args[0])
-        return self.seconds(run.args[0])
+        self.asked.append(run.args[-1])
+        return self.seconds(run.args[-1])
 
 
 def storage(name: str) -> numerics.StorageFormat:
@@ -86,6 +88,7 @@ def device() -> torch.device:
 
 def variant_of(cls: type[tritopt.optim.Optimizer] = tritopt.optim.AdamW, name: str = "fp32") -> Variant:
     (variant,) = tune.variants_of(cls, storage(name), device())
+    assert isinstance(variant, Variant)
     return variant
 
 
@@ -469,6 +472,63 @@ def test_bytes_of_a_variant() -> None:
     assert variant_of(name="master").moved == (16, 14)
     assert sum(variant_of(name="split8+int8").moved) == 12.125
     assert variant_of(name="split8+int8").resident == 7 + 2 * 2 / 64
+
+
+# Products.
+
+
+@pytest.fixture
+def few_tiles(monkeypatch: pytest.MonkeyPatch) -> list[Tiles]:
+    """Patch in as few tiles, and as small ones, as the interpreter has time for."""
+    tiles = [Tiles(16, 16, 2, 4, 2), Tiles(16, 32, 2, 4, 2)]
+    monkeypatch.setattr(gram, "tiles_of", lambda dtype: tiles[0])
+    monkeypatch.setattr(gram, "candidates", lambda best: iter(tiles))
+    monkeypatch.setattr(gram, "size_of", lambda n_elements: TINY)
+    return tiles
+
+
+def test_what_is_tuned_of_products_is_kept(few_tiles: list[Tiles], capsys: pytest.CaptureFixture[str]) -> None:
+    """One row for all formats of Muon, whose products are in bf16; a step takes what was best."""
+    clock = Clock(lambda tiles: 1e-3 / tiles.block_k)
+    formats = [storage("fp32"), storage("split8+int8")]
+    rows = list(tune.Tuning([tritopt.optim.Muon], formats, [TINY], device(), clock, gpu=H200).rows())
+    assert clock.asked == few_tiles
+    assert [(row.kernel, row.default, row.best, row.tried) for row in rows] == [("gram", *few_tiles, 2)]
+    assert rows[0].gigabytes_per_second == pytest.approx(2 * 24 * 24 * 2 / (1e-3 / 32) / 1e9, rel=1e-3)
+    ((key, entry),) = cache.read(H200).items()
+    assert (key.dtypes, entry.config, entry.default) == (("bfloat16",), few_tiles[1], few_tiles[0])
+    assert gram.choose(device(), torch.bfloat16, 3 * 24 * 24) == few_tiles[1]
+    assert gram.choose(device(), torch.float32, 3 * 24 * 24) == few_tiles[0]
+    print_rows(rows)
+    assert "16 x 32, 2, 4, 2" in capsys.readouterr().out
+    assert "16 x 32, 2, 4, 2" in run("--show").output
+
+
+def test_tiles_of_a_product_stay(few_tiles: list[Tiles], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step never measures them, since they decide the order of sums; nor does the cache change them under way."""
+    monkeypatch.setenv("TRITOPT_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "event_median", None)
+    product = Product(torch.bfloat16)
+    x = torch.zeros(1, 20, 20, dtype=torch.bfloat16)
+    gram.symmetric_product(x)
+    cache.put(H200, product.key(TINY), product.tune(TINY, device(), Clock(lambda tiles: 1.0 / tiles.block_k)).entry)
+    assert gram.choose(device(), torch.bfloat16, 400) == few_tiles[0]
+    monkeypatch.setattr(gram, "_CHOSEN", {})
+    assert gram.choose(device(), torch.bfloat16, 400) == few_tiles[1]
+
+
+@pytest.mark.parametrize("default", [Tiles(), Tiles(64, 32, 8, 4, 2)])
+def test_candidates_of_products(default: Tiles) -> None:
+    best = [default]
+    tried = []
+    for tiles in gram.candidates(best):
+        tried.append(tiles)
+        if tiles.block_size == 64 and tiles.block_k == 128:
+            best.append(tiles)
+    assert tried[0] == default
+    assert 10 < len(tried) == len(set(tried)) <= 16
+    assert all(config.from_fields(tiles._asdict(), Tiles) == tiles for tiles in tried)
+    assert {tiles.num_stages for tiles in tried if (tiles.block_size, tiles.block_k) == (64, 128)} >= {2, 3, 5}
 
 
 # The command.

@@ -14,7 +14,7 @@ from tests.support.world import forks
 from tritopt.engine.tuning import cache as tuning_cache
 from tritopt.engine.tuning import config
 from tritopt.engine.tuning.cache import Entry, Key
-from tritopt.engine.tuning.config import Config
+from tritopt.engine.tuning.config import Config, Tiles
 
 GPU = "NVIDIA H200 (test)"
 ENTRY = Entry(Config(512, 2048, 128, 2), 10.5, Config(), 12.0, "2026-01-01, torch 2.11")
@@ -117,6 +117,7 @@ UNUSABLE = {
     "entries of another kind": whole().replace('"entries": [', '"entries": 3, "rest": ['),
     "an entry of another kind": whole().replace('"entries": [', '"entries": [7, '),
     "a list for a name": whole().replace('"adamw_update"', '[["adamw_update"]]'),
+    "a driver's configuration of products": whole().replace('"adamw_update"', '"gram"'),
     "an invalid configuration": whole().replace('"num_warps": 2', '"num_warps": 3'),
 }
 
@@ -153,6 +154,22 @@ INVALID: dict[str, Any] = {
 def test_invalid_configurations(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         config.from_fields({**Config()._asdict(), name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("block_size", 8), ("block_size", 96), ("block_size", 512), ("block_k", 8), ("block_k", 48), ("group", 0),
+     ("num_warps", 3), ("num_stages", 9), ("chunk_size", 128)],
+)  # fmt: skip
+def test_invalid_tiles(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        config.from_fields({**Tiles()._asdict(), name: value}, Tiles)
+
+
+def test_tiles_are_kept_too() -> None:
+    entry = Entry(Tiles(64, 128), 10.5, Tiles(), 12.0, "2026-01-01, torch 2.11")
+    tuning_cache.put(GPU, key("gram"), entry)
+    assert tuning_cache.read(GPU) == {key("gram"): entry}
 
 
 @pytest.mark.parametrize("name", Config._fields)

@@ -53,7 +53,8 @@ def test_an_array_of_another_size_is_refused(size: int) -> None:
     ):
         with pytest.raises(ValueError, match="bytes"):
             call(*arguments)
-    assert not IN_C.states_are([{}], said, other)
+    assert not IN_C.states_are({0: {}}, [0], said, other)
+    assert not IN_C.states_are([{}], [0], said, other)  # type: ignore[arg-type]
 
 
 def test_tensors_that_are_as_described(ask: Walk) -> None:
@@ -94,10 +95,11 @@ def test_states_that_are_as_they_were(ask: Walk) -> None:
     dicts: list[dict[str, Any]] = [
         {"a": a, "step": torch.zeros(())}, {}, {"b": b, "user's": 1, "sparse": sparse, "spread": wrapper}
     ]  # fmt: skip
-    said, table = known_states(ask, dicts)
+    states = dict(zip("xyz", dicts, strict=True))
+    known = known_states(ask, states)
 
     def hold() -> bool:
-        answers = [ask.states_are(dicts, said, table) for _ in range(2)]
+        answers = [ask.states_are(states, *known) for _ in range(2)]
         assert answers[0] == answers[1]
         return answers[0]
 
@@ -127,28 +129,34 @@ def test_states_that_are_as_they_were(ask: Walk) -> None:
     assert not hold()
     a.t_()
     assert hold()
-    others = [(a, a.clone()), (b, torch.zeros(3)), (wrapper._local_tensor, torch.zeros(4))]
-    for tensor, data in (*others, (dicts[0]["step"], torch.ones(()))):
+    data_of = [(a, a.clone()), (b, torch.zeros(3)), (wrapper._local_tensor, torch.zeros(4))]
+    for tensor, data in (*data_of, (dicts[0]["step"], torch.ones(()))):
         before_data, tensor.data = tensor.data, data
         assert not hold()
         tensor.data = before_data
         assert hold()
-    assert not ask.states_are(dicts[:2], said, table)
-    assert not ask.states_are([*dicts, {}], said, table)
-    assert not ask.states_are([dict(state) for state in dicts], said, table)
-    assert not ask.states_are(dicts[::-1], said, table)
+    for others in (
+        {"x": dicts[0], "y": dicts[1]},
+        {**states, "w": {}},
+        {owner: dict(state) for owner, state in states.items()},
+        dict(reversed(states.items())),
+        dict(zip("xyw", dicts, strict=True)),
+        dict(zip("zyx", dicts, strict=True)),
+    ):
+        assert not ask.states_are(others, *known)
+    assert hold()
 
 
 def test_states_are_not_kept_alive(ask: Walk) -> None:
-    dicts = [{"a": torch.zeros(2)}]
-    gone = weakref.ref(dicts[0]["a"])
-    said, table = known_states(ask, dicts)
-    assert ask.states_are(dicts, said, table)
-    dicts[0]["a"] = torch.zeros(2)
+    states = {0: {"a": torch.zeros(2)}}
+    gone = weakref.ref(states[0]["a"])
+    known = known_states(ask, states)
+    assert ask.states_are(states, *known)
+    states[0]["a"] = torch.zeros(2)
     assert gone() is None
-    assert not ask.states_are(dicts, said, table)
-    dicts[:] = []
-    assert not ask.states_are(dicts, said, table)
+    assert not ask.states_are(states, *known)
+    states.clear()
+    assert not ask.states_are(states, *known)
 
 
 def test_descriptions_differ_where_tensors_do(ask: Walk) -> None:
@@ -271,6 +279,7 @@ def test_objects_are_not_kept_alive() -> None:
     param = torch.nn.Parameter(torch.zeros(3))
     param.grad = torch.zeros(3)
     out, dicts = np.zeros(1, np.int64), [dict[Any, Any](a=object())]
+    states = dict(enumerate(dicts))
     counts = [sys.getrefcount(x) for x in (param, param.grad, dicts[0]["a"], dicts[0])]
     for _ in range(10):
         said = IN_C.describe([param.grad], out, 4)
@@ -278,8 +287,7 @@ def test_objects_are_not_kept_alive() -> None:
         assert not IN_C.gradients_are([param, param], said, np.zeros(2, np.int64))
         IN_C.describe([param.grad.to_sparse()], out, 4)
         IN_C.are([param.detach()], said, out)
-        said_of_states, table = known_states(IN_C, dicts)
-        assert IN_C.states_are(dicts, said_of_states, table)
+        assert IN_C.states_are(states, *known_states(IN_C, states))
         IN_C.changed(dicts, [(1,)])
         IN_C.same([param], [param])
         IN_C.hold([[param]], [param])

@@ -134,6 +134,20 @@ def test_muon_and_mixed_stand_beside_torchs() -> None:
     assert all(row.moved for row in rows if row.contestant == "tritopt" and row.ms)
 
 
+@interpreted
+def test_muons_own_products_stand_beside_torchs() -> None:
+    """A run on a GPU says whether they are faster: the same optimizer, bytes and matrices."""
+    items = plan(["gpt2-xl"], ["muon"], ["split16"], ["tritopt ns_symmetric"])
+    run = rehearsal(*items)
+    ours, other = run.rows()
+    assert (ours.contestant, other.contestant) == ("tritopt", "tritopt ns_symmetric")
+    assert ours.refused is None
+    assert other.refused is None
+    assert other.moved == pytest.approx(ours.moved, rel=1e-2)
+    assert other.ratio is not None
+    assert "tritopt ns_symmetric" in [item.contestant for item in plan(optimizers=["muon"])]
+
+
 def test_matrices_between_layers() -> None:
     matrices = suited("Muon", MODELS["llama3-8b"].shapes())
     assert matrices is not None

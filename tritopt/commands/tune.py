@@ -10,7 +10,7 @@ import typer
 
 from tritopt.commands.console import AsJson, Column, Line, console, print_table, where, with_progress
 from tritopt.engine.tuning import cache
-from tritopt.engine.tuning.config import Config
+from tritopt.engine.tuning.config import Config, Tiles
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON
 from tritopt.tools import numerics
 from tritopt.tools import tune as tuning
@@ -95,12 +95,17 @@ def print_rows(rows: Sequence[tuning.Row]) -> None:
             console().print(f"{of}: {row.reason}", soft_wrap=True)
 
 
-_EXPLANATION = "block x elements of a chunk, tail, warps; medians of a launch on scratch; GB/s: bytes that must move"
+_EXPLANATION = (
+    "block x elements of a chunk, tail, warps; gram: tile x columns at a time, rows in a group, warps, stages; medians "
+    "of a launch on scratch; GB/s: bytes that must move"
+)
 
 
-def _written(config: Config | dict[str, Any]) -> str:
+def _written(config: Config | Tiles | dict[str, Any]) -> str:
     """Text of a configuration in a table."""
     fields = config if isinstance(config, dict) else config._asdict()
+    if "block_k" in fields:
+        return "{block_size} x {block_k}, {group}, {num_warps}, {num_stages}".format(**fields)
     return "{block_size} x {chunk_size}, {tail_size}, {num_warps}".format(**fields)
 
 

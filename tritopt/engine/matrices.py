@@ -138,14 +138,14 @@ def orthogonalize_all(x: torch.Tensor, cut: Cut, iteration: Iteration, moments: 
 
 
 def orthogonalize_each(values: Sequence[Values], cut: Cut, iteration: Iteration) -> list[Values]:
-    """Orthogonalise tensors, those of one shape as a batch; returns new ones of the dtypes that they have.
+    """Orthogonalise tensors by torch's products, those of one shape as a batch; returns new ones of the same dtypes.
 
     values: a direction each, and where the iteration normalises rows their second moments. See `orthogonalize_all`.
     """
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, (direction, *_) in enumerate(values):
         alike.setdefault((direction.shape, direction.dtype, direction.device), []).append(i)
-    results = list(values)
+    results, iteration = list(values), iteration._replace(symmetric=False)
     for places in alike.values():
         first, *moments = values[places[0]]
         batch = torch.stack([values[i][0] for i in places]).to(iteration.dtype or first.dtype)

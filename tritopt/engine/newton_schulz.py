@@ -1,8 +1,8 @@
 """Newton-Schulz iteration: orthogonalises stacks of matrices by products alone, a batch of equal shape at a time.
 
-Kernel and reference call the same functions. A matrix's result is made of that matrix alone, but how many are in its
-stack may change the order in which a product's terms are added: equal stacks give equal bits, others equal numbers
-within rounding.
+Kernel and reference call the same functions; only the kernel's side has products of ours, if asked for. A matrix's
+result is made of that matrix alone, but how many are in its stack may change the order in which a product's terms are
+added: equal stacks give equal bits, others equal numbers within rounding.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from tritopt.engine import validate
+from tritopt.engine.gram import symmetric_product
 
 Quintic: TypeAlias = tuple[float, float, float]
 """Coefficients a, b, c of p(x) = a x + b x^3 + c x^5, which each step applies to the singular values."""
@@ -58,6 +59,8 @@ class Iteration(NamedTuple):
     """Factor of the norm that a matrix is divided by."""
     beta2: float | None = None
     """Decay rate of the rows' second moments (NorMuon); None: rows are not normalised."""
+    symmetric: bool = False
+    """Whether a kernel computes one triangle of symmetric products; else torch computes all of them."""
 
 
 def iteration_of(
@@ -67,6 +70,7 @@ def iteration_of(
     eps: float,
     ratio: str | None,
     beta2: float | None = None,
+    symmetric: bool = False,
 ) -> Iteration:
     """Settings by the names that users give them. ValueError for what cannot be."""
     if not 1 <= validate.count("ns_steps", n_steps) <= MAX_STEPS:
@@ -83,7 +87,8 @@ def iteration_of(
     if beta2 is not None:
         beta2 = validate.fraction("beta2", beta2)
     safety = SAFETY if coefficients == POLAR_EXPRESS else 1.0
-    return Iteration(steps_of(coefficients, n_steps), eps, DTYPES[dtype], ratio or RATIOS[0], safety, beta2)
+    symmetric = validate.boolean("ns_symmetric", symmetric)
+    return Iteration(steps_of(coefficients, n_steps), eps, DTYPES[dtype], ratio or RATIOS[0], safety, beta2, symmetric)
 
 
 def steps_of(coefficients: str | Sequence[float], n: int) -> tuple[Quintic, ...]:
@@ -163,8 +168,12 @@ def _iterate(x: torch.Tensor, iteration: Iteration, ratio: float) -> None:
         x.div_(norm)
     for i, (a, b, c) in enumerate(iteration.steps):
         factor = ratio if i == len(iteration.steps) - 1 else 1.0
-        gram = torch.bmm(old.mT, old) if is_tall else torch.bmm(old, old.mT)
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        if iteration.symmetric:
+            gram = symmetric_product(old.mT if is_tall else old)
+            gram = symmetric_product(gram, gram, alpha=c, beta=b)
+        else:
+            gram = torch.bmm(old.mT, old) if is_tall else torch.bmm(old, old.mT)
+            gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         # Not the transpose of a wide product: a transposed `out` takes PyTorch on the CPU 300 times as long.
         left, right = (old, gram) if is_tall else (gram, old)
         torch.baddbmm(old, left, right, beta=a * factor, alpha=factor, out=new)

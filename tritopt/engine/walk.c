@@ -50,6 +50,23 @@ static inline void *impl_of(PyObject *tensor) {
   return impl;
 }
 
+/* Tensors lie scattered, and what a training step does between two steps of the optimizer has pushed them out of the
+   caches: objects that come `FAR` places later, and tensors that come `NEAR` places later, are asked for in advance. */
+enum { NEAR = 4, FAR = 8, LINE = 64, LINES_OF_TENSOR = 3 };
+
+static inline void fetch_tensor(const void *impl) {
+  for (int i = 0; i < LINES_OF_TENSOR; i++) __builtin_prefetch((const char *)impl + i * LINE);
+}
+
+static inline void fetch_ahead(PyObject *list, Py_ssize_t i) {
+  Py_ssize_t n = PyList_GET_SIZE(list);
+  if (i + FAR < n) __builtin_prefetch(PyList_GET_ITEM(list, i + FAR));
+  if (i + NEAR >= n) return;
+  PyObject *item = PyList_GET_ITEM(list, i + NEAR);
+  if (Py_TYPE(item) == classes.parameter || Py_TYPE(item) == classes.tensor)
+    fetch_tensor(((python_tensor *)item)->impl);
+}
+
 static PyObject *implementation(PyObject *self, PyObject *tensor) {
   void *impl = classes.tensor->tp_basicsize < (Py_ssize_t)sizeof(python_tensor) ? NULL : impl_of(tensor);
   return PyErr_Occurred() ? NULL : PyLong_FromVoidPtr(impl);
@@ -183,6 +200,7 @@ static PyObject *gradients_are(PyObject *self, PyObject *args) {
   int64_t *words = (int64_t *)(void *)PyBytes_AS_STRING(said), *out = room(array, &view, n);
   if (!out) return NULL;
   for (Py_ssize_t i = 0; i < n && found > 0; i++) {
+    fetch_ahead(params, i);
     found = describe_gradient(PyList_GET_ITEM(params, i), out + i, words + used, n_words - used);
     used += found > 0 ? found : 0;
   }
@@ -199,6 +217,7 @@ static PyObject *are(PyObject *self, PyObject *args) {
   int64_t now, *words = (int64_t *)(void *)PyBytes_AS_STRING(said), *at = room(array, &view, n);
   if (!at) return NULL;
   for (; i < n; i++) {
+    fetch_ahead(tensors, i);
     found = describe_one(PyList_GET_ITEM(tensors, i), &now, words + used, n_words - used, SAME);
     if (found <= 0 || at[i] != now) break;
     used += found;
@@ -274,48 +293,60 @@ static inline PyObject *part_of(PyObject *value) {
   return part;
 }
 
-/* Whether a dict has the keys and values that its row tells of, where they were and as they were. `row`: for each value its
-   key's identity, its own, and its tensor's address, -1 where that does not matter. 1, 0, or -1 after an error. */
-static int values_are(PyObject *dict, const int64_t *row, int64_t n, int64_t *words, Py_ssize_t n_words) {
+/* A row of the table of `known_states`: of a dict its identity, the number of its values, and where in words the
+   description of its tensors begins; of a value its identity, its key's, its tensor's address, -1 where that does not
+   matter, and its tensor. */
+typedef struct {
+  int64_t object, key_or_n, address_or_start, tensor;
+} row;
+
+/* Whether a dict has the keys and values that `rows` tell of, where they were and as they were. end: that of the table.
+   1, 0, or -1 after an error. */
+static int values_are(PyObject *dict, const row *rows, const row *end, int64_t n, int64_t *words, Py_ssize_t n_words) {
   Py_ssize_t at = 0, used = 0;
   if (PyDict_GET_SIZE(dict) != n) return 0;
-  for (; n > 0; n--, row += 3) {
+  for (; n > 0; n--, rows++) {
     PyObject *key, *value;
     int64_t now;
+    if (end - rows > FAR) {
+      __builtin_prefetch((void *)(uintptr_t)rows[FAR].object);
+      fetch_tensor((void *)(uintptr_t)rows[NEAR].tensor);
+    }
     if (!PyDict_Next(dict, &at, &key, &value)) return 0;
-    if ((int64_t)(uintptr_t)key != row[0] || (int64_t)(uintptr_t)value != row[1]) return 0;
-    if (row[2] == -1) continue;
+    if ((int64_t)(uintptr_t)value != rows->object || (int64_t)(uintptr_t)key != rows->key_or_n) return 0;
+    if (rows->address_or_start == -1) continue;
     PyObject *part = part_of(value);
     Py_ssize_t found = describe_one(part ? part : value, &now, words + used, n_words - used, part ? LIKE : SAME);
     Py_XDECREF(part);
     if (found <= 0) return PyErr_Occurred() ? -1 : 0;
-    if (now != row[2]) return 0;
+    if (now != rows->address_or_start) return 0;
     used += found;
   }
   return 1;
 }
 
 static PyObject *states_are(PyObject *self, PyObject *args) {
-  PyObject *dicts, *said, *array;
+  PyObject *states, *owners, *said, *array, *owner, *dict;
   Py_buffer view;
-  if (!PyArg_ParseTuple(args, "O!SO", &PyList_Type, &dicts, &said, &array)) return NULL;
+  if (!PyArg_ParseTuple(args, "OO!SO", &states, &PyList_Type, &owners, &said, &array)) return NULL;
   if (PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS) < 0) return NULL;
-  Py_ssize_t n_words = PyBytes_GET_SIZE(said) / (Py_ssize_t)sizeof(int64_t), n = PyList_GET_SIZE(dicts), i = 0;
-  int64_t *row = view.buf, *end = row + view.len / (Py_ssize_t)sizeof(int64_t);
+  Py_ssize_t n_words = PyBytes_GET_SIZE(said) / (Py_ssize_t)sizeof(int64_t), n = PyList_GET_SIZE(owners), at = 0;
+  const row *rows = view.buf, *end = rows + view.len / (Py_ssize_t)sizeof(row);
   int64_t *words = (int64_t *)(void *)PyBytes_AS_STRING(said);
-  int found = 1;
-  for (; i < n && found > 0; i++) {
-    PyObject *dict = PyList_GET_ITEM(dicts, i);
-    if (end - row < 3 || row[1] < 0 || end - row < 3 + 3 * row[1] || row[2] < 0 || row[2] > n_words ||
-        (int64_t)(uintptr_t)dict != row[0] || !PyDict_Check(dict)) {
+  int found = PyDict_Check(states) && PyDict_GET_SIZE(states) == n;
+  for (Py_ssize_t i = 0; i < n && found > 0; i++) {
+    int64_t n_values = rows < end ? rows->key_or_n : -1, start = rows < end ? rows->address_or_start : -1;
+    if (n_values < 0 || end - rows <= n_values || start < 0 || start > n_words ||
+        !PyDict_Next(states, &at, &owner, &dict) || i >= PyList_GET_SIZE(owners) ||
+        owner != PyList_GET_ITEM(owners, i) || (int64_t)(uintptr_t)dict != rows->object || !PyDict_Check(dict)) {
       found = 0;
       break;
     }
-    found = values_are(dict, row + 3, row[1], words + row[2], n_words - row[2]);
-    row += 3 + 3 * row[1];
+    found = values_are(dict, rows + 1, end, n_values, words + start, n_words - start);
+    rows += 1 + n_values;
   }
   PyBuffer_Release(&view);
-  return found < 0 ? NULL : PyBool_FromLong(found > 0 && row == end);
+  return found < 0 ? NULL : PyBool_FromLong(found > 0 && rows == end);
 }
 
 static PyMethodDef methods[] = {{"bind", bind, METH_VARARGS, NULL},

@@ -65,8 +65,8 @@ class Walk(Protocol):
         """Places of the dicts whose keys and values, in turn, are not the objects that they were before."""
         ...
 
-    def states_are(self, dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
-        """Whether these are the dicts of `known_states`, with the keys and values they had, where and as they were."""
+    def states_are(self, states: dict[Any, dict[str, Any]], owners: list[Any], said: Any, table: Array) -> bool:
+        """Whether these are the owners and dicts of `known_states`, in order, their values as and where they were."""
         ...
 
 
@@ -75,30 +75,30 @@ def n_words(tensors: list[Any]) -> int:
     return sum(2 + 2 * (0 if tensor is None else tensor.dim()) for tensor in tensors)
 
 
-def known_states(walk: Walk, dicts: list[dict[str, Any]]) -> tuple[Any, Array]:
+def known_states(walk: Walk, states: dict[Any, dict[str, Any]]) -> tuple[list[Any], Any, Array]:
     """Record for `Walk.states_are`. It holds no state alive: whoever replaces one wants its memory back.
 
-    Returns what is said of the tensors, and int64: for each dict (identity, number of values, where in words the
-    description of its tensors begins), then for each value (its key's identity, its own, address), -1 where there is
-    none.
+    Returns the owners of the states, what is said of the tensors, and rows, int64 [dicts and values, 4]: for each dict
+    its identity, the number of its values, where in words the description of its tensors begins, and 0; then for each
+    value its identity, its key's, its tensor's address, -1 where there is none, and its tensor's implementation.
     """
-    rows: list[int] = []
+    rows: list[tuple[int, int, int, int]] = []
     parts: list[torch.Tensor] = []
     places: list[int] = []
     n = 0
-    for state in dicts:
-        rows += [id(state), len(state), n]
+    for state in states.values():
+        rows.append((id(state), len(state), n, 0))
         for name, value in state.items():
             part = _with_memory(value)
-            rows += [id(name), id(value), -1]
+            rows.append((id(value), id(name), -1, 0 if part is None else private.implementation_of(part)))
             if part is not None:
                 places.append(len(rows) - 1)
                 parts.append(part)
                 n += n_words([part])
-    table, addresses = np.array(rows, np.int64), np.zeros(len(parts), np.int64)
+    table, addresses = np.array(rows, np.int64).reshape(-1, 4), np.zeros(len(parts), np.int64)
     said = walk.describe(parts, addresses, n)
-    table[places] = addresses
-    return said, table
+    table[places, 2] = addresses
+    return list(states), said, table
 
 
 def _with_memory(value: Any) -> torch.Tensor | None:
@@ -118,16 +118,17 @@ def holds_values(tensor: torch.Tensor) -> bool:
     return not (tensor.is_neg() or private.is_zero_tensor(tensor))
 
 
-def _states_are(dicts: list[dict[str, Any]], said: Any, table: Array) -> bool:
+def _states_are(states: dict[Any, dict[str, Any]], owners: list[Any], said: Any, table: Array) -> bool:
+    if not _same(list(states), owners):
+        return False
     parts, addresses = [], []
     known = iter(table.tolist())
-    for state in dicts:
-        row = [next(known, None) for _ in range(3)]
-        if row[0] != id(state) or row[1] != len(state):
+    for state in states.values():
+        if next(known)[:2] != [id(state), len(state)]:
             return False
         for name, value in state.items():
-            key, identity, address = next(known), next(known), next(known)
-            if key != id(name) or identity != id(value):
+            identity, key, address, _ = next(known)
+            if (key, identity) != (id(name), id(value)):
                 return False
             if address != -1:
                 parts.append(private.local_part(value))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,18 +18,8 @@ from tritopt.optim.distributed import is_dtensor, local, placements_for
 UNIT = 2**24
 """Largest number of elements of matrices that are a batch, unless one tensor has more: an eighth of what one process
 would take at a time."""
-Slices: TypeAlias = tuple[slice, ...]
 Shape: TypeAlias = tuple[int, ...]
 Values: TypeAlias = Sequence[torch.Tensor | None]
-
-
-class Unit(NamedTuple):
-    """Tensors of one shape that one process orthogonalises as a batch."""
-
-    members: list[int]
-    """Places of the tensors among the parameters."""
-    owner: int
-    """Rank of that process in the process group."""
 
 
 class Exchange:
@@ -48,11 +40,10 @@ class Exchange:
 
     def __init__(self, params: Sequence[torch.Tensor], cut: Cut, iteration: Iteration) -> None:
         self._cut, self._iteration = cut, iteration
-        self._own = [i for i, param in enumerate(params) if not is_dtensor(param)]
         by_mesh: dict[Any, list[int]] = {}
         for i, param in enumerate(params):
-            if is_dtensor(param):
-                by_mesh.setdefault(param.device_mesh, []).append(i)
+            by_mesh.setdefault(param.device_mesh if is_dtensor(param) else None, []).append(i)
+        self._own = by_mesh.pop(None, [])
         self._meshes = [_Sharing(mesh, members, params, cut) for mesh, members in by_mesh.items()]
 
     def __call__(self, directions: Values, moments: Values) -> None:
@@ -61,149 +52,99 @@ class Exchange:
         directions: direction of each parameter's local part; None where that is empty. moments: second moments of its
         rows, where the iteration normalises them; see `normalize_rows`.
         """
+        values = [directions] if self._iteration.beta2 is None else [directions, moments]
         for i in self._own:
-            direction, of_rows = directions[i], moments[i]
-            if direction is not None:
-                orthogonalize_all(
-                    direction[None], self._cut, self._iteration, None if of_rows is None else of_rows[None]
-                )
+            batches = [x[None] for each in values if (x := each[i]) is not None]
+            if directions[i] is not None:
+                orthogonalize_all(batches[0], self._cut, self._iteration, *batches[1:])
         for mesh in self._meshes:
-            self._share(mesh, directions, moments)
-
-    def _share(self, mesh: _Sharing, directions: Values, moments: Values) -> None:
-        compute = next((x.dtype for x in (*moments, *directions) if x is not None), torch.float32)
-        wholes = mesh.gathered(mesh.directions, directions, self._iteration.dtype or compute)
-        has_moments = self._iteration.beta2 is not None
-        of_rows = mesh.gathered(mesh.moments, moments, compute) if has_moments else {}
-        for unit in mesh.units:
-            if unit.owner == mesh.rank:
-                batch = torch.stack([wholes[i] for i in unit.members])
-                rows = torch.stack([of_rows[i] for i in unit.members]) if has_moments else None
-                orthogonalize_all(batch, self._cut, self._iteration, rows)
-                wholes.update(zip(unit.members, batch, strict=True))
-                if rows is not None:
-                    of_rows.update(zip(unit.members, rows, strict=True))
-        mesh.hand_back(mesh.directions, wholes, directions, self._iteration.dtype or compute)
-        if has_moments:
-            mesh.hand_back(mesh.moments, of_rows, moments, compute)
+            dtypes = self._iteration.dtype or mesh.compute, mesh.compute
+            sent = list(zip(mesh.shares, values, dtypes, strict=False))
+            wholes = [mesh.gathered(*each) for each in sent]
+            for members in mesh.batches_of[mesh.rank]:
+                batches = [torch.stack([whole[i] for i in members]) for whole in wholes]
+                orthogonalize_all(batches[0], self._cut, self._iteration, *batches[1:])
+                for whole, batch in zip(wholes, batches, strict=True):
+                    whole.update(zip(members, batch, strict=True))
+            for each, whole in zip(sent, wholes, strict=True):
+                mesh.hand_back(*each, whole)
 
 
-class _Places:
-    """Slices of tensors that each process has, and which of those that have the same sends them.
+class _Shares(NamedTuple):
+    """Parts of a tensor that the processes have."""
 
-    Args:
-        tensors: shape and placements of each tensor, by its number.
-        mesh: their mesh.
-        coordinates: those of each process in it.
-    """
+    shape: Shape
+    """Shape of the whole."""
+    slices: list[tuple[slice, ...]]
+    """Part of each process."""
+    is_sent: list[bool]
+    """Whether no earlier process has the same part."""
 
-    def __init__(self, tensors: Mapping[int, tuple[Shape, Any]], mesh: Any, coordinates: Sequence[Sequence[int]]):
-        self.shapes = {i: shape for i, (shape, _) in tensors.items()}
-        self.slices: dict[int, list[Slices]] = {
-            i: [_slices(shape, placements, mesh, at) for at in coordinates]
-            for i, (shape, placements) in tensors.items()
-        }
-        self._senders = {i: [_first_equal(slices, r) for r in range(len(slices))] for i, slices in self.slices.items()}
 
-    def sends(self, i: int, rank: int) -> bool:
-        """Whether no earlier process has what this one has of a tensor."""
-        return self._senders[i][rank] == rank
-
-    def numel(self, i: int, rank: int) -> int:
-        """Elements that a process has of a tensor."""
-        return math.prod(self.shape(i, rank))
-
-    def shape(self, i: int, rank: int) -> Shape:
-        """Shape of what a process has of a tensor."""
-        return tuple(s.stop - s.start for s in self.slices[i][rank])
+ByPlace: TypeAlias = Mapping[int, _Shares]
 
 
 class _Sharing:
-    """Shares of the parameters on one mesh: which process has what of them, and which one orthogonalises what."""
+    """Parameters on one mesh: which process has what of them, and orthogonalises what."""
 
-    def __init__(self, mesh: Any, members: Sequence[int], params: Sequence[torch.Tensor], cut: Cut) -> None:
-        self.device = local(params[members[0]]).device
-        of_mesh: dict[int, Any] = {i: params[i] for i in members}
-        self._group = _group_of(mesh, list(of_mesh.values()))
-        ranks = dist.get_process_group_ranks(self._group)
-        self.rank, self.size = dist.get_rank(self._group), len(ranks)
-        coordinates = [_coordinate(mesh, rank) for rank in ranks]
-        self.directions = _Places(
-            {i: (tuple(param.shape), param.placements) for i, param in of_mesh.items()}, mesh, coordinates
-        )
-        rows = {i: cut.shape_of_moments(param.shape) for i, param in of_mesh.items()}
-        self.moments = _Places(
-            {i: (rows[i], placements_for(param, rows[i])) for i, param in of_mesh.items()}, mesh, coordinates
-        )
-        for i, param in of_mesh.items():
-            here = self.directions.shape(i, self.rank)
-            if here != tuple(local(param).shape):
+    def __init__(self, mesh: Any, members: Sequence[int], params: Sequence[Any], cut: Cut) -> None:
+        # Of the parameters: a process whose shards are all empty has no direction whose dtype could tell.
+        self.compute = reduce(torch.promote_types, [params[i].dtype for i in members], torch.float32)
+        self._device, self._group = local(params[members[0]]).device, _group_of(mesh, [params[i] for i in members])
+        self.rank, ranks = dist.get_rank(self._group), dist.get_process_group_ranks(self._group)
+        coordinates = [(mesh.mesh == rank).nonzero()[0].tolist() for rank in ranks]
+        directions, moments = {}, {}
+        for i in members:
+            shape, placements, here = tuple(params[i].shape), params[i].placements, tuple(local(params[i]).shape)
+            directions[i] = _shares_of(shape, placements, mesh, coordinates)
+            rows = cut.shape_of_moments(shape)
+            moments[i] = _shares_of(rows, placements_for(params[i], rows), mesh, coordinates)
+            expected = tuple(s.stop - s.start for s in directions[i].slices[self.rank])
+            if expected != here:
                 raise ValueError(
-                    f"a parameter of shape {tuple(param.shape)} is placed as {param.placements}, and it is not known "
-                    f"who has what: expected a shard of shape {here}, got {tuple(local(param).shape)}; shard it by "
-                    "Shard placements alone"
+                    f"a parameter of shape {shape} is placed as {placements}, and it is not known who has what: "
+                    f"expected a shard of shape {expected}, got {here}; shard it by Shard placements alone"
                 )
-        self.units = list(_units(members, [tuple(param.shape) for param in params], cut, self.size))
-        self._members_of = [
-            [i for unit in self.units if unit.owner == r for i in unit.members] for r in range(self.size)
-        ]
+        self.shares = directions, moments
+        self.batches_of = _batches_of({i: directions[i].shape for i in members}, cut, len(ranks))
+        self._members_of = [list(chain(*batches)) for batches in self.batches_of]
 
-    def gathered(self, places: _Places, values: Values, dtype: torch.dtype) -> dict[int, torch.Tensor]:
+    def gathered(self, shares: ByPlace, values: Values, dtype: torch.dtype) -> dict[int, torch.Tensor]:
         """Whole tensors of the matrices that this process orthogonalises, of which each process sends what it has."""
-
-        def piece(i: int) -> torch.Tensor:
-            value = values[i]
-            return torch.empty(0, dtype=dtype, device=self.device) if value is None else value.to(dtype).reshape(-1)
-
         own = self._members_of[self.rank]
-        sent = [[piece(i) for i in of_owner if places.sends(i, self.rank)] for of_owner in self._members_of]
-        sizes = [[places.numel(i, r) for i in own if places.sends(i, r)] for r in range(self.size)]
-        received = self._all_to_all(sent, [sum(of_rank) for of_rank in sizes], dtype)
-        wholes = {i: torch.empty(places.shapes[i], dtype=dtype, device=self.device) for i in own}
-        for r in range(self.size):
-            pieces = iter(received[r].split(sizes[r]))
-            for i in own:
-                if places.sends(i, r):
-                    part = wholes[i][places.slices[i][r]]
-                    part.copy_(next(pieces).view(part.shape))
+        wholes = {i: torch.empty(shares[i].shape, dtype=dtype, device=self._device) for i in own}
+        sent = [[values[i] for i in members if shares[i].is_sent[self.rank]] for members in self._members_of]
+        parts = [[wholes[i][shares[i].slices[r]] for i in own if shares[i].is_sent[r]] for r in range(len(sent))]
+        self._all_to_all(sent, parts, dtype)
         return wholes
 
     def hand_back(
-        self, places: _Places, wholes: Mapping[int, torch.Tensor], values: Values, dtype: torch.dtype
+        self, shares: ByPlace, values: Values, dtype: torch.dtype, wholes: Mapping[int, torch.Tensor]
     ) -> None:
         """Write to each process's values what the owners have of them, replicas too."""
+        received = [[values[i] for i in members] for members in self._members_of]
         own = self._members_of[self.rank]
-        sent = [[wholes[i][places.slices[i][r]].reshape(-1) for i in own] for r in range(self.size)]
-        sizes = [[places.numel(i, self.rank) for i in of_owner] for of_owner in self._members_of]
-        received = self._all_to_all(sent, [sum(of_owner) for of_owner in sizes], dtype)
-        for members, back, of_owner in zip(self._members_of, received, sizes, strict=True):
-            for i, result in zip(members, back.split(of_owner), strict=True):
-                value = values[i]
-                if value is not None:
-                    value.copy_(result.view(value.shape))
+        sent = [[wholes[i][shares[i].slices[r]] for i in own] for r in range(len(received))]
+        self._all_to_all(sent, received, dtype)
 
-    def _all_to_all(
-        self, sent: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int], dtype: torch.dtype
-    ) -> list[torch.Tensor]:
-        """Send to each process its elements; return what came from each. As bytes, which every backend sends."""
-        flat = [torch.cat([torch.empty(0, dtype=dtype, device=self.device), *pieces]) for pieces in sent]
-        width = dtype.itemsize
-        out = torch.empty(sum(sizes), dtype=dtype, device=self.device)
-        dist.all_to_all_single(
-            out.view(torch.uint8),
-            torch.cat(flat).view(torch.uint8),
-            [n * width for n in sizes],
-            [part.numel() * width for part in flat],
-            group=self._group,
-        )
-        return list(out.split(list(sizes)))
+    def _all_to_all(self, sent: Sequence[Values], received: Sequence[Values], dtype: torch.dtype) -> None:
+        """Send to each process its tensors, and write to those that each sends; None is one without elements."""
+        out, back = ([[x for x in of_rank if x is not None] for of_rank in each] for each in (sent, received))
+        n_out, n_back = ([dtype.itemsize * sum(x.numel() for x in of_rank) for of_rank in each] for each in (out, back))
+        nothing = torch.empty(0, dtype=dtype, device=self._device)
+        flat = torch.cat([nothing, *(x.to(dtype).reshape(-1) for x in chain(*out))])
+        buffer = nothing.new_empty(sum(n_back) // dtype.itemsize)
+        # As bytes, which every backend sends.
+        dist.all_to_all_single(buffer.view(torch.uint8), flat.view(torch.uint8), n_back, n_out, group=self._group)
+        for x, values in zip(chain(*back), buffer.split([x.numel() for x in chain(*back)]), strict=True):
+            x.copy_(values.view(x.shape))
 
 
-def _units(members: Sequence[int], shapes: Sequence[tuple[int, ...]], cut: Cut, n_ranks: int) -> Iterator[Unit]:
-    """Batches of equal shapes, the costliest first to whoever has least to do."""
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for i in members:
-        alike.setdefault(shapes[i], []).append(i)
+def _batches_of(shapes: Mapping[int, Shape], cut: Cut, n_ranks: int) -> list[list[list[int]]]:
+    """Batches of equal shapes that each process orthogonalises: the costliest first to whoever has least to do."""
+    alike: dict[Shape, list[int]] = {}
+    for i, shape in shapes.items():
+        alike.setdefault(shape, []).append(i)
     batches = []
     for shape, places in alike.items():
         n_matrices, rows, columns = cut.shape_of(shape)
@@ -211,10 +152,12 @@ def _units(members: Sequence[int], shapes: Sequence[tuple[int, ...]], cut: Cut, 
         cost = n_matrices * rows * columns * min(rows, columns)
         batches += [(cost * len(places[at : at + n]), places[at : at + n]) for at in range(0, len(places), n)]
     loads = [0] * n_ranks
+    of_rank: list[list[list[int]]] = [[] for _ in loads]
     for cost, places in sorted(batches, key=lambda batch: -batch[0]):
         owner = loads.index(min(loads))
         loads[owner] += cost
-        yield Unit(places, owner)
+        of_rank[owner].append(places)
+    return of_rank
 
 
 def _group_of(mesh: Any, params: Sequence[Any]) -> Any:
@@ -232,22 +175,21 @@ def _group_of(mesh: Any, params: Sequence[Any]) -> Any:
     return mesh.get_group(min(sharded, default=0))
 
 
-def _coordinate(mesh: Any, rank: int) -> list[int]:
-    return list((mesh.mesh == rank).nonzero()[0].tolist())
-
-
-def _slices(shape: Shape, placements: Any, mesh: Any, coordinate: Sequence[int]) -> Slices:
-    """Slices that the process at a coordinate has: each placement cuts in equal chunks what those before it left."""
-    bounds = [(0, n) for n in shape]
-    placed = [(i, placement) for i, placement in enumerate(placements) if not placement.is_replicate()]
+def _shares_of(shape: Shape, placements: Any, mesh: Any, coordinates: Sequence[Sequence[int]]) -> _Shares:
+    """Shares of the processes at these coordinates: each placement cuts in equal chunks what those before it left."""
+    placed = [(dim, placement) for dim, placement in enumerate(placements) if not placement.is_replicate()]
     # A strided shard is cut after the others, though it stands before them: FSDP of what TP has cut.
-    for i, placement in sorted(placed, key=lambda one: type(one[1]).__name__ == "_StridedShard"):
-        start, stop = bounds[placement.dim]
-        chunk = -(-(stop - start) // mesh.size(i))
-        first = min(start + chunk * coordinate[i], stop)
-        bounds[placement.dim] = first, min(first + chunk, stop)
-    return tuple(slice(*one) for one in bounds)
-
-
-def _first_equal(slices: Sequence[Slices], rank: int) -> int:
-    return next(r for r, other in enumerate(slices) if other == slices[rank])
+    placed.sort(key=lambda each: type(each[1]).__name__ == "_StridedShard")
+    parts: list[tuple[slice, ...]] = []
+    first: dict[Any, int] = {}
+    for rank, coordinate in enumerate(coordinates):
+        bounds = [(0, n) for n in shape]
+        for dim, placement in placed:
+            start, stop = bounds[placement.dim]
+            chunk = -(-(stop - start) // mesh.size(dim))
+            start = min(start + chunk * coordinate[dim], stop)
+            bounds[placement.dim] = start, min(start + chunk, stop)
+        parts.append(tuple(slice(*each) for each in bounds))
+        first.setdefault(tuple(bounds), rank)
+    senders = set(first.values())
+    return _Shares(shape, parts, [rank in senders for rank in range(len(parts))])

@@ -83,6 +83,8 @@ class Muon(Optimizer):
         ns_dtype: of the products: "bf16", or "fp32", the dtype of the arithmetic. They add up in fp32 at least.
         scratch_bytes: bound on what directions and products take while a step runs, if one parameter fits.
         beta2: decay rate of v, in [0, 1), 0.95 in the paper of NorMuon; None: rows are not normalised.
+        ns_symmetric: whether a Triton kernel of fused steps computes a triangle of X X^T and of its square, and mirrors
+            it; False: torch computes all of both. Not measured on a GPU.
         maximize, foreach, capturable, fused: as torch's other classes have them.
         options: see `Options`.
 
@@ -109,6 +111,7 @@ class Muon(Optimizer):
         "ns_dtype": "ns_dtype",
         "scratch_bytes": "scratch_bytes",
         "beta2": "beta2",
+        "ns_symmetric": "ns_symmetric",
     }
 
     def __init__(
@@ -129,6 +132,7 @@ class Muon(Optimizer):
         ns_dtype: str = "bf16",
         scratch_bytes: int = SCRATCH_BYTES,
         beta2: float | None = None,
+        ns_symmetric: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -153,6 +157,7 @@ class Muon(Optimizer):
             "ns_dtype": ns_dtype,
             "scratch_bytes": scratch_bytes,
             "beta2": beta2,
+            "ns_symmetric": ns_symmetric,
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
@@ -164,7 +169,7 @@ class Muon(Optimizer):
     def unsaved(self) -> frozenset[str]:
         """Keys of param_groups that checkpoints do not hold: also what torch's class lacks and a constructor says
         again."""
-        return super().unsaved | {"maximize", "scratch_bytes"}
+        return super().unsaved | {"maximize", "scratch_bytes", "ns_symmetric"}
 
     def check_values(self, values: Mapping[str, Any]) -> None:
         """ValueError in torch's words, but for what its class does not know; the rule knows that."""

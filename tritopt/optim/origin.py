@@ -12,7 +12,18 @@ from tritopt.optim.defaults import HOW, arguments_of
 
 CLASSES: dict[str, Any] = {}
 """This package's classes by name, which each class of it enters."""
-_NEUTRAL = {*HOW, "maximize", "clip_value", "flatten", "split", "split_dim", "ns_dtype", "scratch_bytes", "beta2"}
+_NEUTRAL = {
+    *HOW,
+    "maximize",
+    "clip_value",
+    "flatten",
+    "split",
+    "split_dim",
+    "ns_dtype",
+    "scratch_bytes",
+    "beta2",
+    "ns_symmetric",
+}
 """Arguments that tell no optimizer from another: all have them, or torch's class of the same name lacks them."""
 _TORCH_ONLY = {
     "ASGD": {"step", "eta", "mu", "ax"},

@@ -45,13 +45,11 @@ class MuonRule(Rule):
 
     For "match_rms_adamw" sqrt(min(rows, columns)) takes the place of |X|_F, as in the paper. g_t is the gradient after
     rescaling and clipping. Weights are matrices, or made of some (`flatten`, `split`), each orthogonalised by itself.
-    States, zero at first: m, the (master) weight's shape; v, at least fp32, [..., rows, 1], or [..., rows, parts] if
-    columns are split. Not in MXNet.
+    States, 0 at first: m, the (master) weight's shape; v, at least fp32, [..., rows, parts of columns]. Not in MXNet.
 
     Args:
         learning_rate: per update. Every step moves a matrix by about so much in spectral norm, times the ratio.
-        momentum: decay rate of m, in [0, 1).
-        nesterov: whether the direction is ahead of the momentum.
+        momentum, nesterov: decay rate of m, in [0, 1); whether the direction is ahead of the momentum.
         ns_coefficients: a, b and c; or "polar_express", those of Amsel et al. 2025, arXiv:2505.16932, for each step.
         ns_steps: number of steps, 1 to 99.
         ns_dtype: dtype of the products: "bf16", or "fp32", the dtype of the arithmetic. They add up in fp32 at least.
@@ -64,6 +62,7 @@ class MuonRule(Rule):
         split_dim: dimension of the matrix that is split: -2, its rows, or -1, its columns.
         scratch_bytes: bound on what directions and products take beside weights and states, if one weight fits.
         beta2: decay rate of v, in [0, 1), NorMuon's is 0.95; None: rows are not normalised.
+        ns_symmetric: whether a kernel of fused steps computes half of X X^T and of its square; not measured on a GPU.
         use_fused_step, kwargs: see `Optimizer`.
 
     Raises:
@@ -92,11 +91,12 @@ class MuonRule(Rule):
         split_dim: int = -2,
         scratch_bytes: int = SCRATCH_BYTES,
         beta2: float | None = None,
+        ns_symmetric: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.momentum, self.nesterov = validate.fraction("momentum", momentum), validate.boolean("nesterov", nesterov)
-        self.iteration = iteration_of(ns_coefficients, ns_steps, ns_dtype, epsilon, adjust_lr_fn, beta2)
+        self.iteration = iteration_of(ns_coefficients, ns_steps, ns_dtype, epsilon, adjust_lr_fn, beta2, ns_symmetric)
         self.cut = cut_of(flatten, split, split_dim)
         self.scratch_bytes = validate.positive_count("scratch_bytes", scratch_bytes)
 

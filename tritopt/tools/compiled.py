@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import driver, private
+from tritopt.engine.gram import symmetric_product
 from tritopt.engine.phase import LaunchSpec, Recorder
 from tritopt.engine.plan import Planner, Task
-from tritopt.engine.tuning.config import AMD, NVIDIA
+from tritopt.engine.tuning.config import AMD, NVIDIA, tiles_of
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.formats.weights import format_of
@@ -125,9 +126,35 @@ def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunc
     return _compiled(lambda planner: planner.squares("compile", grads), arch)
 
 
+class CompiledProduct(NamedTuple):
+    """A launch of the kernel of products of a matrix with its transpose, compiled."""
+
+    registers: int
+    """Number of registers of a thread."""
+    spilled_bytes: int
+    """Bytes of registers that a thread spills to memory."""
+    shared_bytes: int
+    """Bytes of shared memory of a program."""
+    code: str
+    """The PTX, or the assembly of an AMD GPU."""
+
+
+def compile_product(x: torch.Tensor, arch: int | str = 90) -> CompiledProduct:
+    """Compile alpha X X^T + beta Y (Muon's `ns_symmetric`) with the architecture's default tiles.
+
+    x: X, [matrices, M, K], perhaps on the meta device. Whether it is transposed, and what divides its sizes, decide
+    the code.
+    """
+    recording, is_nvidia = Recording(), isinstance(arch, int)
+    added = torch.empty(len(x), x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    symmetric_product(x, added, tiles=tiles_of(x.dtype, is_amd=not is_nvidia), record=recording)
+    binary = compile_launch(recording.launches[0], arch)
+    code = private.assembly(binary)
+    registers, spilled = resources_of(code)
+    return CompiledProduct(registers, spilled, private.metadata(binary).shared, code["ptx" if is_nvidia else "amdgcn"])
+
+
 def _compiled(step: Callable[[Planner], Any], arch: int | str) -> list[CompiledLaunch]:
-    if INTERPRETED:
-        raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
     recording = Recording()
     planner = Planner()
     planner.generic, planner.record = NVIDIA if isinstance(arch, int) else AMD, recording
@@ -152,9 +179,12 @@ class Recording(Recorder):
 
 def compile_launch(launched: Launched, arch: int | str) -> Any:
     """Compile a launch as Triton would. Pointers are taken as 16-byte aligned, as torch allocates."""
+    if INTERPRETED:
+        raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
     kernel, kinds, constants = launched.kernel, {}, {}
     for name, value in launched.arguments.items():
-        kinds[name] = _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        number = "fp32" if isinstance(value, float) else "i32"
+        kinds[name] = _TYPES[value.dtype] if isinstance(value, torch.Tensor) else number
         if value is None or private.is_constant(kernel, name):
             kinds[name], constants[name] = "constexpr", value
     is_nvidia = isinstance(arch, int)
@@ -188,8 +218,8 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
     if is_driver and not is_of_rows:
         expected = _expected_accesses(launched, _elements_of_a_thread(launched, warp_size))
         wide_loads = expected[0] if launched.arguments["UNROLL"] > 1 else 0
+    registers, spilled = resources_of(forms)
     if isinstance(arch, int):
-        registers, spilled = resources_of(forms["cubin"])
         if is_driver and spilled and is_first:
             more = driver.more_registers(registers)
             return _describe(launched._replace(options={**launched.options, **more}), arch, False)
@@ -197,10 +227,7 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
         has_vectors = _VECTOR.search(forms["ptx"]) is not None and not is_of_rows
         loops = _loops_of(forms["cubin"], wide_loads) if has_vectors else ()
     else:
-        assembly = forms["amdgcn"]
-        registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", assembly)[0]) for k in ("", "spill_"))
-        spilled = 4 * spills
-        loops = () if is_of_rows else hot_loops(parse_gcn(assembly), wide_loads)
+        loops = () if is_of_rows else hot_loops(parse_gcn(forms["amdgcn"]), wide_loads)
     elements = _elements_of_a_thread(launched, warp_size) if loops else 0
     loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
     stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
@@ -289,9 +316,12 @@ def code_of(cubin: bytes) -> Code:
     return parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=cubin))
 
 
-def resources_of(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack plus local memory, which is where spills go."""
-    usage = _tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+def resources_of(code: Mapping[str, Any]) -> tuple[int, int]:
+    """Registers a thread, and bytes of what they spill: on NVIDIA of stack plus local memory."""
+    if "amdgcn" in code:
+        registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", code["amdgcn"])[0]) for k in ("", "spill_"))
+        return registers, 4 * spills
+    usage = _tool("cuobjdump", "--dump-resource-usage", cubin=code["cubin"])
     usage_of = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return usage_of["REG"], usage_of["STACK"] + usage_of["LOCAL"]
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from tritopt import optim
 from tritopt.engine.driver import Apply
+from tritopt.engine.gram import Product
 from tritopt.engine.group import LaunchGroup
+from tritopt.engine.matrix_phase import ApplyMatrices
 from tritopt.engine.phase import LaunchSpec, Phase, Recorder
 from tritopt.engine.tuning import autotune, cache, config
 from tritopt.engine.tuning.autotune import Timer, Variant
-from tritopt.engine.tuning.config import Config
+from tritopt.engine.tuning.config import Config, Tiles
 from tritopt.engine.validate import did_you_mean
 from tritopt.tools.numerics import StorageFormat
 
@@ -48,12 +51,12 @@ class Row:
     optimizer: str
     format: str
     kernel: str = ""
-    """Name of the update function. Empty: nothing here has a choice."""
+    """Name of the update function, or of the kernel of products. Empty: nothing here has a choice."""
     size: int | None = None
     """Number of elements of the scratch, about; None: nothing here has a choice."""
-    best: Config | None = None
+    best: Config | Tiles | None = None
     """Fastest configuration; None: nothing was measured."""
-    default: Config | None = None
+    default: Config | Tiles | None = None
     """Default configuration, which it is measured against; None: nothing was measured."""
     microseconds: float | None = None
     """Median time of a launch with the best configuration, in microseconds; None: not measured."""
@@ -96,7 +99,7 @@ class Tuning:
         if detected is None and (gpu is None or timer is None):
             raise ValueError(f"only a GPU can be tuned for, and {device} is none")
         self._device, self._timer, self._gpu = device, timer, gpu or detected or ""
-        self._rows: list[tuple[Row, Variant | None]] = []
+        self._rows: list[tuple[Row, Variant | Product | None]] = []
         """Rows to be, with what is measured for them; None: nothing."""
         seen = set()
         for cls, storage in [(cls, storage) for cls in classes for storage in formats]:
@@ -121,9 +124,10 @@ class Tuning:
         for row, variant in self._rows:
             yield row if variant is None or row.size is None else self._measured(row, variant, row.size)
 
-    def _measured(self, row: Row, variant: Variant, size: int) -> Row:
+    def _measured(self, row: Row, variant: Variant | Product, size: int) -> Row:
+        tune = variant.tune if isinstance(variant, Product) else partial(autotune.tune, variant)
         try:
-            entry, n_bytes, tried = autotune.tune(variant, size, self._device, self._timer)
+            entry, n_bytes, tried = tune(size, self._device, self._timer)
         except Exception as error:
             return replace(row, reason=f"{type(error).__name__}: {error}")
         cache.put(self._gpu, variant.key(size), entry)
@@ -143,15 +147,17 @@ class _Variants(Recorder):
     """The phases of a step that have a choice."""
 
     def __init__(self) -> None:
-        self.collected: list[Variant] = []
+        self.collected: list[Variant | Product] = []
 
     def phase(self, phase: Phase, group: LaunchGroup, launch: LaunchSpec, n_earlier: int) -> None:
         """Keep a phase, if it has a choice."""
         if isinstance(phase, Apply) and autotune.has_choice(phase, group, launch):
             self.collected.append(autotune.variant_of(phase, group, launch, n_earlier))
+        if isinstance(phase, ApplyMatrices):
+            self.collected.append(Product(phase.iteration.dtype or torch.float32))
 
 
-def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torch.device) -> list[Variant]:
+def variants_of(cls: type[optim.Optimizer], storage: StorageFormat, device: torch.device) -> list[Variant | Product]:
     """The phases of a step that have a choice, found by a step over a small parameter that launches nothing.
 
     Raises ValueError where the optimizer refuses the format.

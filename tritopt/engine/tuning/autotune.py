@@ -11,7 +11,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -140,7 +140,7 @@ def choose(phase: Tunable, group: LaunchGroup, launch: LaunchSpec, n_earlier: in
                 else:
                     _CHOSEN[place] = tuned.entry.config
                     cache.put(gpu, key, tuned.entry)
-        return _CHOSEN[place]
+        return _CHOSEN[place]  # type: ignore[no-any-return]
 
 
 def has_choice(phase: Tunable, group: LaunchGroup, launch: LaunchSpec) -> bool:
@@ -149,7 +149,7 @@ def has_choice(phase: Tunable, group: LaunchGroup, launch: LaunchSpec) -> bool:
     return not phase.n_sums and launch.tracked is None and not group.has_rows
 
 
-_CHOSEN: dict[tuple[torch.device, Key], Config] = {}
+_CHOSEN: dict[tuple[torch.device, Key], Any] = {}
 _LOCK = threading.RLock()
 
 
@@ -180,38 +180,52 @@ def tune(variant: Variant, size: int, device: torch.device, timer: Timer | None 
     Takes VARIANT_SECONDS at most, or one compilation more, and SHARE_OF_MEMORY. What does not compile or launch is
     passed over; without memory, or if not even the default runs, it raises. timer: `event_median` by default.
     """
-    timer = timer or event_median
-    default = default_of(size, takes_four(variant.formats, variant.dtypes))
-    began = time.monotonic()
-    seconds: dict[Config, float] = {}
-    best = [default]
+    best = [default_of(size, takes_four(variant.formats, variant.dtypes))]
     scratch = None
     try:
         scratch = Scratch(variant, size, device)
-        for config in candidates(variant, best):
-            if seconds and time.monotonic() - began > VARIANT_SECONDS:
-                break
-            try:
-                scratch.launch(config)  # compiles it
-                seconds[config] = timer(partial(scratch.launch, config), MEASURE_SECONDS)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:
-                # A configuration may ask for too much of the GPU: which error says so differs between Tritons.
-                if config == default:
-                    raise
-                continue
-            if seconds[config] < GAIN * seconds[best[-1]]:
-                best.append(config)
-        times = [round(1e6 * seconds[config], 3) for config in (best[-1], default)]
-        when = f"{date.today().isoformat()}, torch {torch.__version__}"
-        entry = Entry(best[-1], times[0], default, times[1], when)
-        return Tuned(entry, sum(variant.moved) * scratch.n_elements, len(seconds))
+        entry, tried = fastest(candidates(variant, best), best, scratch.launch, timer)
+        return Tuned(entry, sum(variant.moved) * scratch.n_elements, tried)
     finally:
         del scratch
-        if device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        free_scratch(device)
+
+
+def fastest(
+    configs: Iterable[Any], best: list[Any], launch: Callable[[Any], object], timer: Timer | None
+) -> tuple[Entry, int]:
+    """Measure launches with these configurations; return the fastest, and how many ran.
+
+    best: the default, which must come first; what turns out to be better is appended meanwhile.
+    """
+    timer = timer or event_median
+    default, began = best[0], time.monotonic()
+    seconds: dict[Any, float] = {}
+    for config in configs:
+        if seconds and time.monotonic() - began > VARIANT_SECONDS:
+            break
+        try:
+            launch(config)  # compiles it
+            seconds[config] = timer(partial(launch, config), MEASURE_SECONDS)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            # A configuration may ask for too much of the GPU: which error says so differs between Tritons.
+            if config == default:
+                raise
+            continue
+        if seconds[config] < GAIN * seconds[best[-1]]:
+            best.append(config)
+    times = [round(1e6 * seconds[config], 3) for config in (best[-1], default)]
+    when = f"{date.today().isoformat()}, torch {torch.__version__}"
+    return Entry(best[-1], times[0], default, times[1], when), len(seconds)
+
+
+def free_scratch(device: torch.device) -> None:
+    """Give the memory of scratch tensors, which nobody holds any more, back to the device."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def candidates(variant: Variant, best: Sequence[Config]) -> Iterator[Config]:

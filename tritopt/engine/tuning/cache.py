@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from tritopt.engine.tuning.config import Config, from_fields
+from tritopt.engine.tuning.config import Config, Tiles, from_fields
 from tritopt.engine.warning import warn
 
 VERSION = 2
+PRODUCT = "gram"
+"""Kernel whose configurations are Tiles; all others have a Config."""
 MAX_ENTRIES = 5000
 """Entries of a file; those written first go first."""
 LOCK_SECONDS = 10.0
@@ -29,7 +31,7 @@ class Key(NamedTuple):
     """Circumstances that a configuration was measured for, beside the GPU."""
 
     kernel: str
-    """Name of the update function."""
+    """Name of the update function, or PRODUCT."""
     preamble: str
     formats: tuple[str, ...]
     """Names of the formats of the weight and of each state."""
@@ -46,10 +48,10 @@ class Key(NamedTuple):
 class Entry(NamedTuple):
     """Configuration that was measured as the fastest, and its times."""
 
-    config: Config
+    config: Config | Tiles
     microseconds: float
     """Median time of a launch with it on tensors of this size, in microseconds."""
-    default: Config
+    default: Config | Tiles
     default_microseconds: float
     measured: str
     """Date of the measurement, and version of torch."""
@@ -149,7 +151,8 @@ def _from_json(item: Any) -> tuple[Key, Entry]:
     key = Key(*fields)
     hash(key)  # TypeError for anything but text and numbers
     times = float(item["microseconds"]), float(item["default_microseconds"])
-    configs = from_fields(item["config"]), from_fields(item["default"])
+    cls = Tiles if key.kernel == PRODUCT else Config
+    configs = from_fields(item["config"], cls), from_fields(item["default"], cls)
     return key, Entry(configs[0], times[0], configs[1], times[1], str(item["measured"]))
 
 

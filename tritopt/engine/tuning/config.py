@@ -1,4 +1,4 @@
-"""Launch configurations of the driver: block and chunk sizes, warps; the defaults, and what is allowed.
+"""Launch configurations of the driver, and of products: sizes and warps; the defaults, and what is allowed.
 
 A block is what a program holds in registers at a time, a chunk all that one program does. No configuration changes what
 an elementwise phase computes. A phase that sums (norms, telemetry) adds in an order that block, chunk and warps decide,
@@ -34,7 +34,37 @@ AMD = Config(block_size=2048)  # a warp has 64 threads there
 GENERIC = AMD if torch.version.hip else NVIDIA
 """The default; none of it was measured on a GPU. Elementwise phases have smaller chunks and blocks, `default_of`."""
 
-_LARGEST = {"block_size": 2**14, "chunk_size": 2**20, "tail_size": 2**14, "num_warps": 16}
+
+class Tiles(NamedTuple):
+    """Launch parameters of the product of a matrix X with its transpose (kernels/gram.py)."""
+
+    block_size: int = 128
+    """Rows and columns of the product that a program computes."""
+    block_k: int = 64
+    """Columns of X that it multiplies at a time."""
+    group: int = 8
+    """Rows of tiles whose programs run side by side, and find each other's tiles of X in the cache."""
+    num_warps: int = 8
+    """Warps of a program; with 4 a thread has 128 sums of a tile, and spills."""
+    num_stages: int = 4
+    """Steps whose loads are under way at once: 128 KiB of shared memory on sm_90, 96 elsewhere on NVIDIA."""
+
+
+def tiles_of(dtype: torch.dtype, is_amd: bool = torch.version.hip is not None) -> Tiles:
+    """Default of products, not measured on a GPU. AMD's 64 KiB of shared memory hold less, and fp32 takes twice of it.
+
+    >>> tiles_of(torch.bfloat16, is_amd=True)
+    Tiles(block_size=128, block_k=64, group=8, num_warps=8, num_stages=2)
+    """
+    tiles = Tiles() if dtype.itemsize == 2 else Tiles(block_size=64, block_k=32)
+    return tiles._replace(num_stages=2) if is_amd else tiles
+
+
+_LARGEST = {
+    Config: {"block_size": 2**14, "chunk_size": 2**20, "tail_size": 2**14, "num_warps": 16},
+    Tiles: {"block_size": 256, "block_k": 256, "group": 64, "num_warps": 16, "num_stages": 8},
+}
+_POWERS_OF_TWO = ("block_size", "tail_size", "block_k", "num_warps")
 
 
 def default_of(n_elements: int, has_four: bool = False, generic: Config | None = None) -> Config:
@@ -89,18 +119,25 @@ def size_of(n_elements: int) -> int:
     return int(min(2**27, max(2**20, 1 << max(0, n_elements.bit_length() - 1))))
 
 
-def from_fields(fields: Any) -> Config:
-    """A Config from a mapping by name of the field, as JSON has it; ValueError that says what is wrong with it."""
+def from_fields(fields: Any, cls: type[Config] | type[Tiles] = Config) -> Any:
+    """A configuration from a mapping by name of field, as JSON has it; ValueError that says what is wrong with it."""
+    largest = _LARGEST[cls]
     if not isinstance(fields, Mapping):
         raise ValueError(f"a launch configuration must be a mapping by name, got {fields!r:.60}")
-    if fields.keys() != _LARGEST.keys():
-        raise ValueError(f"a launch configuration has {', '.join(_LARGEST)}, got {', '.join(map(str, fields))}")
+    if fields.keys() != largest.keys():
+        raise ValueError(f"a launch configuration has {', '.join(largest)}, got {', '.join(map(str, fields))}")
     for name, value in fields.items():
-        if type(value) is not int or not 1 <= value <= _LARGEST[name]:
-            raise ValueError(f"{name}={value!r:.60} must be an int of 1 to {_LARGEST[name]}")
-        if name != "chunk_size" and value & (value - 1):
+        if type(value) is not int or not 1 <= value <= largest[name]:
+            raise ValueError(f"{name}={value!r:.60} must be an int of 1 to {largest[name]}")
+        if name in _POWERS_OF_TWO and value & (value - 1):
             raise ValueError(f"{name}={value} must be a power of two")
-    config = Config(**fields)
+    config = cls(**fields)
+    if isinstance(config, Tiles):
+        if min(config.block_size, config.block_k) < 16:
+            raise ValueError(
+                f"block_size={config.block_size}, block_k={config.block_k} must be at least 16, as a product's"
+            )
+        return config
     if config.chunk_size % config.block_size:
         raise ValueError(f"chunk_size={config.chunk_size} must be a multiple of block_size={config.block_size}")
     if config.tail_size > config.block_size:

@@ -100,7 +100,8 @@ def launch_for(
     exchange = None
     for phase in rule.phases:
         if isinstance(phase, ApplyMatrices) and any(is_sharded(member.param) for member in members):
-            exchange = Exchange([member.param for member in members], phase.cut, phase.iteration)
+            iteration = phase.iteration if plan.is_fused else phase.iteration._replace(symmetric=False)
+            exchange = Exchange([member.param for member in members], phase.cut, iteration)
     bounds = (validate.bound_or(each[0].group["clip_value"], math.inf) for each in plan.by_group)
     clips = rule.clips and any(bound < math.inf for bound in bounds)
     preamble = rule.preamble if clips else without_clip(rule.preamble)

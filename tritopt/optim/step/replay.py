@@ -99,9 +99,8 @@ class Replay:
         self._with_grad = None if all(has_grad) else np.flatnonzero(has_grad)
         self._named = _named(self._groups)
         self._names = _names(self._named)
-        self._owners: list[Any] = self._owners_now(opt) if like is None else like._owners
-        self._known: tuple[Any, Array] = (
-            known_states(self._walk, self._states_now(opt)) if like is None else like._known
+        self._known: tuple[list[Any], Any, Array] = (
+            known_states(self._walk, self._states(opt)) if like is None else like._known
         )
         self._is_sharded = any(is_dtensor(member.param) for member in members)
         self._members_params = [member.param for member in self.members]
@@ -120,14 +119,12 @@ class Replay:
     def holds(self, opt: Owner, options: OptionsByGroup) -> bool:
         """Whether it is this step again. If it is, takes hyperparameters and gradients from the optimizer."""
         ask, self.has_other_gradients = self._walk, False
-        if self._known[0] is None or self._weights_are is None or self._grads_are is None:
+        if self._known[1] is None or self._weights_are is None or self._grads_are is None:
             return False
         is_held = self._single is not None or ask.hold(options.lists, self._params)
         if not is_held or _settings(opt) != self._settings or not self._takes_options(opt, options):
             return False
-        if _names(self._named) != self._names or not ask.same(self._owners_now(opt), self._owners):
-            return False
-        if not ask.states_are(self._states_now(opt), *self._known):
+        if _names(self._named) != self._names or not ask.states_are(self._states(opt), *self._known):
             return False
         # A weight may have become another view of the same memory.
         if not ask.are(self._weights(), self._weights_are, self._weights_at):
@@ -183,13 +180,9 @@ class Replay:
         """Return itself: the next step may be like this one."""
         return self
 
-    def _states_now(self, opt: Owner) -> list[dict[str, Any]]:
-        """States of all parameters, in the order of their first step: to look them up one by one takes longer."""
-        return list(opt.state.values()) if self._single is None else [opt.state.get(self._single.param, {})]
-
-    def _owners_now(self, opt: Owner) -> list[Any]:
-        """The parameters whose states `_states_now` gives, in that order."""
-        return list(opt.state) if self._single is None else []
+    def _states(self, opt: Owner) -> dict[Any, dict[str, Any]]:
+        """States of all parameters, or of the single one: to look them up one by one takes longer."""
+        return opt.state if self._single is None else {self._single.param: opt.state.get(self._single.param, {})}
 
     def _takes_grads(self, params: list[torch.Tensor]) -> bool:
         addresses = np.empty(len(params), np.int64)

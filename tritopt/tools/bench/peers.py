@@ -1,4 +1,4 @@
-"""Other libraries' optimizers, each beside the formats of ours that store about as much.
+"""Other libraries' optimizers, each beside the formats of ours that store about as much; and ours in another way.
 
 Nothing is imported before it is asked for, so a library that is not installed is a row that says so.
 """
@@ -22,7 +22,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 @dataclass(frozen=True)
 class Peer:
-    """One way of another library to do what an optimizer of ours does."""
+    """One way of another library, or another way of ours, to do what an optimizer of ours does."""
 
     name: str
     path: str
@@ -128,6 +128,11 @@ PEERS: tuple[Peer, ...] = (
     *_torch("Adamax", 28, BESIDE_FP32),
     *_torch("Adadelta", 28, BESIDE_FP32),
     Peer("torch for-loop", "torch.optim:Muon", BESIDE_FP32, 20, "fp32; fp32", FP32, {}, "Muon", per_tensor=True),
+    # What a kernel of ours makes of the iteration's symmetric products, beside torch's.
+    Peer(
+        "tritopt ns_symmetric", "tritopt.optim:Muon", ("split16",), 18, "bf16 + 16 bits; fp32", BF16,
+        {"ns_symmetric": True}, "Muon",
+    ),
     Peer(
         "torch for-loop", "tritopt.tools.bench.torch_mixed:MuonAndAdamW", BESIDE_FP32, None, "fp32; fp32", FP32, {},
         "Mixed", per_tensor=True,

@@ -149,10 +149,10 @@ def _compiled(peer: TritonPeer) -> PeerKernel:
     # Fusion is what Triton up to 3.9 does unless told otherwise.
     options = {"num_warps": peer.num_warps, "enable_fp_fusion": True}
     binary = private.compile_for(90, kernel, kinds, peer.constants, options)
-    cubin = private.assembly(binary)["cubin"]
-    registers, spilled = resources_of(cubin)
+    forms = private.assembly(binary)
+    registers, spilled = resources_of(forms)
     shared = private.metadata(binary).shared
-    code = code_of(cubin)
+    code = code_of(forms["cubin"])
     loop = next(iter(hot_loops(code)), None) or straight_code(code)
     n_threads = peer.num_warps * ARCHITECTURES[GPU.target].warp_size
     elements = peer.elements // n_threads

@@ -117,12 +117,11 @@ def _float(
     steps: list[Function] = [] if name in ("abs", "neg") else [floats.canonical]
     steps += [floats.flush] if "ftz" in modifiers else []
     before = floats.flush if "ftz" in modifiers else None
-    is_moved = inexact and {"approx", "full"}.intersection(modifiers)
 
     def compute(*operands: Array) -> Array:
         xs = operands if before is None else tuple(map(before, operands))
         result = reduce(lambda x, step: step(x), steps, function(*xs))
-        return floats.one_ulp_off(xs[0], result) if is_moved else result
+        return floats.one_ulp_off(xs[0], result) if inexact else result
 
     return [kind] * n, compute
 

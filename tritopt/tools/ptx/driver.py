@@ -177,25 +177,27 @@ _known: list[weakref.ref[torch.Tensor]] = []
 """Tensors that the garbage collector passes over."""
 _MANY = 100_000
 """Objects of the garbage collector, to look through which takes a launch about five milliseconds."""
-_n_kept = 0
-"""Objects that it passed over when it had last looked at all of them."""
+_n_passed_over, _n_kept = 0, 0
+"""Objects that it passes over, those that are gone by now included; and when it had last looked at all of them."""
 
 
 def _pass_over_what_is_there() -> None:
     """Let `gc.get_objects`, and so `_tensors`, look at what is made from now on: Triton leaves much behind."""
-    global _n_kept
+    global _n_passed_over, _n_kept
     # Passed over, a cycle is never freed, and its tensors would be looked at in every launch. To look at everything
-    # each time takes seconds in the end, where programs are a million objects.
-    looks_at_all = gc.get_freeze_count() >= 2 * _n_kept
+    # each time takes seconds in the end, where programs are a million objects, and to count them nearly as long.
+    looks_at_all = _n_passed_over >= 2 * _n_kept
     if looks_at_all:
         gc.unfreeze()
         _known.clear()
     gc.collect()
     _known[:] = [reference for reference in _known if reference() is not None]
-    _known.extend(weakref.ref(thing) for thing in gc.get_objects() if type(thing) in _TENSORS)
+    objects = gc.get_objects()
+    _known.extend(weakref.ref(thing) for thing in objects if type(thing) in _TENSORS)
+    _n_passed_over = len(objects) + (0 if looks_at_all else _n_passed_over)
     gc.freeze()
     if looks_at_all:
-        _n_kept = gc.get_freeze_count()
+        _n_kept = _n_passed_over
 
 
 def _tensors() -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ once; between two barriers the warps of a program run in lockstep, or one after 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -55,8 +55,7 @@ class Machine:
     def __init__(self, program: Program, shared: int = 0) -> None:
         self.program = program
         self._shared = shared
-        self._steps = cache(self._decode)
-        self._steps(False)
+        _steps(self, False)
 
     def launch(
         self, arguments: Sequence[Any], grid: Sequence[int], memory: Memory, options: Options = _OPTIONS
@@ -85,7 +84,7 @@ class Machine:
         memory.check_races(self.program.name, self.program.n_threads)
 
     def _run(self, threads: Threads, options: Options) -> None:
-        steps, turns = self._steps(options.inexact), _turns(threads, options.warp_seed)
+        steps, turns = _steps(self, options.inexact), _turns(threads, options.warp_seed)
         while True:
             for turn in next(turns):
                 while (selection := _next(threads, turn)) is not None:
@@ -113,11 +112,14 @@ class Machine:
             if active is not None:
                 execute(threads, active)
 
-    def _decode(self, inexact: bool) -> list[list[Step]]:
-        return [
-            [(instruction, self._execute(instruction, inexact)) for instruction in block]
-            for block in self.program.blocks
-        ]
+    def decode(self, inexact: bool) -> list[list[Step]]:
+        """Instructions of each block, with what executes them. inexact: as `Options` has it."""
+        if inexact:
+            return [
+                [(said, self._execute(said, True) if said.is_approximate else execute) for said, execute in block]
+                for block in _steps(self, False)
+            ]
+        return [[(said, self._execute(said, False)) for said in block] for block in self.program.blocks]
 
     def _execute(self, instruction: Instruction, inexact: bool) -> Execute:
         try:
@@ -138,6 +140,12 @@ class Machine:
         if instruction.opcode in ("bar.sync", "barrier.sync") and instruction.operands == ("0",):
             return _wait
         return None
+
+
+@lru_cache(maxsize=64)
+def _steps(machine: Machine, inexact: bool) -> list[list[Step]]:
+    """`Machine.decode` of those that ran last: a decoded kernel is tens of thousands of objects."""
+    return machine.decode(inexact)
 
 
 def _jump(block: int) -> Execute:

@@ -35,6 +35,11 @@ class Instruction:
         """The opcode's name, modifiers and types, in order."""
         return self.opcode.replace("::", ".").split(".")
 
+    @property
+    def is_approximate(self) -> bool:
+        """Whether hardware may give another result than the exact one, rounded."""
+        return not {"approx", "full"}.isdisjoint(self.parts)
+
     def __str__(self) -> str:
         guard = f"@{'!' * self.is_negated}{self.guard} " if self.guard else ""
         return f"{guard}{self.opcode} {', '.join(self.operands)}".strip()
