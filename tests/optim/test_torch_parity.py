@@ -287,7 +287,7 @@ def test_every_pair_of_options_is_tried() -> None:
 
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_reference_goes_where_torch_goes(case: Case) -> None:
-    """In both precisions, for which torch's runs are made once."""
+    """Both precisions share torch's runs."""
     for dtype in (torch.float32, torch.float64):
         assert_near(ours(case, dtype, fused=False), case, dtype)
 

@@ -100,7 +100,8 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
 
 def add_down(x: Array, y: Array) -> Array:
     """Sum of fp32 numbers, rounded down; a sum of 0 is negative unless both numbers are 0 and positive."""
-    total = fma_to_odd(x.astype(np.float64), np.ones(1), y.astype(np.float64))
+    x64, y64 = x.astype(np.float64), y.astype(np.float64)
+    total = fma_to_odd(x64, np.ones_like(x64), y64)
     nearest = total.astype(np.float32)
     down = np.where(nearest > total, np.nextafter(nearest, np.float32(-np.inf)), nearest)
     is_negative = np.signbit(x) | np.signbit(y)
