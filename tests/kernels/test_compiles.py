@@ -44,7 +44,8 @@ for name, rule in optimizers.items():
     for variant in rule.variants:
         takes_all = all(phase.is_driver for phase in rule(**variant).phases)
         wanted = common if is_all or rule in kinds else common[:1]
-        wanted = wanted + (rare if name in ("adamw", "lamb", "sgd", "adan", "lans") else [])
+        has_rare = name in ("adamw", "lamb", "sgd", "adan", "lans") and (is_all or not variant)
+        wanted = wanted + (rare if has_rare else [])
         wanted += packed if takes_all and (is_all or name in ("adamw", "lion", "signum")) else []
         wanted = [(*dtypes_and_format, None) for dtypes_and_format in wanted]
         for choice in STATE_FORMATS if takes_all else ():
