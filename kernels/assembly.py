@@ -281,6 +281,51 @@ def join_bits(weight, remainder):
     return bits.to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def second_bytes(bits):
+    """Bits 8 to 15 of each int32, as int8, four elements a register; `is_nvidia` says where."""
+    joined: tl.constexpr = """{
+    .reg .b32 %low, %high;
+    prmt.b32 %low, $1, $2, 0x51;
+    prmt.b32 %high, $3, $4, 0x51;
+    prmt.b32 $0, %low, %high, 0x5410;
+}"""
+    return tl.inline_asm_elementwise(joined, "=r,r,r,r,r", [bits], dtype=tl.int8, is_pure=True, pack=4)
+
+
+@triton.jit
+def add_down(x, y):
+    """x + y, rounded down; `is_nvidia` says where."""
+    return tl.inline_asm_elementwise("add.rm.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def add_where_less(bits, x, y):
+    """Add 1 to an int32 where x < y, fp32; `is_nvidia` says where. The assembler takes two for a choice."""
+    added: tl.constexpr = """{
+    .reg .pred %less;
+    mov.b32 $0, $1;
+    setp.lt.f32 %less, $2, $3;
+    @%less add.s32 $0, $0, 1;
+}"""
+    return tl.inline_asm_elementwise(added, "=&r,r,f,f", [bits, x, y], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.constexpr_function
+def _four_fractions():
+    # Behind the exponent of 128, a byte stands for its 256ths.
+    lines = [f"prmt.b32 ${i}, $4, 0x43000000, 0x76{i}4;\n add.f32 ${i}, ${i}, 0fC3000000;" for i in range(4)]
+    return "\n ".join(lines)
+
+
+@triton.jit
+def fractions(code):
+    """Convert bytes, uint8, to 256ths in fp32, four of a register at a time; `is_nvidia` says where."""
+    return tl.inline_asm_elementwise(
+        _four_fractions(), "=&f,=&f,=&f,=&f,r", [code], dtype=tl.float32, is_pure=True, pack=4
+    )
+
+
 @triton.constexpr_function
 def _four_e4m3():
     return """{

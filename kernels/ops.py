@@ -121,15 +121,12 @@ def sign(x):
 
 
 @triton.jit
-def floor_of_root(x, N: tl.constexpr):
-    """The whole part of the 4th or 8th root of x >= 0, fp32; of a number next to an n-th power perhaps its neighbour's.
-
-    The roots are approximate, which takes half the instructions of exact ones.
-    """
+def rough_root(x, N: tl.constexpr):
+    """The 4th or 8th root of x >= 0, fp32, by approximate roots, which take half the instructions of exact ones."""
     root = tl.sqrt(tl.sqrt(x))
     if N == 8:
         root = tl.sqrt(root)
-    return tl.floor(root)
+    return root
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from tritopt.kernels.ops import cast, max_of_numbers
 BLOCK = 64
 """Elements that share a scale."""
 _BLOCK = tl.constexpr(BLOCK)
+_BLOCK_LOG2 = tl.constexpr(BLOCK.bit_length() - 1)
 LARGEST_PEAK = 2.0**127
 """Largest number that scales are made for: the largest code times the scale must be finite."""
 _LARGEST_PEAK = tl.constexpr(LARGEST_PEAK)
@@ -53,7 +54,7 @@ def _spread_twin(per_block: torch.Tensor, n: int) -> torch.Tensor:
 @triton.jit
 def load_scales(planes, offsets, mask):
     """The scale of each element."""
-    return tl.load(planes[1] + offsets // _BLOCK, mask=mask).to(tl.float32)
+    return tl.load(planes[1] + (offsets >> _BLOCK_LOG2), mask=mask).to(tl.float32)
 
 
 def decode_scales(planes: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -68,13 +69,18 @@ def store_scales(planes, mask, value, start, LARGEST: tl.constexpr):
     size = tl.abs(value)
     if mask is not None:
         size = tl.where(mask, size, 0.0)
-    peak = max_of_numbers(tl.reshape(size, [n // _BLOCK, _BLOCK]), 1)
+    if mask is None:
+        peak = max_of_numbers(max_of_numbers(tl.reshape(size, [n // _BLOCK, 8, 8]), 2), 1)
+    else:
+        peak = max_of_numbers(tl.reshape(size, [n // _BLOCK, _BLOCK]), 1)
     bits = (tl.minimum(peak, _LARGEST_PEAK) * (1.0 / LARGEST)).to(tl.int32, bitcast=True)  # NaN too
     exponent = tl.minimum(tl.maximum((bits + 0x7FFFFF) >> 23, 1), 253)
     scale = tl.where(peak == peak, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
-    ptrs = planes[1] + start // _BLOCK + tl.arange(0, n // _BLOCK)
+    ptrs = planes[1] + (start >> _BLOCK_LOG2) + tl.arange(0, n // _BLOCK)
     if mask is None:
-        tl.store(ptrs, cast(scale, tl.bfloat16))
+        copies = tl.arange(0, n // 8)
+        wide = tl.reshape(tl.broadcast_to(cast(scale, tl.bfloat16)[:, None], [n // _BLOCK, 8]), [n // 8])
+        tl.store(planes[1] + ((start + 8 * copies) >> _BLOCK_LOG2), wide, mask=(copies & 7) == 0)
     else:
         is_there = tl.max(tl.reshape(mask.to(tl.int32), [n // _BLOCK, _BLOCK]), axis=1) > 0
         tl.store(ptrs, cast(scale, tl.bfloat16), mask=is_there)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tritopt.kernels.assembly import complete, is_nvidia, join_bits, n_nvidia_threads, pack_of
+from tritopt.kernels.assembly import complete, is_nvidia, join_bits, n_nvidia_threads, pack_of, second_bytes
 from tritopt.kernels.formats.format import (
     LOW_PRECISION,
     PLAIN,
@@ -171,6 +171,19 @@ def _fitting(difference: torch.Tensor, half: int) -> torch.Tensor:
 
 
 @triton.jit
+def _bits_of(value):
+    """Bits of an fp32 number, int32, that are to be rounded; NaN's, which would be carried over into the sign, changed.
+
+    NVIDIA's arithmetic makes one NaN, 0x7FFFFFFF, and beside another that was loaded the lower bits are 0.
+    """
+    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+    if not _INTERPRETED and is_nvidia():
+        return tl.minimum(bits, 0x7FC00000)
+    else:
+        return tl.where(value == value, bits, 0x7FC00000)
+
+
+@triton.jit
 def load_split16(planes, offsets, mask, COMPUTE_DTYPE: tl.constexpr):
     """Load the bits of an fp32 number: those of the bf16 weight in front, and a signed remainder added to them."""
     remainder = tl.load(planes[1] + offsets, mask=mask)
@@ -185,9 +198,7 @@ def decode_split16(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.
 @triton.jit
 def store_split16(planes, offsets, mask, value):
     """Store the weight, rounded to nearest, away from zero where two are, and what it lacks."""
-    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-    # NaN has bits that rounding would carry over into the sign.
-    bits = tl.where(value == value, bits, 0x7FC00000)
+    bits = _bits_of(value)
     high = (bits + 0x8000) >> 16
     tl.store(planes[1] + offsets, (bits - (high << 16)).to(tl.int16), mask=mask)
     rounded = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -232,9 +243,11 @@ def decode_split8(planes: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.T
 @triton.jit
 def store_split8(planes, offsets, mask, value, start, noise):
     """Store 24 bits, rounded up or down with the probabilities that keep the mean, and the nearest weight."""
-    bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + (random_bits16(noise, start, offsets, mask) >> 8)
-    bits = tl.where(value == value, bits.to(tl.int32, bitcast=True), 0x7FC00000)
-    tl.store(planes[1] + offsets, (bits >> 8).to(tl.int8), mask=mask)
+    bits = _bits_of(value) + (random_bits16(noise, start, offsets, mask) >> 8).to(tl.int32)
+    if not _INTERPRETED and pack_of(value.numel, n_nvidia_threads(), 4) == 4 and len(value.shape) == 1:
+        tl.store(planes[1] + offsets, second_bytes(bits), mask=mask)
+    else:
+        tl.store(planes[1] + offsets, (bits >> 8).to(tl.int8), mask=mask)
     rounded = ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     tl.store(planes[0] + offsets, rounded, mask=mask)
     return rounded
@@ -263,10 +276,8 @@ def _remainder8_of(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def store_stochastic(planes, offsets, mask, value, start, noise):
     """Store the one plane, bf16, rounded up or down with the probabilities that keep the mean."""
-    bits = value.to(tl.float32).to(tl.uint32, bitcast=True) + random_bits16(noise, start, offsets, mask)
-    # On the bits: the interpreter of Triton 3.6 to 3.8 makes no constants of bf16.
-    bits = tl.where(value == value, bits, 0x7FC00000) >> 16
-    rounded = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    bits = _bits_of(value) + random_bits16(noise, start, offsets, mask).to(tl.int32)
+    rounded = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     tl.store(planes[0] + offsets, rounded, mask=mask)
     return rounded
 

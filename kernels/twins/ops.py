@@ -82,7 +82,7 @@ def trust_ratio(w: torch.Tensor, direction: torch.Tensor, lower_bound: float, up
     return torch.where(is_plain, 1.0, weight_norm / direction_norm).to(w.dtype)
 
 
-def floor_of_root(x: torch.Tensor, n: int) -> torch.Tensor:
-    """The whole part of the 4th or 8th root of x >= 0; of a number next to an n-th power perhaps its neighbour's."""
+def rough_root(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The 4th or 8th root of x >= 0, by torch's roots."""
     root = x.sqrt().sqrt()
-    return (root.sqrt() if n == 8 else root).floor()
+    return root.sqrt() if n == 8 else root

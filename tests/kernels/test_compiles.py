@@ -145,7 +145,9 @@ def test_views_at_odd_places_take_little_more(rows: list[dict[str, Any]]) -> Non
     assert len(views) == 3
     for row in views:
         other = aligned[row["case"].removeprefix("views: ")]
-        assert row["instructions"] <= 1.25 * other["instructions"], row["case"]
+        # AMD's addresses take more, which shows where little else is done: in fp32, bound by memory by far.
+        most = 1.25 if ARCH.isdigit() or "float32" not in row["case"] else 1.35
+        assert row["instructions"] <= most * other["instructions"], row["case"]
         assert {**row["loads"], **row["stores"]}.keys() & {"16", "32"}, row["case"]
 
 

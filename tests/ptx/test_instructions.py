@@ -61,6 +61,10 @@ CASES: list[tuple[str, str, list[list[int]], list[int]]] = [
     ("lg2.approx.f32 {d}, {a};", "b32 b32", [f32(8, 0, -1)], [*f32(3, -INF), CANONICAL]),
     ("rsqrt.approx.f32 {d}, {a};", "b32 b32", [f32(4, 0)], f32(0.5, INF)),
     ("rcp.approx.ftz.f32 {d}, {a};", "b32 b32", [f32(4, -0.0)], f32(0.25, -INF)),
+    # Down, where 1 has an ulp of 2^-23, and below it the half of that.
+    ("add.rm.f32 {d}, {a}, {b};", "b32 b32 b32",
+     [f32(1, 1, -1, 1, 0, NAN), f32(2.0**-24, -(2.0**-80), -(2.0**-80), -1, 0, 1)],
+     [*f32(1), 0x3F7FFFFF, 0xBF800001, 0x80000000, 0, CANONICAL]),
     # Two fp32 numbers in 64 bits; and operands of 16 bits beside fp32, sm_100.
     ("add.rn.f32x2 {d}, {a}, {b};", "b64 b64 b64", [[f32(1)[0] | f32(2)[0] << 32], [f32(3)[0] | f32(NAN)[0] << 32]],
      [f32(4)[0] | CANONICAL << 32]),

@@ -45,6 +45,9 @@ def inspect(
         bool, typer.Option("--all", help="Every optimizer, also of tritopt.optim, in every format. Takes minutes.")
     ] = False,
     peer: Annotated[bool, typer.Option("--peer", help="Print other packages' AdamW kernels for sm_90 beside.")] = False,
+    peer_kernels: Annotated[
+        bool, typer.Option("--peer-kernels", help="Likewise, and compile anew those in Triton that are installed.")
+    ] = False,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows to it, for --diff.")] = None,
     diff: Annotated[
         Path | None,
@@ -86,8 +89,8 @@ def inspect(
         _print_changes(changes, len(selection.cases), diff)
     else:
         _print_rows(rows)
-        if peer:
-            _print_peers()
+        if peer or peer_kernels:
+            _print_peers([*report.inspect_peers()] if peer_kernels else [])
         for label, reason in selection.refused.items() if storage else ():
             console().print(f"{label}: {reason}", soft_wrap=True)
     raise typer.Exit(1 if any(change.is_worse for change in changes) else 0)
@@ -170,18 +173,42 @@ def _lines(step: report.Step) -> Iterator[Line]:
         yield Line(cells)
 
 
-def _print_peers() -> None:
+def _print_peers(compiled: Sequence[report.PeerKernel | report.Skipped]) -> None:
+    terminal = console()
     ranks = {"stored": 3, "regs": 4, "threads": 6, "progs": 5, "loads": 6, "bytes": 1, "instr": 0, "KB": 7}
+    ranks |= {"waits": 4, "ms": 2} if compiled else {}
     columns = [
         Column("kernel"),
         *(Column(name, rank, "right" if name not in ("stored", "loads") else "left") for name, rank in ranks.items()),
     ]
-    lines = [
-        Line([*(str(value) for value in kernel[:6]), *(f"{value:g}" for value in kernel[6:])])
-        for kernel in report.PEERS
-    ]
+    kernels = [*report.PEERS, *(kernel for kernel in compiled if isinstance(kernel, report.PeerKernel))]
     caption = "read off machine code in November 2026, not run; see tritopt/tools/inspect/peers.py"
-    print_table(console(), columns, lines, title="peers' AdamW, sm_90", caption=caption)
+    if compiled:
+        columns.append(Column("bound", 2))
+        caption += ". With a version: compiled now."
+    lines = [Line(_peer_cells(kernel)[: len(columns)]) for kernel in kernels]
+    print_table(terminal, columns, lines, title="peers' AdamW, sm_90", caption=caption)
+    for skipped in compiled:
+        if isinstance(skipped, report.Skipped):
+            terminal.print(f"{skipped.kernel}: skipped: {skipped.reason}", soft_wrap=True)
+
+
+def _peer_cells(kernel: report.PeerKernel) -> list[str]:
+    spilled = f"\n{kernel.spilled_bytes} spilled" if kernel.spilled_bytes else ""
+    return [
+        kernel.kernel,
+        kernel.stored,
+        f"{kernel.registers}{spilled}",
+        str(kernel.threads),
+        str(kernel.programs),
+        kernel.loads,
+        f"{kernel.bytes_moved:g}",
+        f"{kernel.instructions:.4g}",
+        f"{kernel.in_flight:.0f}",
+        "" if kernel.waits is None else f"{kernel.waits:g}",
+        _number(kernel.milliseconds, 2),
+        kernel.bound,
+    ]
 
 
 def _bytes(row: report.LaunchRecord) -> str:

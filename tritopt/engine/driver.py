@@ -17,7 +17,7 @@ from tritopt.engine.launcher import BoundKernel
 from tritopt.engine.phase import LaunchSpec
 from tritopt.engine.telemetry import Tracked
 from tritopt.engine.tuning import autotune
-from tritopt.engine.tuning.config import GENERIC, Config, adapted, unrolled
+from tritopt.engine.tuning.config import AMD, GENERIC, Config, adapted, unrolled
 from tritopt.kernels.drivers.multi_tensor_apply import multi_tensor_apply
 from tritopt.kernels.drivers.multi_tensor_norm import sum_blocks, sum_partials
 from tritopt.kernels.formats.format import PLAIN
@@ -226,14 +226,23 @@ _OPTIONS_OF_SPILLED: dict[Hashable, dict[str, int]] = {}
 
 
 def register_limit(phase: Apply, launch: LaunchSpec, n_states: int, config: Config) -> dict[str, int]:
-    """Options of a launch that updates two states in formats which draw random bits, eight elements a thread.
+    """Options that say how many registers a thread may take, for launches with eight elements a thread.
 
-    It takes 95 to 125 registers, as NVIDIA's compiler pleases, and does as well with 96: five programs of four warps
-    then fit on a core, instead of four. Others spill so, or take fewer anyway.
+    NVIDIA: two states that are updated in formats which draw random bits take 95 to 125 registers, as the compiler
+    pleases, and do as well with 96: five programs of four warps then fit on a core, instead of four. Others spill so,
+    or take fewer anyway.
+    AMD: what updates states and sums, or draws random bits, takes 70 to 160, and the compiler moves loads behind what
+    waits for others, to save some: a wave of `lans_moments` waits six times a block. Told that no more than three waves
+    share a SIMD, it loads all first.
     """
-    is_of_two = launch.draws and n_states == 2 and phase.writes_states and not phase.n_sums and launch.tracked is None
-    has_eight = config.block_size == 256 * config.num_warps
-    return {"maxnreg": 96} if is_of_two and has_eight and not torch.version.hip else {}
+    generic = launch.generic or GENERIC
+    has_eight = config.block_size == generic.block_size // generic.num_warps * config.num_warps
+    if not has_eight or not phase.writes_states:
+        return {}
+    if generic == AMD:
+        return {"waves_per_eu": 3} if phase.n_sums or launch.draws else {}
+    is_of_two = launch.draws and n_states == 2 and not phase.n_sums and launch.tracked is None
+    return {"maxnreg": 96} if is_of_two else {}
 
 
 def more_registers(n: int) -> dict[str, int]:

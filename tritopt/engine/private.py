@@ -255,7 +255,8 @@ def compile_for(
     Args:
         arch: compute capability of an NVIDIA GPU, or the name of an AMD one.
         kernel: the jit function.
-        kinds: Triton's name of each argument's type; pointers are taken as 16-byte aligned.
+        kinds: Triton's name of each argument's type. Pointers are taken as 16-byte aligned; behind a number's, ":16"
+            says that it is a multiple of 16.
         constants: values of arguments that are compile-time ones, as the kernel says or as they are None.
         options: options of the launch.
     """
@@ -263,11 +264,12 @@ def compile_for(
     from triton.compiler import ASTSource
 
     position = {name: i for i, name in enumerate(names_of(kernel))}
+    multiples = [name for name, kind in kinds.items() if kind.startswith("*") or kind.endswith(":16")]
     source = ASTSource(
         kernel,
-        {name: kinds[name] for name in names_of(kernel)},
+        {name: kinds[name].removesuffix(":16") for name in names_of(kernel)},
         constexprs={(position[name],): value for name, value in constants.items()},
-        attrs={(position[name],): [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.startswith("*")},
+        attrs={(position[name],): [["tt.divisibility", 16]] for name in multiples},
     )
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
     return triton.compile(source, target=target, options=options)

@@ -28,7 +28,7 @@ from tritopt.kernels.language import INTERPRETED
 from tritopt.kernels.preambles import without_clip
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
-from tritopt.tools.hot_loop import HotLoop, hot_loops, parse_gcn, parse_sass
+from tritopt.tools.hot_loop import Code, HotLoop, hot_loops, parse_gcn, parse_sass
 
 _VECTOR = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.v\d")
 _TYPES = {
@@ -150,7 +150,7 @@ def compile_product(x: torch.Tensor, arch: int | str = 90) -> CompiledProduct:
     symmetric_product(x, added, tiles=tiles_of(x.dtype, is_amd=not is_nvidia), record=recording)
     binary = compile_launch(recording.launches[0], arch)
     code = private.assembly(binary)
-    registers, spilled = _resources(code)
+    registers, spilled = resources_of(code)
     return CompiledProduct(registers, spilled, private.metadata(binary).shared, code["ptx" if is_nvidia else "amdgcn"])
 
 
@@ -212,24 +212,22 @@ def _step(
 def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> CompiledLaunch:
     """Describe what runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
-    code_of, metadata = private.assembly(binary), private.metadata(binary)
+    forms, metadata = private.assembly(binary), private.metadata(binary)
     warp_size = 32 if isinstance(arch, int) else 64
     is_driver, is_of_rows, expected, wide_loads = "FORMATS" in launched.arguments, _is_of_rows(launched), None, 0
     if is_driver and not is_of_rows:
         expected = _expected_accesses(launched, _elements_of_a_thread(launched, warp_size))
         wide_loads = expected[0] if launched.arguments["UNROLL"] > 1 else 0
+    registers, spilled = resources_of(forms)
     if isinstance(arch, int):
-        registers, spilled = _resources(code_of)
         if is_driver and spilled and is_first:
             more = driver.more_registers(registers)
             return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
-        has_vectors = _VECTOR.search(code_of["ptx"]) is not None and not is_of_rows
-        loops = _loops_of(code_of["cubin"], wide_loads) if has_vectors else ()
+        has_vectors = _VECTOR.search(forms["ptx"]) is not None and not is_of_rows
+        loops = _loops_of(forms["cubin"], wide_loads) if has_vectors else ()
     else:
-        assembly = code_of["amdgcn"]
-        registers, spilled = _resources(code_of)
-        loops = () if is_of_rows else hot_loops(parse_gcn(assembly), wide_loads)
+        loops = () if is_of_rows else hot_loops(parse_gcn(forms["amdgcn"]), wide_loads)
     elements = _elements_of_a_thread(launched, warp_size) if loops else 0
     loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
     stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
@@ -310,10 +308,15 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def _loops_of(cubin: bytes, wide_loads: int) -> Sequence[HotLoop]:
     """Hot loops of a binary, which many launches may share: disassembling one takes 0.3 s."""
-    return hot_loops(parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=cubin)), wide_loads)
+    return hot_loops(code_of(cubin), wide_loads)
 
 
-def _resources(code: Mapping[str, Any]) -> tuple[int, int]:
+def code_of(cubin: bytes) -> Code:
+    """Disassemble a binary for an NVIDIA GPU."""
+    return parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=cubin))
+
+
+def resources_of(code: Mapping[str, Any]) -> tuple[int, int]:
     """Registers a thread, and bytes of what they spill: on NVIDIA of stack plus local memory."""
     if "amdgcn" in code:
         registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", code["amdgcn"])[0]) for k in ("", "spill_"))

@@ -41,8 +41,8 @@ N_SCHEDULERS = 4
 # NVIDIA: CUDA C++ Programming Guide, technical specifications per compute capability: 64K registers and 64 warps a
 # multiprocessor, 32 blocks, 164 and 228 KB of shared memory. Four schedulers issue one instruction of 32 threads each.
 # AMD: CDNA 3 instruction set reference and LLVM's user guide for AMDGPU: 512 vector registers a lane, in units of 8, 8
-# waves a SIMD, 64 KB of LDS. A SIMD of 16 lanes takes 4 clocks for a wave of 64, so four of them do 64 lanes a clock;
-# 32 workgroups is what 32 waves of one each come to.
+# waves a SIMD, 64 KB of LDS, 160 KB in CDNA 4. A SIMD of 16 lanes takes 4 clocks for a wave of 64, so four of them do
+# 64 lanes a clock; 32 workgroups is what 32 waves of one each come to.
 # Pipes: CUDA C++ Programming Guide, throughput of native arithmetic instructions: 64 of 32-bit integers and
 # comparisons, 16 of special functions. Conversions are taken as the latter's. AMD: a SIMD does transcendentals at a
 # quarter of its rate.
@@ -51,6 +51,7 @@ ARCHITECTURES = {
     "sm_90": Architecture(90, 32, 512, 8, 16, 32, 228 * 1024, 1024, True, 128, 64, 16),
     "sm_100": Architecture(100, 32, 512, 8, 16, 32, 228 * 1024, 1024, True, 128, 64, 16),
     "gfx942": Architecture("gfx942", 64, 512, 8, 8, 32, 64 * 1024, 0, False, 64, 64, 16),
+    "gfx950": Architecture("gfx950", 64, 512, 8, 8, 32, 160 * 1024, 0, False, 64, 64, 16),
 }
 """Architectures by the name of a target."""
 
@@ -88,10 +89,12 @@ GPUS = {
         Gpu("B200", "sm_100", 8e12, 148, 1.98e9),
         # AMD Instinct MI300X data sheet: 5.3 TB/s (5.325), 304 compute units, 2100 MHz.
         Gpu("MI300X", "gfx942", 5.3e12, 304, 2.1e9),
+        # AMD Instinct MI355X data sheet: 8 TB/s, 256 compute units, 2400 MHz, 157.3 TFLOPS of fp32 vectors.
+        Gpu("MI355X", "gfx950", 8e12, 256, 2.4e9),
     )
 }
 """GPUs by the name that users give them."""
-DEFAULTS = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
+DEFAULTS = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X", "gfx950": "MI355X"}
 """GPU for a target, unless told otherwise."""
 
 

@@ -225,6 +225,24 @@ class _Loop:
             yield target
 
 
+def straight_code(code: Code) -> HotLoop:
+    """Describe NVIDIA's code for a kernel without loops, as a thread goes through it whose elements all exist.
+
+    No branch that has a condition is taken: what it skips is the arithmetic of a thread without elements. ValueError if
+    there is a loop or a call on that way.
+    """
+    path: list[Instruction] = []
+    at = 0
+    while not path or path[-1].falls_through or path[-1].name != "EXIT":
+        instruction = code.instructions[at]
+        path.append(instruction)
+        target = code.labels.get(instruction.label, len(code.instructions))
+        if target <= at or instruction.calls:
+            raise ValueError("it has a loop or a call, so that the code does not say how much it does")
+        at = at + 1 if instruction.falls_through else target
+    return _described(path, 1)
+
+
 def hot_loops(code: Code, wide_loads: int = 0) -> list[HotLoop]:
     """Find the hot loops, in the order of the code; none if the kernel has no 128-bit accesses in a loop.
 
@@ -248,7 +266,9 @@ def hot_loops(code: Code, wide_loads: int = 0) -> list[HotLoop]:
     for loop in whole[:1] if wide_loads else whole:
         n_wide = loop.accesses["load", WIDE]
         times = n_wide // wide_loads if wide_loads and n_wide % wide_loads == 0 else 1
-        described.append(_described(loop, max([1, times, *(_ratio(loop.accesses, other) for other in remainders)])))
+        described.append(
+            _described(loop.path, max([1, times, *(_ratio(loop.accesses, other) for other in remainders)]))
+        )
     return described
 
 
@@ -263,33 +283,37 @@ def _blocks(code: Code, loops: Sequence[_Loop]) -> Iterator[Sequence[Instruction
             yield code.instructions[first:end]
 
 
-def _described(loop: _Loop, times_unrolled: int) -> HotLoop:
-    accesses = _accesses(loop.path)
+def _described(path: Sequence[Instruction], times_unrolled: int) -> HotLoop:
+    accesses = _accesses(path)
     loads, stores = (
         Counter({bits: count // times_unrolled for (kind, bits), count in accesses.items() if kind == wanted})
         for wanted in ("load", "store")
     )
-    n_arithmetic = sum(instruction.is_arithmetic for instruction in loop.path)
-    pipes = Counter(instruction.pipe for instruction in loop.path)
-    counts = (len(loop.path), n_arithmetic, _waits(loop.path), pipes["ALU"], pipes["XU"])
+    n_arithmetic = sum(instruction.is_arithmetic for instruction in path)
+    pipes = Counter(instruction.pipe for instruction in path)
+    counts = (len(path), n_arithmetic, _waits(path), pipes["ALU"], pipes["XU"])
     instructions, arithmetic, waits, alu, xu = (count / times_unrolled for count in counts)
     return HotLoop(instructions, arithmetic, loads, stores, waits, alu, xu)
 
 
 def _waits(path: Sequence[Instruction]) -> int:
-    """Count the waits of one iteration; with one of them, all loads that were issued before it are there."""
-    waits = 0
+    """Count the waits of one iteration; with one of them, all loads that were issued before it are there.
+
+    An iteration before it may have left loads under way: compilers begin a loop wherever they like.
+    """
     under_way: list[frozenset[int]] = []
-    for instruction in path:
-        if instruction.leaves is not None:
-            is_early = len(under_way) > instruction.leaves
-        else:
-            is_early = any(not fills.isdisjoint(instruction.uses) for fills in under_way)
-        if is_early:
-            waits += 1
-            under_way.clear()
-        if instruction.access is not None and instruction.access[0] == "load":
-            under_way.append(instruction.fills)
+    for _ in range(2):
+        waits = 0
+        for instruction in path:
+            if instruction.leaves is not None:
+                is_early = len(under_way) > instruction.leaves
+            else:
+                is_early = any(not fills.isdisjoint(instruction.uses) for fills in under_way)
+            if is_early:
+                waits += 1
+                under_way.clear()
+            if instruction.access is not None and instruction.access[0] == "load":
+                under_way.append(instruction.fills)
     return waits
 
 

@@ -8,7 +8,10 @@ from tritopt.tools.inspect.compile import inspect_case as inspect_case
 from tritopt.tools.inspect.compile import inspect_cases as inspect_cases
 from tritopt.tools.inspect.diff import Change as Change
 from tritopt.tools.inspect.diff import compare as compare
+from tritopt.tools.inspect.peer_kernels import Skipped as Skipped
+from tritopt.tools.inspect.peer_kernels import inspect_peers as inspect_peers
 from tritopt.tools.inspect.peers import PEERS as PEERS
+from tritopt.tools.inspect.peers import PeerKernel as PeerKernel
 from tritopt.tools.inspect.record import Case as Case
 from tritopt.tools.inspect.record import LaunchRecord as LaunchRecord
 from tritopt.tools.inspect.record import Step as Step

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,9 +20,10 @@ from tritopt.tools.cost import Traffic, phase_traffic
 from tritopt.tools.gpus import ARCHITECTURES, Gpu, find_gpu, resident_programs
 from tritopt.tools.inspect.cases import NORM, class_of, grad_dtype_of, known_optimizers, make, traffic_of
 from tritopt.tools.inspect.model import bytes_in_flight, seconds_of
-from tritopt.tools.inspect.record import Case, LaunchRecord
+from tritopt.tools.inspect.record import Case, LaunchRecord, by_width
 from tritopt.tools.storage import FORMATS
 
+AnyResult = TypeVar("AnyResult")
 N_PARAMETERS = 1e9
 """Number of parameters that a time is for."""
 
@@ -78,8 +80,8 @@ def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, mu
         num_warps=launch.num_warps,
         programs=programs,
         elements=launch.elements or None,
-        loads=_by_width(launch.loads) if launch.elements else None,
-        stores=_by_width(launch.stores) if launch.elements else None,
+        loads=by_width(launch.loads) if launch.elements else None,
+        stores=by_width(launch.stores) if launch.elements else None,
         bytes_loaded=launch.bytes_loaded,
         bytes_stored=launch.bytes_stored,
         must_load=must and must.read,
@@ -93,10 +95,6 @@ def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, mu
         milliseconds=None if bound is None else round(1000 * N_PARAMETERS * seconds[bound], 4),
         bound=bound,
     )
-
-
-def _by_width(accesses: Mapping[int, int]) -> dict[str, int]:
-    return {str(bits): accesses[bits] for bits in sorted(accesses, reverse=True)}
 
 
 def inspect_cases(cases: Sequence[Case], processes: int | None = None) -> Iterator[list[LaunchRecord]]:
@@ -115,13 +113,18 @@ def inspect_cases(cases: Sequence[Case], processes: int | None = None) -> Iterat
         # Starting one takes as long as some compilations.
         n = math.ceil(len(cases) / 4)
         processes = 0 if n <= 1 and not INTERPRETED else max(1, min(len(os.sched_getaffinity(0)), n))
-    if processes == 0:
-        yield from map(inspect_case, cases)
+    yield from in_processes(inspect_case, cases, processes)
+
+
+def in_processes(compiles: Callable[[Any], AnyResult], whats: Sequence[Any], n: int) -> Iterator[AnyResult]:
+    """Compile each of them in one of n processes where kernels are not interpreted; 0: here. In order."""
+    if n == 0:
+        yield from map(compiles, whats)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=partial(torch.set_num_threads, 1)) as pool:
+    with ProcessPoolExecutor(n, context, initializer=partial(torch.set_num_threads, 1)) as pool:
         with _no_interpreter():
-            futures = [pool.submit(inspect_case, case) for case in cases]
+            futures = [pool.submit(compiles, what) for what in whats]
         try:
             for future in futures:
                 yield future.result()

@@ -154,6 +154,11 @@ def load(path: Path) -> list[LaunchRecord]:
     return [LaunchRecord(**row) for row in document]
 
 
+def by_width(accesses: Mapping[int, int]) -> dict[str, int]:
+    """Sort accesses by their width in bits, the widest first; a record has these as text."""
+    return {str(bits): accesses[bits] for bits in sorted(accesses, reverse=True)}
+
+
 def widths(accesses: Mapping[str, int] | None) -> str:
     """Write a row's accesses as the table has them.
 

@@ -95,6 +95,8 @@ def _typed(instruction: Instruction, parts: Sequence[str], inexact: bool) -> tup
             return None
         wide = f"{kind[0]}{2 * int(kind[1:])}"
         return [{"t": kind, "w": wide, "u": "u32"}[letter] for letter in entry[0]], entry[1]
+    if (parts[0], kind, modifiers) == ("add", "f32", ["rm"]):
+        return ["f32", "f32"], lambda x, y: floats.canonical(floats.add_down(x, y))
     if kind not in ("f32", "f64") or not _MODIFIERS.issuperset(modifiers):
         return None
     return _float(parts[0], kind, modifiers, len(instruction.operands) - 1, inexact)

@@ -98,6 +98,16 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
     return fma_to_odd(*(x.astype(np.float64) for x in (a, b, c))).astype(np.float32)
 
 
+def add_down(x: Array, y: Array) -> Array:
+    """Sum of fp32 numbers, rounded down; a sum of 0 is negative unless both numbers are 0 and positive."""
+    x64, y64 = x.astype(np.float64), y.astype(np.float64)
+    total = fma_to_odd(x64, np.ones_like(x64), y64)
+    nearest = total.astype(np.float32)
+    down = np.where(nearest > total, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+    is_negative = np.signbit(x) | np.signbit(y)
+    return np.where((total == 0) & is_negative, np.float32(-0.0), down)
+
+
 def f64_to_bf16(x: Array) -> Array:
     """Bits of bf16 of fp64 numbers, rounded once: by way of fp32, rounded to odd."""
     cut = x.astype(np.float32)
