@@ -44,6 +44,9 @@ def inspect(
     everything: Annotated[
         bool, typer.Option("--all", help="Every optimizer, also of tritopt.optim, in every format. Takes minutes.")
     ] = False,
+    views: Annotated[
+        bool, typer.Option("--views", help="Beside each, weights and gradients at odd places of a flat buffer.")
+    ] = False,
     peer: Annotated[bool, typer.Option("--peer", help="Print other packages' AdamW kernels for sm_90 beside.")] = False,
     peer_kernels: Annotated[
         bool, typer.Option("--peer-kernels", help="Likewise, and compile anew those in Triton that are installed.")
@@ -57,7 +60,8 @@ def inspect(
 ) -> None:
     """Show what the compiler makes of the kernels, and the time that leaves at least. Needs no GPU.
 
-    Shown are all optimizers with bf16 weights and an fp32 master, and AdamW in the main formats, for sm_90.
+    Shown are all optimizers with bf16 weights and an fp32 master, and AdamW in the main formats, for sm_90; AdamW's
+    also with weights and gradients that are views into a flat buffer.
     """
     optimizer = [*(target_optimizer or ()), *(optimizer or ())] or None
     if save is not None and not save.parent.is_dir():
@@ -68,7 +72,7 @@ def inspect(
         if saved and not is_chosen:
             selection = report.Selection([step.rows[0].case for step in report.steps_of(saved)], {})
         else:
-            selection = report.select_cases(optimizer, storage, target, gpu, grad_dtype, everything)
+            selection = report.select_cases(optimizer, storage, target, gpu, grad_dtype, everything, views)
         if saved:
             selection = report.in_both(selection, saved)
     except (TypeError, ValueError) as error:
@@ -130,7 +134,7 @@ def _lines(step: report.Step) -> Iterator[Line]:
     # The first argument says which variant it is: the others are those of a test.
     arguments = [f"{key}={value!r}" for key, value in case.arguments.items()]
     written = f"({arguments[0]}{', ...' if arguments[1:] else ''})" if arguments else ""
-    name = f"{case.optimizer}{written} {case.storage}"
+    name = f"{case.optimizer}{written} {case.storage}{' views' if case.views else ''}"
     if case.grad_dtype:
         name += f", {case.grad_dtype} gradients"
     for row in step.rows:

@@ -225,9 +225,9 @@ def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> Com
             return _describe(launched._replace(options={**launched.options, **more}), arch, False)
         # Disassembling takes long, and a loop of single words is not hot.
         has_vectors = _VECTOR.search(forms["ptx"]) is not None and not is_of_rows
-        loops = _loops_of(forms["cubin"], wide_loads) if has_vectors else ()
+        loops = _loops_of(forms["cubin"], wide_loads, is_driver) if has_vectors else ()
     else:
-        loops = () if is_of_rows else hot_loops(parse_gcn(forms["amdgcn"]), wide_loads)
+        loops = () if is_of_rows else hot_loops(parse_gcn(forms["amdgcn"]), wide_loads, is_driver)
     elements = _elements_of_a_thread(launched, warp_size) if loops else 0
     loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
     stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
@@ -306,9 +306,9 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _loops_of(cubin: bytes, wide_loads: int) -> Sequence[HotLoop]:
+def _loops_of(cubin: bytes, wide_loads: int, are_narrow: bool) -> Sequence[HotLoop]:
     """Hot loops of a binary, which many launches may share: disassembling one takes 0.3 s."""
-    return hot_loops(code_of(cubin), wide_loads)
+    return hot_loops(code_of(cubin), wide_loads, are_narrow)
 
 
 def code_of(cubin: bytes) -> Code:

@@ -243,19 +243,21 @@ def straight_code(code: Code) -> HotLoop:
     return _described(path, 1)
 
 
-def hot_loops(code: Code, wide_loads: int = 0) -> list[HotLoop]:
+def hot_loops(code: Code, wide_loads: int = 0, are_narrow: bool = False) -> list[HotLoop]:
     """Find the hot loops, in the order of the code; none if the kernel has no 128-bit accesses in a loop.
 
     wide_loads: number of 128-bit loads of one iteration of the source, whose one hot loop is to be unrolled, which may
-    leave no such iteration over; 0: unknown.
+    leave no such iteration over; 0: unknown. are_narrow: whether loops with 64-bit accesses are hot if none has wider.
     """
     ends: dict[int, int] = {}
     for at, instruction in enumerate(code.instructions):
         target = code.labels.get(instruction.label, len(code.instructions))
         if target <= at:
             ends[target] = max(at, ends.get(target, 0))
-    loops = [loop for first, last in sorted(ends.items()) if _is_wide((loop := _Loop(code, first, last)).accesses)]
-    loops = [loop for loop in loops if loop.path]
+    every = [_Loop(code, first, last) for first, last in sorted(ends.items())]
+    loops = [loop for loop in every if _is_wide(loop.accesses) and loop.path]
+    if are_narrow and not loops:  # bytes of aligned states beside weights that are not
+        loops = [loop for loop in every if _is_wide(loop.accesses, WIDE // 2) and loop.path]
     inner = [loop for loop in loops if not any(loop.holds(other) for other in loops)]
     # An unrolled loop leaves iterations over, for straight code around it or for a loop that is not unrolled.
     remainders = [accesses for block in _blocks(code, inner) if _is_wide(accesses := _accesses(block))]
@@ -321,8 +323,8 @@ def _accesses(instructions: Sequence[Instruction]) -> Counter[tuple[str, int]]:
     return Counter(instruction.access for instruction in instructions if instruction.access)
 
 
-def _is_wide(accesses: Counter[tuple[str, int]]) -> bool:
-    return any(bits >= WIDE for _, bits in accesses)
+def _is_wide(accesses: Counter[tuple[str, int]], least: int = WIDE) -> bool:
+    return any(bits >= least for _, bits in accesses)
 
 
 def _ratio(many: Counter[tuple[str, int]], few: Counter[tuple[str, int]]) -> int:

@@ -52,9 +52,12 @@ def _compiled_case(case: Case, gpu: Gpu) -> list[LaunchRecord]:
         opt = make(class_of(case.optimizer, known_optimizers()), case)
         fmt = storage.weight_format
         step, phases = traffic_of(opt, case), phase_traffic(opt, storage.dtype, grad_dtype, fmt)
-        launches = compile_launches(opt, storage.dtype, grad_dtype, fmt, arch)
+        launches = compile_launches(opt, storage.dtype, grad_dtype, fmt, arch, case.views)
     hot = [i for i, launch in enumerate(launches) if launch.elements]
     must = dict(zip(hot, phases, strict=True)) if len(hot) == len(phases) else {}
+    if case.views:  # their narrow accesses are not told from those of scales, which neighbours share
+        for i, phase in must.items():
+            launches[i] = launches[i]._replace(bytes_loaded=phase.read, bytes_stored=phase.written)
     return [_row(case, gpu, step, i, launch, must.get(i)) for i, launch in enumerate(launches)]
 
 
@@ -94,6 +97,7 @@ def _row(case: Case, gpu: Gpu, step: Traffic, i: int, launch: CompiledLaunch, mu
         in_flight=bytes_in_flight(launch, programs, gpu.target),
         milliseconds=None if bound is None else round(1000 * N_PARAMETERS * seconds[bound], 4),
         bound=bound,
+        views=case.views,
     )
 
 

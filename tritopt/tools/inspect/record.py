@@ -25,6 +25,8 @@ class Case(NamedTuple):
     """Key of GRAD_DTYPES; None: the gradients have the weights' dtype."""
     gpu: str
     """GPU, a key of tritopt.tools.gpus.GPUS."""
+    views: bool = False
+    """Whether weights and gradients are views into a flat buffer, at odd places."""
 
     @property
     def compiled_as(self) -> str:
@@ -36,7 +38,8 @@ class Case(NamedTuple):
         """Text that stands for the case in messages."""
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.arguments.items())
         grad = f", {self.grad_dtype} gradients" if self.grad_dtype else ""
-        return f"{self.optimizer}{f'({arguments})' if arguments else ''} {self.storage}{grad}"
+        views = " views" if self.views else ""
+        return f"{self.optimizer}{f'({arguments})' if arguments else ''} {self.storage}{views}{grad}"
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ class LaunchRecord:
     stores: dict[str, int] | None
     """Number of stores to global memory that it makes for these, by their width in bits."""
     bytes_loaded: float | None
-    """Bytes per parameter that are loaded, read off the code."""
+    """Bytes per parameter that are loaded, read off the code; of views those that must be."""
     bytes_stored: float | None
-    """Bytes per parameter that are stored, read off the code."""
+    """Bytes per parameter that are stored, read off the code; of views those that must be."""
     must_load: float | None
     """Bytes per parameter that the launch must load; None also where a phase of the step has several launches."""
     must_store: float | None
@@ -97,11 +100,13 @@ class LaunchRecord:
     """Milliseconds that N_PARAMETERS take on the GPU by the model of tools/inspect/model.py; not a measurement."""
     bound: str | None
     """Limit that takes so long: "memory", "issue", "ALU", "XU" or "latency"."""
+    views: bool
+    """Whether weights and gradients are views, as `Case` has it."""
 
     @property
     def case(self) -> Case:
         """Case whose step the launch is part of."""
-        return Case(self.optimizer, self.arguments, self.storage, self.grad_dtype, self.gpu)
+        return Case(self.optimizer, self.arguments, self.storage, self.grad_dtype, self.gpu, self.views)
 
 
 class Step(NamedTuple):

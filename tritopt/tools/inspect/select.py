@@ -30,6 +30,7 @@ def select_cases(
     gpu: str | None = None,
     grad_dtype: str | None = None,
     everything: bool = False,
+    views: bool = False,
 ) -> Selection:
     """List the cases that are chosen so, each optimizer with those of its variants that have other kernels or states.
 
@@ -41,6 +42,8 @@ def select_cases(
         targets: names of targets. None: the GPU's, or else sm_90.
         gpu: name of the GPU whose bandwidth and clock count; None: DEFAULTS.
         grad_dtype: dtype of the gradients, by name; None: the weights'.
+        views: whether each case comes with one like it whose weights and gradients are views into a flat buffer, as
+            AdamW's main formats do by default.
         everything: all optimizers, also the rules of tritopt.optim, in all formats that `tritopt numerics` shows.
 
     Raises ValueError for an unknown name, for a GPU that does not run a target, and if nothing remains.
@@ -73,6 +76,8 @@ def select_cases(
                     if asked or stored not in seen:
                         seen.add(stored)
                         selection.cases.append(case)
+                        if views or (optimizers is None and is_main and not asked):
+                            selection.cases.append(case._replace(views=True))
         if not optimizers or NORM in names:
             dtypes = {storage.dtype: storage.name for storage in reversed(asked or find_formats(["master"]))}
             selection.cases.extend(
