@@ -60,6 +60,9 @@ def ascending_update(w, g, state, s):
 
 class Ascending(tritopt.Test):
     phases = (tritopt.Apply(ascending_update, reads_states=False, writes_states=False),)
+
+class Face(tritopt.optim.Optimizer):
+    rule = Ascending
 """
 
 
@@ -485,7 +488,7 @@ def test_without_triton_the_reference_is_checked(monkeypatch: pytest.MonkeyPatch
         (":Ported", "must name a module and a class in it"),
         ("nowhere:Ported", "cannot import module 'nowhere'"),
         ("half:Ported", "cannot import module 'half': SyntaxError"),
-        ("broken:Ascendin", "has no 'Ascendin'; did you mean 'Ascending'? its optimizers: Ascending"),
+        ("broken:Ascendin", "has no 'Ascendin'; did you mean 'Ascending'? its optimizers: Ascending, Face"),
         ("broken:triton", "not a subclass of tritopt.Optimizer"),
     ],
 )

@@ -53,9 +53,7 @@ def load_optimizer(target: str) -> type[Optimizer]:
     except Exception as error:
         raise ValueError(f"cannot import module {module_name!r}: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
-        known = [
-            key for key, value in vars(module).items() if _is_optimizer(value) and value.__module__ == module.__name__
-        ]
+        known = [key for key, value in vars(module).items() if _is_of(module, value)]
         raise ValueError(
             f"module {module_name!r} has no {name!r}{did_you_mean(name, known)} "
             f"its optimizers: {', '.join(known) or 'none'}"
@@ -66,6 +64,12 @@ def load_optimizer(target: str) -> type[Optimizer]:
     if not _is_optimizer(cls):
         raise TypeError(f"{target} is {cls!r:.80}, not a subclass of tritopt.Optimizer")
     return Optimizer.register(cls)
+
+
+def _is_of(module: Any, value: Any) -> bool:
+    """Whether it is an optimizer that a module defines, of either face."""
+    is_of_torch = isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    return (is_of_torch or _is_optimizer(value)) and value.__module__ == module.__name__
 
 
 def _is_optimizer(value: Any) -> bool:
