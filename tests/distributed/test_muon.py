@@ -224,3 +224,21 @@ def check_symmetric(fused: bool | None) -> tuple[list[torch.Tensor], int]:
     with small, replaced(newton_schulz, "symmetric_product", counting):
         params, _ = train([[Shard(0)]], mesh, fused, ((24, 40), (40, 18)), ns_symmetric=True, ns_steps=2)
     return [whole(p.detach()) for p in params], n
+
+
+def train_a_column() -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    try:
+        train([[Shard(1)]], mesh, False, ((3, 1),), beta2=0.9)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_single_column_that_is_sharded_by_columns(worlds: dict[int, World]) -> None:
+    """Second moments of its rows have the weight's shape, and would be taken for sharded: an error in every process."""
+    expected = "beta2 and (Shard(dim=1),) of shape (3, 1), one column: replicate it or shard its rows"
+    assert worlds[2].run(train_a_column) == [expected] * 2

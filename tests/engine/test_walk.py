@@ -104,6 +104,10 @@ def test_states_that_are_as_they_were(ask: Walk) -> None:
         return answers[0]
 
     assert hold()
+    states["y"] = 3  # type: ignore[assignment]
+    assert not hold()
+    states["y"] = dicts[1]
+    assert hold()
     for state, key, other in (
         (dicts[0], "a", a.clone()),
         (dicts[0], "step", torch.zeros(())),

@@ -190,9 +190,40 @@ def test_a_parameter_twice_in_a_group() -> None:
 
 
 @EVERY_CLASS
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.int64, torch.bool, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.uint8, torch.bool, torch.float8_e5m2])
+def test_frozen_parameters_may_have_any_dtype(cls: Class, dtype: torch.dtype) -> None:
+    """A model with packed integers hands all its parameters over, as it does to torch's."""
+    frozen, params = torch.nn.Parameter(torch.ones(2, 2).to(dtype), requires_grad=False), parameters()
+    opt = cls([frozen, *params], **options_of(cls))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert torch.equal(frozen, torch.ones(2, 2).to(dtype))
+    assert frozen not in opt.state
+    again = cls([frozen, *params], **options_of(cls))
+    again.load_state_dict(opt.state_dict())
+    again.step()
+    assert len(again.master_weights()) == 1 + len(params)
+
+
+def test_a_complex_parameter_that_was_frozen_is_refused_with_its_first_gradient() -> None:
+    z, p = (
+        torch.nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False),
+        torch.nn.Parameter(torch.ones(2)),
+    )
+    opt = AdamW([z, p], lr=0.1)
+    z.requires_grad_()
+    z.grad, p.grad = torch.ones_like(z), torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"parameter 0 is torch.complex64.*view_as_real"):
+        opt.step()
+    assert_same([p.detach()], [torch.ones(2)])
+    assert not opt.state
+
+
+@EVERY_CLASS
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e5m2])
 def test_dtypes_that_no_kernel_takes(cls: Class, dtype: torch.dtype) -> None:
-    wrong = torch.zeros(2, 2).to(dtype)
+    wrong = torch.zeros(2, 2).to(dtype).requires_grad_()
     message = r"takes no complex parameters.*view_as_real" if dtype.is_complex else f"not {dtype}"
     with pytest.raises(ValueError, match=message):
         cls([*parameters(), wrong], **options_of(cls))

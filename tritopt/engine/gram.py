@@ -27,9 +27,10 @@ def symmetric_product(
     tiles: Tiles | None = None,
     record: KernelRecorder | None = None,
 ) -> torch.Tensor:
-    """Return X X^T, or alpha X X^T + beta added, for each X of a stack: [matrices, M, M], symmetric to the bit.
+    """Return X X^T, or alpha X X^T + beta added, for each X of a stack: [matrices, M, M].
 
-    Sums are in fp32. torch computes all of it in fp64, and where M is at most a tile, so that no half can be left out.
+    Sums are in fp32, and the kernel's results symmetric to the bit. torch computes all of it in fp64, and where M is at
+    most a tile, so that no half can be left out; its results are symmetric within rounding.
 
     Args:
         x: X, [matrices, M, K] of any strides.

@@ -124,7 +124,7 @@ def _states_are(states: dict[Any, dict[str, Any]], owners: list[Any], said: Any,
     parts, addresses = [], []
     known = iter(table.tolist())
     for state in states.values():
-        if next(known)[:2] != [id(state), len(state)]:
+        if not isinstance(state, dict) or next(known)[:2] != [id(state), len(state)]:
             return False
         for name, value in state.items():
             identity, key, address, _ = next(known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
 from tritopt.engine import validate
@@ -81,6 +82,11 @@ class Adagrad(Optimizer):
         )
         super().__init__(params, {**defaults, "capturable": capturable}, options)
 
+        if any(is_lazy(param) for group in self.param_groups for param in group["params"]):
+            raise ValueError(
+                "Adagrad makes the states of all parameters at once, and one is an uninitialized parameter, which has "
+                "no shape before its module has run: run the module once before"
+            )
         self._stepper.create_states(self)
 
     def share_memory(self) -> None:

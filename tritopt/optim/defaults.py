@@ -96,8 +96,10 @@ def floats(value: Any) -> Any:
     return tuple(float(x) if isinstance(x, Real) else x for x in value) if isinstance(value, tuple) else value
 
 
-def plain(value: Any) -> Any:
-    """Hashable, and without tensors: a hyperparameter as the rule takes it."""
+def plain(value: Any, like: Any = None) -> Any:
+    """Hashable, and without tensors: a hyperparameter as the rule takes it. like: its default, which may be a bool."""
+    if isinstance(like, bool) and isinstance(value, Real | np.bool_) and value in (0, 1):
+        return bool(value)
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"a hyperparameter of shape {tuple(value.shape)} must be a tensor of one element")

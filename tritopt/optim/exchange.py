@@ -44,7 +44,8 @@ class Exchange:
         for i, param in enumerate(params):
             by_mesh.setdefault(param.device_mesh if is_dtensor(param) else None, []).append(i)
         self._own = by_mesh.pop(None, [])
-        self._meshes = [_Sharing(mesh, members, params, cut) for mesh, members in by_mesh.items()]
+        has_rows = iteration.beta2 is not None
+        self._meshes = [_Sharing(mesh, members, params, cut, has_rows) for mesh, members in by_mesh.items()]
 
     def __call__(self, directions: Values, moments: Values) -> None:
         """Orthogonalise in place.
@@ -87,7 +88,7 @@ ByPlace: TypeAlias = Mapping[int, _Shares]
 class _Sharing:
     """Parameters on one mesh: which process has what of them, and orthogonalises what."""
 
-    def __init__(self, mesh: Any, members: Sequence[int], params: Sequence[Any], cut: Cut) -> None:
+    def __init__(self, mesh: Any, members: Sequence[int], params: Sequence[Any], cut: Cut, has_rows: bool) -> None:
         # Of the parameters: a process whose shards are all empty has no direction whose dtype could tell.
         self.compute = reduce(torch.promote_types, [params[i].dtype for i in members], torch.float32)
         self._device, self._group = local(params[members[0]]).device, _group_of(mesh, [params[i] for i in members])
@@ -105,6 +106,8 @@ class _Sharing:
                     f"a parameter of shape {shape} is placed as {placements}, and it is not known who has what: "
                     f"expected a shard of shape {expected}, got {here}; shard it by Shard placements alone"
                 )
+            if has_rows and rows == shape and any(part[-1].start == part[-1].stop for part in directions[i].slices):
+                raise ValueError(f"beta2 and {placements} of shape {shape}, one column: replicate it or shard its rows")
         self.shares = directions, moments
         self.batches_of = _batches_of({i: directions[i].shape for i in members}, cut, len(ranks))
         self._members_of = [list(chain(*batches)) for batches in self.batches_of]

@@ -59,8 +59,8 @@ class Muon(Optimizer):
     are `Mixed`'s. Matrices of one shape are orthogonalised as a batch, and each by itself: an element that is not
     finite spoils its own. State: momentum_buffer (m), the (master) weight's shape; with beta2 second_momentum_buffer
     (v), a number for each row, [..., rows, 1] or of parts of the columns [..., rows, parts], at least fp32. There is a
-    step only where formats draw random bits. Arguments and errors are torch's, except that momentum is less than 1 and
-    coefficients that do not converge are refused.
+    step only where formats draw random bits. Arguments and errors are torch's, except that momentum is less than 1,
+    ns_steps at least 1, eps above 0, and coefficients that do not converge are refused.
 
     Args:
         params: as torch's.

@@ -25,7 +25,7 @@ from tritopt.optim.layout import AUTO, Layout, Layouts, checked_master
 from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.options import Options as Options
 from tritopt.optim.origin import CLASSES
-from tritopt.optim.param_group import ParamGroup, check_settings, saved
+from tritopt.optim.param_group import ParamGroup, added_since, check_dtypes, check_settings, is_kept, saved
 from tritopt.optim.step.members import SingleParameter, lives_on_device
 from tritopt.optim.step.stepper import Stepper
 from tritopt.rule import Rule
@@ -142,19 +142,13 @@ class Optimizer(torch.optim.Optimizer):
         first = sum(len(group["params"]) for group in self.param_groups)
         super().add_param_group(param_group)
         try:
-            for param in param_group["params"]:
-                if param.is_complex():
-                    raise ValueError(
-                        f"{type(self).__name__} takes no complex parameters, and one is {param.dtype}: optimize "
-                        "torch.view_as_real(parameter)"
-                    )
-                if param.dtype not in validate.WEIGHT_DTYPES:
-                    raise ValueError(f"{type(self).__name__} takes float16 to float64 parameters, not {param.dtype}")
+            check_dtypes(type(self).__name__, param_group["params"])
             self.check_group(param_group)
             names = param_group.get("param_names") or range(first, first + len(param_group["params"]))
             for name, param in zip(names, param_group["params"], strict=True):
                 with validate.naming(name):
-                    self.layout_of(param, param_group)
+                    if is_kept(param):
+                        self.layout_of(param, param_group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -173,7 +167,8 @@ class Optimizer(torch.optim.Optimizer):
         self.defaults = defaults
         self._forget()
         self.param_groups = [
-            ParamGroup({**self.defaults, **group}, self.of_class(group).unsaved) for group in self.param_groups
+            ParamGroup({**added_since(self.of_class(group)), **self.defaults, **group}, self.of_class(group).unsaved)
+            for group in self.param_groups
         ]
 
     @property
@@ -334,7 +329,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def rule_of(self, group: dict[str, Any]) -> Rule:
         """The rule with a group's hyperparameters, but for the learning rate and the decay."""
-        values = {name: plain(group[name]) for name in self.arguments}
+        like = arguments_of(type(self))
+        values = {name: plain(group[name], like.get(name)) for name in self.arguments}
         key = (*values.values(), group["clip_value"])
         if key not in self._rules:
             if len(self._rules) > MAX_RULES:

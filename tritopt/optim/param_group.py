@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
 
 from tritopt.engine import validate
 from tritopt.engine.state_dtype import checked
@@ -31,6 +34,31 @@ class ParamGroup(dict[str, Any]):
     def __iter__(self) -> Iterator[str]:
         """The keys that `state_dict` has."""
         return iter(saved(self, self.unsaved))
+
+
+def check_dtypes(optimizer: str, params: Sequence[torch.Tensor]) -> None:
+    """ValueError for a parameter that no step can update. Frozen ones may be of any dtype, such as packed integers."""
+    for param in params:
+        if not param.requires_grad:
+            continue
+        if param.is_complex():
+            raise ValueError(
+                f"{optimizer} takes no complex parameters, and one is {param.dtype}: optimize "
+                "torch.view_as_real(parameter)"
+            )
+        if param.dtype not in validate.WEIGHT_DTYPES:
+            raise ValueError(f"{optimizer} takes float16 to float64 parameters, not {param.dtype}")
+
+
+def is_kept(param: torch.Tensor) -> bool:
+    """Whether a parameter has a shape, which a lazy module's gets later, and a dtype that can be updated."""
+    return not is_lazy(param) and param.dtype in validate.WEIGHT_DTYPES
+
+
+def added_since(optimizer: Any) -> dict[str, Any]:
+    """Hyperparameters of an optimizer's class with their defaults: an older pickle may lack some."""
+    known = arguments_of(type(optimizer))
+    return {name: known[name] for name in optimizer.arguments if name in known}
 
 
 def saved(group: Mapping[str, Any], unsaved: Collection[str]) -> dict[str, Any]:

@@ -141,6 +141,7 @@ def members_of(opt: Owner, single: SingleParameter | None = None) -> list[Member
     """Members for all parameters that have a gradient, or for the single one."""
     if single is not None:
         assert single.param.grad is not None
+        _check_dtype(opt, single.name, single.param)
         grad = aligned(single.param.grad, single.param)
         return [
             member_of(opt, single.position, single.name, single.param, grad, single.group, opt.rule_of(single.group))
@@ -150,11 +151,23 @@ def members_of(opt: Owner, single: SingleParameter | None = None) -> list[Member
         rule, names = opt.rule_of(group), group.get("param_names")
         for i, param in enumerate(group["params"]):
             if param.grad is not None:
-                grad = aligned(param.grad, param)
                 name = names[i] if names else position
+                _check_dtype(opt, name, param)
+                grad = aligned(param.grad, param)
                 members.append(member_of(opt, position, name, param, grad, group, rule))
             position += 1
     return members
+
+
+def _check_dtype(opt: Owner, name: Hashable, param: torch.Tensor) -> None:
+    """RuntimeError, torch's words among its own, for a parameter that has got a gradient and can take no step."""
+    if param.dtype in validate.WEIGHT_DTYPES:
+        return
+    if param.is_complex():
+        what = "does not support complex parameters: optimize torch.view_as_real(parameter)"
+    else:
+        what = "takes float16 to float64 parameters"
+    raise RuntimeError(f"parameter {name!r} is {param.dtype}, and {type(opt).__name__} {what}")
 
 
 def split_by_group(members: Sequence[Member], each: bool = False) -> list[list[Member]]:

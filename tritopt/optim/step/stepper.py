@@ -18,6 +18,7 @@ from tritopt.engine.telemetry import Telemetry, Tracker, check_asked, telemetry
 from tritopt.engine.walk import warn_if_slow
 from tritopt.optim import distributed
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
+from tritopt.optim.param_group import is_kept
 from tritopt.optim.step.build import Build, check_tracked, runs_fused
 from tritopt.optim.step.counts import CPU, ScalarStates
 from tritopt.optim.step.group_options import OptionsByGroup
@@ -141,6 +142,7 @@ class Stepper:
         members = [
             member_of(opt, position, name, param, param, group, opt.rule_of(group))
             for position, (name, (param, group)) in enumerate(zip(names_of(opt), _owned(opt), strict=True))
+            if is_kept(param)
         ]
         self._bind(opt, CPU)
         create_missing(opt, members, self._scalar_states, [])
