@@ -371,7 +371,7 @@ BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (optim.Signum, {"wd_lh": "0"}, TypeError, "wd_lh='0' must be a number"),
     (optim.LARS, {"trust_coefficient": -1.0}, ValueError, "eta=-1.0 must be >= 0"),
     (optim.LARS, {"layer_wise": "no"}, TypeError, "layer_wise='no' must be True or False"),
-    (optim.AdaBelief, {"correct_bias": 2}, TypeError, "correct_bias=2 must be True or False"),
+    (optim.AdaBelief, {"correct_bias": 1}, TypeError, "correct_bias=1 must be True or False"),
     (optim.Ftrl, {"lambda1": -1.0}, ValueError, "lamda1=-1.0 must be >= 0"),
     (optim.Ftrl, {"beta": -1.0}, ValueError, "beta=-1.0 must be >= 0"),
     (optim.DCASGD, {"lambd": float("nan")}, ValueError, "lamda=nan must not be NaN"),

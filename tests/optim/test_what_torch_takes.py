@@ -65,3 +65,16 @@ def test_a_pickle_from_before_a_hyperparameter() -> None:
     again = optim.Muon.__new__(optim.Muon)
     again.__setstate__(copy.deepcopy(state))
     assert again.param_groups[0]["ns_symmetric"] is False
+
+
+def test_a_pickle_of_several_classes_from_before_a_hyperparameter() -> None:
+    p, q = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    opt = optim.Mixed([{"params": [p], "algorithm": "Muon"}, {"params": [q], "algorithm": "AdamW"}])
+    state = copy.deepcopy(opt.__getstate__())
+    state["param_groups"][0].pop("ns_symmetric")
+    again = optim.Mixed.__new__(optim.Mixed)
+    again.__setstate__(state)
+    assert again.param_groups[0]["ns_symmetric"] is False
+    for param in (param for group in again.param_groups for param in group["params"]):
+        param.grad = torch.ones_like(param)
+    again.step()

@@ -89,8 +89,10 @@ def reason(cls: type[tritopt.Optimizer], state_dtype: str | None = None) -> str:
 
 @pytest.mark.parametrize("state_dtype", [None, "int8"])
 def test_without_a_mistake_it_passes(own: Path, state_dtype: str | None) -> None:
+    cls = load(own, OWN)
+    assert [cls().kind_of(name) for name in cls().state_names] == ["signed", "signed"]  # the first by its name
     if HAS_TRITON:
-        assert reason(load(own, OWN), state_dtype) == ""
+        assert reason(cls, state_dtype) == ""
 
 
 MISTAKES = {

@@ -342,7 +342,9 @@ static PyObject *states_are(PyObject *self, PyObject *args) {
       found = 0;
       break;
     }
+    Py_INCREF(dict); /* a value's attribute may be a function, which may do anything */
     found = values_are(dict, rows + 1, end, n_values, words + start, n_words - start);
+    Py_DECREF(dict);
     rows += 1 + n_values;
   }
   PyBuffer_Release(&view);

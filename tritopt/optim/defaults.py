@@ -97,7 +97,7 @@ def floats(value: Any) -> Any:
 
 
 def plain(value: Any, like: Any = None) -> Any:
-    """Hashable, and without tensors: a hyperparameter as the rule takes it. like: its default, which may be a bool."""
+    """Hashable, and without tensors: a hyperparameter as the rule takes it. like: its default in torch."""
     if isinstance(like, bool) and isinstance(value, Real | np.bool_) and value in (0, 1):
         return bool(value)
     if isinstance(value, torch.Tensor):

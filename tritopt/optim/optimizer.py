@@ -25,7 +25,7 @@ from tritopt.optim.layout import AUTO, Layout, Layouts, checked_master
 from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.options import Options as Options
 from tritopt.optim.origin import CLASSES
-from tritopt.optim.param_group import ParamGroup, added_since, check_dtypes, check_settings, is_kept, saved
+from tritopt.optim.param_group import ParamGroup, check_dtypes, check_settings, declared, is_kept, saved
 from tritopt.optim.step.members import SingleParameter, lives_on_device
 from tritopt.optim.step.stepper import Stepper
 from tritopt.rule import Rule
@@ -167,7 +167,7 @@ class Optimizer(torch.optim.Optimizer):
         self.defaults = defaults
         self._forget()
         self.param_groups = [
-            ParamGroup({**added_since(self.of_class(group)), **self.defaults, **group}, self.of_class(group).unsaved)
+            ParamGroup({**declared(self.of_class(group)), **self.defaults, **group}, self.of_class(group).unsaved)
             for group in self.param_groups
         ]
 
@@ -329,8 +329,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def rule_of(self, group: dict[str, Any]) -> Rule:
         """The rule with a group's hyperparameters, but for the learning rate and the decay."""
-        like = arguments_of(type(self))
-        values = {name: plain(group[name], like.get(name)) for name in self.arguments}
+        torchs = {} if self.torch_class is None else arguments_of(self.torch_class)
+        values = {name: plain(group[name], torchs.get(name)) for name in self.arguments}
         key = (*values.values(), group["clip_value"])
         if key not in self._rules:
             if len(self._rules) > MAX_RULES:

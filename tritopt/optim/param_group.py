@@ -36,18 +36,18 @@ class ParamGroup(dict[str, Any]):
         return iter(saved(self, self.unsaved))
 
 
+def refusal(param: torch.Tensor) -> str:
+    """Reason, after an optimizer's name, why it takes no parameter of this dtype; empty if it takes it."""
+    if param.is_complex():
+        return "does not support complex parameters: optimize torch.view_as_real(parameter)"
+    return "" if param.dtype in validate.WEIGHT_DTYPES else "takes float16 to float64 parameters"
+
+
 def check_dtypes(optimizer: str, params: Sequence[torch.Tensor]) -> None:
     """ValueError for a parameter that no step can update. Frozen ones may be of any dtype, such as packed integers."""
     for param in params:
-        if not param.requires_grad:
-            continue
-        if param.is_complex():
-            raise ValueError(
-                f"{optimizer} takes no complex parameters, and one is {param.dtype}: optimize "
-                "torch.view_as_real(parameter)"
-            )
-        if param.dtype not in validate.WEIGHT_DTYPES:
-            raise ValueError(f"{optimizer} takes float16 to float64 parameters, not {param.dtype}")
+        if param.requires_grad and (why := refusal(param)):
+            raise ValueError(f"a parameter is {param.dtype}, and {optimizer} {why}")
 
 
 def is_kept(param: torch.Tensor) -> bool:
@@ -55,8 +55,8 @@ def is_kept(param: torch.Tensor) -> bool:
     return not is_lazy(param) and param.dtype in validate.WEIGHT_DTYPES
 
 
-def added_since(optimizer: Any) -> dict[str, Any]:
-    """Hyperparameters of an optimizer's class with their defaults: an older pickle may lack some."""
+def declared(optimizer: Any) -> dict[str, Any]:
+    """Defaults of the hyperparameters that an optimizer's class declares: an older pickle may lack some."""
     known = arguments_of(type(optimizer))
     return {name: known[name] for name in optimizer.arguments if name in known}
 

@@ -18,6 +18,7 @@ from tritopt.kernels.preambles import without_clip
 from tritopt.optim.distributed import ShardSums, aligned, has_whole_rows, is_sharded, local
 from tritopt.optim.exchange import Exchange
 from tritopt.optim.layout import Layout
+from tritopt.optim.param_group import refusal
 from tritopt.optim.step.owner import Owner
 from tritopt.rule import Rule
 
@@ -160,14 +161,9 @@ def members_of(opt: Owner, single: SingleParameter | None = None) -> list[Member
 
 
 def _check_dtype(opt: Owner, name: Hashable, param: torch.Tensor) -> None:
-    """RuntimeError, torch's words among its own, for a parameter that has got a gradient and can take no step."""
-    if param.dtype in validate.WEIGHT_DTYPES:
-        return
-    if param.is_complex():
-        what = "does not support complex parameters: optimize torch.view_as_real(parameter)"
-    else:
-        what = "takes float16 to float64 parameters"
-    raise RuntimeError(f"parameter {name!r} is {param.dtype}, and {type(opt).__name__} {what}")
+    """RuntimeError, as torch raises it, for a parameter that was frozen when it was added and now has a gradient."""
+    if why := refusal(param):
+        raise RuntimeError(f"parameter {name!r} is {param.dtype}, and {type(opt).__name__} {why}")
 
 
 def split_by_group(members: Sequence[Member], each: bool = False) -> list[list[Member]]:
