@@ -10,8 +10,8 @@ from tritopt.kernels.assembly import (
     quotients,
     quotients_by_roots,
     roots,
-    widen_bf16,
 )
+from tritopt.kernels.conversions import widen_bf16
 from tritopt.kernels.language import INTERPRETED, tl, triton
 
 _INTERPRETED = tl.constexpr(INTERPRETED)

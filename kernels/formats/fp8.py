@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tritopt.kernels.assembly import widen_e4m3, widens_e4m3
+from tritopt.kernels.conversions import widen_e4m3, widens_e4m3
 from tritopt.kernels.formats.format import state_format
 from tritopt.kernels.formats.scales import (
     BLOCK,

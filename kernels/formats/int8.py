@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tritopt.kernels.assembly import add_down, add_where_less, fractions, is_nvidia, n_nvidia_threads, pack_of
+from tritopt.kernels.assembly import is_nvidia, n_nvidia_threads, pack_of
+from tritopt.kernels.conversions import add_down, add_where_less, fractions
 from tritopt.kernels.formats.format import state_format
 from tritopt.kernels.formats.scales import (
     BLOCK,

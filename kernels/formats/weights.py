@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from tritopt.kernels.assembly import complete, is_nvidia, join_bits, n_nvidia_threads, pack_of, second_bytes
+from tritopt.kernels.assembly import is_nvidia, n_nvidia_threads, pack_of
+from tritopt.kernels.conversions import complete, join_bits, second_bytes
 from tritopt.kernels.formats.format import (
     LOW_PRECISION,
     PLAIN,
