@@ -33,6 +33,25 @@ def test_lazy_modules_get_their_shapes_later(cls: Any) -> None:
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_checkpoint_for_a_lazy_module_wants_the_model_first() -> None:
+    x, models = torch.randn(5, 4), [torch.nn.Sequential(torch.nn.LazyLinear(3)) for _ in range(2)]
+    opt, again = (optim.AdamW(model.parameters(), lr=0.1, track=True) for model in models)
+    assert len(again.telemetry()) == 0
+    models[0](x).sum().backward()
+    opt.step()
+    with pytest.raises(ValueError, match=r"state for parameter 0, which is an uninitialized parameter"):
+        again.load_state_dict(opt.state_dict())
+    assert not again.state
+    models[1].load_state_dict(models[0].state_dict())
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))  # which goes on training
+    for model, each in zip(models, (opt, again), strict=True):
+        each.zero_grad()
+        model(x).sum().backward()
+        each.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_adagrad_wants_shapes_at_once() -> None:
     with pytest.raises(ValueError, match="uninitialized parameter"):
         optim.Adagrad(torch.nn.LazyLinear(3).parameters())

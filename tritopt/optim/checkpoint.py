@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from tritopt.engine import private
 from tritopt.engine.warning import warn
@@ -124,6 +125,11 @@ def _loaded_state(
 ) -> dict[str, Any]:
     """A parameter's state out of a checkpoint, checked. `without_master` gets its key where the master starts anew."""
     param, group = owner
+    if is_lazy(param):
+        raise ValueError(
+            f"loaded state dict: it has a state for parameter {key!r}, which is an uninitialized parameter without "
+            "a shape: load the model's state dict before, or run the module once"
+        )
     layout = opt.layout_of(param, group)
     expected, fmt = layout.expected, layout.format
     of_class = opt.of_class(group)

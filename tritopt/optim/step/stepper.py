@@ -7,6 +7,7 @@ from operator import is_
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from tritopt.engine import validate
 from tritopt.engine.clip import Clip
@@ -204,7 +205,7 @@ class Stepper:
             on_device = sums.to(reduce.device)
             reduce(on_device)
             sums = on_device.cpu()
-        return telemetry(names_of(opt), [param.numel() for param in params], sums)
+        return telemetry(names_of(opt), [0 if is_lazy(param) else param.numel() for param in params], sums)
 
     def _candidates(self, opt: Owner, single: SingleParameter | None) -> Iterator[Replay]:
         """Yield steps that this one may repeat: the last, and the last with gradients of the same parameters."""
