@@ -1,4 +1,4 @@
-"""Triton's interpreter, without what it does over and over again.
+"""Shortcuts of the interpreter: what it does over and over again.
 
 It replaces triton.language at every call of a jit function, describes the type of every value anew, and works out for
 each operation once more what becomes of its operands. None of this changes a result, and together it takes four fifths
