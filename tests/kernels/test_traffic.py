@@ -18,6 +18,7 @@ from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.language import INTERPRETED
 from tritopt.mxnet.registry import optimizer_of
 from tritopt.tools import cost
+from tritopt.tools.interpreter import live
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
 
@@ -68,7 +69,7 @@ def counting() -> Iterator[list[Counted]]:
         launches.append(Counted(self.fn.__name__))
         return call(self, *args, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with live(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "create_masked_load", counted_load)
         patch.setattr(builder, "create_masked_store", counted_store)
         patch.setattr(executor, "__call__", counted_call)

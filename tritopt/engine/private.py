@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.optim import optimizer as optimizers
@@ -332,6 +332,98 @@ def wrap_interpreter(
     semantic = type(interpreter.interpreter_semantic)
     for name, method in methods(semantic, interpreter.TensorHandle).items():
         setattr(semantic, name, method)
+
+
+class InterpreterParts(NamedTuple):
+    """Internals of the interpreter that a recorder of its programs takes."""
+
+    handle: Any
+    """Class of what holds a NumPy array and Triton's type of it."""
+    tensor: Any
+    """Class of a kernel's values, which have a handle."""
+    constexpr: Any
+    """Class of a compile-time value that says so."""
+    builder: Any
+    """Object that carries out operations, each a method that takes handles and returns one."""
+    semantic: Any
+    """Object that makes operations of a kernel's expressions."""
+    memory: Any
+    """Module with `load` and `store`."""
+    to_tensors: Callable[[Any], Any]
+    """Makes of a launch's arguments those of a kernel."""
+    patch_lang: Callable[[Any], Any]
+    """Replaces triton.language in a kernel's names, until what it returns is restored."""
+    error: type[Exception]
+    """Class of the error that a launch raises."""
+
+
+class InterpreterWrappers(Protocol):
+    """Wrappers of parts of the interpreter, for a recorder of its programs. Each takes the part."""
+
+    def wrap_launch(self, launch: Callable[..., Any]) -> Callable[..., Any]:
+        """Return another launch of a kernel."""
+
+    def wrap_method(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return another method of the builder."""
+
+    def wrap_numpy(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return another method of the builder's that calls a function of NumPy's, its last argument."""
+
+    def wrap_reduction(self, reduce: Callable[..., Any]) -> Callable[..., Any]:
+        """Return another reduction of one tensor."""
+
+    def wrap_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return another call of a jit function by a kernel."""
+
+    def patch_tensor(self, tensor: Any, scope: Any) -> None:
+        """Replace more of a kernel's tensors, whose methods the interpreter has replaced. scope: restores them."""
+
+    def patch_language(self, language: Any, scope: Any) -> None:
+        """Replace more of triton.language. scope: restores it."""
+
+
+def wrap_programs(make: Callable[[InterpreterParts], InterpreterWrappers]) -> InterpreterWrappers:
+    """Wrap the interpreter until the process ends. make: takes its parts, and returns the wrappers."""
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    core: Any = importlib.import_module("triton.language.core")
+    builder, kind, executor = interpreter.interpreter_builder, interpreter.InterpreterBuilder, interpreter.GridExecutor
+    wrappers = make(
+        InterpreterParts(
+            interpreter.TensorHandle,
+            core.tensor,
+            core.constexpr,
+            builder,
+            interpreter.interpreter_semantic,
+            interpreter._interpreter,
+            interpreter._implicit_cvt,
+            lambda function: interpreter._patch_lang(function),
+            interpreter.InterpreterError,
+        )
+    )
+
+    def method(name: str) -> Callable[..., Any]:
+        return lambda builder, *args, **named: getattr(kind, name)(builder, *args, **named)  # as it is by then
+
+    operations = [name for name in dir(kind) if name.startswith(("create_", "get_")) and not name.endswith("_ty")]
+    methods = {name: wrappers.wrap_method(name, method(name)) for name in operations}
+    methods |= {f"{n}_op": wrappers.wrap_numpy(method(f"{n}_op")) for n in ("unary", "binary", "ternary")}
+    builder.__class__ = type(kind.__name__, (kind,), methods)
+    for name in ("sum", "min_max"):
+        setattr(interpreter.ReduceOps, name, wrappers.wrap_reduction(getattr(interpreter.ReduceOps, name)))
+    called = interpreter.InterpretedFunction
+    called.__call__ = wrappers.wrap_call(called.__call__)
+    executor.__call__ = wrappers.wrap_launch(executor.__call__)
+    interpreter._patch_lang_tensor = _then(interpreter._patch_lang_tensor, wrappers.patch_tensor)
+    interpreter._patch_lang_core = _then(interpreter._patch_lang_core, wrappers.patch_language)
+    return wrappers
+
+
+def _then(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
+    def both(*args: Any) -> None:
+        first(*args)
+        second(*args)
+
+    return both
 
 
 def launches_of_interpreter() -> Any:

@@ -1,0 +1,156 @@
+"""The recorder: it listens to one program that the interpreter runs, and writes its tape."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from tritopt.tools.interpreter.operations import STORES, Call, function_of, is_impure, is_live_only
+from tritopt.tools.interpreter.tape import Branch, Event, Operation, Replay, Tape
+
+if TYPE_CHECKING:
+    from tritopt.engine.private import InterpreterParts
+
+MOST_EVENTS = 20_000
+"""Length of a branch beyond which its kernel is not recorded: a tape of it would take more than it saves."""
+
+
+class Recorder:
+    """Listener to a program.
+
+    Args:
+        tape: gets what is new in the program.
+        inputs: what holds its arguments.
+        replay: how far the program came from the tape.
+        parts: of the interpreter.
+    """
+
+    def __init__(self, tape: Tape, inputs: list[Any], replay: Replay, parts: InterpreterParts) -> None:
+        self.last_operation: tuple[Any, tuple[Any, ...], Any] | None = None
+        """NumPy's function, operands and result of the call that is under way."""
+        self.is_busy = False
+        """Whether one is: what it calls is a part of it."""
+        self.tape, self._branch, self._parts = tape, replay.path[-1], parts
+        self._events: Iterator[Event] | None = iter([event for branch in replay.path for event in branch.events])
+        self._registers = replay.registers
+        # By identity; the handle as well, so that no other one gets it.
+        self._known: dict[int, tuple[Any, int]] = {id(handle): (handle, i) for i, handle in enumerate(inputs)}
+
+    def stop(self) -> None:
+        """Give up: what this kernel does cannot be recorded. The program itself goes on."""
+        self.tape.is_usable = False
+        recorders.current = None
+
+    def call(self, method: Callable[..., Any], name: str, builder: Any, args: tuple[Any, ...], named: Any) -> Any:
+        """Carry out, and note, one operation of the interpreter. Returns its result."""
+        event = self._next(name)
+        if event is not None:
+            if event.register is None:
+                return None if name in STORES else method(builder, *args, **named)
+            result = self._parts.handle(self._registers[event.register], event.dtype)
+            self._known[id(result)] = result, event.register
+            return result
+        self.last_operation = None
+        result = method(builder, *args, **named)
+        is_handle = type(result) is self._parts.handle
+        inputs = self._inputs(args)
+        if inputs is None or named or is_live_only(name) or not (is_handle or result is None):
+            self.stop()
+        elif is_handle or name in STORES:
+            self._append(Call(name, method, builder, args, result), inputs)
+        else:
+            self._branch.events.append(Event(name, None, None))
+        return result
+
+    def constant(self, handle: Any) -> None:
+        """Note what was made of a number of Python's."""
+        event = self._next("constant")
+        if event is None:
+            event = Event("constant", self.tape.new_register(handle.data), handle.dtype)
+            self._branch.events.append(event)
+        assert event.register is not None
+        self._known[id(handle)] = handle, event.register
+
+    def reduced(self, function: Callable[[Any], Any], operand: Any, result: Any) -> None:
+        """Note a reduction. function: gives the result's array for that of the operand; both are handles here."""
+        event = self._next("reduced")
+        if event is None:
+            known = self._known.get(id(operand))
+            if known is None:
+                self.stop()
+                return
+            event = Event("reduced", self.tape.new_register(), result.dtype)
+            assert event.register is not None
+            self._branch.operations.append(Operation(function, (known[1],), event.register))
+            self._branch.events.append(event)
+        assert event.register is not None
+        self._known[id(result)] = result, event.register
+
+    def looked(self, handle: Any, value: Any, seen: Callable[[Any], Any]) -> None:
+        """Note that Python looks at a value. seen: gives what it sees of an array."""
+        known = self._known.get(id(handle))
+        if known is None:
+            self.stop()
+            return
+        register = known[1]
+        if register in self.tape.constants or self._next("looked") is not None:
+            return
+        if self._branch.looked_at is None:
+            self._branch.looked_at = register, seen
+        assert self._branch.looked_at[0] == register, "a kernel whose Python code is not the same each time"
+        self._branch.after[value] = after = Branch()
+        self._branch = after
+        # The first of what comes after it.
+        after.events.append(Event("looked", None, None))
+
+    def _next(self, name: str) -> Event | None:
+        """Return what the tape has next; None: the program is past its end."""
+        if self._events is None:
+            return None
+        event = next(self._events, None)
+        if event is None:
+            self._events = None
+        else:
+            assert event.name == name, f"{name} in place of {event.name}: Python code that is not the same each time"
+        return event
+
+    def _inputs(self, args: tuple[Any, ...]) -> list[int] | None:
+        """Return registers of the operands; None: one of them was made otherwise."""
+        registers, handle = [], self._parts.handle
+        for arg in args:
+            kind = type(arg)
+            if kind is handle:
+                known = self._known.get(id(arg))
+                if known is None:
+                    return None
+                registers.append(known[1])
+            elif (kind is list or kind is tuple) and any(type(one) is handle for one in arg):
+                return None
+        return registers
+
+    def _append(self, call: Call, inputs: list[int]) -> None:
+        name, result = call.name, call.result
+        tape, branch = self.tape, self._branch
+        if not is_impure(name) and tape.constants.issuperset(inputs):
+            register = tape.new_register(result.data)
+        else:
+            register = tape.new_register()
+            function = function_of(call, self.last_operation, self._parts)
+            branch.operations.append(Operation(function, tuple(inputs), register))
+        if result is None:
+            branch.events.append(Event(name, None, None))
+        else:
+            branch.events.append(Event(name, register, result.dtype))
+            self._known[id(result)] = result, register
+        if len(branch.events) > MOST_EVENTS:
+            self.stop()
+
+
+class _Recorders(threading.local):
+    """Recorder of each thread, while one records."""
+
+    current: Recorder | None = None
+
+
+recorders = _Recorders()
