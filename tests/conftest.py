@@ -5,6 +5,7 @@ With TRITOPT_PTX=90 (or 80, 100), and tests/ptx/plugin.py, kernels are compiled,
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 
@@ -33,6 +34,18 @@ os.environ["COLUMNS"] = "200"
 # Fills what torch.empty returns with NaN: a value that nobody wrote shows.
 torch.use_deterministic_algorithms(True)
 torch.sparse.check_sparse_tensor_invariants.enable()
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over the tests themselves, a million objects that stay."""
+    if not os.environ.get("TRITOPT_PTX"):  # where the machine asks the collector for tensors
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let go, or objects of Triton's would outlive the interpreter, which complains."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,8 +6,9 @@ Nothing is imported before it is asked for, so a library that is not installed i
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from operator import attrgetter
@@ -224,10 +225,16 @@ def beside(optimizer: str, fmt: str, chosen: Sequence[str] | None = None) -> lis
     return [p for p in PEERS if p.name in wanted and p.optimizer == optimizer and fmt in p.formats]
 
 
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Look through every file of what is installed, which takes a second."""
+    return metadata.packages_distributions()
+
+
 def versions() -> dict[str, str | None]:
     """Tell the version of every peer's package; None where it is not installed, "unknown" where it does not say."""
     installed: dict[str, str | None] = {}
-    distributions = metadata.packages_distributions()
+    distributions = _distributions()
     for package in dict.fromkeys(peer.package for peer in PEERS):
         installed[package] = None
         if find_spec(package):
