@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.optim import optimizer as optimizers
@@ -355,6 +355,8 @@ class InterpreterParts(NamedTuple):
     """Replaces triton.language in a kernel's names, until what it returns is restored."""
     error: type[Exception]
     """Class of the error that a launch raises."""
+    is_debugged: Callable[[], bool]
+    """Says whether a launch raises a kernel's own error."""
 
 
 class InterpreterWrappers(Protocol):
@@ -382,7 +384,10 @@ class InterpreterWrappers(Protocol):
         """Replace more of triton.language. scope: restores it."""
 
 
-def wrap_programs(make: Callable[[InterpreterParts], InterpreterWrappers]) -> InterpreterWrappers:
+_Wrappers = TypeVar("_Wrappers", bound=InterpreterWrappers)
+
+
+def wrap_programs(make: Callable[[InterpreterParts], _Wrappers]) -> _Wrappers:
     """Wrap the interpreter until the process ends. make: takes its parts, and returns the wrappers."""
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     core: Any = importlib.import_module("triton.language.core")
@@ -398,6 +403,7 @@ def wrap_programs(make: Callable[[InterpreterParts], InterpreterWrappers]) -> In
             interpreter._implicit_cvt,
             lambda function: interpreter._patch_lang(function),
             interpreter.InterpreterError,
+            lambda: triton.knobs.compilation.front_end_debugging,
         )
     )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,8 @@ _SEEN: dict[str, Callable[[Any], Any]] = {
 }
 """Value that Python sees of a tensor's array, by the method that it asks."""
 
+_LARGEST = {"int32": 2**31 - 1, "int64": 2**63 - 1}
+
 
 class Launches:
     """Launches of the interpreter, and the tapes of their kernels. parts: of the interpreter."""
@@ -37,6 +40,10 @@ class Launches:
         self._signatures: dict[Any, inspect.Signature] = {}
         # The interpreter has one place for the number of the program that runs.
         self._lock = threading.RLock()
+
+    def forget(self) -> None:
+        """Drop all tapes: each kernel is recorded anew."""
+        self._tapes.clear()
 
     def wrap_launch(self, launch: Callable[..., Any]) -> Callable[..., Any]:
         """Return the interpreter's launch, with tapes."""
@@ -111,7 +118,7 @@ class Launches:
         def called(function: Any, *args: Any, **named: Any) -> Any:
             recorder = recorders.current
             if recorder is not None:
-                recorder.tape.enter(function.rewrite(), function)
+                recorder.enter(function.rewrite(), function)
             return call(function, *args, **named)
 
         return called
@@ -120,6 +127,8 @@ class Launches:
         """Say so where Python looks at a tensor's value. scope: restores the class's methods."""
         for name, seen in _SEEN.items():
             scope.set_attr(tensor, name, _looking(getattr(tensor, name), seen))
+        for name in ("__repr__", "__str__"):
+            scope.set_attr(tensor, name, _stopping(getattr(tensor, name)))
 
     def patch_language(self, language: Any, scope: Any) -> None:
         """Let a range that a tensor bounds give tensors, as compiled kernels have them, and not Python's numbers.
@@ -136,83 +145,105 @@ class Launches:
 
         def ranged(first: Any, second: Any = None, step: Any = 1, **named: Any) -> Any:
             start, end = (0, first) if second is None else (first, second)
-            if isinstance(end, parts.tensor) and isinstance(step, int) and step > 0:
-                return places(start, end, step)
+            most = _LARGEST.get(end.type.name) if isinstance(end, parts.tensor) else None
+            if most is not None and type(step) is int and 0 < step <= most:
+                fits = -most <= start <= most if type(start) is int else getattr(start, "type", None) == end.type
+                # A sum that wraps around would never come to the end.
+                if fits and end <= most - step:
+                    return places(start, end, step)
             return counted(first, second, step, **named)
 
         scope.set_attr(language, "range", ranged)
 
     def _prepare(self, executor: Any, args: tuple[Any, ...], constants: Mapping[str, Any]) -> _Prepared | None:
         """Return the launch's arguments and its tape; None: it is unlike all that we launch, and has none."""
-        tensors = [arg for arg in (*args, *constants.values()) if hasattr(arg, "data_ptr")]
-        if executor.pre_run_hooks or any(tensor.device.type != "cpu" for tensor in tensors):
+        if executor.pre_run_hooks or self._parts.is_debugged():
             return None
+        try:
+            tensors = [arg for arg in (*args, *constants.values()) if hasattr(arg, "data_ptr")]
+            if any(tensor.device.type != "cpu" for tensor in tensors):
+                return None
+            return self._given(executor, args, constants)
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # The launch itself says what is wrong.
+            return None
+
+    def _given(self, executor: Any, args: tuple[Any, ...], constants: Mapping[str, Any]) -> _Prepared:
+        """Return the launch's arguments and its tape. TypeError: it has an argument that may change."""
         if executor.fn not in self._signatures:
             self._signatures[executor.fn] = inspect.signature(executor.fn)
         signature = self._signatures[executor.fn]
         bound = signature.bind(*args, **{name: x for name, x in constants.items() if name in signature.parameters})
         bound.apply_defaults()
-        given, inputs, key = {}, [], [executor.fn]
-        try:
-            for name, value in bound.arguments.items():
-                made = value if name in executor.constexprs else self._parts.to_tensors(value)
-                given[name] = made
-                if isinstance(made, self._parts.tensor):
-                    inputs.append(made.handle)
-                    key.append((made.type.name, made.handle.data.dtype.char))
-                else:
-                    key.append(self._exact(made))
-            tape = self._tapes.pop(tuple(key), None)
-        except TypeError:  # which has no hash
-            return None
+        given: dict[str, Any] = {}
+        inputs, parts = [], [executor.fn, self._parts.builder.options]
+        for name, value in bound.arguments.items():
+            made = given[name] = value if name in executor.constexprs else self._parts.to_tensors(value)
+            if isinstance(made, self._parts.tensor):
+                inputs.append(made.handle)
+                parts.append((made.type.name, made.handle.data.dtype.char))
+            elif made is value:
+                parts.append(self._exact(made))
+            else:
+                raise TypeError(f"{name} is several values: {value!r}")
+        key = tuple(parts)
+        tape = self._tapes.pop(key, None)
         if tape is None or not tape.is_current:
             tape = Tape(len(inputs))
-        self._tapes[tuple(key)] = tape
+        self._tapes[key] = tape
         if len(self._tapes) > MOST_TAPES:
             self._tapes.popitem(last=False)
         return _Prepared(given, inputs, tape)
 
     def _exact(self, value: Any) -> Any:
-        """Return what equal compile-time arguments share alone: 1, 1.0 and True are equal, so are 0.0 and -0.0."""
-        if isinstance(value, self._parts.constexpr):
-            return self._parts.constexpr, self._exact(value.value)
-        if isinstance(value, float):
-            return float, value.hex()
+        """Return what the same compile-time arguments share alone: 1, 1.0 and True are equal, so are 0.0 and -0.0."""
+        kind = type(value)
+        if kind is self._parts.constexpr:
+            return kind, self._exact(value.value)
+        if kind is float:  # NaNs differ in their bits.
+            return kind, struct.pack("d", value)
         if isinstance(value, tuple):
-            return (type(value), *map(self._exact, value))
-        return type(value), value
+            return (kind, *map(self._exact, value))
+        hash(value)  # TypeError of a list, say, which may change
+        return kind, value if kind in (int, bool, str) else _Itself(value)
 
     def _run(self, executor: Any, prepared: _Prepared) -> None:
         given, inputs, tape = prepared
-        parts, scope = self._parts, None
-        grid = executor.grid(given) if callable(executor.grid) else executor.grid
-        grid = grid + (1,) * (3 - len(grid))
-        arrays = [handle.data for handle in inputs]
-        parts.builder.set_grid_dim(*grid)
-        try:
-            for place in product(*map(range, grid)):
-                parts.builder.set_grid_idx(*place)
-                self.n_programs += 1
-                if tape.is_usable:
-                    replayed = replay(tape, arrays)
-                    if replayed.is_done:
-                        self.n_replayed += 1
-                        continue
-                    recorders.current = Recorder(tape, inputs, replayed, parts)
-                    tape.enter(executor.fn)
-                scope = scope or parts.patch_lang(executor.fn)
-                try:
-                    executor.fn(**given)
-                except BaseException:
-                    tape.is_usable = False
-                    raise
-                finally:
-                    recorders.current = None
-        except Exception as error:
-            raise parts.error(repr(error)) from error
-        finally:
-            if scope is not None:
-                scope.restore()
+        parts, arrays = self._parts, [handle.data for handle in inputs]
+        with ExitStack() as scopes:
+
+            @functools.cache
+            def patch() -> None:
+                scopes.callback(parts.patch_lang(executor.fn).restore)
+
+            if callable(executor.grid) or tape.first is None:
+                patch()
+            grid = executor.grid(given) if callable(executor.grid) else executor.grid
+            assert len(grid) <= 3, "grid must have at most 3 dimensions"
+            grid = grid + (1,) * (3 - len(grid))
+            # Of a number among the arguments, a grid makes a tensor, which no program knows.
+            grid = [int(size) if isinstance(size, parts.tensor) else size for size in grid]
+            parts.builder.set_grid_dim(*grid)
+            try:
+                for place in product(*map(range, grid)):
+                    parts.builder.set_grid_idx(*place)
+                    self.n_programs += 1
+                    if tape.is_usable:
+                        replayed = replay(tape, arrays)
+                        if replayed.is_done:
+                            self.n_replayed += 1
+                            continue
+                        recorders.current = Recorder(tape, inputs, replayed, parts)
+                        recorders.current.enter(executor.fn)
+                    patch()
+                    try:
+                        executor.fn(**given)
+                    except BaseException:
+                        tape.give_up()
+                        raise
+                    finally:
+                        recorders.current = None
+            except Exception as error:
+                raise parts.error(repr(error)) from error
 
 
 class _Prepared(NamedTuple):
@@ -223,6 +254,19 @@ class _Prepared(NamedTuple):
     tape: Tape
 
 
+class _Itself:
+    """A value that equals itself alone, whatever its own class says: a setting of 0.0 and one of -0.0 are equal."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
 def _looking(look: Callable[[Any], Any], seen: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def looked(tensor: Any) -> Any:
         value = look(tensor)
@@ -230,6 +274,15 @@ def _looking(look: Callable[[Any], Any], seen: Callable[[Any], Any]) -> Callable
         if recorder is not None:
             recorder.looked(tensor.handle, value, seen)
         return value
+
+    return looked
+
+
+def _stopping(look: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def looked(tensor: Any) -> Any:
+        if recorders.current is not None:
+            recorders.current.stop()
+        return look(tensor)
 
     return looked
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tritopt.engine.private import InterpreterParts
 
 MOST_EVENTS = 20_000
-"""Length of a branch beyond which its kernel is not recorded: a tape of it would take more than it saves."""
+"""Length of a tape beyond which its kernel is not recorded: it would take more than it saves."""
 
 
 class Recorder:
@@ -31,16 +31,25 @@ class Recorder:
         """NumPy's function, operands and result of the call that is under way."""
         self.is_busy = False
         """Whether one is: what it calls is a part of it."""
-        self.tape, self._branch, self._parts = tape, replay.path[-1], parts
-        self._events: Iterator[Event] | None = iter([event for branch in replay.path for event in branch.events])
+        *before, last = replay.path
+        self.tape, self._parts = tape, parts
+        # After an error, a branch that nobody replays.
+        self._branch = last if replay.n_events is None else Branch()
+        events = [event for branch in before for event in branch.events] + last.events[: replay.n_events]
+        self._events: Iterator[Event] | None = iter(events)
         self._registers = replay.registers
         # By identity; the handle as well, so that no other one gets it.
         self._known: dict[int, tuple[Any, int]] = {id(handle): (handle, i) for i, handle in enumerate(inputs)}
 
     def stop(self) -> None:
         """Give up: what this kernel does cannot be recorded. The program itself goes on."""
-        self.tape.is_usable = False
+        self.tape.give_up()
         recorders.current = None
+
+    def enter(self, function: Any, jit_function: Any = None) -> None:
+        """Note that the program calls a function, as `Tape.enter` has it."""
+        if not self.tape.enter(function, jit_function):
+            self.stop()
 
     def call(self, method: Callable[..., Any], name: str, builder: Any, args: tuple[Any, ...], named: Any) -> Any:
         """Carry out, and note, one operation of the interpreter. Returns its result."""
@@ -60,7 +69,7 @@ class Recorder:
         elif is_handle or name in STORES:
             self._append(Call(name, method, builder, args, result), inputs)
         else:
-            self._branch.events.append(Event(name, None, None))
+            self._note(Event(name, None, None))
         return result
 
     def constant(self, handle: Any) -> None:
@@ -68,7 +77,7 @@ class Recorder:
         event = self._next("constant")
         if event is None:
             event = Event("constant", self.tape.new_register(handle.data), handle.dtype)
-            self._branch.events.append(event)
+            self._note(event)
         assert event.register is not None
         self._known[id(handle)] = handle, event.register
 
@@ -82,8 +91,9 @@ class Recorder:
                 return
             event = Event("reduced", self.tape.new_register(), result.dtype)
             assert event.register is not None
-            self._branch.operations.append(Operation(function, (known[1],), event.register))
-            self._branch.events.append(event)
+            n_before = len(self._branch.events)
+            self._branch.operations.append(Operation(function, (known[1],), event.register, n_before))
+            self._note(event)
         assert event.register is not None
         self._known[id(result)] = result, event.register
 
@@ -102,7 +112,7 @@ class Recorder:
         self._branch.after[value] = after = Branch()
         self._branch = after
         # The first of what comes after it.
-        after.events.append(Event("looked", None, None))
+        self._note(Event("looked", None, None))
 
     def _next(self, name: str) -> Event | None:
         """Return what the tape has next; None: the program is past its end."""
@@ -137,13 +147,17 @@ class Recorder:
         else:
             register = tape.new_register()
             function = function_of(call, self.last_operation, self._parts)
-            branch.operations.append(Operation(function, tuple(inputs), register))
+            branch.operations.append(Operation(function, tuple(inputs), register, len(branch.events)))
         if result is None:
-            branch.events.append(Event(name, None, None))
+            self._note(Event(name, None, None))
         else:
-            branch.events.append(Event(name, register, result.dtype))
             self._known[id(result)] = result, register
-        if len(branch.events) > MOST_EVENTS:
+            self._note(Event(name, register, result.dtype))
+
+    def _note(self, event: Event) -> None:
+        self._branch.events.append(event)
+        self.tape.n_events += 1
+        if self.tape.n_events > MOST_EVENTS:
             self.stop()
 
 

@@ -17,7 +17,12 @@ import numpy as np
 from tritopt.tools.interpreter.launches import Launches
 from tritopt.tools.interpreter.recorder import recorders
 
-_is_fast = False
+_launches: Launches | None = None
+
+
+def launches() -> Launches | None:
+    """Return the interpreter's launches and their tapes; None where `speed_up` has done nothing."""
+    return _launches
 
 
 def speed_up() -> None:
@@ -27,17 +32,16 @@ def speed_up() -> None:
 
     Does nothing where kernels are compiled, or Triton is of a version that this was not tried with.
     """
-    global _is_fast
+    global _launches
     from tritopt.engine import private
     from tritopt.kernels.language import INTERPRETED
 
-    if _is_fast or not INTERPRETED or not private.is_tried_interpreter():
+    if _launches is not None or not INTERPRETED or not private.is_tried_interpreter():
         return
-    _is_fast = True
     private.wrap_interpreter(
         _once_per_launch, _by_name, _plain_first, _with_shared_shapes, _without_checks, _with_known_types
     )
-    private.wrap_programs(Launches)
+    _launches = private.wrap_programs(Launches)
 
 
 class _Nothing:

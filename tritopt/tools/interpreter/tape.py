@@ -8,8 +8,12 @@ to there have given, and nothing is loaded or stored twice.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any, NamedTuple
+
+_PRINTS = {"print", "static_print"}
 
 
 class Operation(NamedTuple):
@@ -20,6 +24,8 @@ class Operation(NamedTuple):
     """Registers of its arguments."""
     output: int
     """Register of what it returns."""
+    n_before: int
+    """Number of events of its branch that come before it."""
 
 
 class Event(NamedTuple):
@@ -65,7 +71,9 @@ class Tape:
         """Values of all registers at a program's start."""
         self.constants: set[int] = set()
         """Registers whose values are the same in every program."""
-        self._depends_on: dict[int, list[Dependency]] = {}
+        self.n_events = 0
+        """Number of events of all branches."""
+        self._depends_on: dict[tuple[int, int], list[Dependency]] = {}
         self.is_usable = True
 
     @property
@@ -73,21 +81,27 @@ class Tape:
         """Whether the kernel, and all that it calls, are what they were."""
         return all(names.get(name) is value for several in self._depends_on.values() for names, name, value in several)
 
-    def enter(self, function: Any, jit_function: Any = None) -> None:
-        """Note that a program calls a function.
+    def give_up(self) -> None:
+        """Let the interpreter run every program from now on."""
+        self.is_usable, self.first = False, None
+        self.registers, self.constants = [], set()
+
+    def enter(self, function: Any, jit_function: Any = None) -> bool:
+        """Note that a program calls a function. Returns whether that can be replayed.
 
         Args:
             function: what the interpreter has made of it.
             jit_function: the one that a kernel calls; None: it is the kernel.
         """
-        if id(function) in self._depends_on:
-            return
-        names = function.__globals__
-        needed = [name for name in function.__code__.co_names if hasattr(names.get(name), "rewritten_fn")]
-        depends_on = [Dependency(names, name, names[name]) for name in needed]
-        if jit_function is not None:
-            depends_on.append(Dependency(jit_function.rewritten_fn, jit_function.fn, function))
-        self._depends_on[id(function)] = depends_on
+        key = id(function), id(jit_function)
+        if key not in self._depends_on:
+            depends_on = _dependencies(function)
+            if depends_on is None:
+                return False
+            if jit_function is not None:
+                depends_on.append(Dependency(jit_function.rewritten_fn, jit_function.fn, function))
+            self._depends_on[key] = depends_on
+        return True
 
     def new_register(self, constant: Any = None) -> int:
         """Return the number of a register that no branch has. constant: its array, in every program."""
@@ -103,6 +117,8 @@ class Replay(NamedTuple):
     path: list[Branch]
     registers: list[Any]
     is_done: bool
+    n_events: int | None = None
+    """Number of events of the last branch before the one that raised an error; None: none did."""
 
 
 def replay(tape: Tape, inputs: Sequence[Any]) -> Replay:
@@ -115,8 +131,12 @@ def replay(tape: Tape, inputs: Sequence[Any]) -> Replay:
     branch = tape.first
     path = [branch]
     while True:
-        for function, places, output in branch.operations:
-            registers[output] = function(*[registers[place] for place in places])
+        try:
+            for operation in branch.operations:
+                function, places, output, _ = operation
+                registers[output] = function(*[registers[place] for place in places])
+        except Exception:  # which the interpreter words, and says where in the kernel
+            return Replay(path, registers, is_done=False, n_events=operation.n_before)
         if branch.looked_at is None:
             return Replay(path, registers, is_done=True)
         register, seen = branch.looked_at
@@ -125,3 +145,43 @@ def replay(tape: Tape, inputs: Sequence[Any]) -> Replay:
             return Replay(path, registers, is_done=False)
         branch = after
         path.append(branch)
+
+
+def _dependencies(function: Any) -> list[Dependency] | None:
+    """Return the global names that a function reads, itself or in Python's functions; None: it prints, or is nested.
+
+    Triton's own are taken to stay: who replaces them asks for `live`.
+    """
+    depends_on: list[Dependency] = []
+    functions, known = [function], set[int]()
+    while functions:
+        function = inspect.unwrap(functions.pop())
+        if id(function) in known or _is_of_triton(function.__module__):
+            continue
+        known.add(id(function))
+        used = _names(function.__code__)
+        if used & _PRINTS or function.__closure__:
+            return None
+        spaces = [function.__globals__]
+        while spaces:
+            names = spaces.pop()
+            known.add(id(names))
+            for name in used:
+                value = names.get(name)
+                depends_on.append(Dependency(names, name, value))
+                if inspect.ismodule(value):
+                    if not _is_of_triton(value.__name__) and id(vars(value)) not in known:
+                        spaces.append(vars(value))
+                elif not hasattr(value, "rewritten_fn"):  # A jit function is entered when it is called.
+                    functions += filter(inspect.isfunction, (value, getattr(value, "fn", None)))
+    return depends_on
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the names of globals and of attributes in a function's code, and in what is defined in it."""
+    nested = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return {*code.co_names}.union(*nested)
+
+
+def _is_of_triton(module: str | None) -> bool:
+    return (module or "").partition(".")[0] == "triton"
