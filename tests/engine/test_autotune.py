@@ -612,13 +612,13 @@ def test_without_a_gpu() -> None:
 COLD = """
 import json, time, torch, triton
 import tritopt.optim
-from tritopt.tools.compiled import compile_launches, compile_norm
+from tritopt.tools.compiled import CompiledNorm, CompiledStep, compile_launches
 from tritopt.kernels.formats.weights import MASTER_FP32
 hits = []
 triton.knobs.compilation.listener = lambda **event: hits.append([event["metadata"]["name"], event["cache_hit"]])
 began = time.monotonic()
-compile_launches(tritopt.AdamW(), torch.bfloat16, torch.bfloat16, MASTER_FP32, 90)
-compile_norm(torch.bfloat16, 90)
+bf16 = torch.bfloat16
+compile_launches([CompiledStep(tritopt.AdamW(), bf16, bf16, MASTER_FP32), CompiledNorm(bf16)])
 print(json.dumps([hits, time.monotonic() - began]))
 """
 

@@ -57,7 +57,7 @@ from triton.runtime import driver
 import triton, triton.language as tl
 from tritopt.engine import private
 from tritopt.kernels.scale import scale_update
-from tritopt.tools.compiled import _tool
+from tritopt.tools.disassembly import run_tool
 
 launched = []
 
@@ -117,7 +117,7 @@ print(json.dumps({
     "hooked": len(hooked),
     "assembly": [".target sm_90" in private.assembly(nvidia)["ptx"], "gfx942" in private.assembly(amd)["amdgcn"]],
     "metadata": [private.metadata(nvidia).name, private.metadata(nvidia).shared, private.metadata(nvidia).num_warps],
-    "usage": "REG:" in _tool("cuobjdump", "--dump-resource-usage", cubin=private.assembly(nvidia)["cubin"]),
+    "usage": "REG:" in run_tool("cuobjdump", "--dump-resource-usage", binary=private.assembly(nvidia)["cubin"]),
     "tools": [private.nvidia_tool(name).exists() for name in ("nvdisasm", "cuobjdump")],
 }))
 '''

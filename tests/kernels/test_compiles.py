@@ -24,7 +24,7 @@ PROGRAM = """
 import json, sys, torch, tritopt, tritopt.optim
 arch = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
 from tests.support.training import one_of_each_kind
-from tritopt.tools.compiled import compile_launches, compile_norm, compile_product
+from tritopt.tools.compiled import CompiledNorm, CompiledStep, compile_launches, compile_product
 from tritopt.tools.cost import bytes_per_parameter
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS
@@ -35,7 +35,7 @@ common = [(bf16, bf16, MASTER_FP32), (f32, f32, PLAIN)]
 rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, f64, PLAIN)]
 packed = [(bf16, bf16, fmt) for fmt in MASTERS.values() if fmt is not MASTER_FP32]
 is_all = sys.argv[2] == "all"
-rows = [{"case": "norm", **launch._asdict()} for launch in compile_norm(bf16, arch)]
+steps = {"norm": ({}, CompiledNorm(bf16, arch))}
 rules = {cls.rule for cls in vars(tritopt.optim).values() if hasattr(cls, "rule")}
 own = [rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")]
 torchs = {rule.__name__: with_api(rule) for rule in own}
@@ -62,14 +62,18 @@ for name, rule in optimizers.items():
             opt = rule(**variant, state_dtype=choice)
             case = f"{name} {variant} {weight} {grad} {fmt.name}" + (f", {choice} states" if choice else "")
             cost = bytes_per_parameter(opt, weight, grad, fmt)._asdict()
-            for launch in compile_launches(opt, weight, grad, fmt, arch):
-                rows.append({"case": case, **cost, **launch._asdict()})
+            steps[case] = cost, CompiledStep(opt, weight, grad, fmt, arch)
 for fmt, choice in ((PLAIN, None), (MASTER_FP32, None), (MASTERS["split16"], "bf16")):
     dtype = f32 if fmt is PLAIN else bf16
     opt = optimizers["adamw"](state_dtype=choice)
-    for launch in compile_launches(opt, dtype, dtype, fmt, arch, are_views=True):
-        case = f"views: adamw {{}} {dtype} {dtype} {fmt.name}" + (f", {choice} states" if choice else "")
-        rows.append({"case": case, **bytes_per_parameter(opt, dtype, dtype, fmt)._asdict(), **launch._asdict()})
+    case = f"views: adamw {{}} {dtype} {dtype} {fmt.name}" + (f", {choice} states" if choice else "")
+    cost = bytes_per_parameter(opt, dtype, dtype, fmt)._asdict()
+    steps[case] = cost, CompiledStep(opt, dtype, dtype, fmt, arch, are_views=True)
+compiled = compile_launches([step for _, step in steps.values()])
+rows = [
+    {"case": case, **cost, **launch._asdict()}
+    for (case, (cost, _)), launches in zip(steps.items(), compiled, strict=True) for launch in launches
+]
 with torch.device("meta"):
     factors = {
         "whole": (torch.empty(1, 256, 64, dtype=bf16), (80, 90, "gfx942")),

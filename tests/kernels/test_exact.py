@@ -90,7 +90,7 @@ import sys
 from tritopt.engine import private
 from tritopt.kernels.language import tl, triton
 from tritopt.kernels.ops import div, sqrt
-from tritopt.tools.compiled import _tool
+from tritopt.tools.disassembly import run_tool
 
 @triton.jit
 def kernel(x_ptr, y_ptr, z_ptr, N: tl.constexpr):
@@ -103,7 +103,7 @@ kinds = {name: "*fp32" for name in ("x_ptr", "y_ptr", "z_ptr")} | {"N": "constex
 for n in (1, 4):
     options = {"num_warps": 1, "enable_fp_fusion": False}
     binary = private.compile_for(int(sys.argv[1]), kernel, kinds, {"N": n}, options)
-    print(_tool("nvdisasm", "-c", "-ndf", cubin=private.assembly(binary)["cubin"]), end="\\f")
+    print(run_tool("nvdisasm", "-c", "-ndf", binary=private.assembly(binary)["cubin"]), end="\\f")
 """
 # A branch over a call: what lies between runs for the few operands that the FMAs do not do for.
 DETOUR = re.compile(r"BRA `\((\.L_x_\d+)\) ;\n(?:(?!\.L_x_).*\n)*?.*CALL(?:.*\n)*?\1:")

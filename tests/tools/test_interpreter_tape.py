@@ -462,7 +462,6 @@ def where(x_ptr: Any, n: Any, BLOCK: tl.constexpr) -> Any:
     ("grid", "n_replayed"),
     [((5,), 4), ((2, 3), 5), ((2, 2, 3), 10), ((0,), 0), ((2, 0, 3), 0), ((-1,), 0),
      (lambda meta: (triton.cdiv(12, meta["BLOCK"]),), 2), (lambda meta: (triton.cdiv(meta["n"], meta["BLOCK"]), 2), 5)],
-    ids=str,
 )  # fmt: skip
 def test_grids(grid: Any, n_replayed: int) -> None:
     """Two programs of (2, 2, 3) stand behind the end of x: one more is recorded."""
@@ -470,7 +469,7 @@ def test_grids(grid: Any, n_replayed: int) -> None:
     assert both(where, grid, random(16), 10, BLOCK=4) == n_replayed
 
 
-@pytest.mark.parametrize("grid", [(1, 1, 1, 1), [2], (2.0,), 3, lambda meta: meta["m"]], ids=str)
+@pytest.mark.parametrize("grid", [(1, 1, 1, 1), [2], (2.0,), 3, lambda meta: meta["m"]])
 def test_grids_that_are_refused(grid: Any) -> None:
     both(where, grid, random(16), 10, BLOCK=4, fails=True)
 
@@ -521,7 +520,7 @@ WRONG_ARGUMENTS: list[tuple[Any, ...]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("args", WRONG_ARGUMENTS, ids=str)
+@pytest.mark.parametrize("args", WRONG_ARGUMENTS)
 def test_wrong_arguments_are_refused_alike(args: tuple[Any, ...]) -> None:
     outcomes = []
     for is_live in (True, False):

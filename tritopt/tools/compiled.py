@@ -6,12 +6,8 @@ Needs kernels that are not interpreted: run with TRITON_INTERPRET unset.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +24,8 @@ from tritopt.kernels.language import INTERPRETED
 from tritopt.kernels.preambles import without_clip
 from tritopt.mxnet.optimizer import Optimizer
 from tritopt.tools.cost import fresh_state, tensors_of
-from tritopt.tools.hot_loop import Code, HotLoop, hot_loops, parse_gcn, parse_sass
+from tritopt.tools.disassembly import disassemble, run_tool
+from tritopt.tools.hot_loop import HotLoop, hot_loops, parse_gcn, parse_sass
 
 _VECTOR = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.v\d")
 _TYPES = {
@@ -99,31 +96,35 @@ class CompiledLaunch(NamedTuple):
     """Number of instructions per parameter for the pipe of roots and conversions. None: there is no hot loop."""
 
 
-def compile_launches(
-    opt: Optimizer,
-    weight_dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    fmt: Format = PLAIN,
-    arch: int | str = 90,
-    are_views: bool = False,
-) -> list[CompiledLaunch]:
-    """Compile every launch of a step of `opt`.
+class CompiledStep(NamedTuple):
+    """A step whose launches are to be compiled."""
 
-    Args:
-        opt: the optimizer.
-        weight_dtype, grad_dtype, fmt: dtypes of weights and gradients, and storage format of the weights.
-        arch: compute capability of an NVIDIA GPU (90: sm_90, an H100 or H200), or the name of an AMD one ("gfx942").
-        are_views: whether weights and gradients begin at an odd place of a flat buffer.
+    opt: Optimizer
+    weight_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    fmt: Format = PLAIN
+    """Storage format of the weights."""
+    arch: int | str = 90
+    """Compute capability of an NVIDIA GPU (90: sm_90, an H100 or H200), or the name of an AMD one ("gfx942")."""
+    are_views: bool = False
+    """Whether weights and gradients begin at an odd place of a flat buffer."""
+
+
+class CompiledNorm(NamedTuple):
+    """A global norm of gradients (max_grad_norm) whose launches are to be compiled."""
+
+    dtype: torch.dtype
+    arch: int | str = 90
+
+
+def compile_launches(steps: Sequence[CompiledStep | CompiledNorm]) -> list[list[CompiledLaunch]]:
+    """Compile every launch of each step. Many at a time take less: they are disassembled together.
 
     Raises RuntimeError under TRITON_INTERPRET=1, which replaces kernels by Python.
     """
-    return _compiled(lambda planner: _step(planner, opt, weight_dtype, grad_dtype, fmt, int(are_views)), arch)
-
-
-def compile_norm(dtype: torch.dtype, arch: int | str = 90) -> list[CompiledLaunch]:
-    """Compile the launches that a global norm of gradients takes (max_grad_norm)."""
-    grads = [torch.zeros(64, 64, dtype=dtype, device="cpu")]
-    return _compiled(lambda planner: planner.squares("compile", grads), arch)
+    compiled = [[_compile(launched, step.arch) for launched in _launches_of(step)] for step in steps]
+    described = _described([binary for binaries in compiled for binary in binaries])
+    return [[next(described) for _ in binaries] for binaries in compiled]
 
 
 class CompiledProduct(NamedTuple):
@@ -154,12 +155,14 @@ def compile_product(x: torch.Tensor, arch: int | str = 90) -> CompiledProduct:
     return CompiledProduct(registers, spilled, private.metadata(binary).shared, code["ptx" if is_nvidia else "amdgcn"])
 
 
-def _compiled(step: Callable[[Planner], Any], arch: int | str) -> list[CompiledLaunch]:
-    recording = Recording()
-    planner = Planner()
-    planner.generic, planner.record = NVIDIA if isinstance(arch, int) else AMD, recording
-    step(planner)
-    return [_describe(launched, arch) for launched in recording.launches]
+def _launches_of(step: CompiledStep | CompiledNorm) -> list[Launched]:
+    recording, planner = Recording(), Planner()
+    planner.generic, planner.record = NVIDIA if isinstance(step.arch, int) else AMD, recording
+    if isinstance(step, CompiledNorm):
+        planner.squares("compile", [torch.zeros(64, 64, dtype=step.dtype, device="cpu")])
+    else:
+        _step(planner, step.opt, step.weight_dtype, step.grad_dtype, step.fmt, int(step.are_views))
+    return recording.launches
 
 
 class Recording(Recorder):
@@ -209,26 +212,62 @@ def _step(
     planner.apply("compile", [task], [(1.0, 1.0, 0.1, *scalars, *[1.0] * task.draws)], launch)
 
 
-def _describe(launched: Launched, arch: int | str, is_first: bool = True) -> CompiledLaunch:
-    """Describe what runs from the second step on: a launch that spills gets more registers then."""
+class _Binary(NamedTuple):
+    """A launch, compiled, before its hot loops are looked for."""
+
+    launched: Launched
+    arch: int | str
+    forms: Mapping[str, Any]
+    registers: int
+    spilled: int
+    metadata: Any
+    is_driver: bool
+    expected: tuple[int, int] | None
+    """Number of 128-bit loads and stores that a full block takes; None for other kernels than the driver."""
+
+
+def _compile(launched: Launched, arch: int | str, is_first: bool = True) -> _Binary:
+    """Compile what runs from the second step on: a launch that spills gets more registers then."""
     binary = compile_launch(launched, arch)
-    forms, metadata = private.assembly(binary), private.metadata(binary)
-    warp_size = 32 if isinstance(arch, int) else 64
-    is_driver, is_of_rows, expected, wide_loads = "FORMATS" in launched.arguments, _is_of_rows(launched), None, 0
-    if is_driver and not is_of_rows:
-        expected = _expected_accesses(launched, _elements_of_a_thread(launched, warp_size))
-        wide_loads = expected[0] if launched.arguments["UNROLL"] > 1 else 0
+    forms, is_driver = private.assembly(binary), "FORMATS" in launched.arguments
     registers, spilled = resources_of(forms)
-    if isinstance(arch, int):
-        if is_driver and spilled and is_first:
-            more = driver.more_registers(registers)
-            return _describe(launched._replace(options={**launched.options, **more}), arch, False)
-        # Disassembling takes long, and a loop of single words is not hot.
-        has_vectors = _VECTOR.search(forms["ptx"]) is not None and not is_of_rows
-        loops = _loops_of(forms["cubin"], wide_loads, is_driver) if has_vectors else ()
-    else:
-        loops = () if is_of_rows else hot_loops(parse_gcn(forms["amdgcn"]), wide_loads, is_driver)
-    elements = _elements_of_a_thread(launched, warp_size) if loops else 0
+    if isinstance(arch, int) and is_driver and spilled and is_first:
+        more = driver.more_registers(registers)
+        return _compile(launched._replace(options={**launched.options, **more}), arch, False)
+    expected = None
+    if is_driver and not _is_of_rows(launched):
+        expected = _expected_accesses(launched, _elements_of_a_thread(launched, arch))
+    return _Binary(launched, arch, forms, registers, spilled, private.metadata(binary), is_driver, expected)
+
+
+def _described(binaries: Sequence[_Binary]) -> Iterator[CompiledLaunch]:
+    """Describe launches, of which all for one architecture are disassembled together."""
+    sass: dict[tuple[int, bytes], str] = {}
+    for arch in {binary.arch for binary in binaries if isinstance(binary.arch, int)}:
+        # A loop of single words is not hot, so what has no other ones is left out.
+        cubins = {
+            binary.forms["cubin"]: None
+            for binary in binaries
+            if binary.arch == arch and _VECTOR.search(binary.forms["ptx"]) and not _is_of_rows(binary.launched)
+        }
+        sass |= {(arch, cubin): text for cubin, text in zip(cubins, disassemble(list(cubins), arch), strict=True)}
+    loops: dict[Any, Sequence[HotLoop]] = {}  # many launches share a binary
+    for binary in binaries:
+        wide = binary.expected[0] if binary.expected and binary.launched.arguments["UNROLL"] > 1 else 0
+        if isinstance(binary.arch, int):
+            text = sass.get((binary.arch, binary.forms["cubin"]), "")
+        else:
+            text = "" if _is_of_rows(binary.launched) else binary.forms["amdgcn"]
+        key = text, wide, binary.is_driver
+        if key not in loops:
+            parse = parse_sass if isinstance(binary.arch, int) else parse_gcn
+            loops[key] = hot_loops(parse(text), wide, binary.is_driver) if text else ()
+        yield _describe(binary, loops[key])
+
+
+def _describe(binary: _Binary, loops: Sequence[HotLoop]) -> CompiledLaunch:
+    launched, arch, _, registers, spilled, metadata, is_driver, expected = binary
+    elements = _elements_of_a_thread(launched, arch) if loops else 0
     loads: Counter[int] = sum((loop.loads for loop in loops), Counter())
     stores: Counter[int] = sum((loop.stores for loop in loops), Counter())
     masked = _masked_bytes(launched)
@@ -261,8 +300,9 @@ def _is_of_rows(launched: Launched) -> bool:
     return not (constants["READS"][0] or constants["READS"][1] or constants["WRITES"][0])
 
 
-def _elements_of_a_thread(launched: Launched, warp_size: int) -> int:
+def _elements_of_a_thread(launched: Launched, arch: int | str) -> int:
     """Number of elements that a thread has in one iteration over full blocks."""
+    warp_size = 32 if isinstance(arch, int) else 64
     constants = launched.arguments
     block = (
         constants["BLOCK_SIZE"] if "BLOCK_SIZE" in constants else constants["BB"] * constants["BR"] * constants["BC"]
@@ -305,31 +345,11 @@ def _expected_accesses(launched: Launched, per_thread: int) -> tuple[int, int]:
     return loads, stores
 
 
-@lru_cache(maxsize=256)
-def _loops_of(cubin: bytes, wide_loads: int, are_narrow: bool) -> Sequence[HotLoop]:
-    """Hot loops of a binary, which many launches may share: disassembling one takes 0.3 s."""
-    return hot_loops(code_of(cubin), wide_loads, are_narrow)
-
-
-def code_of(cubin: bytes) -> Code:
-    """Disassemble a binary for an NVIDIA GPU."""
-    return parse_sass(_tool("nvdisasm", "-c", "-ndf", cubin=cubin))
-
-
 def resources_of(code: Mapping[str, Any]) -> tuple[int, int]:
     """Registers a thread, and bytes of what they spill: on NVIDIA of stack plus local memory."""
     if "amdgcn" in code:
         registers, spills = (int(re.findall(rf"\.vgpr_{k}count:\s+(\d+)", code["amdgcn"])[0]) for k in ("", "spill_"))
         return registers, 4 * spills
-    usage = _tool("cuobjdump", "--dump-resource-usage", cubin=code["cubin"])
+    usage = run_tool("cuobjdump", "--dump-resource-usage", binary=code["cubin"])
     usage_of = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return usage_of["REG"], usage_of["STACK"] + usage_of["LOCAL"]
-
-
-def _tool(name: str, *options: str, cubin: bytes) -> str:
-    """Output of one of the tools that Triton ships, for a binary."""
-    tool = private.nvidia_tool(name)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        return subprocess.run([tool, *options, file], capture_output=True, text=True, check=True).stdout

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED
-from tritopt.tools.compiled import CompiledLaunch, compile_launches, compile_norm
+from tritopt.tools.compiled import CompiledLaunch, CompiledNorm, CompiledStep, compile_launches
 from tritopt.tools.cost import Traffic, phase_traffic
 from tritopt.tools.gpus import ARCHITECTURES, Gpu, find_gpu, resident_programs
 from tritopt.tools.inspect.cases import NORM, class_of, grad_dtype_of, known_optimizers, make, traffic_of
@@ -34,30 +34,51 @@ def inspect_case(case: Case) -> list[LaunchRecord]:
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
     gpu = find_gpu(case.gpu)
     try:
-        return _compiled_case(case, gpu)
+        return _compiled_cases([case])[0]
     except Exception as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         message = f"{case.label}, {gpu.target}: Triton {version('triton')} does not compile it: {error}{cause}"
         raise RuntimeError(message) from error
 
 
-def _compiled_case(case: Case, gpu: Gpu) -> list[LaunchRecord]:
-    arch = ARCHITECTURES[gpu.target].arch
-    grad_dtype = grad_dtype_of(case)
+def inspect_batch(cases: Sequence[Case]) -> list[list[LaunchRecord]]:
+    """Do the same for many, which takes less for each. RuntimeError for the first that does not compile."""
+    try:
+        return _compiled_cases(cases)
+    except Exception:
+        return [inspect_case(case) for case in cases]
+
+
+def _compiled_cases(cases: Sequence[Case]) -> list[list[LaunchRecord]]:
+    planned = [_plan(case) for case in cases]
+    compiled = compile_launches([step for step, _, _ in planned])
+    return [
+        _records(case, launches, traffic, phases)
+        for case, launches, (_, traffic, phases) in zip(cases, compiled, planned, strict=True)
+    ]
+
+
+def _plan(case: Case) -> tuple[CompiledStep | CompiledNorm, Traffic, Sequence[Traffic]]:
+    """Return what is to be compiled, and what the step and each of its phases must move."""
+    arch, grad_dtype = ARCHITECTURES[find_gpu(case.gpu).target].arch, grad_dtype_of(case)
     if case.optimizer == NORM:
-        launches = compile_norm(grad_dtype, arch)
-        step, phases = Traffic(grad_dtype.itemsize, 0), [Traffic(grad_dtype.itemsize, 0)]
-    else:
-        storage = FORMATS[case.storage]
-        opt = make(class_of(case.optimizer, known_optimizers()), case)
-        fmt = storage.weight_format
-        step, phases = traffic_of(opt, case), phase_traffic(opt, storage.dtype, grad_dtype, fmt)
-        launches = compile_launches(opt, storage.dtype, grad_dtype, fmt, arch, case.views)
+        traffic = Traffic(grad_dtype.itemsize, 0)
+        return CompiledNorm(grad_dtype, arch), traffic, [traffic]
+    storage = FORMATS[case.storage]
+    opt = make(class_of(case.optimizer, known_optimizers()), case)
+    step = CompiledStep(opt, storage.dtype, grad_dtype, storage.weight_format, arch, case.views)
+    return step, traffic_of(opt, case), phase_traffic(opt, storage.dtype, grad_dtype, storage.weight_format)
+
+
+def _records(
+    case: Case, launches: list[CompiledLaunch], step: Traffic, phases: Sequence[Traffic]
+) -> list[LaunchRecord]:
     hot = [i for i, launch in enumerate(launches) if launch.elements]
     must = dict(zip(hot, phases, strict=True)) if len(hot) == len(phases) else {}
     if case.views:  # their narrow accesses are not told from those of scales, which neighbours share
         for i, phase in must.items():
             launches[i] = launches[i]._replace(bytes_loaded=phase.read, bytes_stored=phase.written)
+    gpu = find_gpu(case.gpu)
     return [_row(case, gpu, step, i, launch, must.get(i)) for i, launch in enumerate(launches)]
 
 
@@ -117,7 +138,11 @@ def inspect_cases(cases: Sequence[Case], processes: int | None = None) -> Iterat
         # Starting one takes as long as some compilations.
         n = math.ceil(len(cases) / 4)
         processes = 0 if n <= 1 and not INTERPRETED else max(1, min(len(os.sched_getaffinity(0)), n))
-    yield from in_processes(inspect_case, cases, processes)
+    # As many for each process that none waits long for another.
+    size = math.ceil(len(cases) / (4 * max(1, processes))) or 1
+    batches = [cases[i : i + size] for i in range(0, len(cases), size)]
+    for records in in_processes(inspect_batch, batches, processes):
+        yield from records
 
 
 def in_processes(compiles: Callable[[Any], AnyResult], whats: Sequence[Any], n: int) -> Iterator[AnyResult]:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from tritopt.engine import private
 from tritopt.kernels.language import HAS_TRITON, INSTALL_TRITON, INTERPRETED, tl
-from tritopt.tools.compiled import CompiledLaunch, code_of, resources_of
+from tritopt.tools.compiled import CompiledLaunch, resources_of
+from tritopt.tools.disassembly import disassemble
 from tritopt.tools.gpus import ARCHITECTURES, GPUS, resident_programs
-from tritopt.tools.hot_loop import hot_loops, straight_code
+from tritopt.tools.hot_loop import hot_loops, parse_sass, straight_code
 from tritopt.tools.inspect.compile import N_PARAMETERS, in_processes
 from tritopt.tools.inspect.model import bytes_in_flight, seconds_of
 from tritopt.tools.inspect.peers import PeerKernel
@@ -152,7 +153,7 @@ def _compiled(peer: TritonPeer) -> PeerKernel:
     forms = private.assembly(binary)
     registers, spilled = resources_of(forms)
     shared = private.metadata(binary).shared
-    code = code_of(forms["cubin"])
+    code = parse_sass(disassemble([forms["cubin"]], 90)[0])
     loop = next(iter(hot_loops(code)), None) or straight_code(code)
     n_threads = peer.num_warps * ARCHITECTURES[GPU.target].warp_size
     elements = peer.elements // n_threads
