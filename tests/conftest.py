@@ -36,6 +36,11 @@ torch.use_deterministic_algorithms(True)
 torch.sparse.check_sparse_tensor_invariants.enable()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist take groups in the order below, and not by their numbers of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_finish() -> None:
     """Let the garbage collector pass over the tests themselves, a million objects that stay."""
     if not os.environ.get("TRITOPT_PTX"):  # where the machine asks the collector for tensors
@@ -48,6 +53,19 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+LONGEST = ("test_steps.py", "compiles", "distributed", "tools.test_check", "optim.test_torch_parity", "tools.test_bench")
+"""Files and groups that take a minute or more, to begin with: at the end, one worker would wait for the other."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that take minutes each: at the end, one worker would wait for the other."""
-    items.sort(key=lambda item: "tests/ptx/test_steps.py" not in item.nodeid)
+    """Let one worker of pytest-xdist run a whole file: its fixtures and caches are made once."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and item.path.name != LONGEST[0]:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}.{item.path.stem}"))
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> int:
+    marker = item.get_closest_marker("xdist_group")
+    name = item.path.name if marker is None else marker.args[0]
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
