@@ -53,7 +53,7 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
-LONGEST = ("test_steps.py", "compiles", "distributed", "tools.test_check", "optim.test_torch_parity", "tools.test_bench")
+LONGEST = ("test_steps.py", "compiles", "distributed", "tools.test_check", "optim.test_torch_parity")
 """Files and groups that take a minute or more, to begin with: at the end, one worker would wait for the other."""
 
 
