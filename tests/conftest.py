@@ -57,8 +57,12 @@ LONGEST = ("test_steps.py", "compiles", "distributed", "tools.test_check", "opti
 """Files and groups that take a minute or more, to begin with: at the end, one worker would wait for the other."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker of pytest-xdist run a whole file: its fixtures and caches are made once."""
+    """Let one worker of pytest-xdist run a whole file: its fixtures and caches are made once.
+
+    First, since pytest-xdist writes groups into names here, too.
+    """
     for item in items:
         if item.get_closest_marker("xdist_group") is None and item.path.name != LONGEST[0]:
             item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}.{item.path.stem}"))
