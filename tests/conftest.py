@@ -49,7 +49,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Let go, or objects of Triton's would outlive the interpreter, which complains."""
+    """Unfreeze the collector, or objects of Triton's would outlive the interpreter, which complains."""
     gc.unfreeze()
 
 

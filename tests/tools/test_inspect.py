@@ -536,6 +536,20 @@ def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert "at 63:25: no such thing ('int' object has no attribute 'type')" in result.output
 
 
+def test_of_a_batch_the_one_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(steps: Sequence[Any]) -> list[Any]:
+        if any(type(step.opt).__name__ == "Lion" for step in steps):
+            raise SyntaxError("no such thing")
+        return [[] for _ in steps]
+
+    monkeypatch.setattr(compiling, "INTERPRETED", False)
+    monkeypatch.setattr(compiling, "compile_launches", broken)
+    sound, wrong = (Case(name, {}, "master", None, "H200") for name in ("adamw", "lion"))
+    assert compiling.inspect_batch([sound, sound]) == [[], []]
+    with pytest.raises(RuntimeError, match=r"lion master, sm_90: Triton .* does not compile it: no such thing"):
+        compiling.inspect_batch([sound, wrong, sound])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{}", "holds no list of rows"), ("[]", "holds no list"), ('[{"kernel": "x"}]', "rows differ in alu, arguments")],

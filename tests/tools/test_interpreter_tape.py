@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import struct
+import subprocess
 import sys
 import threading
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ N = 16
 FACTOR = 2
 TABLE = ModuleType("table")
 TABLE.offset = 3  # type: ignore[attr-defined]
+TABLE.other = 1  # type: ignore[attr-defined]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -133,10 +136,6 @@ def operations(x_ptr: Any, y_ptr: Any, out_ptr: Any, n: Any, BLOCK: tl.constexpr
     x = tl.load(x_ptr + at, mask=at < n)
     y = tl.load(y_ptr + at, mask=at < n, other=x.to(y_ptr.dtype.element_ty))
     tl.store(out_ptr + at, OPERATION(x, y).to(out_ptr.dtype.element_ty), mask=at < n)
-
-
-def operation(function: Any) -> Any:
-    return triton.jit(function)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -321,8 +320,16 @@ def test_equal_constants_that_are_not_the_same(values: tuple[Any, ...]) -> None:
 
 def test_settings_whose_values_are_equal() -> None:
     for value in (1.0, 1, 0.0, -0.0):
-        with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             both(set_to, (3,), random(8), Setting(value))
+
+
+def test_a_setting_that_changes() -> None:
+    """What may change without another name or object is never replayed."""
+    setting = SimpleNamespace(value=1.0)
+    for setting.value in (1.0, 5.0):
+        assert both(set_to, (3,), random(8), setting) == 0
 
 
 @pytest.mark.parametrize(
@@ -364,7 +371,7 @@ def _thrice(x: Any) -> Any:
 
 
 def _plus() -> int:
-    return PLUS
+    return PLUS + int(TABLE.other)
 
 
 PLUS = 1
@@ -388,7 +395,7 @@ def test_names_that_mean_something_else(monkeypatch: pytest.MonkeyPatch) -> None
     TABLE.function = _twice  # type: ignore[attr-defined]
     changes: list[tuple[Any, str, Any]] = [
         (here, "_twice", _thrice), (here, "FACTOR", 5), (TABLE, "offset", 7), (TABLE, "function", _thrice),
-        (here, "PLUS", 9), (here, "_plus", lambda: 4), (here, "range", lambda *_: [0]),
+        (here, "PLUS", 9), (TABLE, "other", 6), (here, "_plus", lambda: 4), (here, "range", lambda *_: [0]),
     ]  # fmt: skip
     both(global_names, (3,), x)
     for owner, name, value in changes:
@@ -720,3 +727,41 @@ def test_kernels_of_the_package_are_replayed() -> None:
         before = LAUNCHES.n_programs - LAUNCHES.n_replayed
         opt.step()
     assert LAUNCHES.n_programs - LAUNCHES.n_replayed == before
+
+
+STEPS = """
+import torch, zlib
+from tritopt import optim
+
+def hashes():
+    made = []
+    for name, dtype, options in (
+        ("AdamW", torch.bfloat16, {"master": "split8", "state_dtype": "int8", "max_grad_norm": 1.0}),
+        ("LAMB", torch.float16, {"clip_value": 0.5}),
+        ("Adafactor", torch.float32, {}),
+    ):
+        random = torch.Generator("cpu").manual_seed(0)
+        shapes = [(64, 70), (33,), (5, 3, 7), ()]
+        params = [torch.nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in shapes]
+        opt = getattr(optim, name)(params, lr=0.01, **options)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=random).to(dtype)
+            opt.step()
+        tensors = [x for param in params for x in (param.detach(), *opt.state[param].values())]
+        made += [zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().tobytes()) for x in tensors if torch.is_tensor(x)]
+    return made
+"""
+
+
+def test_steps_have_the_bits_of_tritons_own_interpreter() -> None:
+    """The other process does not `speed_up`; this one's interpreter has its shortcuts even where it runs live."""
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    names: dict[str, Any] = {}
+    exec(STEPS, names)
+    program = f"{STEPS}\nprint(hashes())"
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before = LAUNCHES.n_replayed
+    assert str(names["hashes"]()) == done.stdout.strip()
+    assert LAUNCHES.n_replayed > before + 50

@@ -217,7 +217,8 @@ class _Binary(NamedTuple):
 
     launched: Launched
     arch: int | str
-    forms: Mapping[str, Any]
+    code: Any
+    """Cubin, or assembly of an AMD GPU; empty where a hot loop cannot be."""
     registers: int
     spilled: int
     metadata: Any
@@ -234,34 +235,32 @@ def _compile(launched: Launched, arch: int | str, is_first: bool = True) -> _Bin
     if isinstance(arch, int) and is_driver and spilled and is_first:
         more = driver.more_registers(registers)
         return _compile(launched._replace(options={**launched.options, **more}), arch, False)
-    expected = None
-    if is_driver and not _is_of_rows(launched):
-        expected = _expected_accesses(launched, _elements_of_a_thread(launched, arch))
-    return _Binary(launched, arch, forms, registers, spilled, private.metadata(binary), is_driver, expected)
+    expected, code = None, ""
+    if not _is_of_rows(launched):
+        if is_driver:
+            expected = _expected_accesses(launched, _elements_of_a_thread(launched, arch))
+        if not isinstance(arch, int):
+            code = forms["amdgcn"]
+        elif _VECTOR.search(forms["ptx"]):  # A loop of single words is not hot.
+            code = forms["cubin"]
+    return _Binary(launched, arch, code, registers, spilled, private.metadata(binary), is_driver, expected)
 
 
 def _described(binaries: Sequence[_Binary]) -> Iterator[CompiledLaunch]:
     """Describe launches, of which all for one architecture are disassembled together."""
-    sass: dict[tuple[int, bytes], str] = {}
+    texts: dict[Any, str] = {}
     for arch in {binary.arch for binary in binaries if isinstance(binary.arch, int)}:
-        # A loop of single words is not hot, so what has no other ones is left out.
-        cubins = {
-            binary.forms["cubin"]: None
-            for binary in binaries
-            if binary.arch == arch and _VECTOR.search(binary.forms["ptx"]) and not _is_of_rows(binary.launched)
-        }
-        sass |= {(arch, cubin): text for cubin, text in zip(cubins, disassemble(list(cubins), arch), strict=True)}
+        cubins = list(dict.fromkeys(binary.code for binary in binaries if binary.arch == arch and binary.code))
+        texts |= {(arch, cubin): text for cubin, text in zip(cubins, disassemble(cubins, arch), strict=True)}
     loops: dict[Any, Sequence[HotLoop]] = {}  # many launches share a binary
     for binary in binaries:
         wide = binary.expected[0] if binary.expected and binary.launched.arguments["UNROLL"] > 1 else 0
-        if isinstance(binary.arch, int):
-            text = sass.get((binary.arch, binary.forms["cubin"]), "")
-        else:
-            text = "" if _is_of_rows(binary.launched) else binary.forms["amdgcn"]
-        key = text, wide, binary.is_driver
+        key = binary.arch, binary.code, wide, binary.is_driver
         if key not in loops:
-            parse = parse_sass if isinstance(binary.arch, int) else parse_gcn
-            loops[key] = hot_loops(parse(text), wide, binary.is_driver) if text else ()
+            is_nvidia = isinstance(binary.arch, int)
+            text = texts.get((binary.arch, binary.code), "") if is_nvidia else binary.code
+            code = parse_sass(text) if is_nvidia else parse_gcn(text)
+            loops[key] = hot_loops(code, wide, binary.is_driver) if text else ()
         yield _describe(binary, loops[key])
 
 

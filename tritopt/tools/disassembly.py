@@ -31,10 +31,10 @@ def disassemble(cubins: Sequence[bytes], arch: int) -> list[str]:
     codes = [_code_of(cubin) for cubin in cubins]
     lines = run_tool("nvdisasm", "--binary", f"SM{arch}", binary=b"".join(codes)).splitlines()
     placed = [(int(match[1], 16), line) for line in lines if (match := _LINE.match(line))]
-    texts, first, at = [], 0, 0
+    texts, end_address, at = [], 0, 0
     for code in codes:
-        first += len(code)
-        end = next((i for i in range(at, len(placed)) if placed[i][0] >= first), len(placed))
+        end_address += len(code)
+        end = next((i for i in range(at, len(placed)) if placed[i][0] >= end_address), len(placed))
         texts.append("\n".join(_labelled(placed[at:end])))
         at = end
     return texts
@@ -58,10 +58,10 @@ def _code_of(cubin: bytes) -> bytes:
         for name, _, _, _, offset, length in sections
         if cubin.startswith(b".text.", sections[names][4] + name)
     ]
-    if len(texts) != 1 or len(texts[0]) % _ALIGNMENT:
-        raise ValueError(
-            f"a binary with {len(texts)} kernels, of {[len(text) for text in texts]} bytes; it must have one"
-        )
+    if len(texts) != 1:
+        raise ValueError(f"a binary with {len(texts)} kernels; it must have one")
+    if len(texts[0]) % _ALIGNMENT:
+        raise ValueError(f"a kernel of {len(texts[0])} bytes; it must be a multiple of {_ALIGNMENT}")
     return texts[0]
 
 

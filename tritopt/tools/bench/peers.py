@@ -227,7 +227,7 @@ def beside(optimizer: str, fmt: str, chosen: Sequence[str] | None = None) -> lis
 
 @cache
 def _distributions() -> Mapping[str, list[str]]:
-    """Look through every file of what is installed, which takes a second."""
+    """Return the distributions of each package that is installed; to look through all their files takes a second."""
     return metadata.packages_distributions()
 
 

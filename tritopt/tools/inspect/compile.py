@@ -42,7 +42,7 @@ def inspect_case(case: Case) -> list[LaunchRecord]:
 
 
 def inspect_batch(cases: Sequence[Case]) -> list[list[LaunchRecord]]:
-    """Do the same for many, which takes less for each. RuntimeError for the first that does not compile."""
+    """Compile cases together, which takes less time for each. RuntimeError names the first that does not compile."""
     try:
         return _compiled_cases(cases)
     except Exception:

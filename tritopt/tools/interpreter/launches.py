@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import inspect
 import struct
 import threading
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +16,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tritopt.tools.interpreter.recorder import Recorder, recorders
-from tritopt.tools.interpreter.tape import Tape, replay
+from tritopt.tools.interpreter.tape import Tape, is_of_triton, replay
 
 if TYPE_CHECKING:
     from tritopt.engine.private import InterpreterParts
@@ -21,11 +24,14 @@ if TYPE_CHECKING:
 MOST_TAPES = 256
 """Number of tapes that are kept, the latest ones: one takes up to a megabyte."""
 
-_SEEN: dict[str, Callable[[Any], Any]] = {
+_VALUE_SEEN_BY: dict[str, Callable[[Any], Any]] = {
     "__index__": lambda array: int(array.squeeze()),
     "__bool__": lambda array: bool(array) if array.size == 1 else True,
 }
 """Value that Python sees of a tensor's array, by the method that it asks."""
+
+_UNCHANGING = (bytes, complex, enum.Enum, type, types.BuiltinFunctionType, types.FunctionType, types.ModuleType)
+"""Types of compile-time arguments that stay as they are; those of Triton's are besides, and frozen dataclasses."""
 
 _LARGEST = {"int32": 2**31 - 1, "int64": 2**63 - 1}
 
@@ -76,7 +82,7 @@ class Launches:
         return operation
 
     def wrap_numpy(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a method that calls a function of NumPy's, its last argument, and says so."""
+        """Return a method that calls a function of NumPy's, its last argument, of which the recorder is told."""
 
         @functools.wraps(method)
         def called(builder: Any, *args: Any) -> Any:
@@ -124,8 +130,8 @@ class Launches:
         return called
 
     def patch_tensor(self, tensor: Any, scope: Any) -> None:
-        """Say so where Python looks at a tensor's value. scope: restores the class's methods."""
-        for name, seen in _SEEN.items():
+        """Tell the recorder where Python looks at a tensor's value. scope: restores the class's methods."""
+        for name, seen in _VALUE_SEEN_BY.items():
             scope.set_attr(tensor, name, _looking(getattr(tensor, name), seen))
         for name in ("__repr__", "__str__"):
             scope.set_attr(tensor, name, _stopping(getattr(tensor, name)))
@@ -175,21 +181,20 @@ class Launches:
         bound = signature.bind(*args, **{name: x for name, x in constants.items() if name in signature.parameters})
         bound.apply_defaults()
         given: dict[str, Any] = {}
-        inputs, parts = [], [executor.fn, self._parts.builder.options]
+        inputs, key = [], [executor.fn, self._parts.builder.options]
         for name, value in bound.arguments.items():
             made = given[name] = value if name in executor.constexprs else self._parts.to_tensors(value)
             if isinstance(made, self._parts.tensor):
                 inputs.append(made.handle)
-                parts.append((made.type.name, made.handle.data.dtype.char))
+                key.append((made.type.name, made.handle.data.dtype.char))
             elif made is value:
-                parts.append(self._exact(made))
+                key.append(self._exact(made))
             else:
                 raise TypeError(f"{name} is several values: {value!r}")
-        key = tuple(parts)
-        tape = self._tapes.pop(key, None)
+        tape = self._tapes.pop(tuple(key), None)
         if tape is None or not tape.is_current:
             tape = Tape(len(inputs))
-        self._tapes[key] = tape
+        self._tapes[tuple(key)] = tape
         if len(self._tapes) > MOST_TAPES:
             self._tapes.popitem(last=False)
         return _Prepared(given, inputs, tape)
@@ -203,8 +208,12 @@ class Launches:
             return kind, struct.pack("d", value)
         if isinstance(value, tuple):
             return (kind, *map(self._exact, value))
-        hash(value)  # TypeError of a list, say, which may change
-        return kind, value if kind in (int, bool, str) else _Itself(value)
+        if kind in (int, bool, str):
+            return kind, value
+        is_frozen = dataclasses.is_dataclass(value) and kind.__dataclass_params__.frozen
+        if not (value is None or is_frozen or isinstance(value, _UNCHANGING) or is_of_triton(kind.__module__)):
+            raise TypeError(f"{value!r} may change")
+        return kind, _Itself(value)
 
     def _run(self, executor: Any, prepared: _Prepared) -> None:
         given, inputs, tape = prepared
@@ -292,7 +301,7 @@ _is_taped = True
 
 @contextmanager
 def live() -> Iterator[None]:
-    """Have the interpreter run every program itself: for who replaces a part of it."""
+    """Have the interpreter run every program itself, for callers that replace a part of it."""
     global _is_taped
     before, _is_taped = _is_taped, False
     try:

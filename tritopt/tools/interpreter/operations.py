@@ -80,7 +80,7 @@ def _dtype_of(function: Any, *dtypes: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _fast(call: Call) -> Callable[..., Any] | None:
-    """Return the same on arrays, for what kernels do most; None: it is none of that."""
+    """Return a function of arrays for the operations that kernels make most; None: this is another one."""
     name, args, result = call.name, call.args, call.result
     if name == "create_addptr":
         size = np.uint64(max(1, args[0].get_element_ty().primitive_bitwidth // 8))

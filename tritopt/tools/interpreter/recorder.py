@@ -30,7 +30,7 @@ class Recorder:
         self.last_operation: tuple[Any, tuple[Any, ...], Any] | None = None
         """NumPy's function, operands and result of the call that is under way."""
         self.is_busy = False
-        """Whether one is: what it calls is a part of it."""
+        """Whether an operation is under way; those that it calls are not recorded."""
         *before, last = replay.path
         self.tape, self._parts = tape, parts
         # After an error, a branch that nobody replays.
@@ -108,7 +108,9 @@ class Recorder:
             return
         if self._branch.looked_at is None:
             self._branch.looked_at = register, seen
-        assert self._branch.looked_at[0] == register, "a kernel whose Python code is not the same each time"
+        elif self._branch.looked_at[0] != register:  # Python code that is not the same each time
+            self.stop()
+            return
         self._branch.after[value] = after = Branch()
         self._branch = after
         # The first of what comes after it.
@@ -121,8 +123,11 @@ class Recorder:
         event = next(self._events, None)
         if event is None:
             self._events = None
-        else:
-            assert event.name == name, f"{name} in place of {event.name}: Python code that is not the same each time"
+        elif event.name != name:
+            raise RuntimeError(
+                f"the kernel came to {name} where it had come to {event.name}: its Python code is not the same each "
+                "time; launch it within tritopt.tools.interpreter.live()"
+            )
         return event
 
     def _inputs(self, args: tuple[Any, ...]) -> list[int] | None:

@@ -28,7 +28,8 @@ def launches() -> Launches | None:
 def speed_up() -> None:
     """Make interpreted kernels about five times as fast, with the same results, until the process ends.
 
-    Programs that do what one before them did take a fifth of that: they are replayed (tape.py).
+    Programs that do what one before them did take a fifth of that: they are replayed (tape.py). A loop over
+    `tl.range` that ends at a tensor counts in tensors, as in compiled code, where the interpreter has Python's numbers.
 
     Does nothing where kernels are compiled, or Triton is of a version that this was not tried with.
     """

@@ -156,21 +156,21 @@ def _dependencies(function: Any) -> list[Dependency] | None:
     functions, known = [function], set[int]()
     while functions:
         function = inspect.unwrap(functions.pop())
-        if id(function) in known or _is_of_triton(function.__module__):
+        if id(function) in known or is_of_triton(function.__module__):
             continue
         known.add(id(function))
         used = _names(function.__code__)
         if used & _PRINTS or function.__closure__:
             return None
-        spaces = [function.__globals__]
+        spaces, walked = [function.__globals__], set[int]()
         while spaces:
             names = spaces.pop()
-            known.add(id(names))
+            walked.add(id(names))
             for name in used:
                 value = names.get(name)
                 depends_on.append(Dependency(names, name, value))
                 if inspect.ismodule(value):
-                    if not _is_of_triton(value.__name__) and id(vars(value)) not in known:
+                    if not is_of_triton(value.__name__) and id(vars(value)) not in walked:
                         spaces.append(vars(value))
                 elif not hasattr(value, "rewritten_fn"):  # A jit function is entered when it is called.
                     functions += filter(inspect.isfunction, (value, getattr(value, "fn", None)))
@@ -183,5 +183,6 @@ def _names(code: CodeType) -> set[str]:
     return {*code.co_names}.union(*nested)
 
 
-def _is_of_triton(module: str | None) -> bool:
+def is_of_triton(module: str | None) -> bool:
+    """Whether a module is one of Triton's."""
     return (module or "").partition(".")[0] == "triton"
