@@ -326,7 +326,7 @@ def test_settings_whose_values_are_equal() -> None:
 
 
 def test_a_setting_that_changes() -> None:
-    """What may change without another name or object is never replayed."""
+    """Settings that may change without another name or object are never replayed."""
     setting = SimpleNamespace(value=1.0)
     for setting.value in (1.0, 5.0):
         assert both(set_to, (3,), random(8), setting) == 0
