@@ -1,4 +1,4 @@
-"""Private names of torch and Triton do what is relied on, and stand in one file.
+"""Private names of torch and Triton do what is relied on, and stand in two files: the interpreter's, and the rest.
 
 With a new torch or Triton this fails first, and says what is gone; test_private_triton.py tries Triton's.
 """
@@ -24,9 +24,10 @@ from torch.optim import optimizer as optimizers
 from tritopt import optim
 from tritopt.engine import private
 from tritopt.kernels.language import HAS_TRITON
+from tritopt.tools.interpreter.private import is_tried_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = "tritopt/engine/private.py"
+HERE = ("tritopt/engine/private.py", "tritopt/tools/interpreter/private.py")
 FOLDERS_APART = {
     "tritopt/kernels": "it imports nothing of tritopt; language.py says itself what it was tried with",
     "tritopt/tools/ptx": "it stands in for Triton's driver and ptxas, and is tried as a whole by tests/ptx",
@@ -97,32 +98,32 @@ def is_private(name: str) -> bool:
 
 
 def foreign(tree: ast.Module) -> set[str]:
-    """Private names in private.py that are not its own."""
+    """Private names in one of these files that are not its own."""
     own = set(defined(tree))
     return {name for name, *_ in used(tree) if is_private(name) and name not in own} | UNDOCUMENTED
 
 
-def test_private_names_stand_in_one_file() -> None:
+def test_private_names_stand_in_two_files() -> None:
     trees = sources()
-    forbidden = foreign(trees[HERE])
+    forbidden = set[str]().union(*(foreign(trees[path]) for path in HERE))
     assert {"_cdata", "_version", "_patch_lang", "_is_zerotensor", "cache_key"} <= forbidden
     own = set(itertools.chain.from_iterable(map(defined, trees.values())))
     uses, expected = [], set(EXCEPTIONS)
     for path, tree in trees.items():
         for name, line, is_text in used(tree):
             is_foreign = is_private(name) and (hasattr(torch, name) or (name not in own and not is_text))
-            if path != HERE and (name in forbidden or is_foreign):
+            if path not in HERE and (name in forbidden or is_foreign):
                 uses.append((path, name, line))
     wrong = [f"{path}:{line}: {name}" for path, name, line in uses if (path, name) not in expected]
     assert wrong == [], f"wrap these in {HERE}, with what is relied on, and try them here"
     assert expected <= {(path, name) for path, name, _ in uses}, "exceptions that nothing needs"
 
 
-def test_triton_is_reached_through_one_file() -> None:
+def test_triton_is_reached_through_two_files() -> None:
     """All but `triton`, its language and its timer, which are public."""
     wrong = []
     for path, tree in sources().items():
-        if path == HERE:
+        if path in HERE:
             continue
         for node in ast.walk(tree):
             match node:
@@ -137,7 +138,7 @@ def test_triton_is_reached_through_one_file() -> None:
 def test_these_versions_were_tried() -> None:
     """A new one belongs into TRIED_TORCH or TRIED_TRITON once all tests of this file pass with it."""
     assert ".".join(torch.__version__.split(".")[:2]) in private.TRIED_TORCH
-    assert not HAS_TRITON or private.is_tried_interpreter()
+    assert not HAS_TRITON or is_tried_interpreter()
 
 
 def test_what_is_gone_is_said() -> None:

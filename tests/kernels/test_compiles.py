@@ -24,7 +24,8 @@ PROGRAM = """
 import json, sys, torch, tritopt, tritopt.optim
 arch = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
 from tests.support.training import one_of_each_kind
-from tritopt.tools.compiled import CompiledNorm, CompiledStep, compile_launches, compile_product
+from tritopt.tools.compiled import CompiledNorm, CompiledStep, compile_launches
+from tritopt.tools.compiled_product import compile_product
 from tritopt.tools.cost import bytes_per_parameter
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTER_FP32, MASTERS

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import driver, private
-from tritopt.engine.gram import symmetric_product
 from tritopt.engine.phase import LaunchSpec, Recorder
 from tritopt.engine.plan import Planner, Task
-from tritopt.engine.tuning.config import AMD, NVIDIA, tiles_of
+from tritopt.engine.tuning.config import AMD, NVIDIA
 from tritopt.kernels.formats.format import PLAIN, Format
 from tritopt.kernels.formats.scales import BLOCK
 from tritopt.kernels.formats.weights import format_of
@@ -125,34 +124,6 @@ def compile_launches(steps: Sequence[CompiledStep | CompiledNorm]) -> list[list[
     compiled = [[_compile(launched, step.arch) for launched in _launches_of(step)] for step in steps]
     described = _described([binary for binaries in compiled for binary in binaries])
     return [[next(described) for _ in binaries] for binaries in compiled]
-
-
-class CompiledProduct(NamedTuple):
-    """A launch of the kernel of products of a matrix with its transpose, compiled."""
-
-    registers: int
-    """Number of registers of a thread."""
-    spilled_bytes: int
-    """Bytes of registers that a thread spills to memory."""
-    shared_bytes: int
-    """Bytes of shared memory of a program."""
-    code: str
-    """The PTX, or the assembly of an AMD GPU."""
-
-
-def compile_product(x: torch.Tensor, arch: int | str = 90) -> CompiledProduct:
-    """Compile alpha X X^T + beta Y (Muon's `ns_symmetric`) with the architecture's default tiles.
-
-    x: X, [matrices, M, K], perhaps on the meta device. Whether it is transposed, and what divides its sizes, decide
-    the code.
-    """
-    recording, is_nvidia = Recording(), isinstance(arch, int)
-    added = torch.empty(len(x), x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
-    symmetric_product(x, added, tiles=tiles_of(x.dtype, is_amd=not is_nvidia), record=recording)
-    binary = compile_launch(recording.launches[0], arch)
-    code = private.assembly(binary)
-    registers, spilled = resources_of(code)
-    return CompiledProduct(registers, spilled, private.metadata(binary).shared, code["ptx" if is_nvidia else "amdgcn"])
 
 
 def _launches_of(step: CompiledStep | CompiledNorm) -> list[Launched]:

@@ -19,7 +19,7 @@ from tritopt.tools.interpreter.recorder import Recorder, recorders
 from tritopt.tools.interpreter.tape import Tape, is_of_triton, replay
 
 if TYPE_CHECKING:
-    from tritopt.engine.private import InterpreterParts
+    from tritopt.tools.interpreter.private import InterpreterParts
 
 MOST_TAPES = 256
 """Number of tapes that are kept, the latest ones: one takes up to a megabyte."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from tritopt.engine.private import InterpreterParts
+    from tritopt.tools.interpreter.private import InterpreterParts
 
 
 STORES = frozenset({"create_store", "create_masked_store"})

@@ -10,7 +10,7 @@ from tritopt.tools.interpreter.operations import STORES, Call, function_of, is_i
 from tritopt.tools.interpreter.tape import Branch, Event, Operation, Replay, Tape
 
 if TYPE_CHECKING:
-    from tritopt.engine.private import InterpreterParts
+    from tritopt.tools.interpreter.private import InterpreterParts
 
 MOST_EVENTS = 20_000
 """Length of a tape beyond which its kernel is not recorded: it would take more than it saves."""

@@ -34,8 +34,8 @@ def speed_up() -> None:
     Does nothing where kernels are compiled, or Triton is of a version that this was not tried with.
     """
     global _launches
-    from tritopt.engine import private
     from tritopt.kernels.language import INTERPRETED
+    from tritopt.tools.interpreter import private
 
     if _launches is not None or not INTERPRETED or not private.is_tried_interpreter():
         return

@@ -150,7 +150,8 @@ def replay(tape: Tape, inputs: Sequence[Any]) -> Replay:
 def _dependencies(function: Any) -> list[Dependency] | None:
     """Return the global names that a function reads, itself or in Python's functions; None: it prints, or is nested.
 
-    Triton's own are taken to stay: who replaces them asks for `live`.
+    Triton's own are taken to stay: who replaces them asks for `live`. Items and attributes that change in place are
+    not seen.
     """
     depends_on: list[Dependency] = []
     functions, known = [function], set[int]()
