@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tritopt.engine.private import TRIED_TRITON
 from tritopt.kernels.language import triton
 
-if TYPE_CHECKING:
-    from tritopt.tools.interpreter.launches import Launches
+AnyLaunches = TypeVar("AnyLaunches")
 
 
 def is_tried_interpreter() -> bool:
@@ -78,12 +77,12 @@ class InterpreterParts(NamedTuple):
     """Says whether a launch raises a kernel's own error."""
 
 
-def wrap_programs(make: Callable[[InterpreterParts], Launches]) -> Launches:
+def wrap_programs(make: Callable[[InterpreterParts], AnyLaunches]) -> AnyLaunches:
     """Let `Launches` wrap the interpreter until the process ends. make: takes its parts, and returns them."""
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     core: Any = importlib.import_module("triton.language.core")
     builder, kind, executor = interpreter.interpreter_builder, interpreter.InterpreterBuilder, interpreter.GridExecutor
-    wrappers = make(
+    launches = make(
         InterpreterParts(
             interpreter.TensorHandle,
             core.tensor,
@@ -97,6 +96,7 @@ def wrap_programs(make: Callable[[InterpreterParts], Launches]) -> Launches:
             lambda: triton.knobs.compilation.front_end_debugging,
         )
     )
+    wrappers: Any = launches
 
     def method(name: str) -> Callable[..., Any]:
         return lambda builder, *args, **named: getattr(kind, name)(builder, *args, **named)  # as it is by then
@@ -112,7 +112,7 @@ def wrap_programs(make: Callable[[InterpreterParts], Launches]) -> Launches:
     executor.__call__ = wrappers.wrap_launch(executor.__call__)
     interpreter._patch_lang_tensor = _then(interpreter._patch_lang_tensor, wrappers.patch_tensor)
     interpreter._patch_lang_core = _then(interpreter._patch_lang_core, wrappers.patch_language)
-    return wrappers
+    return launches
 
 
 def _then(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
