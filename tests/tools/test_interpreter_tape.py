@@ -12,7 +12,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -325,9 +325,15 @@ def test_settings_whose_values_are_equal() -> None:
             both(set_to, (3,), random(8), Setting(value))
 
 
+class Changing:
+    """A setting that has a hash, and may change all the same."""
+
+    value = 1.0
+
+
 def test_a_setting_that_changes() -> None:
     """Settings that may change without another name or object are never replayed."""
-    setting = SimpleNamespace(value=1.0)
+    setting = Changing()
     for setting.value in (1.0, 5.0):
         assert both(set_to, (3,), random(8), setting) == 0
 
