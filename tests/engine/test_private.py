@@ -342,6 +342,17 @@ def test_a_step_that_is_marked_is_not_wrapped_again() -> None:
     assert Own.step is step
 
 
+@pytest.mark.parametrize("name", ["add_param_group", "zero_grad", "state_dict"])
+def test_methods_without_dynamo(name: str) -> None:
+    function = getattr(torch.optim.Optimizer, name)
+    plain = private.without_dynamo(function)
+    assert plain is function.__wrapped__
+    assert private.without_dynamo(plain) is plain
+    opt = torch.optim.SGD([torch.zeros(2)])
+    bound = private.without_dynamo(getattr(opt, name))
+    assert (bound.__func__, bound.__self__) == (plain, opt)
+
+
 def test_hooks_of_loading() -> None:
     opt = optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
     opt.register_load_state_dict_pre_hook(lambda *_: None)

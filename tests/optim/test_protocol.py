@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tritopt.optim
 from tests.support.training import (
+    CLASSES,
     EVERY_CLASS,
     assert_follows,
     assert_same,
@@ -599,6 +602,43 @@ print([name for name in ("torch._dynamo", "torch._inductor") if name in set(sys.
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_training_does_not_import_torchs_compiler() -> None:
+    """torch's own optimizers do, in a second: for `add_param_group`, `zero_grad` and both of `state_dict`."""
+    program = """
+import sys, torch
+from tests.support.training import CLASSES, options_of
+for cls in CLASSES:
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    opt = cls([weight], **options_of(cls))
+    weight.square().sum().backward()
+    opt.step()
+    opt.zero_grad()
+    opt.load_state_dict(opt.state_dict())
+    print(cls.__name__, weight.grad, "torch._dynamo" in sys.modules)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"{cls.__name__} None False" for cls in CLASSES], done.stderr
+
+
+def test_methods_that_others_patched_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for name in ("add_param_group", "zero_grad", "state_dict"):
+        method = getattr(torch.optim.Optimizer, name)
+
+        def patched(self: Any, *args: Any, method: Any = method, **kwargs: Any) -> Any:
+            called.append(method.__name__)
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.Optimizer, name, functools.wraps(method)(patched))
+    opt = tritopt.optim.SGD(parameters(), lr=0.1)
+    called.clear()
+    opt.add_param_group({"params": torch.ones(3)})
+    opt.zero_grad()
+    opt.state_dict()
+    assert called == ["add_param_group", "zero_grad", "state_dict"]
 
 
 @EVERY_CLASS

@@ -185,6 +185,15 @@ def is_observed(opt: torch.optim.Optimizer) -> bool:
     )
 
 
+def without_dynamo(method: Any) -> Any:
+    """A method of torch's without the wrapper that imports torch._dynamo when first called; any other as it is."""
+    function = getattr(method, "__func__", method)
+    if getattr(function, "__globals__", {}).get("__name__") != "torch._compile":
+        return method
+    plain = function.__wrapped__
+    return plain if function is method else plain.__get__(method.__self__)
+
+
 def mark_hooked(step: Any) -> None:
     """Keep torch from wrapping `step` once more, in hooks that it runs by itself."""
     step.hooked = True

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from tritopt.engine import validate
+from tritopt.engine import private, validate
 from tritopt.engine.device import is_capturing
 from tritopt.engine.state_dtype import checked
 from tritopt.engine.telemetry import Telemetry
@@ -132,6 +132,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # torch's protocol.
 
+    @uncompiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param_group as torch does. ValueError, and nothing added, also for parameters that no kernel takes."""
         # ZeroRedundancyOptimizer puts every argument into its groups, so the same value passes.
@@ -140,7 +141,7 @@ class Optimizer(torch.optim.Optimizer):
                 "max_grad_norm is the optimizer's, of all gradients together, not a param_group's: pass it beside lr"
             )
         first = sum(len(group["params"]) for group in self.param_groups)
-        super().add_param_group(param_group)
+        private.without_dynamo(super().add_param_group)(param_group)
         try:
             check_dtypes(type(self).__name__, param_group["params"])
             self.check_group(param_group)
@@ -176,6 +177,12 @@ class Optimizer(torch.optim.Optimizer):
         """Keys of param_groups that checkpoints do not hold: how to compute, unless torch's class has it too."""
         return frozenset(HOW).difference(arguments_of(self.torch_class or type(self)))
 
+    @uncompiled
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or write zeros into them where `set_to_none` is false."""
+        private.without_dynamo(super().zero_grad)(set_to_none)
+
+    @uncompiled
     def state_dict(self) -> dict[str, Any]:
         """State dict with torch's keys in param_groups, and `clip_value` where it is set.
 
@@ -183,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
         The others are as the optimizer that loads it was constructed. A `master_remainder`, int16 in `state`, is shown
         as float16 of the same bits and memory, because NCCL and Gloo do not send int16.
         """
-        state_dict = super().state_dict()
+        state_dict: dict[str, Any] = private.without_dynamo(super().state_dict)()
         if "state" in state_dict:
             state_dict["state"] = sendable(state_dict["state"])
             self._handed_out = checkpoint.versions(state_dict["state"])
