@@ -41,12 +41,14 @@ rules = {cls.rule for cls in vars(tritopt.optim).values() if hasattr(cls, "rule"
 own = [rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")]
 torchs = {rule.__name__: with_api(rule) for rule in own}
 optimizers = {**{name: registered()[name] for name in tritopt.names()}, **torchs}
-# In fp32 a kernel has fewer planes and fewer registers than with a master: one of each kind shows how wide it moves.
+# In fp32 a kernel has fewer planes and fewer registers than with a master: one of each kind shows how wide it moves, in
+# its first variant.
 kinds = [optimizers["adamw"], *one_of_each_kind(list(optimizers.values()), lambda cls: cls())]
 for name, rule in optimizers.items():
     for variant in rule.variants:
         takes_all = all(phase.is_driver for phase in rule(**variant).phases)
-        wanted = common if is_all or rule in kinds else common[:1]
+        is_shown = rule in kinds and variant == rule.variants[0]
+        wanted = common if is_all or is_shown else common[:1]
         has_rare = name in ("adamw", "lamb", "sgd", "adan", "lans") and (is_all or not variant)
         wanted = wanted + (rare if has_rare else [])
         wanted += packed if takes_all and (is_all or name in ("adamw", "lion", "signum")) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import traceback
@@ -19,6 +20,14 @@ from tritopt.tools.interpreter import speed_up
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = timedelta(seconds=30)
 REASON = None if dist.is_available() and dist.is_gloo_available() else "this torch has no torch.distributed with gloo"
+_PRELOADED = (
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "tritopt.optim",
+    "pytest",
+)
+"""Modules that functions of the tests import, which take longer than the functions."""
 
 
 def forks() -> Any:
@@ -28,7 +37,7 @@ def forks() -> Any:
     process has them in the PTX machine, in that.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "tritopt.optim", "tests.support.world"])
+    context.set_forkserver_preload([*_PRELOADED, "tests.support.world"])
     kept = {name: os.environ.get(name) for name in ("PYTHONPATH", "TRITON_INTERPRET")}
     os.environ.update(PYTHONPATH=str(ROOT), TRITON_INTERPRET="0" if os.environ.get("TRITOPT_PTX") else "1")
     try:
@@ -106,6 +115,7 @@ def _received(pipe: Any) -> tuple[str | None, Any]:
 
 
 def _serve(rank: int, size: int, meeting: str, pipe: Any) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     if target := os.environ.get("TRITOPT_PTX"):

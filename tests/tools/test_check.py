@@ -519,11 +519,13 @@ def test_compiled_kernels_are_checked_without_a_gpu(here: Path) -> None:
     (here / "broken.py").write_text(BROKEN)
     env = {**os.environ, "TRITON_INTERPRET": "0", "COLUMNS": "200"}
     command = [sys.executable, "-m", "tritopt", "check", "broken:Ascending", "test", "--quick", "--compiled"]
+    command += ["--format", "fp32", "--format", "split8"]
     done = subprocess.run([*command, "--json"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     answer = json.loads(done.stdout)
     assert (answer["device"], answer["compiled_for"], answer["interpreter"]) == ("PTX machine", "sm_90", False)
     assert {(row["optimizer"], row["passed"]) for row in answer["rows"]} == {("ascending", False), ("test", True)}
+    assert len(answer["rows"]) >= 4
     assert all(row["fused_vs_reference"] is not None for row in answer["rows"])
 
 

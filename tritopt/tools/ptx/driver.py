@@ -157,7 +157,8 @@ class _Launcher:
         passed = [_value(a) for a, is_passed in zip(arguments, self._is_passed, strict=True) if is_passed]
         # Triton's scratch memory, which no kernel of ours asks for.
         passed += [0] * (len(program.parameters) - len(passed))
-        memory = Memory(allocations(), record.watches)
+        given = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        memory = Memory(_spans([*_alive(), *given]), record.watches, allocations)
         try:
             machine.launch(passed, (x, y, z), memory, record)
         except Fault as fault:
@@ -173,10 +174,10 @@ def _value(argument: Any) -> Any:
 
 
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
-_known: list[weakref.ref[torch.Tensor]] = []
-"""Tensors that the garbage collector passes over."""
+_known: dict[int, weakref.ref[torch.Tensor]] = {}
+"""Tensors that were seen, by `id`, among them all that the garbage collector passes over."""
 _MANY = 100_000
-"""Objects of the garbage collector, to look through which takes a launch about five milliseconds."""
+"""Objects of the garbage collector, to look through which takes about five milliseconds."""
 _n_passed_over, _n_kept = 0, 0
 """Objects that it passes over, those that are gone by now included; and when it had last looked at all of them."""
 
@@ -184,36 +185,46 @@ _n_passed_over, _n_kept = 0, 0
 def _pass_over_what_is_there() -> None:
     """Let `gc.get_objects`, and so `_tensors`, look at what is made from now on: Triton leaves much behind."""
     global _n_passed_over, _n_kept
-    # Passed over, a cycle is never freed, and its tensors would be looked at in every launch. To look at everything
-    # each time takes seconds in the end, where programs are a million objects, and to count them nearly as long.
+    # Passed over, a cycle is never freed, and its tensors would stay. To look at everything each time takes seconds in
+    # the end, where programs are a million objects, and to count them nearly as long.
     looks_at_all = _n_passed_over >= 2 * _n_kept
     if looks_at_all:
         gc.unfreeze()
         _known.clear()
     gc.collect()
-    _known[:] = [reference for reference in _known if reference() is not None]
+    for name in [name for name, reference in _known.items() if reference() is None]:
+        del _known[name]
     objects = gc.get_objects()
-    _known.extend(weakref.ref(thing) for thing in objects if type(thing) in _TENSORS)
+    _note(objects)
     _n_passed_over = len(objects) + (0 if looks_at_all else _n_passed_over)
     gc.freeze()
     if looks_at_all:
         _n_kept = _n_passed_over
 
 
-def _tensors() -> list[torch.Tensor]:
-    """All tensors that are alive."""
-    objects = gc.get_objects()
-    if len(objects) > _MANY:
-        objects.clear()
-        _pass_over_what_is_there()
-    known = [tensor for tensor in (reference() for reference in _known) if tensor is not None]
-    return known + [candidate for candidate in objects if type(candidate) in _TENSORS]
+def _note(objects: list[Any]) -> None:
+    _known.update({id(thing): weakref.ref(thing) for thing in objects if type(thing) in _TENSORS})
+
+
+def _alive() -> list[torch.Tensor]:
+    """Tensors that were seen before and are alive."""
+    return [tensor for tensor in (reference() for reference in _known.values()) if tensor is not None]
 
 
 def allocations() -> list[tuple[int, int]]:
     """First address and end of what each live tensor of the CPU spans: its own extent, not its storage's."""
+    objects = gc.get_objects()
+    if len(objects) > _MANY:
+        objects.clear()
+        _pass_over_what_is_there()
+    else:
+        _note(objects)
+    return _spans(_alive())
+
+
+def _spans(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
     spans = set()
-    for candidate in _tensors():
+    for candidate in tensors:
         for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
             if tensor is not None and tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel():
                 first = tensor.data_ptr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -57,16 +57,17 @@ class Memory:
     Args:
         ranges: (first address, end) of what the launch may touch.
         watches: whether to note accesses, for `check_races`.
+        all_ranges: finds more that it may touch, at the first access outside of `ranges`; None: there is no more.
     """
 
-    def __init__(self, ranges: Sequence[tuple[int, int]], watches: bool = True) -> None:
-        merged: list[list[int]] = [[0, 0]]
-        for first, end in sorted(ranges):
-            if first < merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], end)
-            elif end > first:
-                merged.append([first, end])
-        self._starts, self._ends = np.array(merged, dtype=np.int64).T.copy()
+    def __init__(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        watches: bool = True,
+        all_ranges: Callable[[], Sequence[tuple[int, int]]] | None = None,
+    ) -> None:
+        self._all_ranges = all_ranges
+        self._starts, self._ends = _merged(ranges)
         self._watches = watches
         self._reads: list[_Access] = []
         self._writes: list[_Access] = []
@@ -89,11 +90,17 @@ class Memory:
 
     def _index(self, address: Array, width: int, n: int, ids: Array, what: str) -> Array:
         size = width * n
-        place = np.searchsorted(self._starts, address, "right") - 1
-        is_outside = (place < 0) | (address + size > self._ends[place])
+        is_outside = self._is_outside(address, size)
+        if self._all_ranges is not None and is_outside.any():
+            self._starts, self._ends = _merged(self._all_ranges())
+            self._all_ranges, is_outside = None, self._is_outside(address, size)
         _refuse(is_outside, f"{what} of {size} bytes outside of live tensors", ids, address)
         _refuse(address % size != 0, f"misaligned {what} of {size} bytes", ids, address)
         return np.asarray((address - _START) // width)
+
+    def _is_outside(self, address: Array, size: int) -> Array:
+        place = np.searchsorted(self._starts, address, "right") - 1
+        return np.asarray((place < 0) | (address + size > self._ends[place]))
 
     def check_races(self, kernel: str, n_threads: int) -> None:
         """Fault if two threads wrote the same bytes, or a program read what another one wrote."""
@@ -120,6 +127,18 @@ class Memory:
                 i = clash[0]
                 fault = Fault(f"race: read of what program {writer[i]} writes", reader[i], first[i])
                 raise fault.locate(kernel, self._reads[by[i]][3], n_threads)
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> tuple[Array, Array]:
+    """First addresses, ascending, and ends of ranges that do not overlap."""
+    merged: list[list[int]] = [[0, 0]]
+    for first, end in sorted(ranges):
+        if first < merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        elif end > first:
+            merged.append([first, end])
+    starts, ends = np.array(merged, dtype=np.int64).T.copy()
+    return starts, ends
 
 
 def _joined(log: Sequence[_Access]) -> tuple[Array, Array, Array, Array]:
