@@ -32,7 +32,7 @@ if importlib.util.find_spec("triton"):
 os.environ["COLUMNS"] = "200"
 
 # Fills what torch.empty returns with NaN: a value that nobody wrote shows.
-torch.use_deterministic_algorithms(True)
+torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports torch.compile too, in a second
 torch.sparse.check_sparse_tensor_invariants.enable()
 
 

@@ -117,7 +117,7 @@ def _received(pipe: Any) -> tuple[str | None, Any]:
 def _serve(rank: int, size: int, meeting: str, pipe: Any) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     if target := os.environ.get("TRITOPT_PTX"):
         from tritopt.tools.ptx.driver import switch_on
 
