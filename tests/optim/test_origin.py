@@ -76,9 +76,7 @@ def outcome(cls: Class, saved: dict[str, Any]) -> tuple[str, str]:
 @pytest.mark.parametrize("saver", SAVERS, ids=saver_id)
 def test_all_pairs(saver: Class, has_stepped: bool) -> None:
     momentum = {"momentum": 0.9} if saver.__name__ in ("SGD", "RMSprop", "DCASGD") else {}
-    for options in ({}, momentum):
-        if saver.__name__ == "LBFGS" and options:
-            continue
+    for options in ({}, momentum) if momentum else ({},):
         saved = saved_by(saver, has_stepped, **options)
         for cls in CLASSES:
             what, message = outcome(cls, copy.deepcopy(saved))

@@ -20,7 +20,9 @@ def is_chosen(case: Case) -> bool:
     if case.state_dtype is not None:
         is_taken = case.state_dtype in STATES.get(case.cls.__name__.lower(), (case.state_dtype,))
         return is_taken and (case.master is not None or case.cls is tritopt.AdamW) and not case.variant
-    return case.master not in (None, "fp32") and not case.variant
+    # With states of other formats these two have both splits.
+    is_had = case.cls.__name__.lower() in STATES and case.master in ("split16", "split8")
+    return case.master not in (None, "fp32") and not case.variant and not is_had
 
 
 def name_of(case: Case) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tritopt.tools.interpreter.operations import STORES, Call, function_of, is_impure, is_live_only
-from tritopt.tools.interpreter.tape import Branch, Event, Operation, Replay, Tape
+from tritopt.tools.interpreter.tape import Branch, Event, Operation, Replay, Tape, getter
 
 if TYPE_CHECKING:
     from tritopt.tools.interpreter.private import InterpreterParts
@@ -92,7 +92,7 @@ class Recorder:
             event = Event("reduced", self.tape.new_register(), result.dtype)
             assert event.register is not None
             n_before = len(self._branch.events)
-            self._branch.operations.append(Operation(function, (known[1],), event.register, n_before))
+            self._branch.operations.append(Operation(function, getter([known[1]]), event.register, n_before))
             self._note(event)
         assert event.register is not None
         self._known[id(result)] = result, event.register
@@ -152,7 +152,7 @@ class Recorder:
         else:
             register = tape.new_register()
             function = function_of(call, self.last_operation, self._parts)
-            branch.operations.append(Operation(function, tuple(inputs), register, len(branch.events)))
+            branch.operations.append(Operation(function, getter(inputs), register, len(branch.events)))
         if result is None:
             self._note(Event(name, None, None))
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ class Operation(NamedTuple):
     """One call of a function of NumPy's arrays."""
 
     function: Callable[..., Any]
-    inputs: tuple[int, ...]
-    """Registers of its arguments."""
+    given: Callable[[list[Any]], Sequence[Any]]
+    """Takes its arguments from the registers."""
     output: int
     """Register of what it returns."""
     n_before: int
@@ -121,6 +122,12 @@ class Replay(NamedTuple):
     """Number of events of the last branch before the one that raised an error; None: none did."""
 
 
+def getter(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    """Return what takes the values of these registers, in half the time of a comprehension."""
+    first = min(places, default=0)
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(first, first + len(places)))
+
+
 def replay(tape: Tape, inputs: Sequence[Any]) -> Replay:
     """Run a program on these arrays, to its end or to a value that is new."""
     if tape.first is None:
@@ -133,8 +140,8 @@ def replay(tape: Tape, inputs: Sequence[Any]) -> Replay:
     while True:
         try:
             for operation in branch.operations:
-                function, places, output, _ = operation
-                registers[output] = function(*[registers[place] for place in places])
+                function, given, output, _ = operation
+                registers[output] = function(*given(registers))
         except Exception:  # which the interpreter words, and says where in the kernel
             return Replay(path, registers, is_done=False, n_events=operation.n_before)
         if branch.looked_at is None:
