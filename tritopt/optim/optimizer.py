@@ -14,16 +14,16 @@ from tritopt.engine import private, validate
 from tritopt.engine.device import is_capturing
 from tritopt.engine.state_dtype import checked
 from tritopt.engine.telemetry import Telemetry
-from tritopt.engine.validate import did_you_mean
 from tritopt.kernels.formats.format import PLAIN
 from tritopt.kernels.formats.weights import MASTERS
 from tritopt.optim import checkpoint
 from tritopt.optim.convert import sendable
-from tritopt.optim.defaults import HOW, MEANT, WrongKindError, arguments_of, floats, plain, torch_defaults
+from tritopt.optim.defaults import HOW, WrongKindError, arguments_of, floats, plain, torch_defaults
 from tritopt.optim.distributed import like, local
 from tritopt.optim.layout import AUTO, Layout, Layouts, checked_master
 from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.options import Options as Options
+from tritopt.optim.options import check_known
 from tritopt.optim.origin import CLASSES
 from tritopt.optim.param_group import ParamGroup, check_dtypes, check_settings, declared, is_kept, saved
 from tritopt.optim.step.members import SingleParameter, lives_on_device
@@ -80,15 +80,7 @@ class Optimizer(torch.optim.Optimizer):
             CLASSES[cls.__name__] = cls
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: Options) -> None:
-        unknown = sorted(set(options) - set(Options.__annotations__))
-        if unknown:
-            known = [*Options.__annotations__, *arguments_of(type(self))]
-            meant = MEANT.get(unknown[0].lower())
-            hint = f"; did you mean {meant!r}?" if meant in known else did_you_mean(unknown[0], known)
-            raise TypeError(
-                f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}{hint} beside torch's there "
-                "are " + ", ".join(Options.__annotations__)
-            )
+        check_known(type(self), options)
         if defaults.get("fused") and defaults.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if defaults.get("fused") and defaults.get("differentiable"):

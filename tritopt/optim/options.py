@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypedDict
+
+from tritopt.engine.validate import did_you_mean
+from tritopt.optim.defaults import MEANT, arguments_of
 
 
 class Options(TypedDict, total=False):
@@ -44,3 +48,16 @@ class Options(TypedDict, total=False):
     max_grad_norm: float | None
     clip_value: float | None
     track: bool
+
+
+def check_known(cls: type[Any], options: Mapping[str, Any]) -> None:
+    """TypeError for a keyword argument that this class of optimizers does not take, with the one that may be meant."""
+    unknown = sorted(set(options) - set(Options.__annotations__))
+    if unknown:
+        known = [*Options.__annotations__, *arguments_of(cls)]
+        meant = MEANT.get(unknown[0].lower())
+        hint = f"; did you mean {meant!r}?" if meant in known else did_you_mean(unknown[0], known)
+        raise TypeError(
+            f"{cls.__name__}() got an unexpected keyword argument {unknown[0]!r}{hint} beside torch's there are "
+            + ", ".join(Options.__annotations__)
+        )
