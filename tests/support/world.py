@@ -27,7 +27,7 @@ _PRELOADED = (
     "tritopt.optim",
     "pytest",
 )
-"""Modules that functions of the tests import, which take longer than the functions."""
+"""Modules that the tests' functions need, imported once for all ranks."""
 
 
 def forks() -> Any:

@@ -39,9 +39,9 @@ from tritopt.tools.interpreter import live, recorder, shortcuts
 LAUNCHES: Any = shortcuts.launches()
 N = 16
 FACTOR = 2
-TABLE = ModuleType("table")
-TABLE.offset = 3  # type: ignore[attr-defined]
-TABLE.other = 1  # type: ignore[attr-defined]
+TABLE: Any = ModuleType("table")
+TABLE.offset = 3
+TABLE.other = 1
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -398,7 +398,7 @@ def global_names(x_ptr: Any) -> Any:
 def test_names_that_mean_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch after each change: of a jit function, a constant, a module's constant, what a Python function reads."""
     here, x = sys.modules[__name__], random(12)
-    TABLE.function = _twice  # type: ignore[attr-defined]
+    TABLE.function = _twice
     changes: list[tuple[Any, str, Any]] = [
         (here, "_twice", _thrice), (here, "FACTOR", 5), (TABLE, "offset", 7), (TABLE, "function", _thrice),
         (here, "PLUS", 9), (TABLE, "other", 6), (here, "_plus", lambda: 4), (here, "range", lambda *_: [0]),
@@ -414,7 +414,7 @@ def test_names_that_mean_something_else(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_rewritten_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/mutations.py lets one function stand for another in the interpreter's own table."""
-    TABLE.function = _thrice  # type: ignore[attr-defined]
+    TABLE.function = _thrice
     both(global_names, (3,), random(12))
     with monkeypatch.context() as patch:
         patch.setitem(_twice.rewritten_fn, _twice.fn, _thrice.rewrite())

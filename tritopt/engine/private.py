@@ -186,7 +186,10 @@ def is_observed(opt: torch.optim.Optimizer) -> bool:
 
 
 def without_dynamo(method: Any) -> Any:
-    """A method of torch's without the wrapper that imports torch._dynamo when first called; any other as it is."""
+    """A method of torch's without the wrapper that imports torch._dynamo when first called; any other as it is.
+
+    So where torch wraps otherwise, or somebody has patched the method, that is what is called: right, and slower.
+    """
     function = getattr(method, "__func__", method)
     if getattr(function, "__globals__", {}).get("__name__") != "torch._compile":
         return method

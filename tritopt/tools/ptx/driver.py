@@ -183,7 +183,7 @@ _n_passed_over, _n_kept = 0, 0
 
 
 def _pass_over_what_is_there() -> None:
-    """Let `gc.get_objects`, and so `_tensors`, look at what is made from now on: Triton leaves much behind."""
+    """Let `gc.get_objects`, and so `allocations`, look at what is made from now on: Triton leaves much behind."""
     global _n_passed_over, _n_kept
     # Passed over, a cycle is never freed, and its tensors would stay. To look at everything each time takes seconds in
     # the end, where programs are a million objects, and to count them nearly as long.
@@ -192,8 +192,8 @@ def _pass_over_what_is_there() -> None:
         gc.unfreeze()
         _known.clear()
     gc.collect()
-    for name in [name for name, reference in _known.items() if reference() is None]:
-        del _known[name]
+    for identity in [identity for identity, reference in _known.items() if reference() is None]:
+        del _known[identity]
     objects = gc.get_objects()
     _note(objects)
     _n_passed_over = len(objects) + (0 if looks_at_all else _n_passed_over)
@@ -203,6 +203,7 @@ def _pass_over_what_is_there() -> None:
 
 
 def _note(objects: list[Any]) -> None:
+    """Remember the tensors among some objects."""
     _known.update({id(thing): weakref.ref(thing) for thing in objects if type(thing) in _TENSORS})
 
 
@@ -212,7 +213,7 @@ def _alive() -> list[torch.Tensor]:
 
 
 def allocations() -> list[tuple[int, int]]:
-    """First address and end of what each live tensor of the CPU spans: its own extent, not its storage's."""
+    """First address and end of what each live tensor of the CPU spans, found among all of Python's objects."""
     objects = gc.get_objects()
     if len(objects) > _MANY:
         objects.clear()
@@ -223,6 +224,7 @@ def allocations() -> list[tuple[int, int]]:
 
 
 def _spans(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+    """First address and end of what tensors of the CPU and their gradients span: their extent, not their storage's."""
     spans = set()
     for candidate in tensors:
         for tensor in (candidate, candidate.grad if candidate.is_leaf else None):
