@@ -275,13 +275,15 @@ def compile_for(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    position = {name: i for i, name in enumerate(names_of(kernel))}
+    position = {name: (i,) for i, name in enumerate(names_of(kernel))}
     multiples = [name for name, kind in kinds.items() if kind.startswith("*") or kind.endswith(":16")]
     source = ASTSource(
         kernel,
         {name: kinds[name].removesuffix(":16") for name in names_of(kernel)},
-        constexprs={(position[name],): value for name, value in constants.items()},
-        attrs={(position[name],): [["tt.divisibility", 16]] for name in multiples},
+        constexprs={position[name]: value for name, value in constants.items()},
+        # Empty for constants, as Triton has it when it binds a launch: both find the same in its cache.
+        attrs={position[name]: [["tt.divisibility", 16]] for name in multiples}
+        | {position[name]: [] for name in constants},
     )
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
     return triton.compile(source, target=target, options=options)
