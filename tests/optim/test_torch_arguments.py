@@ -17,13 +17,16 @@ from tests.optim.test_torch_parity import (
     OPTIONS,
     STEPS,
     Case,
-    Problem,
     Run,
     arguments_of,
     assert_near,
     cases,
     groups_of,
+    problem_of,
 )
+
+# With that file, whose runs of torch's classes are kept for both.
+pytestmark = pytest.mark.xdist_group("optim.test_torch_parity")
 
 NAMES = tuple(OPTIONS)
 OURS_ALONE = {"SGD": {"step"}}  # in the state: without it the first step of a buffer could not be told from the others
@@ -255,7 +258,7 @@ def through_a_file(state_dict: dict[str, Any]) -> Any:
 
 
 def run_and_switch(case: Case, ours_first: bool) -> Run:
-    problem = Problem(case.name, STEPS)
+    problem = problem_of(case.name, STEPS)
     params = problem.parameters(torch.float32)
     opt = make_opt(case, ours_first, params)
     for step in range(STEPS):
@@ -282,7 +285,7 @@ def test_torch_goes_on_from_our_checkpoint(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for name in NAMES for case in without_schedule(name)], ids=str)
 def test_state_has_torchs_names_shapes_and_dtypes(case: Case) -> None:
-    problem = Problem(case.name, 3)
+    problem = problem_of(case.name, 3)
     described = []
     for is_ours in (True, False):
         params = problem.parameters(torch.float32)

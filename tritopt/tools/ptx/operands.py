@@ -127,7 +127,12 @@ def computation(
         results = results if len(writes) > 1 else (results,)
         masks: Any = [None] * len(writes)
         if not threads.undefined.keys().isdisjoint(names):
-            masks = spread(values, [read(threads, selection) for read in read_masks])
+            # Nothing comes of bits that are defined where one bit is like any other.
+            wanted = threads.undefined if spread is any_bit else sources
+            undefined_bits = [
+                read(threads, selection) for name, read in zip(sources, read_masks, strict=True) if name in wanted
+            ]
+            masks = spread(values, undefined_bits)
             masks = masks if isinstance(masks, list) else [masks] * len(writes)
         for write, result, mask in zip(writes, results, masks, strict=True):
             write(threads, selection, result, mask)
