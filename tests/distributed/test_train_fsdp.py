@@ -15,7 +15,7 @@ import torch
 from tests.distributed.test_models import full
 from tests.support.layouts import CLOSE, EXACT, assert_same
 from tests.support.world import REASON, ROOT, World
-from tritopt.optim import AdamW
+from tritopt.optim import AdamW, Mixed
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(bool(REASON), reason=str(REASON))]
 
@@ -32,6 +32,7 @@ def run(folder: Path, *more: str) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         # The interpreter would take minutes, and others test that it agrees with the reference.
         patch.setattr(train_fsdp, "AdamW", partial(AdamW, fused=False))
+        patch.setattr(Mixed, "from_module", partial(Mixed.from_module, fused=False))
         return train_fsdp.main(["--steps", str(STEPS), "--save-every", "5", "--folder", str(folder), *more])
 
 
@@ -90,12 +91,21 @@ def compare(actual: Any, expected: Any, tolerance: float) -> None:
             assert_same(full(mine[name]), full(value), tolerance, name)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "mixed"])
-def test_torchrun(optimizer: str, tmp_path: Path) -> None:
+def test_muon_beside_adamw(worlds: dict[int, World], tmp_path: Path) -> None:
+    worlds[2].run(check_mixed, tmp_path / "run")
+
+
+def check_mixed(folder: Path) -> None:
+    trained = run(folder, "--steps", "2", "--optimizer", "mixed")
+    assert trained.step == 2
+    assert trained.loss < 4.0
+    assert [path.name for path in folder.iterdir()] == ["step_2"]
+
+
+def test_torchrun(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         str(ROOT / "examples" / "train_fsdp.py"), "--steps", "2", "--folder", str(tmp_path / "run"),
-        "--optimizer", optimizer,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)

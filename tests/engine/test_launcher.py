@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def run(program: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+@cache
 def recorded(spills: str, optimizer: str = "adamw") -> tuple[list[Any], list[str]]:
     steps, loaded = run(STEPS, spills, optimizer)
     return steps, loaded

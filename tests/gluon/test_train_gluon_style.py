@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ import tritopt
 from tests.gluon.models import assert_same, counts, everything
 from tests.support.world import ROOT, World
 
-pytest.importorskip("sklearn")
+# To import it takes each worker that collects tests two seconds.
+pytestmark = pytest.mark.skipif(not find_spec("sklearn"), reason="trains on scikit-learn's digits")
 
 
 class Run(NamedTuple):

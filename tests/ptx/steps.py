@@ -136,8 +136,8 @@ def test_every_optimizer(record: Record, cls: Any, dtype: torch.dtype) -> None:
     if dtype == BF16 and not sums(cls):
         # Other tests have long ones in bf16.
         layouts = tuple(layout for layout in layouts if math.prod(layout.shape) < 4000)
-    # Each pattern of unaligned planes is a kernel of its own, and the driver's affair: kinds that sum up meet all four in
-    # fp32, kinds otherwise two, where AdamW has all in other tests; other optimizers meet one.
+    # Each pattern of unaligned planes is a kernel of its own, and the driver's affair. Kinds that sum up meet all four
+    # in fp32. Elementwise ones, of which AdamW has all in other tests, and bf16 meet two, other optimizers one.
     if dtype == BF16 or not sums(cls):
         layouts = tuple(x for x in layouts if not (x.of_gradient and "unaligned" in (x.kind, x.of_gradient)))
     if cls not in KINDS:
