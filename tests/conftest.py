@@ -5,6 +5,7 @@ With TRITOPT_PTX=90 (or 80, 100), and tests/ptx/plugin.py, kernels are compiled,
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -46,11 +47,8 @@ def pytest_collection_finish() -> None:
     if not os.environ.get("TRITOPT_PTX"):  # where the machine asks the collector for tensors
         gc.collect()
         gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    """Unfreeze the collector, or objects of Triton's would outlive the interpreter, which complains."""
-    gc.unfreeze()
+        # Or objects of Triton's would outlive the interpreter, which complains. Not before pytest collects five times.
+        atexit.register(gc.unfreeze)
 
 
 LONGEST = ("test_steps.py", "compiles", "distributed", "tools.test_check", "optim.test_torch_parity")

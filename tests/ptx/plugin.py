@@ -24,19 +24,13 @@ def pytest_load_initial_conftests() -> None:
 
 
 def pytest_configure() -> None:
-    """Switch the machine on before any test is imported."""
+    """Switch the machine on before any test is imported. It is on until the process ends."""
     from tritopt.tools.ptx.driver import switch_on
 
     record = switch_on(int(os.environ["TRITOPT_PTX"]))
     seed = os.environ.get("TRITOPT_PTX_WARPS")
     record.warp_seed = None if seed is None else int(seed)
     _records.append(record)
-
-
-def pytest_unconfigure() -> None:
-    """Switch the machine off."""
-    while _records:
-        _records.pop().switch_off()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
