@@ -47,7 +47,8 @@ def pytest_collection_finish() -> None:
     if not os.environ.get("TRITOPT_PTX"):  # where the machine asks the collector for tensors
         gc.collect()
         gc.freeze()
-        # Or objects of Triton's would outlive the interpreter, which complains. Not before pytest collects five times.
+        # Or objects of Triton's would outlive the interpreter, which complains. Not before pytest's last collections,
+        # five of them, which would pass through it all.
         atexit.register(gc.unfreeze)
 
 

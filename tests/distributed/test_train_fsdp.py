@@ -98,7 +98,7 @@ def test_muon_beside_adamw(worlds: dict[int, World], tmp_path: Path) -> None:
 def check_mixed(folder: Path) -> None:
     trained = run(folder, "--steps", "2", "--optimizer", "mixed")
     assert trained.step == 2
-    assert trained.loss < 4.0
+    assert trained.loss < 4.0  # a guess costs 3.4
     assert [path.name for path in folder.iterdir()] == ["step_2"]
 
 

@@ -32,12 +32,11 @@ from tritopt.kernels.formats.format import PLAIN
 from tritopt.optimizers.adamw import AdamW
 from tritopt.optimizers.lamb import LAMB
 
-launches, loaded, keys, spills = [], [], set(), [int(n) for n in sys.argv[1].split(",")]
+launches, loaded, spills = [], [], [int(n) for n in sys.argv[1].split(",")]
 
 class Recorder:
     def __init__(self, src, metadata):
         self.names, self.maxnreg = src.fn.arg_names, metadata.maxnreg
-        keys.add(metadata.hash)
     def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
         ours = [a for n, a in zip(self.names, args, strict=True) if n.islower()]
         said = ["tensor" if isinstance(a, torch.Tensor) else a for a in ours]
@@ -107,12 +106,6 @@ for inverse in (None, torch.ones((), dtype=torch.float64)):
     for _ in range(2):
         norm(torch.ones(5, 1, dtype=torch.float64), 1.0, inverse, None)
 n_launches["clip"] = len(launches)
-from tritopt.engine import private
-from tritopt.tools.compiled import CompiledStep, _launches_of, compile_launch
-steps = [CompiledStep(registered()[name](), torch.float32, torch.float32) for name in ("adamw", "lamb", "adafactor")]
-ahead = [private.metadata(compile_launch(launched, 90)).hash for step in steps for launched in _launches_of(step)]
-n_launches["unknown"] = len(set(ahead) - keys)
-n_launches["known"] = len(set(ahead) & keys)
 print(json.dumps(n_launches))
 """
 )
@@ -136,13 +129,8 @@ def recorded(spills: str, optimizer: str = "adamw") -> tuple[list[Any], list[str
 
 @pytest.mark.xdist_group("compiles")
 def test_every_kind_of_optimizer_passes_through_triton() -> None:
-    """Up to the GPU: Triton's binding is not what compiling alone goes through. In the machine all but Muon do, too.
-
-    What is compiled ahead has the keys of what is launched, so that Triton finds either in its cache.
-    """
+    """Up to the GPU: Triton's binding is not what compiling alone goes through. In the machine all but Muon do, too."""
     launches = run(EVERYTHING, "0")
-    assert launches.pop("unknown") == 0
-    assert launches.pop("known") >= 7
     assert [launches.pop(name) for name in ("clip", "split8", "split16")] == [4, 2, 2]
     kinds = "adabelief adafactor adagrad adamw adan ademamix groupadagrad lamb lans lars muon sgd sgld test"
     assert set(kinds.split()) <= set(launches)

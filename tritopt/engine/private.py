@@ -275,16 +275,13 @@ def compile_for(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    position = {name: (i,) for i, name in enumerate(names_of(kernel))}
-    attributes = {
-        name: [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.startswith("*") or kind.endswith(":16")
-    } | {name: [] for name in constants}
+    position = {name: i for i, name in enumerate(names_of(kernel))}
+    multiples = [name for name, kind in kinds.items() if kind.startswith("*") or kind.endswith(":16")]
     source = ASTSource(
         kernel,
         {name: kinds[name].removesuffix(":16") for name in names_of(kernel)},
-        constexprs={position[name]: value for name, value in constants.items()},
-        # In Triton's own order and form, where it binds a launch: both find the same in its cache.
-        attrs={position[name]: attributes[name] for name in names_of(kernel) if name in attributes},
+        constexprs={(position[name],): value for name, value in constants.items()},
+        attrs={(position[name],): [["tt.divisibility", 16]] for name in multiples},
     )
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
     return triton.compile(source, target=target, options=options)

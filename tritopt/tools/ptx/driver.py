@@ -187,7 +187,7 @@ def _pass_over_what_is_there() -> None:
     global _n_passed_over, _n_kept
     # Passed over, a cycle is never freed, and its tensors would stay. To look at everything each time takes seconds in
     # the end, where programs are a million objects, and to count them nearly as long.
-    looks_at_all = _n_passed_over >= 4 * _n_kept
+    looks_at_all = _n_passed_over >= 2 * _n_kept
     if looks_at_all:
         gc.unfreeze()
         _known.clear()
