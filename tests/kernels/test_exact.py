@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -100,10 +99,11 @@ def kernel(x_ptr, y_ptr, z_ptr, N: tl.constexpr):
     tl.store(z_ptr + 32 * N + i, tl.sqrt_rn(x) if N == 1 else sqrt(x))
 
 kinds = {name: "*fp32" for name in ("x_ptr", "y_ptr", "z_ptr")} | {"N": "constexpr"}
-for n in (1, 4):
-    options = {"num_warps": 1, "enable_fp_fusion": False}
-    binary = private.compile_for(int(sys.argv[1]), kernel, kinds, {"N": n}, options)
-    print(run_tool("nvdisasm", "-c", "-ndf", binary=private.assembly(binary)["cubin"]), end="\\f")
+for arch in map(int, sys.argv[1:]):
+    for n in (1, 4):
+        options = {"num_warps": 1, "enable_fp_fusion": False}
+        binary = private.compile_for(arch, kernel, kinds, {"N": n}, options)
+        print(run_tool("nvdisasm", "-c", "-ndf", binary=private.assembly(binary)["cubin"]), end="\\f")
 """
 # A branch over a call: what lies between runs for the few operands that the FMAs do not do for.
 DETOUR = re.compile(r"BRA `\((\.L_x_\d+)\) ;\n(?:(?!\.L_x_).*\n)*?.*CALL(?:.*\n)*?\1:")
@@ -134,16 +134,27 @@ QUOTIENT = f"FFMA({INVERSE}, x, 0)"
 ROUNDED_QUOTIENT = f"FFMA(FFMA(-{QUOTIENT}, x, x), {INVERSE}, {QUOTIENT})"
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_the_instructions_are_those_of_nvidias_assembler(arch: int, tmp_path: Path) -> None:
-    """Compare with `sqrt.rn` and `div.rn` where they do not branch: so the bits are the same, however MUFU errs."""
+ARCHS = (80, 90, 100)
+
+
+@pytest.fixture(scope="module")
+def sass(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Counter[str]]]:
+    """Expressions that NVIDIA's instructions compute, and those of ours, by architecture."""
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    (tmp_path / "compile.py").write_text(PROGRAM)  # Triton reads the source of its kernels
-    command = [sys.executable, str(tmp_path / "compile.py"), str(arch)]
+    program = tmp_path_factory.mktemp("sass") / "compile.py"
+    program.write_text(PROGRAM)  # Triton reads the source of its kernels
+    command = [sys.executable, str(program), *map(str, ARCHS)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    theirs, ours = map(expressions, done.stdout.split("\f")[:2])
+    texts = done.stdout.split("\f")
+    return {arch: [expressions(text) for text in texts[2 * i : 2 * i + 2]] for i, arch in enumerate(ARCHS)}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_instructions_are_those_of_nvidias_assembler(arch: int, sass: dict[int, list[Counter[str]]]) -> None:
+    """Compare with `sqrt.rn` and `div.rn` where they do not branch: so the bits are the same, however MUFU errs."""
+    theirs, ours = sass[arch]
     for expression in (ROUNDED_ROOT, ROUNDED_QUOTIENT):
         assert theirs[expression] == 1, theirs
         assert ours[expression] == 4, ours

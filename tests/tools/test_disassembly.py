@@ -25,12 +25,13 @@ def targets(code):
 
 bf16, n_loops, n_branches = torch.bfloat16, 0, 0
 for arch in (80, 90, 100):
-    steps = [CompiledStep(tritopt.create(name), bf16, bf16, MASTER_FP32, arch) for name in ("adamw", "lars")]
+    names = ("adamw", "lars") if arch == 90 else ("adamw",)
+    steps = [CompiledStep(tritopt.create(name), bf16, bf16, MASTER_FP32, arch) for name in names]
     steps.append(CompiledNorm(bf16, arch))
     launches = [launched for step in steps for launched in _launches_of(step)]
     cubins = [private.assembly(compile_launch(launched, arch))["cubin"] for launched in launches]
     texts = disassemble(cubins, arch)
-    assert len(texts) == len(cubins) >= 5
+    assert len(texts) == len(cubins) >= (5 if arch == 90 else 2)
     for cubin, text in zip(cubins, texts):
         ours, whole = parse_sass(text), parse_sass(run_tool("nvdisasm", "-c", "-ndf", binary=cubin))
         unlabelled = [[one._replace(label="") for one in code.instructions] for code in (ours, whole)]
