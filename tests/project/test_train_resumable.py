@@ -44,7 +44,7 @@ class Kill(NamedTuple):
 def run(path: Path, log: Path, kill: Kill | None) -> None:
     """The example, ended as `kill` says; each line of the log is a digest at a step."""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         note = Log(log)
         patch.setattr(train_resumable.Training, "load_state_dict", note.of_load())

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = timedelta(seconds=30)
 REASON = None if dist.is_available() and dist.is_gloo_available() else "this torch has no torch.distributed with gloo"
 _PRELOADED = (
+    "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
