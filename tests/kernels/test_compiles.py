@@ -36,6 +36,8 @@ common = [(bf16, bf16, MASTER_FP32), (f32, f32, PLAIN)]
 rare = [(f16, f32, MASTER_FP32), (f32, bf16, PLAIN), (bf16, bf16, PLAIN), (f64, f64, PLAIN)]
 packed = [(bf16, bf16, fmt) for fmt in MASTERS.values() if fmt is not MASTER_FP32]
 is_all = sys.argv[2] == "all"
+# The one that most people take, and the one with the most planes.
+with_rare = ("adamw", "lans", "lamb", "sgd", "adan") if is_all else ("adamw", "lans")
 steps = {"norm": ({}, CompiledNorm(bf16, arch))}
 rules = {cls.rule for cls in vars(tritopt.optim).values() if hasattr(cls, "rule")}
 own = [rule for rule in sorted(rules, key=repr) if rule.__module__.startswith("tritopt.optim.")]
@@ -49,7 +51,7 @@ for name, rule in optimizers.items():
         takes_all = all(phase.is_driver for phase in rule(**variant).phases)
         is_shown = rule in kinds and variant == rule.variants[0]
         wanted = common if is_all or is_shown else common[:1]
-        has_rare = name in ("adamw", "lamb", "sgd", "adan", "lans") and (is_all or not variant)
+        has_rare = name in with_rare and (is_all or not variant)
         wanted = wanted + (rare if has_rare else [])
         wanted += packed if takes_all and (is_all or name in ("adamw", "lion", "signum")) else []
         wanted = [(*dtypes_and_format, None) for dtypes_and_format in wanted]
