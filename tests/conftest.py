@@ -9,7 +9,6 @@ import atexit
 import gc
 import importlib.util
 import os
-from pathlib import Path
 
 # Workers of pytest-xdist share the cores; threads of torch's would wait for each other in every square root.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -43,25 +42,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
-_seen: Path | None = None
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let the garbage collector pass over what stays: before a file's tests, all tests and the tapes of other files.
-
-    A million objects for the former, and a tenth of the workers' time for the latter.
-    """
-    global _seen
-    if item.path != _seen and not os.environ.get("TRITOPT_PTX"):  # where the machine asks the collector for tensors
-        if _seen is None:
-            # Or objects of Triton's would outlive the interpreter, which complains. Not before pytest's last
-            # collections, five of them, which would pass through it all.
-            atexit.register(gc.unfreeze)
-            gc.set_threshold(10_000)
-        _seen = item.path
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over the tests themselves, a million objects that stay."""
+    if not os.environ.get("TRITOPT_PTX"):  # where the machine asks the collector for tensors
         gc.collect()
         gc.freeze()
+        # Tapes are another million, through which it would go in a tenth of the workers' time.
+        gc.set_threshold(10_000, 10, 50)
+        # Or objects of Triton's would outlive the interpreter, which complains. Not before pytest's last collections,
+        # five of them, which would pass through it all.
+        atexit.register(gc.unfreeze)
 
 
 LONGEST = (
