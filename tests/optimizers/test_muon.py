@@ -525,9 +525,9 @@ def test_small_matrices_on_the_cpu_take_a_third_of_torchs_time(shape: tuple[int,
                 p.grad = random(*shape, seed=1)
             opts.append(cls(params, **options))
         times: list[list[float]] = [[], []]
-        for i in range(60):
-            if i >= 15 and 3 * min(times[0]) < min(times[1]):
-                break  # others who share the caches have let it be seen
+        give_up = time.monotonic() + 20
+        while len(times[0]) < 15 or (3 * min(times[0]) >= min(times[1]) and time.monotonic() < give_up):
+            # Others who share the caches slow what is done for all matrices at once, until they let it be seen.
             for opt, taken in zip(opts, times, strict=True):
                 start = time.thread_time()
                 opt.step()
