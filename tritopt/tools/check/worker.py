@@ -84,7 +84,7 @@ def _prepare(target: str | None) -> None:
 
         switch_on(TARGETS[target])
     else:
-        # Tapes are millions of objects that stay: to go through them takes the garbage collector a fifth of the time.
+        # Tapes are millions of objects that stay: to go through them takes the garbage collector a tenth of the time.
         gc.freeze()
         gc.set_threshold(10_000)
     speed_up()
