@@ -153,7 +153,7 @@ def test_singular_values_come_near_one(coefficients: Any, low: float, high: floa
 
 # torch. Its own tests are parametrised over a database of optimizers: arguments, and what must be refused.
 
-OTHERS: list[dict[str, Any]] = [
+UNLISTED: list[dict[str, Any]] = [  # by the database
     {"momentum": 0.0},
     {"nesterov": False},
     {"adjust_lr_fn": "original"},
@@ -194,7 +194,9 @@ def assert_goes_where_torch_goes(options: dict[str, Any], fused: bool | None) ->
 
 
 @pytest.mark.parametrize(
-    ("options", "fused"), [*[(options, False) for options in OTHERS], ({}, None), ({"nesterov": False}, None)], ids=str
+    ("options", "fused"),
+    [*[(options, False) for options in UNLISTED], ({}, None), ({"nesterov": False}, None)],
+    ids=str,
 )
 def test_a_hundred_steps_go_where_torch_goes(options: dict[str, Any], fused: bool | None) -> None:
     assert_goes_where_torch_goes(options, fused)
@@ -202,18 +204,18 @@ def test_a_hundred_steps_go_where_torch_goes(options: dict[str, Any], fused: boo
 
 def test_a_hundred_steps_of_torchs_cases_go_where_torch_goes(database: Any) -> None:
     cases = database.optim_inputs_func_muon("cpu")
-    assert len(cases) >= 6
+    assert cases
     for case in cases:
+        print(case)  # a failing test ends with the one that failed
         assert_goes_where_torch_goes(case.kwargs, False)
 
 
 def test_what_torch_refuses_is_refused_in_its_words(database: Any) -> None:
     """Complex parameters in the step, everything else where the optimizer is made."""
-    cases = database.optim_error_inputs_func_muon("cpu", torch.float32)
-    assert len(cases) >= 5
     in_step = []
-    for case in cases:
+    for case in database.optim_error_inputs_func_muon("cpu", torch.float32):
         given = case.optimizer_error_input
+        print(given.desc)
         if case.error_on is database.OptimizerErrorEnum.STEP_ERROR:
             opt = optim.Muon(given.params, **given.kwargs)
             in_step.append(given.desc)
@@ -223,13 +225,6 @@ def test_what_torch_refuses_is_refused_in_its_words(database: Any) -> None:
             with pytest.raises(case.error_type, match=case.error_regex):
                 optim.Muon(given.params, **given.kwargs)
     assert in_step == ["does not support complex parameters"]
-
-
-@pytest.mark.parametrize("is_contiguous", [True, False])
-def test_goes_in_the_right_direction(is_contiguous: bool, database: Any) -> None:
-    """The model of torch's test of this name, with its seed's sizes and without the bias, which is no matrix."""
-    for case in database.optim_inputs_func_muon("cpu"):
-        assert_goes_in_the_right_direction(case.kwargs, is_contiguous)
 
 
 def assert_goes_in_the_right_direction(options: dict[str, Any], is_contiguous: bool) -> None:
@@ -244,6 +239,14 @@ def assert_goes_in_the_right_direction(options: dict[str, Any], is_contiguous: b
 
     losses = [opt.step(closure).item() for _ in range(20)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_goes_in_the_right_direction(is_contiguous: bool, database: Any) -> None:
+    """The model of torch's test of this name, with its seed's sizes and without the bias, which is no matrix."""
+    for case in database.optim_inputs_func_muon("cpu"):
+        print(case)
+        assert_goes_in_the_right_direction(case.kwargs, is_contiguous)
 
 
 def test_checkpoints_are_torchs() -> None:
