@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.distributed.tensor import DTensor, Shard
 
 import tritopt.optim
 from tests.support.layouts import (
@@ -298,3 +300,25 @@ def check_plain_gradient() -> None:
             opt.step()
         assert not opt.state
         assert torch.equal(param.detach(), before)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "LAMB", "Muon"])
+def test_states_of_shards_without_memory(name: str, worlds: dict[int, World]) -> None:
+    worlds[2].run(check_states_without_memory, name)
+
+
+def check_states_without_memory(name: str) -> None:
+    mesh, seen = mesh_of(2), Communication()
+
+    def states() -> list[tuple[str, torch.dtype, torch.Size, torch.Size]]:
+        part = DTensor.from_local(torch.zeros(3, 64, dtype=torch.bfloat16), mesh, [Shard(0)], run_check=False)
+        param = torch.nn.Parameter(part)
+        opt = getattr(tritopt.optim, name)([param], max_grad_norm=1.0)
+        param.grad = torch.ones_like(param)
+        opt.step()
+        return [(key, t.dtype, t.shape, local(t).shape) for key, t in opt.state[param].items()]
+
+    with FakeTensorMode(), seen:
+        fake = states()
+    assert not seen.calls
+    assert fake == states()

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.optim import optimizer as optimizers
 
 from tritopt import optim
@@ -42,9 +43,10 @@ EXCEPTIONS = {
     ("tritopt/tools/bench/without_kernels.py", "_fused_adamw_"): "as above",
 }
 UNDOCUMENTED = {
-    "ASTSource", "AsyncCollectiveTensor", "GPUTarget", "GridExecutor", "JITFunction", "WeakTensorKeyDictionary",
-    "arg_names", "asm", "cache_key", "compile_module_from_src", "compute_local_shape_and_global_offset", "hooked",
-    "is_constexpr", "knobs", "launch_enter_hook", "n_regs", "n_spills", "profile_hook_step",
+    "ASTSource", "AsyncCollectiveTensor", "FakeTensor", "GPUTarget", "GridExecutor", "JITFunction",
+    "WeakTensorKeyDictionary", "arg_names", "asm", "cache_key", "compile_module_from_src",
+    "compute_local_shape_and_global_offset", "hooked", "is_constexpr", "knobs", "launch_enter_hook", "n_regs",
+    "n_spills", "profile_hook_step",
 }  # fmt: skip
 """Names without an underscore that no documentation has. (`metadata` is so common that it is not looked for.)"""
 DOCUMENTED = {"_asdict", "_fields", "_make", "_replace", "_exit", "_getframe"}
@@ -177,6 +179,13 @@ def test_sparse_tensors_show_what_they_store() -> None:
     assert private.stored_indices(sparse).tolist() == [[1, 1, 0]]
     private.stored_values(sparse).mul_(2)
     assert sparse.to_dense().tolist() == [8.0, 10.0, 0.0, 0.0]
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        fakes = [torch.zeros(2), torch.nn.Parameter(torch.zeros(2)), torch.zeros(2)[1:]]
+    others = [torch.zeros(2), torch.zeros(2, device="meta")]
+    assert [private.is_fake(tensor) for tensor in [*fakes, *others]] == [True] * 3 + [False] * 2
 
 
 def test_weak_keys_let_go() -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
 from tritopt.engine import validate
@@ -110,7 +111,7 @@ def steps_of(coefficients: str | Sequence[float], n: int) -> tuple[Quintic, ...]
 def _check_convergence(step: Quintic, n: int) -> None:
     """ValueError unless the iteration keeps [0, 1] bounded and positive, and brings 1 between 1/2 and 3/2."""
     a, b, c = step
-    values = x = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64, device="cpu")
+    values = x = np.linspace(0.0, 1.0, 1001)
     # As many as it takes to see where it ends: what grows slowly is still bounded after a few.
     for _ in range(max(n, 20)):
         square = values * values

@@ -193,6 +193,8 @@ class Planner:
 
     def check_aliases(self, key: Hashable, owners: Sequence[Hashable], tasks: Sequence[Task]) -> None:
         """ValueError if the step would write an element twice; looked at again only when a tensor has moved."""
+        if not any(validate.is_allocated(task.weight[0]) for task in tasks):
+            return
         places = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for task in tasks for t in task.written()]
         known = self._places.get(key)
         distinct = frozenset(places)

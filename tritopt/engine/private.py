@@ -104,6 +104,13 @@ def negated_view(tensor: torch.Tensor) -> torch.Tensor:
     return torch._neg_view(tensor)
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and a dtype and no memory, as all that is made under FakeTensorMode."""
+    from torch._subclasses import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
 def weak_keys() -> Any:
     """Make a dict whose keys are tensors, by identity, that it does not keep alive."""
     from torch.utils.weak import WeakTensorKeyDictionary

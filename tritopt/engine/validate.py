@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tritopt.engine.private import is_zero_tensor
+from tritopt.engine.private import is_fake, is_zero_tensor
 from tritopt.kernels.formats.format import Format
 from tritopt.kernels.formats.scales import scales_shape
 from tritopt.kernels.memory import lies_like
@@ -275,6 +275,11 @@ def no_aliases(owners: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> N
     for owner, tensor in zip(owners, tensors, strict=True):
         if _overlaps_itself(tensor):
             raise ValueError(f"parameter {owner!r}: elements share memory (an expanded tensor); call .contiguous()")
+
+
+def is_allocated(tensor: torch.Tensor) -> bool:
+    """Whether there is anything to update: not on meta, nor under FakeTensorMode."""
+    return not (tensor.is_meta or is_fake(tensor))
 
 
 def _earlier_overlap(order: Any, position: int, starts: Any, extents: Sequence[int]) -> list[int]:

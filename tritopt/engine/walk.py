@@ -16,6 +16,7 @@ import operator
 import os
 import sysconfig
 from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -235,7 +236,9 @@ def description() -> str:
 
 def _choose() -> Choice:
     try:
-        return in_c()
+        with ThreadPoolExecutor(1) as apart:
+            # A new thread has none of torch's modes, under which a trial would fail: inference mode, FakeTensorMode.
+            return apart.submit(in_c).result()
     except Exception as error:  # whatever a compiler, a loader, or another version of torch or Triton comes up with
         reason = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
         return Choice(IN_PYTHON, "Python", reason.strip().rstrip("."))

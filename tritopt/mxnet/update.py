@@ -82,6 +82,9 @@ class Update(States):
     ) -> None:
         """Build the update and make it; under a key it is kept, to be replayed."""
         tasks, on_kernel = self._tasks(indices, weights, grads, states, fused)
+        if not any(map(validate.is_allocated, weights)):
+            self._update_count(list(indices))
+            return
         sparse = {
             i: StandIn(indices[i], task, self.lazy_update, on_kernel[i])
             for i, task in enumerate(tasks)

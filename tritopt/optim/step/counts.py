@@ -10,7 +10,7 @@ import torch
 
 from tritopt.engine.device import is_capturing
 from tritopt.engine.group import FIRST_STEP, Array
-from tritopt.engine.private import is_zero_tensor
+from tritopt.engine.private import is_fake, is_zero_tensor
 from tritopt.engine.recent import Recent
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ class ScalarStates:
             self._vectors[name][position] = tensor.reshape(())
 
     def _is_bound(self, states: Sequence[State], device: torch.device) -> bool:
-        if len(self._tensors) != len(states) or self.device != device:
+        if len(self._tensors) != len(states) or self.device != device or is_fake(self._exact):
             return False
         starts = {name: vector.data_ptr() for name, vector in self._vectors.items()}
         elsewhere = {id(tensor) for *_, tensor in self._elsewhere}
@@ -250,7 +250,8 @@ def _number(value: Any, device: torch.device) -> torch.Tensor:
     """A number out of a state, fp64 []."""
     if isinstance(value, torch.Tensor):
         return value.detach().reshape(()).to(device, torch.float64)
-    return torch.tensor(float(value), dtype=torch.float64, device=device)
+    # `torch.tensor` under FakeTensorMode keeps the number, and a deepcopy then breaks torch 2.13's heap.
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
 def _can_stay(value: Any) -> bool:

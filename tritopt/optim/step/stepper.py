@@ -105,7 +105,7 @@ class Stepper:
         if on_device:
             self._follow_streams(step)
         skip = _skip(found_inf, rescale, self._scalar_states.device) if on_device else None
-        self._advance(step, skip, not on_device)
+        self._advance(step.members, step.positions, skip, not on_device)
         tables = [self._scalar_table(step, plan, options, on_device, single) for plan in step.plans]
         undo.replaced.clear()
         for plan, (scalars, table) in zip(step.plans, tables, strict=True):
@@ -177,6 +177,9 @@ class Stepper:
         device = local(members[0].param).device if on_device else CPU
         if like is None:  # which was found to have the same states
             self._bind(opt, device)
+        if not any(validate.is_allocated(local(member.param)) for member in members):
+            self._make_states(opt, members, undo)
+            return None
         undo.remember([member.position for member in members], not on_device)
         if like is None and single is None:
             self._complete = Complete()
@@ -194,6 +197,13 @@ class Stepper:
             check_aliases(self._planner, members, tasks)
             complete.add([members[i] for i in others], [tasks[i] for i in others])
         return Build(self._planner, members, tasks, options.rates, fused, single, None if undo.replaced else like)
+
+    def _make_states(self, opt: Owner, members: list[Member], undo: Undo) -> None:
+        """Make the step of parameters without memory: states, of which somebody wants to know the size, and counts."""
+        create_missing(opt, members, self._scalar_states, undo.replaced)
+        for member in members:
+            task_of(opt, member)
+        self._advance(members, [member.position for member in members], None, on_host=False)
 
     def telemetry(self, opt: Owner) -> Telemetry:
         """Telemetry of the last step, as `Optimizer.telemetry` shows it."""
@@ -253,9 +263,10 @@ class Stepper:
         self.grad_norm = self._clip.norm
         return factor
 
-    def _advance(self, step: Build | Replay, skip: torch.Tensor | None, on_host: bool) -> None:
-        members = step.members
-        self._scalar_states.advance(step.positions, skip, on_host)
+    def _advance(
+        self, members: Sequence[Member], positions: Sequence[int], skip: torch.Tensor | None, on_host: bool
+    ) -> None:
+        self._scalar_states.advance(positions, skip, on_host)
         for name in members[0].rule.scalar_states:
             for in_group in split_by_group(members):
                 positions = [member.position for member in in_group]
