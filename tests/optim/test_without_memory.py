@@ -63,6 +63,32 @@ def test_options_that_read_gradients_read_none(options: dict[str, Any]) -> None:
     assert shown(stepped(optim.AdamW, "meta", options)) == expected
 
 
+@pytest.mark.parametrize("where", ["fake", "meta"])
+def test_other_ways_to_step(where: str) -> None:
+    """Gradients that are sparse or released, optimizers of several rules, and a GradScaler's numbers."""
+
+    def steps() -> list[Any]:
+        embedding = torch.nn.Embedding(10, 8, sparse=True)
+        matrix, vector = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 64), (5,)))
+        sgd, adam = optim.SGD(embedding.parameters(), momentum=0.9), optim.AdamW([vector])
+        released = optim.AdamW([matrix])
+        mixed = optim.Mixed([{"params": [matrix], "algorithm": "Muon"}, {"params": [vector], "algorithm": "AdamW"}])
+        embedding(torch.zeros(3, dtype=torch.int64)).sum().backward()
+        matrix.grad, vector.grad = torch.ones_like(matrix), torch.ones_like(vector)
+        vars(adam).update(found_inf=torch.zeros(()), grad_scale=torch.ones(()))
+        for opt in (sgd, adam, mixed):
+            opt.step()
+        matrix.grad = None
+        with optim.release_gradients([matrix], released):
+            matrix.sum().backward()
+        released.step()
+        return [*map(shown, (sgd, adam, released)), *map(sorted, mixed.state.values())]
+
+    expected = steps()
+    with FakeTensorMode() if where == "fake" else torch.device("meta"):
+        assert steps() == expected
+
+
 def test_the_memory_tracker_counts_what_is_kept() -> None:
     """torch's own: a real optimizer's states, and the exact counts beside them, 8 bytes a parameter."""
     options: dict[str, Any] = {"master": "split8", "state_dtype": "int8"}

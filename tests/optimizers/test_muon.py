@@ -392,6 +392,8 @@ def test_what_is_no_matrix_is_refused_by_name(shape: tuple[int, ...], options: d
         ({"ns_coefficients": (1.0, 0.0, 0.0)}, r"ns_coefficients=\(1\.0, 0\.0, 0\.0\) do not converge"),
         ({"ns_coefficients": (3.4445, 4.775, 2.0315)}, "do not converge"),
         ({"ns_coefficients": (-1.5, 0.5, 0.0)}, "do not converge"),
+        ({"ns_coefficients": (1e308, 1e308, 1e308)}, "do not converge"),
+        ({"ns_coefficients": (float("nan"), 0.0, 0.0)}, "do not converge"),
         ({"ns_coefficients": (1.0, 2.0)}, "3 numbers"),
         ({"ns_coefficients": "polar"}, "'polar' must be three numbers or 'polar_express'"),
         ({"ns_dtype": "fp16"}, "ns_dtype='fp16' must be one of 'bf16', 'fp32'"),

@@ -108,6 +108,7 @@ def steps_of(coefficients: str | Sequence[float], n: int) -> tuple[Quintic, ...]
     return ((a, b, c),) * n
 
 
+@np.errstate(over="ignore", invalid="ignore")  # refused below, in words
 def _check_convergence(step: Quintic, n: int) -> None:
     """ValueError unless the iteration keeps [0, 1] bounded and positive, and brings 1 between 1/2 and 3/2."""
     a, b, c = step

@@ -255,6 +255,8 @@ def no_aliases(owners: Sequence[Hashable], tensors: Sequence[torch.Tensor]) -> N
 
     `owners[i]` is the parameter that `tensors[i]` belongs to.
     """
+    if not any(map(is_allocated, tensors)):
+        return
     has_memory = [not tensor.is_meta for tensor in tensors]
     owners = [owner for owner, has in zip(owners, has_memory, strict=True) if has]
     tensors = [tensor for tensor, has in zip(tensors, has_memory, strict=True) if has]

@@ -202,7 +202,8 @@ class Stepper:
         """Make the step of parameters without memory: states, of which somebody wants to know the size, and counts."""
         create_missing(opt, members, self._scalar_states, undo.replaced)
         for member in members:
-            task_of(opt, member)
+            if member.grad.layout is torch.strided:  # torch makes no dense tensor of a sparse one on meta
+                task_of(opt, member)
         self._advance(members, [member.position for member in members], None, on_host=False)
 
     def telemetry(self, opt: Owner) -> Telemetry:
