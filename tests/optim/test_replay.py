@@ -739,3 +739,21 @@ def test_parameters_that_share_memory_and_never_had_gradients_together(overlap: 
     with pytest.raises(ValueError, match="parameters 0 and 1 share memory"):
         step(0, 1)
     assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_state_that_was_made_and_removed_begins_anew(fused: bool | None) -> None:
+    """A step from before the state was made finds all other states as they were."""
+    ours, theirs = ([torch.nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    opt, torchs = optim.AdamW(ours, lr=0.1, fused=fused), torch.optim.AdamW(theirs, lr=0.1)
+    for t, with_gradient in enumerate([(0,), (0,), (0, 1), (0, 1), (), (0,), (0, 1), (1,), (0, 1)]):
+        if t == 4:
+            del opt.state[ours[1]], torchs.state[theirs[1]]
+        for i in range(2):
+            ours[i].grad = torch.full((3,), t + 1.0) if i in with_gradient else None
+            theirs[i].grad = torch.full((3,), t + 1.0) if i in with_gradient else None
+        opt.step()
+        torchs.step()
+        torch.testing.assert_close(ours, theirs)
+        for p, q in zip(ours, theirs, strict=True):
+            assert opt.state.get(p, {}).get("step") == torchs.state.get(q, {}).get("step")

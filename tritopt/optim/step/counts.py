@@ -47,6 +47,8 @@ class ScalarStates:
         """Positions of parameters that had a state when numbers were bound, or got one since."""
         self._elsewhere: list[tuple[str, int, torch.Tensor]] = []
         """Tensors in shared memory, with their names and positions."""
+        self.binding = object()
+        """Another object whenever numbers were taken up anew, or a parameter got a state."""
         self._places: Recent[torch.Tensor | slice] = Recent()
         self._of_lists: dict[int, tuple[Sequence[int], torch.Tensor | slice]] = {}
         """Places by `id` of lists of positions, which are kept and must not change."""
@@ -132,7 +134,7 @@ class ScalarStates:
         self._vectors, self._exact, self._tensors, self._elsewhere = vectors, exact, tensors, elsewhere
         self._taken = {position for position, state in enumerate(states) if state}
         self._places, self._of_lists, self._common = Recent(), {}, None
-        self.device = device
+        self.device, self.binding = device, object()
 
     def views(self, position: int) -> dict[str, torch.Tensor]:
         """The numbers of a parameter, for a state that is to show them."""
@@ -142,6 +144,7 @@ class ScalarStates:
     def take(self, position: int) -> None:
         """Note that a parameter got a state."""
         self._taken.add(position)
+        self.binding = object()
 
     def begin_anew(self, position: int) -> None:
         """Set a parameter's numbers to their first values."""

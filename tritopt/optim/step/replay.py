@@ -113,6 +113,8 @@ class Replay:
         self._weights_at = np.zeros(len(weights), np.int64)
         self._weights_are = self._walk.describe(weights, self._weights_at, n_words(weights))
         self.device = local(members[0].param).device
+        self.binding: object = None
+        """`ScalarStates.binding` after the step that it repeats."""
         self.has_other_gradients = False
         """Whether `holds` found other gradients than before, and all else as it was, when it was asked last."""
 

@@ -234,7 +234,8 @@ class Stepper:
             yield last
         if last is None or last.has_other_gradients:
             earlier = self._replays.get(_with_gradients(params_of(opt, None)))
-            if earlier is not None and earlier is not last:
+            # States may be again as they were before one was made and removed; numbers and `_complete` are not.
+            if earlier is not None and earlier is not last and earlier.binding is self._scalar_states.binding:
                 yield earlier
 
     def _forget_steps_of_others(self, params: list[torch.Tensor]) -> None:
@@ -248,6 +249,8 @@ class Stepper:
                 self._replay_of[single.position] = step
             return
         self._last = step
+        if step is not None:
+            step.binding = self._scalar_states.binding
         if step is not None and is_new:
             self._replays.put(_with_gradients(params_of(opt, None)), step, len(step.members))
 
