@@ -275,6 +275,24 @@ def test_training_continues_from_bytes(name: str, dump_optimizer: bool, multi_pr
     assert resumed.optimizer.num_update == 6
 
 
+VARIANTS = [(name, variant) for name in tritopt.names() for variant in tritopt.create(name).variants]
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=str)
+def test_every_registered_optimizer_is_dumped(name: str, variant: dict[str, Any]) -> None:
+    """Training continues with the dumped optimizer's options, in place of the defaults of who takes it."""
+    updater = tritopt.get_updater(tritopt.create(name, **variant, learning_rate=0.01, multi_precision=True))
+    resumed = tritopt.get_updater(tritopt.create(name))
+    weights = [values(0, 4, 6, dtype=torch.bfloat16), values(1, 6, 3)]
+    train(updater, weights, range(2))
+    resumed.set_states(updater.get_states(dump_optimizer=True))
+    copies = copy.deepcopy(weights)
+    train(updater, weights, range(2, 4))
+    train(resumed, copies, range(2, 4))
+    assert_same(copies, weights)
+    assert_same(resumed.states, updater.states)
+
+
 class Halving(LRScheduler):
     """A user's own schedule with a position of its own."""
 

@@ -132,8 +132,8 @@ class Updater:
     def get_states(self, dump_optimizer: bool = False) -> bytes:
         """The states, and on demand the optimizer, as bytes of `torch.save` that hold plain data only.
 
-        Raises TypeError if a state, an index or an attribute of the optimizer is not a number, a string, a tensor or a
-        dict, list or tuple of these.
+        Raises TypeError if a state, an index or an attribute of the optimizer is not a number, a string, a tensor, a
+        dtype of torch or a dict, list or tuple of these.
         """
         buffer = io.BytesIO()
         torch.save(self.content(dump_optimizer), buffer)
@@ -241,7 +241,9 @@ def _require_plain(value: Any, path: str) -> None:
     elif type(value) in (list, tuple):
         for item in value:
             _require_plain(item, path)
-    elif not (value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor)):
+    elif not (
+        value is None or isinstance(value, (torch.Tensor, torch.dtype)) or type(value) in (bool, int, float, str)
+    ):
         raise TypeError(
             f"{path} is {value!r:.80}, which cannot be saved as plain data; call get_states(dump_optimizer=False)"
         )

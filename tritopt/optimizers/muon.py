@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from tritopt.engine import validate
-from tritopt.engine.matrices import cut_of, orthogonalize_each
+from tritopt.engine.matrices import Cut, cut_of, orthogonalize_each
 from tritopt.engine.matrix_phase import SCRATCH_BYTES, ApplyMatrices
-from tritopt.engine.newton_schulz import POLAR_EXPRESS, QUINTIC, iteration_of
+from tritopt.engine.newton_schulz import POLAR_EXPRESS, QUINTIC, Iteration, iteration_of
 from tritopt.kernels.muon import muon_direction, muon_update
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, State, Values
@@ -96,9 +96,22 @@ class MuonRule(Rule):
     ) -> None:
         super().__init__(**common)
         self.momentum, self.nesterov = validate.fraction("momentum", momentum), validate.boolean("nesterov", nesterov)
-        self.iteration = iteration_of(ns_coefficients, ns_steps, ns_dtype, epsilon, adjust_lr_fn, beta2, ns_symmetric)
-        self.cut = cut_of(flatten, split, split_dim)
+        # Tuples, and not of classes of ours: states are saved with the optimizer as plain data (mxnet/updater.py).
+        self._iteration: tuple[Any, ...] = tuple(
+            iteration_of(ns_coefficients, ns_steps, ns_dtype, epsilon, adjust_lr_fn, beta2, ns_symmetric)
+        )
+        self._cut: tuple[Any, ...] = tuple(cut_of(flatten, split, split_dim))
         self.scratch_bytes = validate.positive_count("scratch_bytes", scratch_bytes)
+
+    @property
+    def iteration(self) -> Iteration:
+        """Settings of the iteration that makes d orthogonal."""
+        return Iteration(*self._iteration)
+
+    @property
+    def cut(self) -> Cut:
+        """Matrices that a weight is made of."""
+        return Cut(*self._cut)
 
     @property
     def phases(self) -> tuple[ApplyMatrices, ...]:
