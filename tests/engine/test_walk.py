@@ -247,10 +247,12 @@ def test_the_same_objects(ask: Walk) -> None:
     assert ask.same(a, list(a))
     assert not ask.same(a, a[:2])
     assert not ask.same(a[:2], [a[0], torch.zeros(2)])
-    assert ask.hold([a[:1], [], a[1:]], a)
-    assert not ask.hold([a[:1]], a)
-    assert not ask.hold([a, a], a)
-    assert not ask.hold([a[1:], a[:1]], a)
+    lists = [a[:1], [], a[1:]]
+    assert ask.hold(lists, [list(each) for each in lists])
+    assert ask.hold([], [])
+    for other in ([a[:1]], [a[:1], a[1:]], [[], a[:1], a[1:]], [a[:2], [], a[2:]], [a[:1], [], a[:0:-1]], [a]):
+        assert not ask.hold(other, lists)
+        assert not ask.hold(lists, other)
 
 
 def test_dicts_that_have_changed(ask: Walk) -> None:
@@ -294,7 +296,8 @@ def test_objects_are_not_kept_alive() -> None:
         assert IN_C.states_are(states, *known_states(IN_C, states))
         IN_C.changed(dicts, [(1,)])
         IN_C.same([param], [param])
-        IN_C.hold([[param]], [param])
+        assert IN_C.hold([[param]], [[param]])
+        assert not IN_C.hold([[param], []], [[], [param]])
     assert [sys.getrefcount(x) for x in (param, param.grad, dicts[0]["a"], dicts[0])] == counts
 
 

@@ -112,6 +112,23 @@ def _drop_from_group(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
     del opt.param_groups[0]["params"][0]
 
 
+def _move_to_next_group(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    """All parameters stay in the order that they had, as in the two changes below."""
+    first, second = opt.param_groups
+    second["params"].insert(0, first["params"].pop())
+
+
+def _move_to_group_before(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    first, second = opt.param_groups
+    first["params"].append(second["params"].pop(0))
+
+
+def _empty_group(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
+    first, second = opt.param_groups
+    second["params"][:0] = first["params"]
+    first["params"].clear()
+
+
 def _replace_group(opt: optim.Optimizer, params: list[torch.Tensor]) -> None:
     opt.param_groups[1] = {**opt.param_groups[1], "lr": 0.125}
 
@@ -296,6 +313,9 @@ CHANGES: dict[str, Change] = {
     "loaded": _load,
     "group added": _add_group,
     "group replaced": _replace_group,
+    "moved to the next group": _move_to_next_group,
+    "moved to the group before": _move_to_group_before,
+    "group emptied": _empty_group,
     "master": _set("master", "fp32"),
     "parameter removed": _drop_from_group,
     "zero gradients": _shared_gradient,
@@ -757,3 +777,47 @@ def test_a_state_that_was_made_and_removed_begins_anew(fused: bool | None) -> No
         torch.testing.assert_close(ours, theirs)
         for p, q in zip(ours, theirs, strict=True):
             assert opt.state.get(p, {}).get("step") == torchs.state.get(q, {}).get("step")
+
+
+def test_a_state_that_was_put_back_counts_on() -> None:
+    """The other parameter's step lays all numbers anew while the state is out, and a release repeats steps of one."""
+    ours, theirs = ([torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)] for _ in range(2))
+    opt, torchs = optim.AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
+    for t, n in enumerate((2, 2, 2, 1, 2, 2)):
+        if n == 1:
+            taken = opt.state.pop(ours[1]), torchs.state.pop(theirs[1])
+            ours[0].data = ours[0].data.clone()  # so that its step is built again
+        elif t == 4:
+            opt.state[ours[1]], torchs.state[theirs[1]] = taken
+        with optim.release_gradients(ours, opt):
+            sum(((t + 1) * p).sum() for p in ours[:n]).backward()  # type: ignore[union-attr]
+            opt.step()
+        sum(((t + 1) * p).sum() for p in theirs[:n]).backward()  # type: ignore[union-attr]
+        torchs.step()
+        torchs.zero_grad()
+        torch.testing.assert_close(ours, theirs)
+    assert opt.state[ours[1]]["step"] == torchs.state[theirs[1]]["step"] == 5
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_wrong_state_that_was_put_back_is_refused(fused: bool | None) -> None:
+    """A step beside the wrong one is repeated; that a right one was found complete meanwhile says nothing of it."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = optim.AdamW(params, fused=fused)
+
+    def step(n: int) -> None:
+        for i, p in enumerate(params):
+            p.grad = torch.ones(3) if i < n else None
+        opt.step()
+
+    step(2)
+    state = opt.state[params[1]]
+    right, wrong = state["exp_avg"], torch.zeros(2)
+    for exp_avg, steps in ((wrong, (1, 1)), (right, (2, 2, 0)), (wrong, (1,))):
+        state["exp_avg"] = exp_avg
+        for n in steps:
+            step(n)
+    before = params[1].detach().clone()
+    with pytest.raises(ValueError, match=r"parameter 1: state of shape \(2,\)"):
+        step(2)
+    assert torch.equal(params[1], before)

@@ -90,7 +90,7 @@ def test_other_ways_to_step(where: str) -> None:
 
 
 def test_the_memory_tracker_counts_what_is_kept() -> None:
-    """torch's own: a real optimizer's states, and the exact counts beside them, 8 bytes a parameter."""
+    """torch's tracker sees a real optimizer's states, and beside them the exact counts, 8 bytes a parameter."""
     options: dict[str, Any] = {"master": "split8", "state_dtype": "int8"}
     real = stepped(optim.AdamW, "cpu", options)
     kept = sum(t.nbytes for state in real.state.values() for t in state.values())

@@ -236,27 +236,30 @@ static PyObject *mark_written(PyObject *self, PyObject *tensors) {
   Py_RETURN_NONE;
 }
 
+static int are_same(PyObject *a, PyObject *b) {
+  Py_ssize_t n = PyList_GET_SIZE(a);
+  if (n != PyList_GET_SIZE(b)) return 0;
+  for (Py_ssize_t i = 0; i < n; i++)
+    if (PyList_GET_ITEM(a, i) != PyList_GET_ITEM(b, i)) return 0;
+  return 1;
+}
+
 static PyObject *same(PyObject *self, PyObject *args) {
   PyObject *a, *b;
   if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &a, &PyList_Type, &b)) return NULL;
-  Py_ssize_t n = PyList_GET_SIZE(a);
-  if (n != PyList_GET_SIZE(b)) Py_RETURN_FALSE;
-  for (Py_ssize_t i = 0; i < n; i++)
-    if (PyList_GET_ITEM(a, i) != PyList_GET_ITEM(b, i)) Py_RETURN_FALSE;
-  Py_RETURN_TRUE;
+  return PyBool_FromLong(are_same(a, b));
 }
 
 static PyObject *hold(PyObject *self, PyObject *args) {
-  PyObject *lists, *items;
-  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &lists, &PyList_Type, &items)) return NULL;
-  Py_ssize_t k = 0, n = PyList_GET_SIZE(items);
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(lists); i++) {
-    PyObject *list = PyList_GET_ITEM(lists, i);
-    if (!PyList_Check(list)) Py_RETURN_FALSE;
-    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); j++, k++)
-      if (k >= n || PyList_GET_ITEM(list, j) != PyList_GET_ITEM(items, k)) Py_RETURN_FALSE;
+  PyObject *lists, *copies;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &lists, &PyList_Type, &copies)) return NULL;
+  Py_ssize_t n = PyList_GET_SIZE(lists);
+  if (n != PyList_GET_SIZE(copies)) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < n; i++) {
+    PyObject *list = PyList_GET_ITEM(lists, i), *copy = PyList_GET_ITEM(copies, i);
+    if (!PyList_Check(list) || !PyList_Check(copy) || !are_same(list, copy)) Py_RETURN_FALSE;
   }
-  return PyBool_FromLong(k == n);
+  Py_RETURN_TRUE;
 }
 
 static PyObject *changed(PyObject *self, PyObject *args) {

@@ -58,8 +58,8 @@ class Walk(Protocol):
         """Whether these are the same objects."""
         ...
 
-    def hold(self, lists: list[list[Any]], items: list[Any]) -> bool:
-        """Whether these are lists, and hold these very items, one after the other."""
+    def hold(self, lists: list[list[Any]], copies: list[list[Any]]) -> bool:
+        """Whether these are lists, and each holds the very objects of its copy."""
         ...
 
     def changed(self, dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]]) -> list[int]:
@@ -166,8 +166,8 @@ def _same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def _hold(lists: list[list[Any]], items: list[Any]) -> bool:
-    return _same(list(chain.from_iterable(lists)), items)
+def _hold(lists: list[list[Any]], copies: list[list[Any]]) -> bool:
+    return len(lists) == len(copies) and all(map(_same, lists, copies))
 
 
 def _changed(dicts: list[dict[Any, Any]], before: list[tuple[Any, ...]]) -> list[int]:

@@ -47,8 +47,10 @@ class ScalarStates:
         """Positions of parameters that had a state when numbers were bound, or got one since."""
         self._elsewhere: list[tuple[str, int, torch.Tensor]] = []
         """Tensors in shared memory, with their names and positions."""
-        self.binding = object()
-        """Another object whenever numbers were taken up anew, or a parameter got a state."""
+        self.n_bindings = 0
+        """Times that numbers were taken up anew: steps of before would count in memory that no state shows."""
+        self.n_made = 0
+        """Number of states that parameters got in steps."""
         self._places: Recent[torch.Tensor | slice] = Recent()
         self._of_lists: dict[int, tuple[Sequence[int], torch.Tensor | slice]] = {}
         """Places by `id` of lists of positions, which are kept and must not change."""
@@ -134,7 +136,8 @@ class ScalarStates:
         self._vectors, self._exact, self._tensors, self._elsewhere = vectors, exact, tensors, elsewhere
         self._taken = {position for position, state in enumerate(states) if state}
         self._places, self._of_lists, self._common = Recent(), {}, None
-        self.device, self.binding = device, object()
+        self.device = device
+        self.n_bindings += 1
 
     def views(self, position: int) -> dict[str, torch.Tensor]:
         """The numbers of a parameter, for a state that is to show them."""
@@ -144,7 +147,7 @@ class ScalarStates:
     def take(self, position: int) -> None:
         """Note that a parameter got a state."""
         self._taken.add(position)
-        self.binding = object()
+        self.n_made += 1
 
     def begin_anew(self, position: int) -> None:
         """Set a parameter's numbers to their first values."""

@@ -26,7 +26,7 @@ from tritopt.optim.step.members import LaunchPlan, Member, SingleParameter, grou
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.scalar_table import HostScalars
-from tritopt.optim.step.states import complete_task
+from tritopt.optim.step.states import Complete, complete_task
 from tritopt.optim.step.undo import Undo
 
 
@@ -95,6 +95,8 @@ class Replay:
         self._rules = [options.of(group).rule for group in self._groups]
         self._settings = _settings(opt)
         self._params = params_of(opt, single)
+        self._lists = [] if single is not None else list(map(list, options.lists))
+        """Parameters of each group: one that moves to the next group takes other options, in the same order of all."""
         has_grad = [param.grad is not None for param in self._params]
         self._with_grad = None if all(has_grad) else np.flatnonzero(has_grad)
         self._named = _named(self._groups)
@@ -113,8 +115,10 @@ class Replay:
         self._weights_at = np.zeros(len(weights), np.int64)
         self._weights_are = self._walk.describe(weights, self._weights_at, n_words(weights))
         self.device = local(members[0].param).device
-        self.binding: object = None
-        """`ScalarStates.binding` after the step that it repeats."""
+        self.n_bindings = self.n_made = -1
+        """Numbers of this name of `ScalarStates`, as they were after the step that it repeats."""
+        self.complete = Complete()
+        """Parameters whose states were found complete beside these states."""
         self.has_other_gradients = False
         """Whether `holds` found other gradients than before, and all else as it was, when it was asked last."""
 
@@ -123,7 +127,7 @@ class Replay:
         ask, self.has_other_gradients = self._walk, False
         if self._known[1] is None or self._weights_are is None or self._grads_are is None:
             return False
-        is_held = self._single is not None or ask.hold(options.lists, self._params)
+        is_held = self._single is not None or ask.hold(options.lists, self._lists)
         if not is_held or _settings(opt) != self._settings or not self._takes_options(opt, options):
             return False
         if _names(self._named) != self._names or not ask.states_are(self._states(opt), *self._known):

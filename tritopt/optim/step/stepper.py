@@ -65,6 +65,7 @@ class Stepper:
         self._params: list[torch.Tensor] = []
         """All parameters of these steps."""
         self._complete = Complete()
+        """Parameters that the last step found complete when it was built."""
         self._options_of: dict[int, OptionsByGroup] = {}
         """Options of steps for one parameter, by its position."""
         self._replay_of: dict[int, Replay] = {}
@@ -163,7 +164,7 @@ class Stepper:
         """The step to make, checked: an earlier one again, or one that is built. None: there is no gradient."""
         like = None
         for earlier in self._candidates(opt, single):
-            is_there = self._scalar_states.device == (earlier.device if on_device else CPU)
+            is_there = self._counts_as(earlier, earlier.device if on_device else CPU, single)
             if is_there and earlier.holds(opt, options):
                 undo.remember(earlier.positions, not on_device)
                 return earlier
@@ -181,9 +182,9 @@ class Stepper:
             self._make_states(opt, members, undo)
             return None
         undo.remember([member.position for member in members], not on_device)
-        if like is None and single is None:
-            self._complete = Complete()
-        complete = self._complete if single is None else Complete()
+        complete = Complete() if like is None else like.complete
+        if single is None:
+            self._complete = complete
         known = [complete.has(member) for member in members]
         others = [i for i, is_known in enumerate(known) if not is_known]
         create_missing(opt, [members[i] for i in others], self._scalar_states, undo.replaced)
@@ -234,9 +235,18 @@ class Stepper:
             yield last
         if last is None or last.has_other_gradients:
             earlier = self._replays.get(_with_gradients(params_of(opt, None)))
-            # States may be again as they were before one was made and removed; numbers and `_complete` are not.
-            if earlier is not None and earlier is not last and earlier.binding is self._scalar_states.binding:
+            if earlier is not None and earlier is not last:
                 yield earlier
+
+    def _counts_as(self, earlier: Replay, device: torch.device, single: SingleParameter | None) -> bool:
+        """Whether numbers lie where they lay then, on this device.
+
+        States may be again as they were, and numbers not: those of a state that was taken out and put back, or made
+        and removed. The latter is another's affair in a step of a single parameter, which has made its own.
+        """
+        now = self._scalar_states
+        is_bound = now.device == device and now.n_bindings == earlier.n_bindings
+        return is_bound and (single is not None or now.n_made == earlier.n_made)
 
     def _forget_steps_of_others(self, params: list[torch.Tensor]) -> None:
         """Let go of parameters that the optimizer no longer has."""
@@ -244,14 +254,15 @@ class Stepper:
             self._params, self._replays = params, Recent()
 
     def _keep(self, opt: Owner, single: SingleParameter | None, step: Replay | None, is_new: bool) -> None:
+        if step is not None:
+            step.n_bindings, step.n_made = self._scalar_states.n_bindings, self._scalar_states.n_made
         if single is not None:
             if step is not None:
                 self._replay_of[single.position] = step
             return
         self._last = step
-        if step is not None:
-            step.binding = self._scalar_states.binding
         if step is not None and is_new:
+            step.complete = self._complete
             self._replays.put(_with_gradients(params_of(opt, None)), step, len(step.members))
 
     def _gradient_scale(self, opt: Owner, step: Build | Replay, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
