@@ -11,6 +11,7 @@ from tritopt.engine import validate
 from tritopt.engine.matrices import Cut, cut_of, orthogonalize_each
 from tritopt.engine.matrix_phase import SCRATCH_BYTES, ApplyMatrices
 from tritopt.engine.newton_schulz import POLAR_EXPRESS, QUINTIC, Iteration, iteration_of
+from tritopt.engine.plain import AsTuple
 from tritopt.kernels.muon import muon_direction, muon_update
 from tritopt.mxnet.optimizer import Optimizer, register
 from tritopt.rule import Rule, State, Values
@@ -58,8 +59,7 @@ class MuonRule(Rule):
             "match_rms_adamw": 0.2 sqrt(max(rows, columns)). "spectral_unclamped": sqrt(rows / columns).
         flatten: how weights of more dimensions are taken. True: a matrix, whose columns are all dimensions after the
             first. False: a stack of matrices, the last two dimensions. None: they are refused.
-        split: fused projections, whose parts are matrices by themselves: number of equal parts, or their sizes.
-        split_dim: dimension of the matrix that is split: -2, its rows, or -1, its columns.
+        split, split_dim: number of equal parts, or sizes, into which a fused projection's rows (-2) or columns (-1) go.
         scratch_bytes: bound on what directions and products take beside weights and states, if one weight fits.
         beta2: decay rate of v, in [0, 1), NorMuon's is 0.95; None: rows are not normalised.
         ns_symmetric: whether a kernel of fused steps computes half of X X^T and of its square; not measured on a GPU.
@@ -69,8 +69,8 @@ class MuonRule(Rule):
         ValueError: an argument out of range, coefficients that do not converge, or a weight that is no matrix.
     """
 
-    preamble = "decoupled"
-    wide_states = ("row_var",)
+    preamble, wide_states = "decoupled", ("row_var",)
+    iteration, cut = AsTuple(Iteration), AsTuple(Cut)
     variants = (
         {},
         {"momentum": 0.6, "nesterov": False, "ns_coefficients": POLAR_EXPRESS, "ns_dtype": "fp32", "flatten": False},
@@ -96,22 +96,9 @@ class MuonRule(Rule):
     ) -> None:
         super().__init__(**common)
         self.momentum, self.nesterov = validate.fraction("momentum", momentum), validate.boolean("nesterov", nesterov)
-        # Tuples, and not of classes of ours: states are saved with the optimizer as plain data (mxnet/updater.py).
-        self._iteration: tuple[Any, ...] = tuple(
-            iteration_of(ns_coefficients, ns_steps, ns_dtype, epsilon, adjust_lr_fn, beta2, ns_symmetric)
-        )
-        self._cut: tuple[Any, ...] = tuple(cut_of(flatten, split, split_dim))
+        self.iteration = iteration_of(ns_coefficients, ns_steps, ns_dtype, epsilon, adjust_lr_fn, beta2, ns_symmetric)
+        self.cut = cut_of(flatten, split, split_dim)
         self.scratch_bytes = validate.positive_count("scratch_bytes", scratch_bytes)
-
-    @property
-    def iteration(self) -> Iteration:
-        """Settings of the iteration that makes d orthogonal."""
-        return Iteration(*self._iteration)
-
-    @property
-    def cut(self) -> Cut:
-        """Matrices that a weight is made of."""
-        return Cut(*self._cut)
 
     @property
     def phases(self) -> tuple[ApplyMatrices, ...]:
