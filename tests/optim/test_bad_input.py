@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -132,6 +134,18 @@ def test_unknown_keywords(cls: Class) -> None:
 def test_multi_precision_that_is_no_bool(cls: Class, value: Any) -> None:
     with pytest.raises(TypeError, match=f"multi_precision={value!r} must be True or False"):
         cls(parameters(), **options_of(cls), multi_precision=value)
+
+
+@EVERY_CLASS
+def test_an_argument_is_named_as_it_was_given(cls: Class) -> None:
+    """The rule may have another name for it, as for eps; and a word in place of a switch is no switch."""
+    taken = inspect.signature(cls).parameters
+    for name in taken.keys() & cls.arguments.keys() - {"adjust_lr_fn"}:  # in torch's words
+        value = ("False",) * len(default) if isinstance(default := taken[name].default, tuple) else "False"
+        with pytest.raises((TypeError, ValueError), match=f"^{name}={re.escape(repr(value))} must be"):
+            cls(parameters(), **{**options_of(cls), name: value})
+    with pytest.raises(ValueError, match=r"^clip_value=nan must"):
+        cls(parameters(), **options_of(cls), clip_value=math.nan)
 
 
 # Parameters.

@@ -397,7 +397,7 @@ def test_what_is_no_matrix_is_refused_by_name(shape: tuple[int, ...], options: d
         ({"ns_coefficients": (1.0, 2.0)}, "3 numbers"),
         ({"ns_coefficients": "polar"}, "'polar' must be three numbers or 'polar_express'"),
         ({"ns_dtype": "fp16"}, "ns_dtype='fp16' must be one of 'bf16', 'fp32'"),
-        ({"eps": 0.0}, "epsilon=0 must be > 0"),
+        ({"eps": 0.0}, "eps=0 must be > 0"),
         ({"adjust_lr_fn": "spectral"}, "function spectral is not supported: adjust_lr_fn must be one of 'original'"),
         ({"beta2": 1.0}, r"beta2=1\.0 must be in \[0, 1\)"),
         ({"beta2": -0.1}, r"beta2=-0\.1 must be in \[0, 1\)"),

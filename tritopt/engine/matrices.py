@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from tritopt.engine import validate
 from tritopt.engine.newton_schulz import Iteration, normalize_rows, orthogonalize, ratio_of
 
 Values: TypeAlias = tuple[torch.Tensor, ...]
@@ -110,9 +111,11 @@ def cut_of(flatten: bool | None, split: int | Sequence[int] | None, split_dim: i
     """The matrices of tensors by the words of users. ValueError for what cannot be."""
     if split_dim not in (-2, -1):
         raise ValueError(f"split_dim={split_dim!r} must be -2, a matrix's rows, or -1, its columns")
+    if flatten is not None:
+        validate.boolean("flatten", flatten)
     if split is None:
         return Cut(flatten, None, split_dim)
-    sizes = (split,) if isinstance(split, int) else tuple(split)
+    sizes = tuple(split) if isinstance(split, Sequence) else (split,)
     if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
         raise ValueError(f"split={split!r} must be a number of equal parts, or the sizes of all parts, each at least 1")
     return Cut(flatten, split if isinstance(split, int) else sizes, split_dim)

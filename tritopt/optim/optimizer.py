@@ -341,5 +341,20 @@ class Optimizer(torch.optim.Optimizer):
             for name, target in self.arguments.items():
                 pairs = ((target, values[name]),) if isinstance(target, str) else zip(target, values[name], strict=True)
                 arguments.update(pairs)
-            self._rules[key] = self.rule(**arguments)
+            try:
+                self._rules[key] = self.rule(**arguments)
+            except (TypeError, ValueError) as error:
+                error.args = (self._in_own_names(str(error)),)
+                raise
         return self._rules[key]
+
+    def _in_own_names(self, message: str) -> str:
+        """Return a message of the rule's ("epsilon=-1.0 must be ...") with this class's name for the argument."""
+        names = {"clip_gradient": "clip_value"}
+        for name, target in self.arguments.items():
+            if isinstance(target, str):
+                names[target] = name
+            else:
+                names.update((each, f"{name}[{i}]") for i, each in enumerate(target))
+        argument, equals, rest = message.partition("=")
+        return names.get(argument, argument) + equals + rest
