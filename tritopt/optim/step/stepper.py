@@ -17,7 +17,6 @@ from tritopt.engine.plan import Planner
 from tritopt.engine.recent import Recent
 from tritopt.engine.telemetry import Telemetry, Tracker, check_asked, telemetry
 from tritopt.engine.walk import warn_if_slow
-from tritopt.optim import distributed
 from tritopt.optim.distributed import ShardSums, is_dtensor, local
 from tritopt.optim.param_group import is_kept
 from tritopt.optim.step.build import Build, check_tracked, runs_fused
@@ -37,6 +36,7 @@ from tritopt.optim.step.members import (
 from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.replay import Replay
 from tritopt.optim.step.scalar_table import DeviceScalars
+from tritopt.optim.step.scale import moved, scalar_of, skip_of, unclipped
 from tritopt.optim.step.states import Complete, check_aliases, create_missing, task_of
 from tritopt.optim.step.undo import Undo
 
@@ -95,7 +95,7 @@ class Stepper:
             raise
 
     def _update(self, opt: Owner, single: SingleParameter | None, is_captured: bool, undo: Undo) -> None:
-        found_inf, grad_scale = _scalar(getattr(opt, "found_inf", None)), _scalar(getattr(opt, "grad_scale", None))
+        found_inf, grad_scale = scalar_of(getattr(opt, "found_inf", None)), scalar_of(getattr(opt, "grad_scale", None))
         options = self._options if single is None else self._options_of.setdefault(single.position, OptionsByGroup())
         options.refresh(opt, groups_of(opt, single))
         on_device = found_inf is not None or self._scalar_states.device != CPU or options.on_device
@@ -105,14 +105,14 @@ class Stepper:
         rescale = self._gradient_scale(opt, step, grad_scale)
         if on_device:
             self._follow_streams(step)
-        skip = _skip(found_inf, rescale, self._scalar_states.device) if on_device else None
+        skip = skip_of(found_inf, rescale, self._scalar_states.device) if on_device else None
         self._advance(step.members, step.positions, skip, not on_device)
         tables = [self._scalar_table(step, plan, options, on_device, single) for plan in step.plans]
         undo.replaced.clear()
         for plan, (scalars, table) in zip(step.plans, tables, strict=True):
             launch = step.launch_of(plan, scalars, self._shard_sums)
-            scale = rescale if plan.is_in_norm else _unclipped(rescale, grad_scale)
-            launch = launch.given(_on(scale, plan.device), _on(found_inf, plan.device), [] if opt.track else None)
+            scale = rescale if plan.is_in_norm else unclipped(rescale, grad_scale)
+            launch = launch.given(moved(scale, plan.device), moved(found_inf, plan.device), [] if opt.track else None)
             step.launch(opt, plan, table, launch, undo)
             if launch.tracked is not None:
                 self.tracker.add([member.position for members in plan.by_group for member in members], launch.tracked)
@@ -322,34 +322,3 @@ def _owned(opt: Owner) -> list[tuple[torch.Tensor, dict[str, Any]]]:
 def _with_gradients(params: Sequence[torch.Tensor]) -> bytes:
     """A byte for each parameter: whether it has a gradient."""
     return bytes([param.grad is not None for param in params])
-
-
-def _scalar(value: object) -> torch.Tensor | None:
-    """Number that a GradScaler left on the optimizer, as a tensor []; None: it left none."""
-    if value is None:
-        return None
-    if not isinstance(value, torch.Tensor):
-        value = torch.tensor(value, dtype=torch.float32, device="cpu")
-    return distributed.whole(value).detach().reshape(())
-
-
-def _unclipped(rescale: torch.Tensor | None, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
-    """Factor of gradients that the norm's clip leaves alone, but that are skipped with the others."""
-    if rescale is None:
-        return None
-    inverse = torch.ones_like(rescale) if grad_scale is None else 1.0 / grad_scale.double().to(rescale.device)
-    return torch.where(rescale.isfinite(), inverse, torch.nan)
-
-
-def _on(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return value if value is None or value.device == device else value.to(device)
-
-
-def _skip(found_inf: torch.Tensor | None, rescale: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """Whether this step writes nothing, bool [] on the device; None: it does."""
-    reasons = []
-    if found_inf is not None:
-        reasons.append((found_inf != 0).to(device))
-    if rescale is not None:
-        reasons.append(~rescale.isfinite().to(device))
-    return torch.stack(reasons).any() if reasons else None
