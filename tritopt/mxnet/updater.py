@@ -15,6 +15,7 @@ from tritopt.engine import validate
 from tritopt.mxnet import registry
 from tritopt.mxnet.multipliers import packed, unpacked
 from tritopt.mxnet.optimizer import Optimizer
+from tritopt.mxnet.plain import require_plain
 
 _OPTIMIZER = "optimizer"
 _SCHEDULER = "lr_scheduler"
@@ -141,7 +142,7 @@ class Updater:
 
     def content(self, dump_optimizer: bool = False) -> dict[str, Any]:
         """Plain data that `get_states` turns into bytes: the states themselves and no copies."""
-        _require_plain(self.states, "the states")
+        require_plain(self.states, "the states")
         content: dict[str, Any] = {"states": self.states}
         if dump_optimizer:
             content[_OPTIMIZER] = _pack_optimizer(self.optimizer)
@@ -198,7 +199,7 @@ def _pack_optimizer(optimizer: Optimizer) -> dict[str, Any]:
                 "its class, or call get_states(dump_optimizer=False)"
             )
         saved[_SCHEDULER] = {"class": type(schedule).__name__, "attributes": schedule.__dict__}
-    _require_plain(saved, type(optimizer).__name__)
+    require_plain(saved, type(optimizer).__name__)
     return saved
 
 
@@ -230,20 +231,3 @@ def _scheduler_classes() -> dict[str, type[lr_scheduler.LRScheduler]]:
             classes.setdefault(cls.__name__, cls)
         level = [subclass for cls in level for subclass in cls.__subclasses__()]
     return classes
-
-
-def _require_plain(value: Any, path: str) -> None:
-    """TypeError unless `torch.load(weights_only=True)` reads the value back."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _require_plain(key, f"{path}, a key")
-            _require_plain(item, f"{path}.{key}")
-    elif type(value) in (list, tuple):
-        for item in value:
-            _require_plain(item, path)
-    elif not (
-        value is None or isinstance(value, (torch.Tensor, torch.dtype)) or type(value) in (bool, int, float, str)
-    ):
-        raise TypeError(
-            f"{path} is {value!r:.80}, which cannot be saved as plain data; call get_states(dump_optimizer=False)"
-        )

@@ -11,9 +11,9 @@ from tritopt.engine import validate
 from tritopt.engine.matrices import Cut, cut_of, orthogonalize_each
 from tritopt.engine.matrix_phase import SCRATCH_BYTES, ApplyMatrices
 from tritopt.engine.newton_schulz import POLAR_EXPRESS, QUINTIC, Iteration, iteration_of
-from tritopt.engine.plain import AsTuple
 from tritopt.kernels.muon import muon_direction, muon_update
 from tritopt.mxnet.optimizer import Optimizer, register
+from tritopt.mxnet.plain import AsTuple
 from tritopt.rule import Rule, State, Values
 
 
