@@ -73,11 +73,11 @@ class Rule:
         self.begin_num_update = validate.count("begin_num_update", begin_num_update)
 
     @classmethod
-    def check_decay(cls, wd: float) -> None:
+    def check_decay(cls, wd: float, argument: str = "wd") -> None:
         """ValueError for a decay that the formula does not have."""
         if wd != 0 and not cls.decays:
-            name = cls.__name__.removesuffix("Rule")
-            raise ValueError(f"{name} has no weight decay, got wd={wd!r}: set wd (times wd_mult) to 0")
+            name, multiplied = cls.__name__.removesuffix("Rule"), " (times wd_mult)" if argument == "wd" else ""
+            raise ValueError(f"{name} has no weight decay, got {argument}={wd!r}: set {argument}{multiplied} to 0")
 
     @property
     def preamble(self) -> str:

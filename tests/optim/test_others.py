@@ -377,7 +377,7 @@ BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (optim.DCASGD, {"lambd": float("nan")}, ValueError, "lambd=nan must not be NaN"),
     (optim.SGLD, {"seed": -1}, ValueError, "seed=-1 must be >= 0"),
     (optim.SGLD, {"seed": 0.5}, TypeError, "seed=0.5 must be an int"),
-    (optim.GroupAdaGrad, {"weight_decay": 0.1}, ValueError, "no weight decay, got wd=0.1"),
+    (optim.GroupAdaGrad, {"weight_decay": 0.1}, ValueError, "got weight_decay=0.1: set weight_decay to 0"),
     (optim.LAMB, {"max_grad_norm": 0.0}, ValueError, "max_grad_norm=0.0 must be > 0"),
     (optim.LAMB, {"beta1": 0.9}, TypeError, "unexpected keyword argument 'beta1'"),
     (optim.Lion, {"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),

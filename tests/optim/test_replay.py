@@ -790,9 +790,9 @@ def test_a_state_that_was_put_back_counts_on() -> None:
         elif t == 4:
             opt.state[ours[1]], torchs.state[theirs[1]] = taken
         with optim.release_gradients(ours, opt):
-            sum(((t + 1) * p).sum() for p in ours[:n]).backward()  # type: ignore[union-attr]
+            torch.stack([((t + 1) * p).sum() for p in ours[:n]]).sum().backward()
             opt.step()
-        sum(((t + 1) * p).sum() for p in theirs[:n]).backward()  # type: ignore[union-attr]
+        torch.stack([((t + 1) * p).sum() for p in theirs[:n]]).sum().backward()
         torchs.step()
         torchs.zero_grad()
         torch.testing.assert_close(ours, theirs)

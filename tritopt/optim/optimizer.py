@@ -25,7 +25,7 @@ from tritopt.optim.observed import observed, uncompiled
 from tritopt.optim.options import Options as Options
 from tritopt.optim.options import check_known
 from tritopt.optim.origin import CLASSES
-from tritopt.optim.param_group import ParamGroup, check_dtypes, check_settings, declared, is_kept, saved
+from tritopt.optim.param_group import ParamGroup, check_dtypes, check_settings, declared, is_kept, rule_from, saved
 from tritopt.optim.step.members import SingleParameter, lives_on_device
 from tritopt.optim.step.stepper import Stepper
 from tritopt.rule import Rule
@@ -301,7 +301,7 @@ class Optimizer(torch.optim.Optimizer):
             if not (group["capturable"] and isinstance(group["lr"], torch.Tensor)):
                 self._check_rate("lr", group["lr"])
             self._check_rate("weight_decay", group.get("weight_decay", 0.0))
-            self.rule.check_decay(group.get("weight_decay", 0.0))
+            self.rule.check_decay(group.get("weight_decay", 0.0), "weight_decay")
             self.rule_of(group)
         except TypeError as error:
             raise WrongKindError(str(error)) from error
@@ -337,24 +337,6 @@ class Optimizer(torch.optim.Optimizer):
             # Without flags: torch's constructor refuses combinations, such as nesterov without momentum, that its step
             # takes from a scheduler. It wants betas to be floats.
             self.check_values({name: floats(value) for name, value in values.items() if not isinstance(value, bool)})
-            arguments: dict[str, Any] = {"clip_gradient": group["clip_value"]}
-            for name, target in self.arguments.items():
-                pairs = ((target, values[name]),) if isinstance(target, str) else zip(target, values[name], strict=True)
-                arguments.update(pairs)
-            try:
-                self._rules[key] = self.rule(**arguments)
-            except (TypeError, ValueError) as error:
-                error.args = (self._in_own_names(str(error)),)
-                raise
+            values["clip_value"] = group["clip_value"]
+            self._rules[key] = rule_from(self.rule, {**self.arguments, "clip_value": "clip_gradient"}, values)
         return self._rules[key]
-
-    def _in_own_names(self, message: str) -> str:
-        """Return a message of the rule's ("epsilon=-1.0 must be ...") with this class's name for the argument."""
-        names = {"clip_gradient": "clip_value"}
-        for name, target in self.arguments.items():
-            if isinstance(target, str):
-                names[target] = name
-            else:
-                names.update((each, f"{name}[{i}]") for i, each in enumerate(target))
-        argument, equals, rest = message.partition("=")
-        return names.get(argument, argument) + equals + rest

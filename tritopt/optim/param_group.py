@@ -12,6 +12,7 @@ from tritopt.engine import validate
 from tritopt.engine.state_dtype import checked
 from tritopt.optim.defaults import arguments_of, check_flag
 from tritopt.optim.layout import checked_master
+from tritopt.rule import Rule
 
 _OPTIONAL = {"clip_value": None, "flatten": None, "split": None, "split_dim": -2, "ns_dtype": "bf16", "beta2": None}
 """Keys that torch's classes lack, and values that make of a group what it would be there: these are not saved."""
@@ -85,3 +86,21 @@ def check_settings(cls: type, defaults: Mapping[str, Any], group: dict[str, Any]
     checked_master(group["master"])
     checked(group["state_dtype"])
     validate.clip_bound("clip_value", group["clip_value"])
+
+
+def rule_from(rule_class: type[Rule], names: Mapping[str, str | tuple[str, ...]], values: Mapping[str, Any]) -> Rule:
+    """Make a rule with a param_group's values. names: the rule's names of keys, which errors name as the group does."""
+    arguments: dict[str, Any] = {}
+    keys: dict[str, str] = {}
+    for key, target in names.items():
+        if isinstance(target, str):
+            arguments[target], keys[target] = values[key], key
+        else:
+            arguments.update(zip(target, values[key], strict=True))
+            keys.update((name, f"{key}[{i}]") for i, name in enumerate(target))
+    try:
+        return rule_class(**arguments)
+    except (TypeError, ValueError) as error:
+        name, equals, rest = str(error).partition("=")  # "epsilon=-1.0 must be ..."
+        error.args = (keys.get(name, name) + equals + rest,)
+        raise

@@ -51,15 +51,15 @@ class MuonRule(Rule):
     Args:
         learning_rate: per update. Every step moves a matrix by about so much in spectral norm, times the ratio.
         momentum, nesterov: decay rate of m, in [0, 1); whether the direction is ahead of the momentum.
-        ns_coefficients: a, b and c; or "polar_express", those of Amsel et al. 2025, arXiv:2505.16932, for each step.
-        ns_steps: number of steps, 1 to 99.
+        ns_coefficients, ns_steps: a, b and c, or "polar_express" (Amsel et al. 2025, arXiv:2505.16932); 1 to 99 steps.
         ns_dtype: dtype of the products: "bf16", or "fp32", the dtype of the arithmetic. They add up in fp32 at least.
         epsilon: least norm that a direction is divided by, > 0.
         adjust_lr_fn: ratio by the shape of a matrix. "original" or None: sqrt(max(1, rows / columns)).
             "match_rms_adamw": 0.2 sqrt(max(rows, columns)). "spectral_unclamped": sqrt(rows / columns).
         flatten: how weights of more dimensions are taken. True: a matrix, whose columns are all dimensions after the
             first. False: a stack of matrices, the last two dimensions. None: they are refused.
-        split, split_dim: number of equal parts, or sizes, into which a fused projection's rows (-2) or columns (-1) go.
+        split: fused projections, whose parts are matrices by themselves: number of equal parts, or their sizes.
+        split_dim: dimension of the matrix that is split: -2, its rows, or -1, its columns.
         scratch_bytes: bound on what directions and products take beside weights and states, if one weight fits.
         beta2: decay rate of v, in [0, 1), NorMuon's is 0.95; None: rows are not normalised.
         ns_symmetric: whether a kernel of fused steps computes half of X X^T and of its square; not measured on a GPU.

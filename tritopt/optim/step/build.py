@@ -29,6 +29,7 @@ from tritopt.optim.step.owner import Owner
 from tritopt.optim.step.reference import update_by_reference
 from tritopt.optim.step.replay import Replay
 from tritopt.optim.step.scalar_table import host_scalars
+from tritopt.optim.step.states import Complete
 from tritopt.optim.step.undo import Undo
 
 
@@ -41,6 +42,7 @@ class Build:
         tasks: tensors of the members.
         rates: learning rates of their groups, by `id` of the group.
         fused: whether a kernel updates each member.
+        complete: parameters whose states were found complete beside these.
         single: the parameter, if the step is for one; None: it is for all.
         like: an earlier step with the same states, which need not be described anew; None: there is none.
     """
@@ -52,10 +54,12 @@ class Build:
         tasks: Sequence[Task],
         rates: Mapping[int, Number],
         fused: Sequence[bool],
-        single: SingleParameter | None = None,
-        like: Replay | None = None,
+        complete: Complete,
+        single: SingleParameter | None,
+        like: Replay | None,
     ) -> None:
         self._planner = planner
+        self._complete = complete
         self._single = single
         self._like = like
         self._tasks = tasks
@@ -131,7 +135,17 @@ class Build:
         norm_groups = self._planner.groups_of_squares(self._key) if has_norm else []
         if norm_groups is None:  # so many plans that this one had to go
             return None
-        return Replay(self._planner, opt, options, self.members, self._launched, norm_groups, self._single, self._like)
+        return Replay(
+            self._planner,
+            opt,
+            options,
+            self.members,
+            self._launched,
+            norm_groups,
+            self._complete,
+            self._single,
+            self._like,
+        )
 
 
 def _is_plain(member: Member, task: Task) -> bool:

@@ -50,6 +50,7 @@ class Replay:
         members: all parameters that had a gradient.
         launched: the launches, and for each the engine's groups.
         norm_groups: groups of the gradients' norm; none if there was no norm.
+        complete: parameters whose states were found complete beside these.
         single: the parameter, if the step was for one; None: it was for all.
         like: a step that was found to have the same states as this one; None: there is none.
     """
@@ -62,6 +63,7 @@ class Replay:
         members: Sequence[Member],
         launched: Sequence[tuple[LaunchPlan, list[LaunchGroup]]],
         norm_groups: list[LaunchGroup],
+        complete: Complete,
         single: SingleParameter | None,
         like: Replay | None,
     ) -> None:
@@ -117,8 +119,7 @@ class Replay:
         self.device = local(members[0].param).device
         self.n_bindings = self.n_made = -1
         """Numbers of this name of `ScalarStates`, as they were after the step that it repeats."""
-        self.complete = Complete()
-        """Parameters whose states were found complete beside these states."""
+        self.complete = complete
         self.has_other_gradients = False
         """Whether `holds` found other gradients than before, and all else as it was, when it was asked last."""
 

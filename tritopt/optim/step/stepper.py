@@ -64,8 +64,6 @@ class Stepper:
         """Steps by which parameters had gradients: two heads that take turns, or experts without tokens, come again."""
         self._params: list[torch.Tensor] = []
         """All parameters of these steps."""
-        self._complete = Complete()
-        """Parameters that the last step found complete when it was built."""
         self._options_of: dict[int, OptionsByGroup] = {}
         """Options of steps for one parameter, by its position."""
         self._replay_of: dict[int, Replay] = {}
@@ -137,7 +135,7 @@ class Stepper:
         self._planner.forget()
         self._clip, self._options, self._last = Clip(), OptionsByGroup(), None
         self._options_of, self._replay_of, self._device_scalars = {}, {}, {}
-        self._params, self._replays, self._complete = [], Recent(), Complete()
+        self._params, self._replays = [], Recent()
 
     def create_states(self, opt: Owner) -> None:
         """Make the states of all parameters, as they are otherwise made with a first gradient."""
@@ -183,8 +181,6 @@ class Stepper:
             return None
         undo.remember([member.position for member in members], not on_device)
         complete = Complete() if like is None else like.complete
-        if single is None:
-            self._complete = complete
         known = [complete.has(member) for member in members]
         others = [i for i, is_known in enumerate(known) if not is_known]
         create_missing(opt, [members[i] for i in others], self._scalar_states, undo.replaced)
@@ -197,7 +193,8 @@ class Stepper:
         if others or not complete.are_apart(members):
             check_aliases(self._planner, members, tasks)
             complete.add([members[i] for i in others], [tasks[i] for i in others])
-        return Build(self._planner, members, tasks, options.rates, fused, single, None if undo.replaced else like)
+        like = None if undo.replaced else like
+        return Build(self._planner, members, tasks, options.rates, fused, complete, single, like)
 
     def _make_states(self, opt: Owner, members: list[Member], undo: Undo) -> None:
         """Make the step of parameters without memory: states, of which somebody wants to know the size, and counts."""
@@ -254,7 +251,7 @@ class Stepper:
             self._params, self._replays = params, Recent()
 
     def _keep(self, opt: Owner, single: SingleParameter | None, step: Replay | None, is_new: bool) -> None:
-        if step is not None:
+        if step is not None and is_new:
             step.n_bindings, step.n_made = self._scalar_states.n_bindings, self._scalar_states.n_made
         if single is not None:
             if step is not None:
@@ -262,7 +259,6 @@ class Stepper:
             return
         self._last = step
         if step is not None and is_new:
-            step.complete = self._complete
             self._replays.put(_with_gradients(params_of(opt, None)), step, len(step.members))
 
     def _gradient_scale(self, opt: Owner, step: Build | Replay, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
